@@ -1,0 +1,40 @@
+"""alignkit: align language models from preferences, with methods as plugins.
+
+    import alignkit
+    result = alignkit.run(method="dpo", model="path-or-name", data="prefs.jsonl", beta=0.1)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignkit.engine import Engine, Result, run
+    from alignkit.errors import AlignkitError
+    from alignkit.hookspecs import hookimpl
+    from alignkit.method import Context, Method, MethodConfig, Models, kl_metric, pair_metrics, wins
+    from alignkit.types import Batch, Completion, Example, Outputs, Term, metric
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "alignkit.engine": ("Engine", "Result", "run"),
+    "alignkit.errors": ("AlignkitError",),
+    "alignkit.hookspecs": ("hookimpl",),
+    "alignkit.method": ("Context", "Method", "MethodConfig", "Models", "kl_metric", "pair_metrics", "wins"),
+    "alignkit.types": ("Batch", "Completion", "Example", "Outputs", "Term", "metric"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AlignkitError", "Batch", "Completion", "Context", "Engine", "Example", "Method", "MethodConfig", "Models",
+    "Outputs", "Result", "Term", "hookimpl", "kl_metric", "metric", "pair_metrics", "run", "wins",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # torch is imported when a name is used, not when the package is: `alignkit --help` answers at once
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'alignkit' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -1,0 +1,178 @@
+"""From settings to everything a loop needs, in the order that finds faults early: settings, rows, tokens, models."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    set_seed,
+)
+from torch import nn
+
+from alignkit import data, tokenise
+from alignkit.config import RunConfig
+from alignkit.errors import ConfigError, DataError
+from alignkit.logpcache import LogpCache
+from alignkit.method import Method
+from alignkit.models import Scorer, choose_layout, load_model
+from alignkit.roles import Reference, Roles, resolve_reference
+from alignkit.stream import Stream, hold_out
+from alignkit.types import Example, Layout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The examples of a run: to train on, held out, and a digest of both."""
+
+    train: list[Example]
+    held_out: list[Example]
+    digest: str
+
+
+@dataclass
+class Parts:
+    """What the loop works with. policy is wrapped for training, plain is the same module without wrappers."""
+
+    accelerator: Accelerator
+    plain: Scorer
+    policy: nn.Module
+    optimizer: Any
+    roles: Roles
+    reference: Reference | None
+    layout: Layout
+    stream: Stream
+
+
+def read(config: RunConfig, method: Method, tokenizer: Any) -> Rows:
+    """Read, check and tokenise the rows. Raises DataError with every fault; says what was dropped."""
+    train = _examples(config.data, config, method, tokenizer)
+    if config.eval_data is not None:
+        held_out = _examples(config.eval_data, config, method, tokenizer)
+    else:
+        train, held_out = hold_out(train, config.eval_fraction, config.seed)
+    digest = hashlib.sha256()
+    for e in (*train, *held_out):
+        for part in (e.prompt, *(c.tokens for c in e.completions)):
+            digest.update(len(part).to_bytes(4, "little") + part.numpy().tobytes())
+    logger.info("%d rows to train on, %d held out", len(train), len(held_out))
+    return Rows(train, held_out, digest.hexdigest())
+
+
+def _examples(source: Any, config: RunConfig, method: Method, tokenizer: Any) -> list[Example]:
+    dataset = data.load(source, method.data, config.columns)
+    examples, report = tokenise.tokenise(dataset, tokenizer, config.max_prompt_tokens, config.max_completion_tokens)
+    for line in [f"rows: {dataset.form}", *dataset.report.lines(), *report.lines()]:
+        logger.info(line)
+    if not examples:
+        raise DataError("no usable row is left: " + "; ".join([*dataset.report.lines(), *report.lines()]))
+    return examples
+
+
+def accelerator_for(config: RunConfig) -> Accelerator:
+    """Return the Accelerator of the run. Raises ConfigError where sharding was asked for and cannot be had."""
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    precision = config.precision
+    if precision == "auto":
+        precision = "fp32" if cpu else "bf16"
+    AcceleratorState._reset_state()  # its precision is process-wide, and a process may run more than one method
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=config.trackers or None,
+        project_dir=str(config.output),
+        fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if config.fsdp else None,
+        kwargs_handlers=[
+            # the trunk has no buffers that training changes, and every rank makes its own number of plain passes
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
+        ],
+    )
+    if config.fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        raise ConfigError(
+            f"fsdp was asked for, but this is {accelerator.distributed_type.value}: it needs GPUs and a launch by "
+            f"`torchrun --nproc_per_node=N -m alignkit ...`"
+        )
+    return accelerator
+
+
+def build(config: RunConfig, method: Method, rows: Rows) -> Parts:
+    """Load the models, ready the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
+    accelerator = accelerator_for(config)
+    min_batch = max(method.min_batch, accelerator.num_processes)
+    if config.batch_size < min_batch * config.minibatches:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is too small: '{method.name}' on {accelerator.num_processes} ranks with "
+            f"{config.minibatches} minibatches needs at least {min_batch * config.minibatches}"
+        )
+    stream = Stream(rows.train, config.batch_size, config.seed, min_batch)
+    set_seed(config.seed)  # fresh adapters are drawn
+    model, _ = load_model(config, accelerator.device)
+    plain = Scorer(model).train()
+    with accelerator.autocast():
+        layout = choose_layout(plain, rows.train, config, accelerator.device)
+    reference = _reference(config, method, plain, layout, accelerator, [*rows.train, *rows.held_out])
+    optimizer = torch.optim.AdamW(_groups(plain, config), lr=peak_rate(config, method), betas=config.adam_betas, fused=True)
+    policy, prepared = accelerator.prepare(plain, optimizer)
+    roles = Roles(method, policy, policy if config.fsdp else plain, reference, config.max_tokens)
+    roles.autocast = accelerator.autocast
+    return Parts(accelerator, plain, policy, prepared, roles, reference, layout, stream)
+
+
+def _reference(
+    config: RunConfig,
+    method: Method,
+    plain: Scorer,
+    layout: Layout,
+    accelerator: Accelerator,
+    examples: Sequence[Example],
+) -> Reference | None:
+    n_bytes = sum(p.nbytes for p in plain.parameters())
+    mode = resolve_reference(config, method, accelerator.device, n_bytes)
+    if mode is None:
+        return None
+    cached = config.reference_cache and method.reference_need() != "moving"
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    reference = Reference(
+        mode,
+        plain,
+        layout=layout,
+        device=accelerator.device,
+        max_tokens=config.max_tokens,
+        cache=LogpCache(config.cache_file) if cached else None,
+        compute_dtype=mixed or next(plain.parameters()).dtype,
+        autocast=accelerator.autocast if mixed else nullcontext,
+    )
+    logger.info("reference: %s%s", mode, f", cache {reference.cache.path}" if reference.cache else "")
+    reference.prepare(examples, accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    reference.release()
+    return reference
+
+
+def peak_rate(config: RunConfig, method: Method) -> float:
+    """Return the peak learning rate: the run's, or the method's for a full or a LoRA run."""
+    return config.learning_rate or (method.lora_learning_rate if config.lora else method.learning_rate)
+
+
+def _groups(module: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """Norms and biases are not decayed."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    rest = [p for p in trained if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]

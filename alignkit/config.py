@@ -1,0 +1,193 @@
+"""RunConfig: everything a run needs to be done again. Python, YAML and the command line all fill this one class.
+
+A run's settings are flat: `learning_rate` is the run's, `beta` the method's, and both stand side by side in one file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from alignkit.errors import ConfigError, nearest
+from alignkit.method import MethodConfig
+
+ReferenceMode = Literal["auto", "full", "int8", "adapter-off", "cached"]
+
+
+class LoraSettings(BaseModel):
+    """Low-rank adapters on the policy (peft). Dropout is always 0: the reference and the old policy must match."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(32.0, gt=0, description="scale; the update is multiplied by alpha / r")
+    target_modules: str | list[str] = Field("all-linear", description="module names, or all-linear")
+    modules_to_save: list[str] | None = Field(None, description="modules trained in full, such as lm_head")
+
+
+class RunConfig(BaseModel):
+    """Settings of a run, besides the method's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+
+    method: str = Field(description="name of an installed method, see `alignkit methods`")
+    model: Any = Field(description="folder or hub name of the model, or a loaded model")
+    data: Any = Field(description="JSONL, Parquet or CSV file, hub name, datasets.Dataset, or list of dicts")
+    tokenizer: Any = Field(None, description="folder, hub name or object; default: the model's")
+    eval_data: Any = Field(None, description="held-out rows; default: none, or `eval_fraction` of the data")
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="part of the data held out for evaluation")
+    columns: dict[str, str] | None = Field(None, description="our column name: yours; 'form' overrides the detection")
+
+    output: Path = Field(Path("runs"), description="folder that holds the runs")
+    name: str | None = Field(None, description="folder of this run in `output`; default: method and a number")
+    resume: bool = Field(False, description="go on from the newest whole checkpoint of the run `name`")
+
+    reference: ReferenceMode = Field("auto", description="how the reference is kept; auto decides by method and model")
+    reference_cache: bool = Field(True, description="keep the reference's log-probabilities on disk for other runs")
+    cache_file: Path | None = Field(None, description="the cache's file; default: ~/.cache/alignkit/reference.sqlite")
+    lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
+    merge_adapter: bool = Field(False, description="merge the adapter into the saved model")
+
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps; wins over `epochs`")
+    batch_size: int = Field(32, ge=1, description="examples of an optimiser step, over all ranks")
+    epochs_per_batch: int = Field(1, ge=1, description="passes over each collected batch")
+    minibatches: int = Field(1, ge=1, description="updates in each of those passes")
+    learning_rate: float | None = Field(None, gt=0, description="peak rate; default: the method's")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_fraction: float = Field(0.1, ge=0, le=1, description="part of the steps that the rate rises over")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay, of matrices only")
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
+    max_grad_norm: float = Field(1.0, gt=0, description="global norm that gradients are clipped to")
+    max_skipped_steps: int = Field(10, ge=0, description="non-finite steps skipped before the run stops")
+
+    max_prompt_tokens: int | None = Field(1024, ge=1, description="a longer prompt keeps its end")
+    max_completion_tokens: int | None = Field(1024, ge=1, description="a longer completion is cut, without its EOS")
+    max_tokens: int = Field(8192, ge=1, description="tokens of a micro-batch; memory, never the result")
+    layout: Literal["auto", "forest", "padded"] = Field("auto", description="auto: forest where the probe allows")
+    row_tokens: int | None = Field(None, ge=1, description="a forest row's width; default: by device")
+    attention: Literal["auto", "sdpa", "eager", "flex_attention"] = Field("auto", description="implementation")
+
+    device: Literal["auto", "cpu"] = Field("auto", description="cpu keeps off a GPU that is there")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of matrix products")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
+    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
+    fsdp: bool = Field(False, description="shard the policy over the ranks (FSDP2, needs GPUs)")
+    timeout_minutes: float = Field(30.0, gt=0, description="a rank that is silent for longer ends the run")
+    trust_remote_code: bool = Field(False, description="run code that came with the model; never from a YAML file")
+
+    seed: int = Field(0, ge=0, description="of the data's order and of everything drawn")
+    log_every: int = Field(1, ge=1, description="steps between log lines")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: start and end")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides `save_minutes`")
+    save_minutes: float = Field(30.0, gt=0, description="minutes between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    trackers: list[str] = Field([], description="tensorboard, wandb, mlflow, trackio, ...: Accelerate's names")
+
+    @field_validator("name")
+    @classmethod
+    def _name_stays_inside(cls, name: str | None) -> str | None:
+        if name is not None and (not re.fullmatch(r"[\w.+=-]+", name) or set(name) == {"."}):
+            raise ValueError("letters, digits and . _ + = - only, so that it stays inside `output`")
+        return name
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora_by_flag(cls, value: Any) -> Any:
+        # `lora: true` takes the defaults, `lora: 8` names the rank
+        if value is True or value == "true":
+            return {}
+        if value is False or value == "false":
+            return None
+        return {"r": value} if isinstance(value, int | str) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.resume and self.name is None:
+            raise ValueError("resume needs the run's `name`")
+        if self.merge_adapter and self.lora is None:
+            raise ValueError("merge_adapter needs `lora`")
+        if self.eval_data is not None and self.eval_fraction:
+            raise ValueError("give eval_data or eval_fraction, not both")
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as plain YAML values; objects that cannot be written are named by their type."""
+        values = {}
+        for name, value in self:
+            if isinstance(value, BaseModel):
+                value = value.model_dump()
+            elif isinstance(value, Path):
+                value = str(value)
+            elif isinstance(value, tuple):
+                value = list(value)
+            elif not isinstance(value, str | int | float | bool | list | dict | None) or name.endswith("data"):
+                value = value if isinstance(value, str | None) else f"<{type(value).__name__}>"
+            values[name] = value
+        return values
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tuple[RunConfig, MethodConfig]:
+    """Sort flat settings into the run's and the method's, and check both.
+
+    Raises ConfigError: an unknown key with the nearest known one, or every value that is wrong.
+    """
+    known_run, known_method = RunConfig.model_fields, method_config.model_fields
+    unknown = [k for k in settings if k not in known_run and k not in known_method]
+    if unknown:
+        hint = nearest(unknown[0], [*known_run, *known_method])
+        own = ", ".join(known_method) or "none"
+        raise ConfigError(
+            f"unknown setting '{unknown[0]}'. {hint} Settings of {settings.get('method')}: {own}; "
+            f"of every run: see `alignkit run --help`"
+        )
+    run = validated(RunConfig, {k: v for k, v in settings.items() if k in known_run})
+    return run, validated(method_config, {k: v for k, v in settings.items() if k in known_method})
+
+
+def validated(cls: type[M], values: Mapping[str, Any]) -> M:
+    """Build the model; its validation errors become one ConfigError, a line a setting."""
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            where = ".".join(str(p) for p in e["loc"]) or "settings"
+            given = "" if e["type"] in ("missing", "value_error") and not e["loc"] else f" (given: {e.get('input')!r:.80})"
+            lines.append(f"{where}: {e['msg']}{given if e['type'] != 'missing' else ''}")
+        raise ConfigError("; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")) from None
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read flat settings from a YAML file. Raises ConfigError: no such file, no mapping, or trust_remote_code in it."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold settings such as 'method: dpo', found {type(values).__name__}")
+    if values.get("trust_remote_code"):
+        raise ConfigError(f"{path} asks for trust_remote_code; only the command line or a Python call may grant that")
+    return {str(k): v for k, v in values.items()}
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write settings so that `read_yaml` gives them back; trust_remote_code is left out."""
+    kept = {k: v for k, v in values.items() if k != "trust_remote_code"}
+    path.write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))

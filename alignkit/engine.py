@@ -1,0 +1,262 @@
+"""THE loop. `Engine(model=...).run(method=..., data=...)`, or `alignkit.run(...)` for both at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit import assemble, finish, meter, registry, runfolder
+from alignkit.config import RunConfig, split
+from alignkit.errors import TrainingError
+from alignkit.method import Method
+from alignkit.models import load_tokenizer
+from alignkit.packing import batch_of
+from alignkit.progress import Progress
+from alignkit.resume import restore, save
+from alignkit.signals import StopSignals
+from alignkit.stream import chunks, seeded
+from alignkit.types import Batch, Example
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: its last metrics, the model in memory, its tokenizer, and its folder."""
+
+    metrics: dict[str, float]
+    model: Any
+    tokenizer: Any
+    folder: Path
+
+
+class Engine:
+    """Runs methods with shared settings: Engine(model="path", lora=8).run(method="dpo", data="prefs.jsonl", beta=0.2).
+
+    Settings are those of `RunConfig` and of the method; those given to `run` win. Raises AlignkitError on bad input.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def run(self, method: str, **settings: Any) -> Result:
+        """Train and return the Result; the folder holds metrics.jsonl, config.yaml and model/."""
+        given = {**self.settings, **settings, "method": method}
+        cls = registry.get(method)
+        config, method_config = split(given, cls.Config)
+        chosen = cls(method_config)
+        tokenizer = load_tokenizer(config)
+        rows = assemble.read(config, chosen, tokenizer)
+        folder = runfolder.create(config)
+        config = config.model_copy(update={"name": folder.name})
+        written = {**config.describe(), **method_config.model_dump(mode="json")}
+        runfolder.write_config(folder, written, config.resume)
+        parts = assemble.build(config, chosen, rows)
+        metrics = Loop(config, chosen, parts, rows, folder, written).train()
+        model = finish.save_model(parts, config, tokenizer, folder / "model")
+        return Result(metrics, model, tokenizer, folder)
+
+
+def run(method: str, **settings: Any) -> Result:
+    """Short for `Engine(**settings).run(method)`."""
+    return Engine(**settings).run(method)
+
+
+@dataclass
+class StepContext:
+    """What `collect` and `after_update` may use; see `alignkit.method.Context`."""
+
+    loop: Loop
+    step: int
+    step_examples: tuple[Example, ...]
+    generator: torch.Generator
+
+    @property
+    def models(self) -> Any:
+        return self.loop.parts.roles
+
+    def shard(self, examples: Sequence[Example]) -> Batch:
+        return self.loop.shard(examples)
+
+    def mean(self, value: Tensor) -> Tensor:
+        total = self.loop.reduce(torch.stack([value.double().sum(), torch.tensor(float(value.numel())).to(value)]))
+        return (total[0] / total[1]).to(value)
+
+    def update_reference(self, alpha: float) -> None:
+        assert self.loop.parts.reference is not None
+        self.loop.parts.reference.update(self.loop.parts.plain, alpha)
+
+
+@dataclass
+class Loop:
+    """One run's training loop over assembled parts."""
+
+    config: RunConfig
+    method: Method
+    parts: assemble.Parts
+    rows: assemble.Rows
+    folder: Path
+    written: Mapping[str, Any]
+    skipped: int = 0
+    _saved_at: float = field(default_factory=time.monotonic)
+
+    def train(self) -> dict[str, float]:
+        """Run all steps that are not done yet; return the last metrics, evaluation included."""
+        total = self.parts.stream.total_steps(self.config.epochs, self.config.max_steps)
+        done = restore(self) if self.config.resume else 0
+        accelerator = self.parts.accelerator
+        last: dict[str, float] = {}
+        with finish.Trackers(self, done) as log, StopSignals() as stop:
+            with Progress.of_run(total, done, accelerator.is_main_process) as shown:
+                if done == 0:
+                    last = log(0, self.evaluate(0), shown)
+                for step in range(done, total):
+                    values = self.step(step, total)
+                    if (step + 1) % self.config.log_every == 0 or step + 1 == total:
+                        last |= log(step + 1, values, shown)
+                    if self.config.eval_every and (step + 1) % self.config.eval_every == 0 and step + 1 < total:
+                        last |= log(step + 1, self.evaluate(step + 1), shown)
+                    self._checkpoint(step + 1, stop)
+                return last | log(total, self.evaluate(total), shown)
+
+    def step(self, step: int, total: int) -> dict[str, float]:
+        """Do one step of the data stream: collect once, then its updates. Returns the metrics of the last update."""
+        started = time.perf_counter()
+        examples = self.parts.stream[step]
+        ctx = StepContext(self, step, examples, seeded(self.config.seed, 2, step))
+        batch = self._collect(self.shard(examples), ctx)
+        for group in self.parts.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step, total)
+        for _ in range(self.config.epochs_per_batch):
+            for minibatch in batch.minibatches(self.config.minibatches, ctx.generator):
+                values = self._update(minibatch, step)
+        self.method.after_update(ctx, values)
+        seconds = time.perf_counter() - started
+        values |= {"lr": self.learning_rate(step, total), "epoch": (step + 1) / self.parts.stream.steps_per_epoch}
+        return values | {"tokens_per_second": sum(e.n_tokens for e in examples) / seconds, "skipped": self.skipped}
+
+    def _update(self, minibatch: Batch, step: int) -> dict[str, float]:
+        """One optimiser step; halves the token budget and starts again where memory runs out."""
+        while True:
+            try:
+                values, norm, micros = self._backward(minibatch)
+                break
+            except torch.OutOfMemoryError:
+                largest = max(minibatch.cost(i) for i in range(len(minibatch)))
+                budget = self.parts.roles.max_tokens // 2
+                if budget < largest or self.parts.accelerator.num_processes > 1:
+                    raise  # a single tree does not fit, or the other ranks wait in a collective
+                self.parts.roles.max_tokens = budget
+                self.parts.optimizer.zero_grad()
+                logger.warning("out of memory: going on with max_tokens %d, which changes no result", budget)
+        if math.isfinite(norm) and math.isfinite(values["loss"]):
+            self.parts.optimizer.step()
+        else:
+            self._skip(step, micros, values["loss"], norm)
+        self.parts.optimizer.zero_grad()
+        return {**values, "grad_norm": norm}
+
+    def _backward(self, minibatch: Batch) -> tuple[dict[str, float], float, list[Batch]]:
+        """Gradients of one update over all micro-batches and ranks: (metrics, gradient norm, micro-batches)."""
+        accelerator, world = self.parts.accelerator, self.parts.accelerator.num_processes
+        denominators = meter.counts(minibatch, self.reduce)
+        metrics = meter.Meter()
+        metrics.expect(denominators)
+        micros = minibatch.micro_batches(self.parts.roles.max_tokens)
+        # every rank makes as many backward passes as the busiest, the extra ones with weight 0
+        passes = self._most(len(micros))
+        for i in range(passes):
+            micro, weight = micros[min(i, len(micros) - 1)], float(i < len(micros))
+            in_step = contextlib.nullcontext() if i == passes - 1 else accelerator.no_sync(self.parts.policy)
+            with in_step:
+                terms = self.method.loss(micro, self.parts.roles)
+                term_sums = meter.sums(terms, micro, self.method.name)
+                # data parallelism averages over ranks what is a sum here
+                accelerator.backward(meter.share(terms, term_sums, denominators) * (weight * world))
+            metrics.add(terms, term_sums, weight)
+        norm = float(accelerator.clip_grad_norm_(self.parts.policy.parameters(), self.config.max_grad_norm))
+        return metrics.means(self.reduce), norm, micros
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Return the method's loss and metrics over the held-out rows, each name under "eval/"."""
+        if not self.rows.held_out:
+            return {}
+        metrics = meter.Meter()
+        least = max(self.method.min_batch, self.parts.accelerator.num_processes)
+        for i, part in enumerate(chunks(self.rows.held_out, self.config.batch_size, least)):
+            ctx = StepContext(self, step, part, seeded(self.config.seed, 3, i))
+            batch = self._collect(self.shard(part), ctx)
+            metrics.expect(meter.counts(batch, self.reduce))
+            for micro in batch.micro_batches(self.parts.roles.max_tokens):
+                with torch.no_grad():
+                    terms = self.method.loss(micro, self.parts.roles)
+                metrics.add(terms, meter.sums(terms, micro, self.method.name))
+        return {f"eval/{name}": value for name, value in metrics.means(self.reduce).items()}
+
+    def shard(self, examples: Sequence[Example]) -> Batch:
+        """This rank's part of the examples, with the reference's log-probabilities where the method uses them."""
+        accelerator = self.parts.accelerator
+        own = examples[accelerator.process_index :: accelerator.num_processes]
+        batch = batch_of(own, self.parts.layout, accelerator.device)
+        return self.parts.reference.attach(batch) if self.parts.reference else batch
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """Sum over the ranks."""
+        accelerator = self.parts.accelerator
+        if accelerator.num_processes == 1:
+            return value
+        return accelerator.reduce(value.to(accelerator.device), "sum")  # type: ignore[no-any-return]
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """Return the rate of a step: a linear warm-up, then the schedule down to 0 (or constant)."""
+        peak = assemble.peak_rate(self.config, self.method)
+        warmup = round(self.config.warmup_fraction * total)
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        left = (total - step) / max(1, total - warmup)
+        return peak * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[
+            self.config.schedule
+        ]
+
+    def _collect(self, batch: Batch, ctx: StepContext) -> Batch:
+        with torch.no_grad():
+            return self.method.collect(batch, ctx)
+
+    def _most(self, n: int) -> int:
+        accelerator = self.parts.accelerator
+        if accelerator.num_processes == 1:
+            return n
+        return int(accelerator.gather(torch.tensor([n], device=accelerator.device)).max())
+
+    def _skip(self, step: int, micros: list[Batch], loss: float, norm: float) -> None:
+        """Leave the weights as they are, say which rows it was, stop after too many."""
+        self.skipped += 1
+        what = f"step {step + 1}: loss {loss}, gradient norm {norm}; rows {finish.culprits(self, micros)}"
+        logger.warning("%s: the update is skipped", what)
+        if self.skipped > self.config.max_skipped_steps:
+            raise TrainingError(
+                f"{self.skipped} updates were not finite (max_skipped_steps {self.config.max_skipped_steps}), the "
+                f"last at {what}. Look at those rows, or lower learning_rate; checkpoints are in {self.folder}"
+            )
+
+    def _checkpoint(self, step: int, stop: StopSignals) -> None:
+        """Save where it is time, or where a signal asks to leave; then leave."""
+        accelerator = self.parts.accelerator
+        due = time.monotonic() - self._saved_at > 60 * self.config.save_minutes
+        flags = self.reduce(torch.tensor([float(due), float(stop.received or 0)]))  # ranks decide together
+        if flags.sum() or (self.config.save_every and step % self.config.save_every == 0):
+            save(self, step)
+            self._saved_at = time.monotonic()
+        if flags[1]:
+            if accelerator.is_main_process:
+                logger.warning("stopped after step %d; go on with: %s", step, finish.resume_command(self.folder))
+            raise SystemExit(128 + (stop.received or 15))

@@ -1,0 +1,102 @@
+"""What a run leaves behind: metrics lines, tracker entries, the trained model, and words about rows that broke a step."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from alignkit import meter
+from alignkit.config import RunConfig
+from alignkit.models import causal_lm
+from alignkit.progress import Progress
+from alignkit.runfolder import MetricsFile
+
+if TYPE_CHECKING:
+    from alignkit.assemble import Parts
+    from alignkit.engine import Loop
+    from alignkit.types import Batch
+
+
+class Trackers:
+    """metrics.jsonl and Accelerate's trackers, open while a loop runs; the main process alone writes."""
+
+    def __init__(self, loop: Loop, done: int) -> None:
+        self._loop, self._done = loop, done
+        self._file: MetricsFile | None = None
+
+    def __enter__(self) -> Trackers:
+        loop = self._loop
+        if loop.parts.accelerator.is_main_process:
+            self._file = MetricsFile(loop.folder, self._done)
+        if loop.config.trackers:
+            flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in loop.written.items()}
+            loop.parts.accelerator.init_trackers(loop.folder.name, flat)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._file:
+            self._file.close()
+        if self._loop.config.trackers:
+            self._loop.parts.accelerator.end_training()
+
+    def __call__(self, step: int, values: Mapping[str, float], shown: Progress | None) -> dict[str, float]:
+        """Write one step's values everywhere and return them as a dict; nothing is written of no values."""
+        if values and self._file:
+            # JSON has no nan: a step that was skipped is written with null
+            self._file.write(step, {k: v if math.isfinite(v) else None for k, v in values.items()})
+        if values and self._loop.config.trackers:
+            self._loop.parts.accelerator.log(dict(values), step=step)
+        if values and shown:
+            shown.step(step, values, always=any(k.startswith("eval/") for k in values))
+        return dict(values)
+
+
+def culprits(loop: Loop, micros: list[Batch]) -> str:
+    """Name the rows whose own loss is not finite, or all rows of the step where only the gradient was not."""
+    bad: list[int] = []
+    for micro in micros:
+        for i, example in enumerate(micro.examples):
+            one = micro.select([i])
+            with torch.no_grad():
+                terms = loop.method.loss(one, loop.parts.roles)
+            term_sums = meter.sums(terms, one, loop.method.name)
+            if not all(bool(term_sums[n].isfinite()) for n, t in terms.items() if t.coef):
+                bad.append(example.row)
+    rows = bad or [e.row for micro in micros for e in micro.examples]
+    return ", ".join(str(r) for r in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+
+
+def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) -> Any:
+    """Write the model (an adapter alone, unless it is merged) and its tokenizer in the Hugging Face format.
+
+    Written under a temporary name and renamed, so that `folder` is whole or absent. Returns the model.
+    """
+    model = parts.plain.model
+    causal_lm(model).config.use_cache = True
+    state = None
+    if config.fsdp:
+        state = get_model_state_dict(parts.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state = {k.removeprefix("model."): v for k, v in state.items()}
+    if config.merge_adapter:
+        model = model.merge_and_unload()  # type: ignore[operator]
+    if parts.accelerator.is_main_process:
+        temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+        model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
+        tokenizer.save_pretrained(temporary)
+        if folder.exists():
+            folder.rename(folder.with_name(f".{folder.name}-before-{os.getpid()}"))
+        temporary.rename(folder)
+    parts.accelerator.wait_for_everyone()
+    return model
+
+
+def resume_command(folder: Path) -> str:
+    """Return what to type to go on with the run in `folder`."""
+    return f"alignkit run {folder / 'config.yaml'} --resume"

@@ -1,0 +1,83 @@
+"""Terms to numbers: the denominators of a step, its loss, and the averages that are logged.
+
+A Term's mean is the sum over all micro-batches and ranks, divided by the count over all of them. The counts are known
+before the first forward pass, so each micro-batch's backward is already its exact share of the step's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import PluginError
+from alignkit.types import Batch, Term
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sum a tensor over the ranks."""
+
+
+def counts(batch: Batch, reduce: Reduce) -> dict[str, float]:
+    """Return what each possible `over` of a Term is divided by: the count in this step over all ranks, at least 1."""
+    masks = [n for numbers in (batch.per_example, batch.per_completion, batch.per_token) for n in numbers]
+    names = ["examples", "completions", "tokens", *sorted(n for n in masks if batch[n].dtype == torch.bool)]
+    local = torch.tensor([batch.count(n) for n in names], dtype=torch.float64)
+    return {n: max(c, 1.0) for n, c in zip(names, reduce(local).tolist())}
+
+
+def sums(terms: Mapping[str, Term], batch: Batch, method: str) -> dict[str, Tensor]:
+    """Return each term's sum over this micro-batch, a scalar; a mask that `over` names is applied.
+
+    Raises PluginError where a value's shape is not that of what it is averaged over.
+    """
+    out = {}
+    for name, term in terms.items():
+        mask = batch[term.over] if term.over not in ("examples", "completions", "tokens") else None
+        wanted = len(mask) if mask is not None else batch.count(term.over)
+        if term.value.shape != (wanted,):
+            raise PluginError(
+                f"method '{method}' returned the term '{name}' of shape {list(term.value.shape)} over "
+                f"'{term.over}'; this micro-batch has {wanted} of them, so it must be [{wanted}]"
+            )
+        # where(), not a product: a masked-out inf times 0 would be nan
+        value = term.value if mask is None else torch.where(mask, term.value, 0.0)
+        out[name] = value.sum()
+    return out
+
+
+def share(terms: Mapping[str, Term], term_sums: Mapping[str, Tensor], denominators: Mapping[str, float]) -> Tensor:
+    """Return this micro-batch's share of the step's loss, a scalar that can be differentiated."""
+    parts = [t.coef * term_sums[n] / denominators[t.over] for n, t in terms.items() if t.coef]
+    if not parts:
+        raise PluginError("the method's loss returned no term with a coefficient; there is nothing to train on")
+    return torch.stack([p.float() for p in parts]).sum()
+
+
+class Meter:
+    """Adds up term sums over micro-batches, then averages them over ranks: the numbers that are logged."""
+
+    def __init__(self) -> None:
+        self._denominators: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._terms: dict[str, tuple[str, float]] = {}
+
+    def expect(self, denominators: Mapping[str, float]) -> None:
+        """Count in what `counts` said of a batch whose terms will be added."""
+        for name, count in denominators.items():
+            self._denominators[name] = self._denominators.get(name, 0.0) + count
+
+    def add(self, terms: Mapping[str, Term], term_sums: Mapping[str, Tensor], weight: float = 1.0) -> None:
+        """Add one micro-batch; weight 0 for one that only keeps the ranks in step."""
+        for name, term in terms.items():
+            self._terms[name] = (term.over, term.coef)
+            value = term_sums[name].detach().double() * weight
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def means(self, reduce: Reduce) -> dict[str, float]:
+        """Return the mean of every term, and "loss": their sum weighted by the coefficients."""
+        names = sorted(self._sums)
+        totals = reduce(torch.stack([self._sums[n] for n in names])).tolist()
+        means = {n: t / self._denominators[self._terms[n][0]] for n, t in zip(names, totals)}
+        loss = sum(coef * means[n] for n, (_, coef) in self._terms.items() if coef)
+        return {"loss": loss, **{n: v for n, v in means.items() if n != "loss"}}

@@ -1,0 +1,224 @@
+"""Loading models, and the one way alignkit scores tokens with them: trunk, the C positions that count, head.
+
+Nothing above this room knows an architecture; nothing in it knows a method.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from alignkit_kernels import linear_logps, selective_logps
+from torch import Tensor, nn
+
+from alignkit.attention import BLOCK, attention_mask
+from alignkit.config import LoraSettings, RunConfig
+from alignkit.errors import ModelError
+from alignkit.packing import batch_of
+from alignkit.types import Batch, Example, Layout, Rows
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CPU_ROW_TOKENS = 512  # a dense mask costs row^2, a short row leaves gaps; measured by benchmarks/engine.py
+
+
+def load_tokenizer(config: RunConfig) -> Any:
+    """Return the tokenizer of the run. Raises ModelError naming the folder when there is none."""
+    given = config.tokenizer if config.tokenizer is not None else config.model
+    if not isinstance(given, str | Path):
+        if config.tokenizer is None:
+            raise ModelError("a model object was given without its tokenizer; pass tokenizer=")
+        return given
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(given), trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers raises a dozen kinds here
+        raise ModelError(f"cannot load a tokenizer from '{given}': {_first_line(error)}") from error
+
+
+def load_model(config: RunConfig, device: torch.device) -> tuple[nn.Module, bool]:
+    """Return the policy before training on `device`, adapters attached, and whether it came with a trained adapter.
+
+    Dropout is switched off for good. Raises ModelError: nothing to load, or LoRA on top of an adapter.
+    """
+    model = config.model
+    if isinstance(model, str | Path):
+        model = _from_pretrained(str(model), config)
+    came_with_adapter = hasattr(model, "peft_config")
+    if config.lora and came_with_adapter:
+        raise ModelError("the model already carries an adapter: it is trained on; leave out `lora`")
+    if config.lora:
+        model = add_lora(model, config.lora)
+    drop_dropout(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lm = causal_lm(model)
+    lm.config.use_cache = False
+    if config.attention != "auto":
+        lm.set_attn_implementation(config.attention)
+    elif device.type == "cuda" and config.layout != "padded" and getattr(lm, "_supports_flex_attn", False):
+        lm.set_attn_implementation("flex_attention")
+    return model.to(device), came_with_adapter
+
+
+def _from_pretrained(name: str, config: RunConfig) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
+    adapter = Path(name) / "adapter_config.json"
+    try:
+        if adapter.is_file():
+            from peft import PeftModel
+
+            base = json.loads(adapter.read_text())["base_model_name_or_path"]
+            model = AutoModelForCausalLM.from_pretrained(base, **options)
+            return PeftModel.from_pretrained(model, name, is_trainable=True)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_pretrained(name, **options)  # type: ignore[no-any-return]
+    except Exception as error:  # transformers raises a dozen kinds here
+        exists = "" if Path(name).exists() else " (no such folder here, so it was looked up on the hub)"
+        raise ModelError(f"cannot load a causal language model from '{name}'{exists}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
+    """Wrap the model with fresh adapters (peft). Raises ModelError when no module matches."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=settings.target_modules,
+        modules_to_save=settings.modules_to_save,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)  # type: ignore[no-any-return]
+    except ValueError as error:
+        names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ModelError(f"LoRA: {_first_line(error)} The linear modules are {', '.join(names)}") from error
+
+
+def drop_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, so that policy, reference and old policy compute the same function."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "attn_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def causal_lm(model: Any) -> Any:
+    """Return the transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+class Scorer(nn.Module):
+    """A causal language model as a function from rows to log-probabilities; this is what gets wrapped for training."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, rows: Rows, targets: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logps [C] float32 of `targets` (and entropy [C]), see `Outputs`."""
+        hidden_CH = trunk(self.model, rows)
+        return head(self.model, hidden_CH, targets, temperature, entropy)
+
+
+def trunk(model: nn.Module, rows: Rows) -> Tensor:
+    """Return the last hidden states at the positions that predict, [C, H]."""
+    lm = causal_lm(model)
+    mask = attention_mask(rows, lm.config.get_text_config(), next(lm.parameters()).dtype)
+    out = lm.base_model(
+        input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False
+    )
+    hidden_RTH = out.last_hidden_state
+    return hidden_RTH.reshape(-1, hidden_RTH.shape[-1]).index_select(0, rows.predict_at)
+
+
+def head(
+    model: nn.Module, hidden_CH: Tensor, targets: Tensor, temperature: float, entropy: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return logps of the targets (and entropies); the architecture's logit transforms are applied."""
+    lm = causal_lm(model)
+    config = lm.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
+    layer = lm.get_output_embeddings()
+    if type(layer) is nn.Linear:
+        return linear_logps(
+            hidden_CH, layer.weight, targets, layer.bias, softcap, scale, temperature=temperature, entropy=entropy
+        )
+    # a head wrapped by an adapter or a quantiser knows how to multiply; only its own forward does
+    logits = layer(hidden_CH) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return selective_logps(logits, targets, temperature, entropy)
+
+
+def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
+    """Return the log-probabilities of one sequence's tokens after the first `n_prompt`, by the model's own forward."""
+    lm = causal_lm(model)
+    logits = lm(input_ids=sequence[None].long(), use_cache=False).logits[0].float()
+    logps = logits[:-1].log_softmax(-1).gather(1, sequence[1:, None].long()).squeeze(1)
+    return logps[n_prompt - 1 :]
+
+
+def probe(scorer: Scorer, batch: Batch) -> str | None:
+    """Compare a batch's packed rows with one sequence at a time by the model itself; return what differs, or None.
+
+    In float32 1e-4 nats a token are allowed, in lower precision 0.25: rounding, but no wrong mask or position.
+    """
+    device = batch.device
+    try:
+        with torch.no_grad():
+            got = scorer(batch.rows, batch.targets)
+            want = [
+                plain_logps(scorer.model, torch.cat([e.prompt, c.tokens]).to(device), len(e.prompt))[c.trained_at]
+                for e in batch.examples
+                for c in e.completions
+            ]
+    except Exception as error:  # an architecture may refuse a mask in any way it likes
+        return _first_line(error)
+    worst = float((got - torch.cat(want)).abs().max())
+    exact = next(scorer.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    return None if worst <= (1e-4 if exact else 0.25) else f"log-probabilities differ by {worst:.2g} nats a token"
+
+
+def choose_layout(scorer: Scorer, examples: Sequence[Example], config: RunConfig, device: torch.device) -> Layout:
+    """Return the layout of the run: the forest where the probe finds it exact, padded rows (said once) where not.
+
+    Raises ModelError when even padded rows differ from the model's own forward, or `layout: forest` cannot be had.
+    """
+    flex = causal_lm(scorer.model).config._attn_implementation == "flex_attention"
+    row_tokens = config.row_tokens or (config.max_tokens if flex else CPU_ROW_TOKENS)
+    forest = Layout("forest", row_tokens, BLOCK if flex else 1)
+    rows = sorted(examples, key=lambda e: e.n_tokens)[:: max(1, len(examples) // 4)][:4]
+    problem = None
+    if config.layout != "padded":
+        problem = probe(scorer, batch_of(rows, forest, device))
+        if problem is None:
+            return forest
+        if config.layout == "forest":
+            raise ModelError(f"this model cannot read the packed forest ({problem}); use layout: auto or padded")
+        logger.warning("this model cannot read the packed forest (%s); using padded rows: exact, but slower", problem)
+    padded = Layout("padded")
+    if problem := probe(scorer, batch_of(rows, padded, device)):
+        raise ModelError(
+            f"alignkit computes other log-probabilities than {type(causal_lm(scorer.model)).__name__} itself "
+            f"({problem}); its head may transform the logits in a way that is not known here"
+        )
+    return padded

@@ -1,0 +1,106 @@
+"""Which methods are installed: entry points, loaded one at a time and guarded.
+
+A plugin is imported only when its method is asked for. A broken one is reported by name and never stops the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+import pluggy
+
+from alignkit import hookspecs
+from alignkit.config import RunConfig
+from alignkit.errors import PluginError, nearest
+from alignkit.method import Method, MethodConfig
+
+GROUP = "alignkit"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One installed method: its distribution and version, and the class or the reason why it cannot be used."""
+
+    name: str
+    distribution: str
+    version: str
+    method: type[Method] | None
+    problem: str | None = None
+
+
+def names() -> list[str]:
+    """Names of the installed methods, sorted; imports nothing."""
+    return sorted({e.name for e in entry_points(group=GROUP)})
+
+
+def get(name: str) -> type[Method]:
+    """Return the method class of that name. Raises PluginError: unknown, broken, or brought by two distributions."""
+    found = [e for e in entry_points(group=GROUP) if e.name == name]
+    if not found:
+        known = names()
+        have = f"installed: {', '.join(known)}" if known else "no method is installed"
+        raise PluginError(f"no method '{name}'; {have}. {nearest(name, known)} To add one: pip install alignkit-{name}")
+    if len({_owner(e) for e in found}) > 1:
+        owners = " and ".join(sorted({_owner(e)[0] for e in found}))
+        raise PluginError(f"method '{name}' is brought by two distributions, {owners}; uninstall one of them")
+    try:
+        return _load(found[0])
+    except PluginError:
+        raise
+    except Exception as error:  # a stranger's module may raise anything while it is imported
+        raise PluginError(
+            f"method '{name}' of {_owner(found[0])[0]} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+
+
+def plugins() -> list[Plugin]:
+    """Load every installed plugin; a broken one is in the list with its problem."""
+    listed = []
+    for name in names():
+        (owner, version), *_ = sorted({_owner(e) for e in entry_points(group=GROUP) if e.name == name})
+        try:
+            listed.append(Plugin(name, owner, version, get(name)))
+        except PluginError as error:
+            listed.append(Plugin(name, owner, version, None, str(error)))
+    return listed
+
+
+def _owner(entry: EntryPoint) -> tuple[str, str]:
+    return (entry.dist.name, entry.dist.version) if entry.dist else ("an unknown distribution", "?")
+
+
+def _load(entry: EntryPoint) -> type[Method]:
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    try:
+        manager.register(entry.load(), name=entry.name)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"method '{entry.name}' of {_owner(entry)[0]}: {error}; see alignkit.hookspecs") from error
+    classes = [c for some in manager.hook.register_methods() for c in some]
+    for cls in classes:
+        if getattr(cls, "name", None) == entry.name:
+            check_class(cls)
+            return cls  # type: ignore[no-any-return]
+    has = ", ".join(repr(getattr(c, "name", c)) for c in classes) or "none"
+    raise PluginError(f"the entry point '{entry.name}' of {_owner(entry)[0]} brings no method of that name, but {has}")
+
+
+def check_class(cls: type[Method]) -> None:
+    """Raise PluginError when the class breaks the contract in a way that can be seen without running it."""
+    problem = None
+    if not issubclass(cls, Method):
+        problem = "is not a subclass of alignkit.Method"
+    elif cls.loss is Method.loss:
+        problem = "does not define loss(batch, models)"
+    elif getattr(cls, "data", None) not in ("text", "pairs", "unpaired", "prompts"):
+        problem = f"has data = {getattr(cls, 'data', None)!r}; it must be 'text', 'pairs', 'unpaired' or 'prompts'"
+    elif cls.uses - {"policy", "reference", "critic", "reward", "judge"}:
+        problem = f"uses unknown roles {sorted(cls.uses)}; there are policy, reference, critic, reward, judge"
+    elif not issubclass(cls.Config, MethodConfig):
+        problem = "has a Config that is not a subclass of alignkit.MethodConfig"
+    elif clash := sorted(set(cls.Config.model_fields) & set(RunConfig.model_fields)):
+        problem = f"has settings that the run already has: {', '.join(clash)}; rename them"
+    if problem:
+        raise PluginError(f"method '{getattr(cls, 'name', cls.__name__)}' {problem}")

@@ -1,0 +1,204 @@
+"""Who plays which part in a run: the policy, and the reference in one of its four forms.
+
+    cached        scored by the policy before its first update, then served from disk; no second model is ever loaded
+    adapter-off   the policy with its adapters switched off
+    full          a frozen copy
+    int8          a frozen copy with 8-bit linear layers (bitsandbytes LLM.int8, threshold 0)
+
+Whatever the form, values that do not change pass through the persistent cache, so no row is scored twice on a machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.config import ReferenceMode, RunConfig
+from alignkit.errors import ConfigError, PluginError
+from alignkit.logpcache import LogpCache
+from alignkit.method import Method
+from alignkit.models import Scorer
+from alignkit.packing import batch_of
+from alignkit.quantise import to_int8
+from alignkit.reference import cached_logps, fill, fingerprint
+from alignkit.types import Batch, Example, Layout, Outputs
+
+logger = logging.getLogger(__name__)
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+class Roles:
+    """The models a method may ask; a role that it did not declare in `uses` is refused.
+
+    policy: the trained module, wrapped or not. plain: the same module unwrapped, for passes without a gradient.
+    """
+
+    def __init__(
+        self, method: Method, policy: nn.Module, plain: Scorer, reference: Reference | None, max_tokens: int
+    ) -> None:
+        self._method, self._policy, self._plain, self._reference = method, policy, plain, reference
+        self.max_tokens = max_tokens
+        self.autocast: Autocast = nullcontext
+
+    def policy(self, batch: Batch) -> Outputs:
+        """Score the batch's targets with the policy; without a gradient in parts of `max_tokens` tokens."""
+        self._declared("policy")
+        if torch.is_grad_enabled():
+            return Outputs(self._policy(batch.rows, batch.targets))
+        with self.autocast():
+            return Outputs(scored(self._plain, batch, self.max_tokens))
+
+    def reference(self, batch: Batch) -> Outputs:
+        """Score the batch's targets with the reference, without a gradient."""
+        self._declared("reference")
+        assert self._reference is not None
+        return Outputs(self._reference.logps(batch.examples).to(batch.device))
+
+    def _declared(self, role: str) -> None:
+        if role not in self._method.uses:
+            raise PluginError(
+                f"method '{self._method.name}' asked for the role '{role}' without declaring it; "
+                f"add it: uses = frozenset({sorted({*self._method.uses, role})})"
+            )
+
+
+class Reference:
+    """The reference of a run. `logps(examples)` is all that anybody asks of it."""
+
+    def __init__(
+        self,
+        mode: ReferenceMode,
+        policy: Scorer,
+        *,
+        layout: Layout,
+        device: torch.device,
+        max_tokens: int,
+        cache: LogpCache | None,
+        compute_dtype: torch.dtype,
+        autocast: Autocast = nullcontext,
+    ) -> None:
+        self.mode, self.layout, self.device, self.max_tokens = mode, layout, device, max_tokens
+        self.cache, self._autocast = cache, autocast
+        self.scored_examples = 0
+        quantisation = "llm.int8" if mode == "int8" else "none"
+        self._scorer, self._context = _frozen(mode, policy)
+        self.fingerprint = ""
+        if cache is not None:
+            adapters = mode != "adapter-off"
+            self.fingerprint = fingerprint(
+                policy.model, quantisation=quantisation, dtype=compute_dtype, adapters=adapters
+            )
+
+    def prepare(self, examples: Sequence[Example], rank: int = 0, world: int = 1) -> None:
+        """Fill the cache with what it lacks of these examples; an interrupted fill goes on where it was."""
+        if self.cache is not None:
+            fill(examples, self.cache, self.fingerprint, self._score, self.max_tokens, _said, rank=rank, world=world)
+
+    def release(self) -> None:
+        """Let go of the policy in mode "cached": from now on it is trained, and is the reference no more."""
+        if self.mode == "cached":
+            self._scorer = None
+
+    def logps(self, examples: Sequence[Example]) -> Tensor:
+        """Return float32 [C] nats on the CPU, from the cache where it knows them."""
+        if self.cache is not None:
+            return cached_logps(examples, self.cache, self.fingerprint, self._score)
+        return self._score(examples)
+
+    def attach(self, batch: Batch) -> Batch:
+        """Return the batch with its `reference_logps`."""
+        return batch.attach(per_token={"reference_logps": self.logps(batch.examples).to(batch.device)})
+
+    def update(self, policy: nn.Module, alpha: float) -> None:
+        """Move the weights: alpha * policy + (1 - alpha) * reference (TR-DPO, 2404.09656)."""
+        assert self.mode == "full"
+        assert self._scorer is not None
+        with torch.no_grad():
+            for mine, theirs in zip(self._scorer.parameters(), policy.parameters(), strict=True):
+                mine.lerp_(theirs.to(mine.dtype), alpha)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the weights of a reference that moves, for a checkpoint."""
+        assert self._scorer is not None
+        return dict(self._scorer.state_dict())
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state` returned."""
+        assert self._scorer is not None
+        self._scorer.load_state_dict(tensors)
+
+    def _score(self, examples: Sequence[Example]) -> Tensor:
+        if self._scorer is None:
+            raise ConfigError(
+                "the reference was unloaded after its cache was filled, and a row is missing there now; "
+                "was the cache cleared during the run? Start again with --resume"
+            )
+        self.scored_examples += len(examples)
+        batch = batch_of(examples, self.layout, self.device)
+        with torch.no_grad(), self._context(), self._autocast():
+            return scored(self._scorer, batch, self.max_tokens).cpu()
+
+
+def _frozen(mode: ReferenceMode, policy: Scorer) -> tuple[Scorer | None, Autocast]:
+    if mode == "adapter-off":
+        return policy, policy.model.disable_adapter  # type: ignore[return-value]
+    if mode == "cached":
+        return policy, nullcontext
+    frozen = copy.deepcopy(policy).requires_grad_(False).eval()
+    if mode == "int8":
+        frozen.model = to_int8(frozen.model)
+    return frozen, nullcontext
+
+
+def _said(done: int, missing: int) -> None:
+    if done == missing:
+        logger.info("reference: %d rows scored and kept", done)
+
+
+def scored(scorer: nn.Module, batch: Batch, max_tokens: int) -> Tensor:
+    """Score a batch of any size in parts of `max_tokens` tokens; float32 [C] in the batch's order."""
+    out = torch.empty(len(batch.targets), device=batch.device)
+    numbered = batch.attach(per_token={"at": torch.arange(len(out), device=batch.device)})
+    for part in numbered.micro_batches(max_tokens):
+        out[part["at"]] = scorer(part.rows, part.targets).float()
+    return out
+
+
+def resolve_reference(config: RunConfig, method: Method, device: torch.device, n_bytes: int) -> ReferenceMode | None:
+    """Decide the reference's form, None where the method has none. n_bytes: memory of a second copy of the policy.
+
+    Raises ConfigError where what was asked for cannot serve the method.
+    """
+    if "reference" not in method.uses:
+        return None
+    need, mode = method.reference_need(), config.reference
+    fresh_lora = config.lora is not None
+    if mode == "auto":
+        if need == "moving":
+            return "full"
+        if fresh_lora:
+            return "adapter-off"
+        if need == "rows" and config.reference_cache:
+            return "cached"
+        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 3 * n_bytes:
+            return "int8"
+        return "full"
+    if mode == "adapter-off" and not fresh_lora:
+        raise ConfigError("reference: adapter-off needs fresh adapters; add `lora`, or use reference: auto")
+    if mode == "cached" and need != "rows":
+        raise ConfigError(
+            f"reference: cached cannot serve '{method.name}', which asks the reference about rows that are made "
+            f"during the run; use reference: auto, full or int8"
+        )
+    if mode == "cached" and not config.reference_cache:
+        raise ConfigError("reference: cached needs reference_cache: true")
+    if need == "moving" and mode != "full":
+        raise ConfigError(f"'{method.name}' moves its reference, which needs reference: full; given: {mode}")
+    return mode

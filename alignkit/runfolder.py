@@ -1,0 +1,103 @@
+"""A run's folder: config.yaml, metrics.jsonl, checkpoints/, model/."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignkit.config import RunConfig, read_yaml, write_yaml
+from alignkit.errors import ConfigError
+
+# Settings that may change between a run and its resumption without changing what is computed.
+FREE = {
+    "resume", "name", "output", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_tokens", "trackers", "device",
+    "timeout_minutes", "trust_remote_code", "cache_file", "reference_cache",
+}  # fmt: skip
+
+
+def create(config: RunConfig) -> Path:
+    """Return the run's folder, made anew, or found again to be resumed. Raises ConfigError: taken, or not there."""
+    if config.name is not None:
+        folder = config.output / config.name
+        if config.resume and not (folder / "config.yaml").is_file():
+            raise ConfigError(f"nothing to resume in {folder}; runs there: {_runs(config.output)}")
+        if not config.resume and folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} exists; go on with it by --resume, or choose another --name")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    config.output.mkdir(parents=True, exist_ok=True)
+    taken = [int(m[1]) for p in config.output.iterdir() if (m := re.fullmatch(rf"{config.method}-(\d+)", p.name))]
+    for number in range(max(taken, default=0) + 1, 10**6):
+        folder = config.output / f"{config.method}-{number:03d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another process took it just now
+            continue
+        return folder
+    raise ConfigError(f"{config.output} is full of runs; choose another --output")
+
+
+def _runs(output: Path) -> str:
+    names = sorted(p.parent.name for p in output.glob("*/config.yaml"))
+    return ", ".join(names[-8:]) or "none"
+
+
+def write_config(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    """Write config.yaml; when resuming, compare it instead. Raises ConfigError naming what changed."""
+    path = folder / "config.yaml"
+    if resume:
+        before = {k: v for k, v in read_yaml(path).items() if k not in FREE}
+        now = json.loads(json.dumps({k: v for k, v in settings.items() if k not in FREE}))
+        changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+        if changed:
+            was = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed[:3])
+            raise ConfigError(f"{folder} was run with other settings: {was}. Resume with the same, or start a new run")
+        return
+    write_yaml(path, {k: v for k, v in settings.items() if k != "resume"})
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, each with its step."""
+
+    def __init__(self, folder: Path, from_step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            self._drop_after(from_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line and hand it to the system, so that a killed run keeps it."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _drop_after(self, step: int) -> None:
+        # a run that was killed after its last checkpoint repeats those steps
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that was being written when the process was killed
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl; a last line that was cut off is left out."""
+    lines = []
+    for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,166 @@
+"""What a checkpoint holds besides weights: random generators and the optimiser, as tensors and JSON values.
+
+No pickle: whatever is not a tensor is a number, a text, or a list or dict of such.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from alignkit.errors import CheckpointError
+
+_WRAPPERS = re.compile(r"\b(?:module|_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state of every global random generator: torch (CPU, each CUDA device), numpy, python.
+
+    Returns (tensors, JSON values) for `save`; `set_rng_state` takes both back.
+    """
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    return tensors, {
+        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def set_rng_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Put back what `rng_state` returned; CUDA devices that this machine lacks are passed over.
+
+    Raises CheckpointError where the state is not one that the generators accept.
+    """
+    try:
+        torch.set_rng_state(tensors["torch"])
+        for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            if f"cuda.{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
+        name, keys, position, has_gauss, gauss = state["numpy"]
+        np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss))
+        version, internal, gauss_next = state["python"]
+        random.setstate((version, tuple(internal), gauss_next))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"the saved state of the random generators cannot be used: {error!r}") from error
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
+    """Return the whole optimiser's state, sharded or not, as (tensors, JSON value); every rank must call it."""
+    if not optimizer.state:
+        # torch would make the missing state with a step on zero gradients, which moves AdamW's step count to 1.
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return flatten_optimizer({"groups": groups})
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return flatten_optimizer(get_optimizer_state_dict(model, optimizer, options=options))
+
+
+def set_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], layout: Any
+) -> None:
+    """Give a fresh optimiser what `optimizer_state` returned; every rank must call it with the whole state.
+
+    Raises CheckpointError where the state is that of other parameters.
+    """
+    saved = unflatten_optimizer(tensors, layout)
+    if "groups" in saved:
+        for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+            group.update(values)
+        return
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_optimizer_state_dict(model, optimizer, saved, options=options)
+    names: dict[Tensor, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, set()).add(_WRAPPERS.sub("", name))
+    stateful = {_WRAPPERS.sub("", name) for name in saved["state"]}
+    for untouched in [p for p in optimizer.state if not names[p] & stateful]:
+        # No gradient ever reached it; torch gave it the state of a step on zeros (see `optimizer_state`).
+        del optimizer.state[untouched]
+    if lost := stateful - {name for p in optimizer.state for name in names[p]}:
+        raise CheckpointError(
+            f"the checkpoint holds optimiser state of {len(lost)} parameters that are not trained here, such as "
+            f"'{min(lost)}'. Resume with the settings that the run was begun with"
+        )
+
+
+def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """Split a tree of dicts, lists, tuples, numbers, texts and tensors into (named tensors, JSON value).
+
+    Raises CheckpointError on any other kind of value.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def walk(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            while path in tensors:
+                path += "+"
+            tensors[path] = value
+            return {"tensor": path}
+        if isinstance(value, Mapping):
+            return {"dict": [[walk(k, path), walk(v, f"{path}/{k}")] for k, v in value.items()]}
+        if isinstance(value, list | tuple):
+            kind = "list" if isinstance(value, list) else "tuple"
+            return {kind: [walk(v, f"{path}/{i}") for i, v in enumerate(value)]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise CheckpointError(
+            f"optimiser state '{path}' is a {type(value).__name__}; a checkpoint holds plain values only"
+        )
+
+    return tensors, walk(dict(state), "optimizer")
+
+
+def unflatten_optimizer(tensors: Mapping[str, Tensor], layout: Any) -> dict[str, Any]:
+    """Put together again what `flatten_optimizer` took apart, exactly."""
+
+    def walk(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        [(kind, inner)] = value.items()
+        if kind == "tensor":
+            return tensors[inner]
+        if kind == "dict":
+            return {walk(k): walk(v) for k, v in inner}
+        return [walk(v) for v in inner] if kind == "list" else tuple(walk(v) for v in inner)
+
+    result: dict[str, Any] = walk(layout)
+    return result
+
+
+def without_aliases(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split off tensors seen under another name before (tied weights): (the others, name -> that other name)."""
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, t in named.items():
+        same = (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) if t.numel() else (name,)
+        if seen.setdefault(same, name) == name:
+            kept[name] = t
+        else:
+            aliases[name] = seen[same]
+    return kept, aliases
+
+
+def packed(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, contiguous, no two in one storage, as safetensors wants them."""
+    result: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, t in named.items():
+        t = t.detach().cpu().contiguous()
+        storage = t.untyped_storage().data_ptr()
+        result[name] = t.clone() if storage in storages else t
+        storages.add(storage)
+    return result

@@ -1,0 +1,69 @@
+"""Which examples a step reads: a pure function of the seed and the step, so that a resumed run needs no position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from alignkit.errors import DataError
+from alignkit.types import Example
+
+
+class Stream:
+    """Examples in a fresh random order each epoch, cut into steps of `batch_size`.
+
+    A last part smaller than `min_batch` (what the method or the number of ranks needs) is left out of its epoch.
+    Raises DataError when the data does not fill a single step of that size.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, min_batch: int = 1) -> None:
+        self._examples, self._batch_size, self._seed = examples, batch_size, seed
+        whole, tail = divmod(len(examples), batch_size)
+        self.steps_per_epoch = whole + (tail >= max(min_batch, 1))
+        if self.steps_per_epoch == 0:
+            raise DataError(f"{len(examples)} usable rows are too few: a step needs at least {max(min_batch, 1)}")
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def total_steps(self, epochs: float, max_steps: int | None) -> int:
+        """Return the optimiser steps of a run."""
+        return max_steps or max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
+
+    def __getitem__(self, step: int) -> tuple[Example, ...]:
+        epoch, part = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = seeded(self._seed, 0, epoch)
+            self._order = torch.randperm(len(self._examples), generator=generator)
+            self._epoch = epoch
+        at = self._order[part * self._batch_size : (part + 1) * self._batch_size]
+        return tuple(self._examples[i] for i in at.tolist())
+
+
+def chunks(examples: Sequence[Example], size: int, min_batch: int) -> list[tuple[Example, ...]]:
+    """Cut examples into parts of `size` in order; a last part below `min_batch` joins the one before."""
+    parts = [tuple(examples[i : i + size]) for i in range(0, len(examples), size)]
+    if len(parts) > 1 and len(parts[-1]) < min_batch:
+        parts[-2:] = [parts[-2] + parts[-1]]
+    return parts
+
+
+def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split into (train, held out) so that no prompt is on both sides; the order within each is kept."""
+    if not fraction:
+        return list(examples), []
+    prompts = sorted({e.prompt.numpy().tobytes() for e in examples})
+    order = torch.randperm(len(prompts), generator=seeded(seed, 1, 0)).tolist()
+    n_held = max(1, round(fraction * len(prompts)))
+    if n_held >= len(prompts):
+        raise DataError(f"eval_fraction {fraction} of {len(prompts)} different prompts leaves none to train on")
+    held = {prompts[i] for i in order[:n_held]}
+    sides = ([], [])  # type: tuple[list[Example], list[Example]]
+    for e in examples:
+        sides[e.prompt.numpy().tobytes() in held].append(e)
+    return sides
+
+
+def seeded(seed: int, purpose: int, number: int) -> torch.Generator:
+    """Return a generator that depends on all three numbers; `purpose` keeps the run's uses of its seed apart."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) * 16 + purpose)

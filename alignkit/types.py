@@ -1,0 +1,295 @@
+"""The one batch type: a packed forest of prompt trees, and what a method says about it.
+
+A tree is a prompt with k completions branching off it. The prompt's tokens stand once, trees share rows, and only
+the positions that predict trained completion tokens ever reach the language-model head.
+
+Shape letters, used as suffixes throughout alignkit:
+    E examples (trees)    S completions    C trained completion tokens    N tokens
+    R rows    T tokens a row    H hidden size    V vocabulary    G completions a group
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LayoutKind = Literal["forest", "padded"]
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """One answer to a prompt.
+
+    tokens: int32 [n], the end-of-sequence token included where the answer has one.
+    trained: bool [n], False where a token is read but not learned (a user's turn inside a multi-turn answer);
+        None means that every token is trained.
+    """
+
+    tokens: Tensor
+    trained: Tensor | None = None
+
+    @cached_property
+    def trained_at(self) -> Tensor:
+        """Offsets of the trained tokens, int64 [c]."""
+        if self.trained is None:
+            return torch.arange(len(self.tokens))
+        return self.trained.nonzero().squeeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A prompt, its completions, and the numbers known about them before training.
+
+    prompt: int32 [n], n >= 1: its last token predicts the first token of every completion.
+    completions: of a pair, the chosen one first.
+    numbers: one float each, such as "margin" (pairs) or "desirable" (1.0 or 0.0, unpaired).
+    row: the 1-based row of the source, for messages.
+    """
+
+    prompt: Tensor
+    completions: tuple[Completion, ...]
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    row: int = 0
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Tokens of the tree: the prompt once, and every completion."""
+        return len(self.prompt) + sum(len(c.tokens) for c in self.completions)
+
+    @cached_property
+    def n_trained(self) -> tuple[int, ...]:
+        """Trained tokens of each completion."""
+        return tuple(len(c.trained_at) for c in self.completions)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How trees are laid out for the model.
+
+    kind: "forest" packs whole trees into rows under a tree mask; "padded" gives each prompt + completion a row.
+    row_tokens: a forest row is filled up to this many tokens (a longer tree gets a longer row).
+    multiple_of: rows are padded to a multiple of this (block masks want 128).
+    """
+
+    kind: LayoutKind = "forest"
+    row_tokens: int = 512
+    multiple_of: int = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tensors a model reads.
+
+    input_ids, position_ids, tree_ids, branch_ids: int64 [R, T]; tree_ids is -1 on padding; branch_ids is 0 on
+    prompts and k + 1 on the k-th completion. predict_at: int64 [C], indices into the flattened R * T positions.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    tree_ids: Tensor
+    branch_ids: Tensor
+    predict_at: Tensor
+    kind: LayoutKind = "forest"
+
+    def to(self, device: torch.device | str) -> Rows:
+        """Return the same rows on `device`."""
+        names = ("input_ids", "position_ids", "tree_ids", "branch_ids", "predict_at")
+        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples with the numbers that were computed about them; packed into rows when a model asks.
+
+    per_example, per_completion, per_token: tensors whose first dimension is E, S or C. They follow the examples
+    through `select`, `minibatches` and `micro_batches`, so a method never sees how a step was cut.
+    The order of E, S and C is that of `examples`, whatever the rows look like.
+    """
+
+    examples: tuple[Example, ...]
+    layout: Layout = Layout()
+    device: torch.device = torch.device("cpu")
+    per_example: Mapping[str, Tensor] = field(default_factory=dict)
+    per_completion: Mapping[str, Tensor] = field(default_factory=dict)
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The packed tensors, on the batch's device."""
+        from alignkit.packing import pack  # packing imports this module
+
+        return pack(self.examples, self.layout).to(self.device)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """The tokens to be predicted, int64 [C]."""
+        parts = [c.tokens[c.trained_at] for e in self.examples for c in e.completions]
+        return torch.cat(parts).long().to(self.device)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """Borders of the completions among the C tokens, int64 [S + 1]."""
+        return _borders([n for e in self.examples for n in e.n_trained]).to(self.device)
+
+    @cached_property
+    def cu_completions(self) -> Tensor:
+        """Borders of the examples among the S completions, int64 [E + 1]."""
+        return _borders([len(e.completions) for e in self.examples]).to(self.device)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Trained tokens of each completion, int64 [S]."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all trees, prompts counted once, padding not at all."""
+        return sum(e.n_tokens for e in self.examples)
+
+    @property
+    def reference_logps(self) -> Tensor:
+        """The reference's log-probabilities of the targets, float32 [C], nats."""
+        return self["reference_logps"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the named number, whatever its extent; a KeyError lists what there is."""
+        for numbers in (self.per_example, self.per_completion, self.per_token):
+            if name in numbers:
+                return numbers[name]
+        known = sorted([*self.per_example, *self.per_completion, *self.per_token])
+        hint = " (does the method declare uses={'reference'}?)" if name == "reference_logps" else ""
+        raise KeyError(f"the batch carries no '{name}'{hint}; it has {known or 'nothing'}")
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in numbers for numbers in (self.per_example, self.per_completion, self.per_token))
+
+    def pairs(self, value_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Split a value [S] of a batch of pairs into (chosen [E], rejected [E])."""
+        return value_S[0::2], value_S[1::2]
+
+    def attach(
+        self,
+        *,
+        per_example: Mapping[str, Tensor] | None = None,
+        per_completion: Mapping[str, Tensor] | None = None,
+        per_token: Mapping[str, Tensor] | None = None,
+    ) -> Batch:
+        """Return a copy that also carries these numbers; sizes are checked against E, S and C."""
+        given = (("per_example", per_example), ("per_completion", per_completion), ("per_token", per_token))
+        sizes = {"per_example": len(self), "per_completion": len(self.lengths), "per_token": len(self.targets)}
+        merged = {}
+        for extent, new in given:
+            for name, value in (new or {}).items():
+                if len(value) != sizes[extent]:
+                    raise ValueError(f"{extent} number '{name}' has {len(value)} entries, wanted {sizes[extent]}")
+            merged[extent] = {**getattr(self, extent), **(new or {})}
+        return self._like(**merged)
+
+    def select(self, indices: Sequence[int]) -> Batch:
+        """Return the examples at `indices` with their share of every number."""
+        at = torch.as_tensor(list(indices), dtype=torch.int64, device=self.device)
+        at_S = _expand(at, self.cu_completions)
+        at_C = _expand(at_S, self.cu_seqlens)
+        return self._like(
+            examples=tuple(self.examples[i] for i in indices),
+            per_example={k: v[at] for k, v in self.per_example.items()},
+            per_completion={k: v[at_S] for k, v in self.per_completion.items()},
+            per_token={k: v[at_C] for k, v in self.per_token.items()},
+        )
+
+    def minibatches(self, n: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield n shuffled parts of nearly equal size (fewer where there are fewer examples); n = 1 is the batch."""
+        if n == 1:
+            yield self
+            return
+        order = torch.randperm(len(self), generator=generator)
+        for part in order.tensor_split(min(n, len(self))):
+            yield self.select(part.tolist())
+
+    def micro_batches(self, max_tokens: int) -> list[Batch]:
+        """Cut on tree borders into parts of at most `max_tokens` tokens (one tree at least), longest trees first."""
+        order = sorted(range(len(self)), key=lambda i: -self.cost(i))
+        parts: list[list[int]] = []
+        room = 0
+        for i in order:
+            if not parts or self.cost(i) > room:
+                parts.append([])
+                room = max_tokens
+            parts[-1].append(i)
+            room -= self.cost(i)
+        return [self.select(sorted(part)) for part in parts] if len(parts) > 1 else [self]
+
+    def cost(self, i: int) -> int:
+        """Tokens that example i costs in this layout."""
+        e = self.examples[i]
+        return e.n_tokens + (len(e.completions) - 1) * len(e.prompt) * (self.layout.kind == "padded")
+
+    def count(self, over: str) -> int:
+        """Return how many a Term over `over` is averaged over: examples, completions, tokens, or a mask's sum."""
+        if over == "examples":
+            return len(self)
+        if over == "completions":
+            return len(self.lengths)
+        if over == "tokens":
+            return len(self.targets)
+        return int(self[over].sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with its numbers on `device`."""
+        moved = {
+            extent: {k: v.to(device) for k, v in getattr(self, extent).items()}
+            for extent in ("per_example", "per_completion", "per_token")
+        }
+        return self._like(device=torch.device(device), **moved)
+
+    def _like(self, **changes: object) -> Batch:
+        # replace() drops the cached properties, which is what every caller here wants.
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a loss: `coef` times the mean of `value` over what `over` names.
+
+    value: [E] for "examples", [S] for "completions", [C] for "tokens", or the shape of the mask that `over` names.
+    coef: 0 makes it a metric: averaged and logged, never differentiated.
+    The engine divides by the count over ALL micro-batches and ranks, so a method must not average itself.
+    """
+
+    value: Tensor
+    over: str = "examples"
+    coef: float = 1.0
+
+
+def metric(value: Tensor, over: str = "examples") -> Term:
+    """Return a Term that is logged and not differentiated."""
+    return Term(value.detach(), over, coef=0.0)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says about a batch: logps float32 [C] in nats, entropy float32 [C] in nats when asked for."""
+
+    logps: Tensor
+    entropy: Tensor | None = None
+
+
+def _borders(lengths: list[int]) -> Tensor:
+    borders = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(torch.tensor(lengths, dtype=torch.int64), 0, out=borders[1:])
+    return borders
+
+
+def _expand(at: Tensor, borders: Tensor) -> Tensor:
+    """Indices of all entries of the segments `at`, in order."""
+    sizes = borders.diff()[at]
+    starts = torch.repeat_interleave(borders[:-1][at] - (sizes.cumsum(0) - sizes), sizes)
+    return starts + torch.arange(len(starts), device=at.device)

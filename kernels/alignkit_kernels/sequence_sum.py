@@ -1,0 +1,24 @@
+"""Sums and means of ragged sequences that lie one behind the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sequence_sum(values: Tensor, cu_seqlens: Tensor, mean: bool = False) -> Tensor:
+    """Return the sum (or mean) of each segment of `values`; an empty segment gives 0.
+
+    values: [C], float32 or float64. cu_seqlens: int64 [S + 1], ascending from 0 to C. Returns [S].
+    Raises ValueError when the borders do not cover the values. Deterministic, and so is its backward.
+    """
+    if values.dim() != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"wanted values [C] and cu_seqlens [S + 1], got {[*values.shape]} and {[*cu_seqlens.shape]}")
+    lengths = cu_seqlens.diff()
+    if not values.is_cuda and (int(cu_seqlens[-1]) != len(values) or bool((lengths < 0).any())):
+        # on a GPU the comparison would wait for the device
+        raise ValueError(f"cu_seqlens must ascend to {len(values)}, got {cu_seqlens.tolist()}")
+    if len(lengths) == 0:
+        return values.new_zeros(0)
+    sums = torch.segment_reduce(values.contiguous(), "sum", offsets=cu_seqlens, unsafe=True, initial=0)
+    return sums / lengths.clamp(min=1) if mean else sums

@@ -1,0 +1,47 @@
+"""Contrastive Preference Optimization (2401.08417): DPO with a uniform reference, and an SFT term to stay sane.
+
+    loss = -log s(b (logp_c - logp_r)) + alpha * nll(chosen, averaged over its tokens)
+"""
+
+from __future__ import annotations
+
+from alignkit_kernels import preference_loss, sequence_sum
+from pydantic import Field
+
+from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+
+
+class CPO(Method["CPO.Config"]):
+    """Prefer the chosen answer and imitate it; no reference model."""
+
+    name = "cpo"
+    data = "pairs"
+    learning_rate = 1e-6
+    lora_learning_rate = 5e-6
+
+    class Config(MethodConfig):
+        """Settings of CPO."""
+
+        beta: float = Field(0.1, gt=0, description="scale of the log-probability gap")
+        alpha: float = Field(1.0, ge=0, description="weight of the chosen answer's negative log-likelihood")
+        label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed part of labels that are flipped")
+
+    def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
+        """Return the contrastive term and the SFT term, one of each a pair."""
+        c = self.config
+        logps_C = models.policy(batch).logps
+        out = preference_loss(
+            logps_C, None, batch.cu_seqlens, "cpo", beta=c.beta, label_smoothing=c.label_smoothing
+        )
+        nll_E, _ = batch.pairs(-sequence_sum(logps_C, batch.cu_seqlens, mean=True))
+        return {
+            "cpo": Term(out.losses),
+            "nll/chosen": Term(nll_E, coef=c.alpha),
+            **pair_metrics(batch, logps_C, out.rewards),
+        }
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Bring "cpo"."""
+    return [CPO]

@@ -1,0 +1,44 @@
+"""Odds Ratio Preference Optimization (2403.07691): SFT and preference in one pass, without a reference.
+
+    loss = nll(chosen, averaged over its tokens) - lambda log s(o_c - o_r),   o = log(p / (1 - p))
+
+where log p is a completion's average log-probability a token; log(1 - p) is computed so that p near 1 stays finite.
+"""
+
+from __future__ import annotations
+
+from alignkit_kernels import preference_loss, sequence_sum
+from pydantic import Field
+
+from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+
+
+class ORPO(Method["ORPO.Config"]):
+    """Imitate the chosen answer and widen the odds against the rejected one; starts from a base model."""
+
+    name = "orpo"
+    data = "pairs"
+    learning_rate = 8e-6
+    lora_learning_rate = 8e-5
+
+    class Config(MethodConfig):
+        """Settings of ORPO."""
+
+        lambda_: float = Field(0.1, ge=0, description="weight of the odds-ratio term")
+
+    def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
+        """Return the SFT term and the odds-ratio term, one of each a pair."""
+        logps_C = models.policy(batch).logps
+        out = preference_loss(logps_C, None, batch.cu_seqlens, "orpo", beta=self.config.lambda_)
+        nll_E, _ = batch.pairs(-sequence_sum(logps_C, batch.cu_seqlens, mean=True))
+        return {
+            "nll/chosen": Term(nll_E),
+            "odds_ratio": Term(out.losses, coef=self.config.lambda_),
+            **pair_metrics(batch, logps_C, out.rewards),
+        }
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Bring "orpo"."""
+    return [ORPO]

@@ -1,0 +1,46 @@
+"""Simple Preference Optimization (2405.14734): no reference, a length-normalised reward, a target margin.
+
+    loss = -log s(b (logp_c / |c| - logp_r / |r|) - gamma),   gamma = gamma_ratio * b
+
+The paper tunes gamma as a ratio to beta (0.3 to 1.6), and so does this.
+"""
+
+from __future__ import annotations
+
+from alignkit_kernels import preference_loss, sequence_sum
+from pydantic import Field
+
+from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+
+
+class SimPO(Method["SimPO.Config"]):
+    """Rank answers by their average log-probability, with a margin to win by."""
+
+    name = "simpo"
+    data = "pairs"
+    learning_rate = 1e-6
+    lora_learning_rate = 5e-6
+
+    class Config(MethodConfig):
+        """Settings of SimPO."""
+
+        beta: float = Field(2.0, gt=0, description="scale of the average log-probabilities")
+        gamma_ratio: float = Field(0.5, ge=0, description="target margin divided by beta")
+        sft_weight: float = Field(0.0, ge=0, description="adds this times the chosen answer's NLL a token")
+
+    def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
+        """Return the margin loss, one a pair, and the SFT term where asked for."""
+        c = self.config
+        logps_C = models.policy(batch).logps
+        out = preference_loss(logps_C, None, batch.cu_seqlens, "simpo", beta=c.beta, gamma=c.gamma_ratio * c.beta)
+        terms = {"simpo": Term(out.losses), **pair_metrics(batch, logps_C, out.rewards)}
+        if c.sft_weight:
+            nll_E, _ = batch.pairs(-sequence_sum(logps_C, batch.cu_seqlens, mean=True))
+            terms["nll/chosen"] = Term(nll_E, coef=c.sft_weight)
+        return terms
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Bring "simpo"."""
+    return [SimPO]
