@@ -64,8 +64,7 @@ class SpecialTokens:
     def turn_end(self, text: str, begin: int) -> int | None:
         """Where the special token ends that closes `text`, white space behind it or not; None if there is none."""
         end = len(text.rstrip())
-        closed = end > begin and text[begin:end].endswith(tuple(self.names))
-        return end if closed else None
+        return end if text[begin:end].endswith(tuple(self.names)) else None
 
     def inside(self, text: str) -> bool:
         """Whether one of them is spelled out in `text`."""
@@ -88,8 +87,9 @@ class SpecialTokens:
 def render(rows: Sequence[Row], source: str, tokenizer: Any, special: SpecialTokens, seconds: float) -> list[Draft]:
     """Render rows of messages.
 
-    source: the name of the data, for messages. seconds: a row whose template runs longer stops everything. Raises ConfigError without a chat template, ModelError
-    after the time limit, FaultyRowsError for rows that the template refuses.
+    source: the data's name, for messages. seconds: a row whose template runs longer stops everything. Raises
+    ConfigError without a chat template, ModelError after the time limit, FaultyRowsError for rows that the template
+    refuses.
     """
     if rows and not tokenizer.chat_template:
         name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
@@ -119,16 +119,22 @@ def _drafted(
         yield
 
 
+class _Stop(BaseException):
+    """Raised inside a rendering thread from outside, so that a template without an end does not run on."""
+
+
 def _within(seconds: float, steps: Iterator[None], rows: Sequence[Row]) -> None:
     """Run `steps` in a thread, so that one that never ends can be left: signals only reach the main thread."""
     done = 0
-    failures: list[BaseException] = []
+    failures: list[Exception] = []
 
     def work() -> None:
         nonlocal done
         try:
             for _ in steps:
                 done += 1
+        except _Stop:
+            pass
         except Exception as error:
             failures.append(error)
 
@@ -138,7 +144,7 @@ def _within(seconds: float, steps: Iterator[None], rows: Sequence[Row]) -> None:
         before = done
         thread.join(seconds)
         if thread.is_alive() and done == before:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stop))
             raise ModelError(
                 f"the chat template did not finish row {rows[done].row} within {seconds:g} s. "
                 "Read tokenizer.chat_template before you trust this model, or set another template"

@@ -75,13 +75,15 @@ def load(source: object, kind: DataKind, columns: Mapping[str, str] | None = Non
     if not raw.rows:
         raise FaultyRowsError(raw.source, raw.faults) if raw.faults else DataError(f"{raw.source}: holds no rows")
     form = _detect(raw, kind, forced)
+    # A margin in some rows only is a fault in the others: half a column of numbers cannot be averaged.
+    margins = kind == "pairs" and any("margin" in cells for _, cells in raw)
     rows: list[Row] = []
     faults = list(raw.faults)
     report = Report(total=len(raw))
     for number, cells in raw:
         reader = Cells(number, cells, raw.textual)
         try:
-            found = _convert(parse(reader, form, kind), form, kind, reader)
+            found = _convert(parse(reader, form, kind), form, kind, reader, margins)
             rows.extend(found if not reader.faults else ())
         except DroppedRow as dropped:
             if not reader.faults:
@@ -153,12 +155,12 @@ def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form
     )
 
 
-def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells) -> list[Row]:
+def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: bool) -> list[Row]:
     """Make the rows of `kind` that one parsed row gives, or drop it."""
     numbers: dict[str, float] = {}
     used = {"prompt"} if kind == "prompts" and "prompt" in form.columns else {"prompt", *form.columns}
-    if kind == "pairs" and "margin" in cells.cells:
-        numbers["margin"] = cells.number_of("margin", cells.cells["margin"])
+    if margins:
+        numbers["margin"] = cells.number_of("margin", cells.cells.get("margin"))
         used.add("margin")
     extra = {column: value for column, value in cells.cells.items() if column not in used}
 

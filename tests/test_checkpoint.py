@@ -407,12 +407,14 @@ def test_training_goes_on_bitwise_after_a_round_trip(tmp_path, frozen, name, don
     train(net, optimizer, range(done))
     tensors, layout = checkpoint.optimizer_state(net, optimizer)
     checkpoint.save(tmp_path, done, {"model": net.state_dict(), "optimizer": tensors}, {"optimizer": layout}, keep=1)
+    parameters_with_state = len(optimizer.state)
     train(net, optimizer, range(done, 6))  # the save itself must not disturb the run that goes on
 
     loaded = checkpoint.load(tmp_path)
     again, fresh = trainer(frozen, name)
     again.load_state_dict(loaded.tensors["model"])
     checkpoint.set_optimizer_state(again, fresh, loaded.tensors["optimizer"], loaded.state["optimizer"])
+    assert len(fresh.state) == parameters_with_state
     train(again, fresh, range(done, 6))
 
     straight, untouched = trainer(frozen, name)

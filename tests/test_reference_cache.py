@@ -411,6 +411,13 @@ def test_completions_are_looked_up_singly(cache):
     assert score.n_examples == 1
 
 
+def test_what_is_stored_wins_over_what_is_computed_beside_it(cache):
+    fill([example([1, 2], [5])], cache, REFERENCE, lambda e: torch.full((1,), -0.25), 100)
+    pair = example([1, 2], [3, 4], [5])
+    for _ in range(2):
+        assert cached_logps([pair], cache, REFERENCE, Scorer())[2] == -0.25
+
+
 def test_equal_examples_are_computed_once(cache):
     score = Scorer()
     fill(some_examples(5) * 3, cache, REFERENCE, score, 1000)

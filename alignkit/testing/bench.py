@@ -1,0 +1,244 @@
+"""A method on the bench: one training step in float64 on a small model, cut in any way, on pretended ranks.
+
+The step is the engine's: collect once, count over all ranks, then a backward for each micro-batch with the counts of
+`alignkit.meter`. Only devices, optimiser and files are missing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit import meter
+from alignkit.errors import PluginError
+from alignkit.method import Method
+from alignkit.models import Scorer
+from alignkit.packing import batch_of
+from alignkit.testing.byhand import ScoredRow, score_rows
+from alignkit.testing.world import blend, tiny_model
+from alignkit.types import Batch, Completion, Example, Layout, Outputs
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a step is cut, none of which may change its result.
+
+    layout: of the rows. max_tokens: of a micro-batch. ranks: processes pretended. order: of the collected examples.
+    """
+
+    layout: Layout = Layout("forest", 64)
+    max_tokens: int = 1_000_000
+    ranks: int = 1
+    order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step gave: its loss, the mean of every term and metric, and the policy's gradients by name."""
+
+    loss: float
+    metrics: dict[str, float]
+    gradients: dict[str, Tensor]
+
+
+class TinyModels:
+    """Policy and reference of the bench; a role that the method did not declare is refused, as in a run."""
+
+    def __init__(self, method: Method[Any], dtype: torch.dtype = torch.float64) -> None:
+        self.method = method
+        self.policy_scorer = Scorer(tiny_model(0, dtype))
+        self.reference_scorer = Scorer(tiny_model(0, dtype)).requires_grad_(False)
+        blend(self.policy_scorer, tiny_model(1, dtype), 0.05)
+
+    def policy(self, batch: Batch) -> Outputs:
+        """Score with the policy."""
+        return Outputs(self._ask("policy", self.policy_scorer, batch))
+
+    def reference(self, batch: Batch) -> Outputs:
+        """Score with the reference."""
+        with torch.no_grad():
+            return Outputs(self._ask("reference", self.reference_scorer, batch))
+
+    def _ask(self, role: str, scorer: Scorer, batch: Batch) -> Tensor:
+        if role not in self.method.uses:
+            raise PluginError(f"'{self.method.name}' asked for the role '{role}', which `uses` does not declare")
+        logps: Tensor = scorer(batch.rows, batch.targets)
+        return logps
+
+
+class ScriptedModels:
+    """Models that say what they are told: one log-probability in nats for every token of a completion.
+
+    policy_says, reference_says: by completion. leaves: the policy's outputs, whose gradients can be looked at.
+    """
+
+    def __init__(self, policy_says: Mapping[Completion, float], reference_says: Mapping[Completion, float]) -> None:
+        self.policy_says, self.reference_says = policy_says, reference_says
+        self.leaves: list[Tensor] = []
+
+    def policy(self, batch: Batch) -> Outputs:
+        """Return the scripted values as a leaf."""
+        logps_C = _spread(batch, self.policy_says).requires_grad_(torch.is_grad_enabled())
+        self.leaves.append(logps_C)
+        return Outputs(logps_C)
+
+    def reference(self, batch: Batch) -> Outputs:
+        """Return the scripted values."""
+        return Outputs(_spread(batch, self.reference_says))
+
+
+def _spread(batch: Batch, says: Mapping[Completion, float]) -> Tensor:
+    values = torch.tensor([says[c] for e in batch.examples for c in e.completions])
+    return values.repeat_interleave(batch.lengths)
+
+
+class _Ranks:
+    """Sums over pretended ranks, each a thread."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self._barrier, self._values = n, threading.Barrier(n), [torch.empty(0)] * n
+
+    def sum(self, rank: int, value: Tensor) -> Tensor:
+        self._values[rank] = value
+        self._barrier.wait()
+        total = torch.stack(self._values).sum(0)
+        self._barrier.wait()
+        return total
+
+    def collect(self, work: Any) -> list[Batch]:
+        """Run work(rank) for every rank at once; the first true error is raised."""
+
+        def guarded(rank: int) -> Batch:
+            try:
+                with torch.no_grad():
+                    return work(rank)  # type: ignore[no-any-return]
+            except BaseException:
+                self._barrier.abort()  # or the others would wait for ever
+                raise
+
+        with ThreadPoolExecutor(self.n) as pool:
+            futures = [pool.submit(guarded, rank) for rank in range(self.n)]
+        errors = [e for f in futures if (e := f.exception()) is not None]
+        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+            raise error
+        return [f.result() for f in futures]
+
+
+@dataclass
+class BenchContext:
+    """`alignkit.method.Context` on the bench. moved: the alphas that `update_reference` was called with."""
+
+    models: Any
+    step_examples: tuple[Example, ...]
+    step: int = 0
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    uses_reference: bool = True
+    layout: Layout = Layout()
+    rank: int = 0
+    ranks: _Ranks = field(default_factory=lambda: _Ranks(1))
+    moved: list[float] = field(default_factory=list)
+
+    def shard(self, examples: Sequence[Example]) -> Batch:
+        """This rank's part of the examples."""
+        batch = batch_of(examples[self.rank :: self.ranks.n], self.layout)
+        if not self.uses_reference:
+            return batch
+        with torch.no_grad():
+            return batch.attach(per_token={"reference_logps": self.models.reference(batch).logps})
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over all ranks."""
+        total = self.ranks.sum(self.rank, torch.stack([value.double().sum(), torch.tensor(float(value.numel()))]))
+        return (total[0] / total[1]).to(value)
+
+    def update_reference(self, alpha: float) -> None:
+        """Write the call down."""
+        self.moved.append(alpha)
+
+
+class Bench:
+    """One method with its models in float64; `models` may be others that say what is wanted."""
+
+    def __init__(self, method: Method[Any], models: Any = None) -> None:
+        self.method = method
+        self.models = models if models is not None else TinyModels(method)
+
+    def context(self, examples: Sequence[Example], cut: Cut = Cut(), rank: int = 0, ranks: Any = None) -> BenchContext:
+        """Return the context of a step over these examples."""
+        return BenchContext(
+            self.models,
+            tuple(examples),
+            uses_reference="reference" in self.method.uses,
+            layout=cut.layout,
+            rank=rank,
+            ranks=ranks or _Ranks(1),
+        )
+
+    def collect(self, examples: Sequence[Example], cut: Cut = Cut()) -> list[Batch]:
+        """Return each rank's batch as `collect` left it, in the order that `cut` asks for."""
+        ranks = _Ranks(cut.ranks)
+
+        def work(rank: int) -> Batch:
+            ctx = self.context(examples, cut, rank, ranks)
+            return self.method.collect(ctx.shard(examples), ctx)
+
+        batches = ranks.collect(work)
+        return [b.select(cut.order) if cut.order is not None else b for b in batches]
+
+    def step(self, examples: Sequence[Example], cut: Cut = Cut()) -> Measured:
+        """Return loss, metrics and gradients of one step."""
+        batches = self.collect(examples, cut)
+        per_rank = [meter.counts(b, lambda t: t) for b in batches]
+        names = {n for counts in per_rank for n in counts}
+        # a count is at least 1 in `meter.counts`, so what a rank has none of is counted anew
+        totals = {n: max(1.0, float(sum(b.count(n) for b in batches))) for n in names}
+        metrics = meter.Meter()
+        metrics.expect(totals)
+        policy = self.models.policy_scorer
+        policy.zero_grad()
+        for batch in batches:
+            for micro in batch.micro_batches(cut.max_tokens):
+                terms = self.method.loss(micro, self.models)
+                term_sums = meter.sums(terms, micro, self.method.name)
+                meter.share(terms, term_sums, totals).backward()  # type: ignore[no-untyped-call]
+                metrics.add(terms, term_sums)
+        gradients = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+        policy.zero_grad()
+        means = metrics.means(lambda t: t)
+        return Measured(means["loss"], means, gradients)
+
+    def score(self, examples: Sequence[Example]) -> list[ScoredRow]:
+        """Return what both models say about each answer alone, as plain float64 numbers; see `alignkit.testing.byhand`."""
+        return score_rows(self.models.policy_scorer.model, self.models.reference_scorer.model, examples)
+
+
+def assert_same(a: Measured, b: Measured, what: str, tolerance: float = 1e-6) -> None:
+    """Fail unless loss, metrics and gradients of two steps agree to `tolerance`, relative to their size.
+
+    Everything is float64, where reordering a sum costs about 1e-14; the rest of the tolerance is for a method that
+    keeps a constant in float32. A wrong denominator is wrong in the first digits.
+    """
+    for name in sorted({*a.metrics, *b.metrics}):
+        x, y = a.metrics.get(name, float("nan")), b.metrics.get(name, float("nan"))
+        assert abs(x - y) <= tolerance * max(1.0, abs(x)), f"'{name}' depends on {what}: {x!r} and {y!r}"
+    assert a.gradients.keys() == b.gradients.keys(), f"which parameters get a gradient depends on {what}"
+    scale = max((float(g.abs().max()) for g in a.gradients.values()), default=0.0)
+    for name, gradient in a.gradients.items():
+        worst = float((gradient - b.gradients[name]).abs().max())
+        assert worst <= tolerance * scale, f"the gradient of {name} depends on {what}: off by {worst} of {scale}"
+
+
+def reordered(n: int) -> list[tuple[int, ...]]:
+    """Return orders to try n examples in: backwards, and odd ones first."""
+    return [tuple(reversed(range(n))), (*range(1, n, 2), *range(0, n, 2))]
+
+
+def with_numbers(batch: Batch, **numbers: Tensor) -> Batch:
+    """Return the batch with other per-token numbers of these names."""
+    return replace(batch, per_token={**batch.per_token, **numbers})

@@ -1,0 +1,94 @@
+"""What an expected value is derived from: log-probabilities of one sequence at a time, in float64, as plain floats.
+
+Nothing here touches batches, rows, masks or kernels, so an error there cannot hide in both sides of a comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alignkit.types import Completion, Example
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion: the log-probabilities of its trained tokens in nats, by the policy and by the reference."""
+
+    policy: tuple[float, ...]
+    reference: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        """Trained tokens."""
+        return len(self.policy)
+
+    @property
+    def logp(self) -> float:
+        """Summed log-probability under the policy."""
+        return math.fsum(self.policy)
+
+    @property
+    def mean_logp(self) -> float:
+        """Average log-probability a token under the policy."""
+        return self.logp / self.n
+
+    @property
+    def h(self) -> float:
+        """Summed log-ratio policy / reference."""
+        return self.logp - math.fsum(self.reference)
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """An example with what both models say about its answers."""
+
+    example: Example
+    answers: tuple[Answer, ...]
+
+    @property
+    def only(self) -> Answer:
+        """The answer of a row that has one."""
+        (answer,) = self.answers
+        return answer
+
+    @property
+    def chosen(self) -> Answer:
+        """The better answer of a pair."""
+        return self.answers[0]
+
+    @property
+    def rejected(self) -> Answer:
+        """The worse answer of a pair."""
+        return self.answers[1]
+
+
+def score_rows(policy: Any, reference: Any, examples: Sequence[Example]) -> list[ScoredRow]:
+    """Score every answer alone, by the models' own forward without masks or packing, in the models' float64."""
+    return [
+        ScoredRow(e, tuple(Answer(_logps(policy, e, c), _logps(reference, e, c)) for c in e.completions))
+        for e in examples
+    ]
+
+
+def _logps(model: Any, example: Example, completion: Completion) -> tuple[float, ...]:
+    sequence = torch.cat([example.prompt, completion.tokens]).tolist()
+    with torch.no_grad():
+        logps_TV = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0].double().log_softmax(-1)
+    start = len(example.prompt)
+    trained = completion.trained.tolist() if completion.trained is not None else [True] * (len(sequence) - start)
+    return tuple(float(logps_TV[i - 1, sequence[i]]) for i in range(start, len(sequence)) if trained[i - start])
+
+
+def sigmoid(x: float) -> float:
+    """Return 1 / (1 + e^-x), exact on both sides of 0."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def log_sigmoid(x: float) -> float:
+    """Return log(1 / (1 + e^-x)), exact on both sides of 0."""
+    return -math.log1p(math.exp(-x)) if x >= 0 else x - math.log1p(math.exp(x))
