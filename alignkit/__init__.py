@@ -1,7 +1,7 @@
 """alignkit: align language models from preferences, with methods as plugins.
 
-    import alignkit
-    result = alignkit.run(method="dpo", model="path-or-name", data="prefs.jsonl", beta=0.1)
+import alignkit
+result = alignkit.run(method="dpo", model="path-or-name", data="prefs.jsonl", beta=0.1)
 """
 
 from __future__ import annotations

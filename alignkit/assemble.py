@@ -58,7 +58,7 @@ class Parts:
     stream: Stream
 
 
-def read(config: RunConfig, method: Method, tokenizer: Any) -> Rows:
+def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Rows:
     """Read, check and tokenise the rows. Raises DataError with every fault; says what was dropped."""
     train = _examples(config.data, config, method, tokenizer)
     if config.eval_data is not None:
@@ -73,13 +73,14 @@ def read(config: RunConfig, method: Method, tokenizer: Any) -> Rows:
     return Rows(train, held_out, digest.hexdigest())
 
 
-def _examples(source: Any, config: RunConfig, method: Method, tokenizer: Any) -> list[Example]:
+def _examples(source: Any, config: RunConfig, method: Method[Any], tokenizer: Any) -> list[Example]:
     dataset = data.load(source, method.data, config.columns)
     examples, report = tokenise.tokenise(dataset, tokenizer, config.max_prompt_tokens, config.max_completion_tokens)
-    for line in [f"rows: {dataset.form}", *dataset.report.lines(), *report.lines()]:
+    report = dataset.report + report
+    for line in [dataset.lines()[0], *report.lines()]:
         logger.info(line)
     if not examples:
-        raise DataError("no usable row is left: " + "; ".join([*dataset.report.lines(), *report.lines()]))
+        raise DataError(f"{dataset.source}: no usable row is left; {'; '.join(report.lines())}")
     return examples
 
 
@@ -110,7 +111,7 @@ def accelerator_for(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def build(config: RunConfig, method: Method, rows: Rows) -> Parts:
+def build(config: RunConfig, method: Method[Any], rows: Rows) -> Parts:
     """Load the models, ready the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
     accelerator = accelerator_for(config)
     min_batch = max(method.min_batch, accelerator.num_processes)
@@ -126,7 +127,9 @@ def build(config: RunConfig, method: Method, rows: Rows) -> Parts:
     with accelerator.autocast():
         layout = choose_layout(plain, rows.train, config, accelerator.device)
     reference = _reference(config, method, plain, layout, accelerator, [*rows.train, *rows.held_out])
-    optimizer = torch.optim.AdamW(_groups(plain, config), lr=peak_rate(config, method), betas=config.adam_betas, fused=True)
+    optimizer = torch.optim.AdamW(
+        _groups(plain, config), lr=peak_rate(config, method), betas=config.adam_betas, fused=True
+    )
     policy, prepared = accelerator.prepare(plain, optimizer)
     roles = Roles(method, policy, policy if config.fsdp else plain, reference, config.max_tokens)
     roles.autocast = accelerator.autocast
@@ -135,7 +138,7 @@ def build(config: RunConfig, method: Method, rows: Rows) -> Parts:
 
 def _reference(
     config: RunConfig,
-    method: Method,
+    method: Method[Any],
     plain: Scorer,
     layout: Layout,
     accelerator: Accelerator,
@@ -164,7 +167,7 @@ def _reference(
     return reference
 
 
-def peak_rate(config: RunConfig, method: Method) -> float:
+def peak_rate(config: RunConfig, method: Method[Any]) -> float:
     """Return the peak learning rate: the run's, or the method's for a full or a LoRA run."""
     return config.learning_rate or (method.lora_learning_rate if config.lora else method.learning_rate)
 

@@ -71,7 +71,7 @@ class RunConfig(BaseModel):
     max_completion_tokens: int | None = Field(1024, ge=1, description="a longer completion is cut, without its EOS")
     max_tokens: int = Field(8192, ge=1, description="tokens of a micro-batch; memory, never the result")
     layout: Literal["auto", "forest", "padded"] = Field("auto", description="auto: forest where the probe allows")
-    row_tokens: int | None = Field(None, ge=1, description="a forest row's width; default: by device")
+    row_tokens: int | None = Field(None, ge=1, description="a forest row's largest width; default: by device")
     attention: Literal["auto", "sdpa", "eager", "flex_attention"] = Field("auto", description="implementation")
 
     device: Literal["auto", "cpu"] = Field("auto", description="cpu keeps off a GPU that is there")
@@ -167,7 +167,9 @@ def validated(cls: type[M], values: Mapping[str, Any]) -> M:
         lines = []
         for e in error.errors():
             where = ".".join(str(p) for p in e["loc"]) or "settings"
-            given = "" if e["type"] in ("missing", "value_error") and not e["loc"] else f" (given: {e.get('input')!r:.80})"
+            given = (
+                "" if e["type"] in ("missing", "value_error") and not e["loc"] else f" (given: {e.get('input')!r:.80})"
+            )
             lines.append(f"{where}: {e['msg']}{given if e['type'] != 'missing' else ''}")
         raise ConfigError("; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")) from None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alignkit import assemble, finish, meter, registry, runfolder
 from alignkit.config import RunConfig, split
+from alignkit.context import StepContext
 from alignkit.errors import TrainingError
 from alignkit.method import Method
 from alignkit.models import load_tokenizer
@@ -72,36 +73,11 @@ def run(method: str, **settings: Any) -> Result:
 
 
 @dataclass
-class StepContext:
-    """What `collect` and `after_update` may use; see `alignkit.method.Context`."""
-
-    loop: Loop
-    step: int
-    step_examples: tuple[Example, ...]
-    generator: torch.Generator
-
-    @property
-    def models(self) -> Any:
-        return self.loop.parts.roles
-
-    def shard(self, examples: Sequence[Example]) -> Batch:
-        return self.loop.shard(examples)
-
-    def mean(self, value: Tensor) -> Tensor:
-        total = self.loop.reduce(torch.stack([value.double().sum(), torch.tensor(float(value.numel())).to(value)]))
-        return (total[0] / total[1]).to(value)
-
-    def update_reference(self, alpha: float) -> None:
-        assert self.loop.parts.reference is not None
-        self.loop.parts.reference.update(self.loop.parts.plain, alpha)
-
-
-@dataclass
 class Loop:
     """One run's training loop over assembled parts."""
 
     config: RunConfig
-    method: Method
+    method: Method[Any]
     parts: assemble.Parts
     rows: assemble.Rows
     folder: Path
@@ -223,9 +199,10 @@ class Loop:
         if step < warmup:
             return peak * (step + 1) / warmup
         left = (total - step) / max(1, total - warmup)
-        return peak * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[
-            self.config.schedule
-        ]
+        return (
+            peak
+            * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[self.config.schedule]
+        )
 
     def _collect(self, batch: Batch, ctx: StepContext) -> Batch:
         with torch.no_grad():

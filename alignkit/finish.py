@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics lines, tracker entries, the trained model, and words about rows that broke a step."""
+"""What a run leaves behind: metrics, tracker entries, the model, and words about rows that broke a step."""
 
 from __future__ import annotations
 

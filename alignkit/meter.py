@@ -23,7 +23,7 @@ def counts(batch: Batch, reduce: Reduce) -> dict[str, float]:
     masks = [n for numbers in (batch.per_example, batch.per_completion, batch.per_token) for n in numbers]
     names = ["examples", "completions", "tokens", *sorted(n for n in masks if batch[n].dtype == torch.bool)]
     local = torch.tensor([batch.count(n) for n in names], dtype=torch.float64)
-    return {n: max(c, 1.0) for n, c in zip(names, reduce(local).tolist())}
+    return {n: max(c, 1.0) for n, c in zip(names, reduce(local).tolist(), strict=True)}
 
 
 def sums(terms: Mapping[str, Term], batch: Batch, method: str) -> dict[str, Tensor]:
@@ -78,6 +78,6 @@ class Meter:
         """Return the mean of every term, and "loss": their sum weighted by the coefficients."""
         names = sorted(self._sums)
         totals = reduce(torch.stack([self._sums[n] for n in names])).tolist()
-        means = {n: t / self._denominators[self._terms[n][0]] for n, t in zip(names, totals)}
+        means = {n: t / self._denominators[self._terms[n][0]] for n, t in zip(names, totals, strict=True)}
         loss = sum(coef * means[n] for n, (_, coef) in self._terms.items() if coef)
         return {"loss": loss, **{n: v for n, v in means.items() if n != "loss"}}

@@ -23,12 +23,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
-from alignkit_kernels import sequence_sum
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from alignkit.errors import PluginError
 from alignkit.types import Batch, Example, Outputs, Term, metric
+from alignkit_kernels import sequence_sum
 
 DataKind = Literal["text", "pairs", "unpaired", "prompts"]
 ReferenceNeed = Literal["rows", "live", "moving"]
@@ -56,13 +56,25 @@ class Models(Protocol):
 class Context(Protocol):
     """What `collect` and `after_update` may use besides the batch."""
 
-    models: Models
-    step: int
-    """Optimiser steps done so far."""
-    step_examples: tuple[Example, ...]
-    """The examples of this step on ALL ranks, in one order everywhere."""
-    generator: torch.Generator
-    """Seeded by the run's seed and the step, the same on all ranks."""
+    @property
+    def models(self) -> Models:
+        """The roles that the method declared."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done before this one."""
+        ...
+
+    @property
+    def step_examples(self) -> tuple[Example, ...]:
+        """The examples of this step on ALL ranks, in one order everywhere."""
+        ...
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Seeded by the run's seed and the step, the same on all ranks."""
+        ...
 
     def shard(self, examples: Sequence[Example]) -> Batch:
         """This rank's part of a list that has one entry for each of `step_examples`, as a batch with the reference's

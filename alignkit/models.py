@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from alignkit_kernels import linear_logps, selective_logps
 from torch import Tensor, nn
 
 from alignkit.attention import BLOCK, attention_mask
@@ -20,11 +19,12 @@ from alignkit.config import LoraSettings, RunConfig
 from alignkit.errors import ModelError
 from alignkit.packing import batch_of
 from alignkit.types import Batch, Example, Layout, Rows
+from alignkit_kernels import linear_logps, selective_logps
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CPU_ROW_TOKENS = 512  # a dense mask costs row^2, a short row leaves gaps; measured by benchmarks/engine.py
+DENSE_ROW_TOKENS = 2048  # a dense mask takes row^2 bytes a row
 
 
 def load_tokenizer(config: RunConfig) -> Any:
@@ -142,9 +142,7 @@ def trunk(model: nn.Module, rows: Rows) -> Tensor:
     """Return the last hidden states at the positions that predict, [C, H]."""
     lm = causal_lm(model)
     mask = attention_mask(rows, lm.config.get_text_config(), next(lm.parameters()).dtype)
-    out = lm.base_model(
-        input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False
-    )
+    out = lm.base_model(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False)
     hidden_RTH = out.last_hidden_state
     return hidden_RTH.reshape(-1, hidden_RTH.shape[-1]).index_select(0, rows.predict_at)
 
@@ -204,8 +202,10 @@ def choose_layout(scorer: Scorer, examples: Sequence[Example], config: RunConfig
     Raises ModelError when even padded rows differ from the model's own forward, or `layout: forest` cannot be had.
     """
     flex = causal_lm(scorer.model).config._attn_implementation == "flex_attention"
-    row_tokens = config.row_tokens or (config.max_tokens if flex else CPU_ROW_TOKENS)
-    forest = Layout("forest", row_tokens, BLOCK if flex else 1)
+    if flex:
+        forest = Layout("forest", config.row_tokens or config.max_tokens, attention_cost=0.0, multiple_of=BLOCK)
+    else:
+        forest = Layout("forest", config.row_tokens or min(config.max_tokens, DENSE_ROW_TOKENS))
     rows = sorted(examples, key=lambda e: e.n_tokens)[:: max(1, len(examples) // 4)][:4]
     problem = None
     if config.layout != "padded":

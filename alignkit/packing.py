@@ -30,14 +30,16 @@ def pack(examples: Sequence[Example], layout: Layout) -> Rows:
     trees = [_tree(e) for e in examples] if layout.kind == "forest" else [s for e in examples for s in _sequences(e)]
     lengths = [len(t.ids) for t in trees]
     if layout.kind == "forest":
-        row_of, start_of, width = _fit(lengths, layout.row_tokens)
+        row_of, start_of, width = _fit(lengths, layout)
     else:
         row_of, start_of, width = list(range(len(trees))), [0] * len(trees), max(lengths)
     width = -(-width // layout.multiple_of) * layout.multiple_of
     n_rows = max(row_of) + 1
 
-    at = torch.cat([torch.arange(r * width + s, r * width + s + n) for r, s, n in zip(row_of, start_of, lengths)])
-    predict_at = torch.cat([t.predict_at + (r * width + s) for t, r, s in zip(trees, row_of, start_of)])
+    at = torch.cat(
+        [torch.arange(r * width + s, r * width + s + n) for r, s, n in zip(row_of, start_of, lengths, strict=True)]
+    )
+    predict_at = torch.cat([t.predict_at + (r * width + s) for t, r, s in zip(trees, row_of, start_of, strict=True)])
     tree_numbers = torch.repeat_interleave(torch.arange(len(trees)), torch.tensor(lengths))
 
     def placed(values: Tensor, empty: int) -> Tensor:
@@ -79,7 +81,7 @@ def _tree(example: Example) -> _Tree:
         predict_at=torch.cat(
             [
                 torch.where(c.trained_at == 0, n_prompt - 1, start + c.trained_at - 1)
-                for c, start in zip(example.completions, starts)
+                for c, start in zip(example.completions, starts, strict=False)
             ]
         ),
     )
@@ -97,9 +99,27 @@ def _sequences(example: Example) -> Iterable[_Tree]:
         )
 
 
-def _fit(lengths: list[int], row_tokens: int) -> tuple[list[int], list[int], int]:
-    """Best-fit decreasing: (row of each tree, its start there, the rows' common width)."""
-    capacity = max(row_tokens, *lengths) if len(lengths) > 1 else lengths[0]
+def _fit(lengths: list[int], layout: Layout) -> tuple[list[int], list[int], int]:
+    """Choose the rows' width that costs least: (row of each tree, its start there, the width).
+
+    A wide row leaves fewer gaps, and under a dense mask its attention costs more; both are weighed.
+    """
+    longest, total = max(lengths), sum(lengths)
+    widest = max(layout.row_tokens, longest)
+    most_rows = min(len(lengths), -(-total // longest))
+    # the width that n even rows would have, with and without room for trees that do not divide evenly
+    widths = {int(total / n * slack) for n in range(1, most_rows + 1) for slack in (1.0, 1.04, 1.1)}
+    tries = [_best_fit(lengths, width) for width in sorted({min(max(w, longest), widest) for w in widths})]
+
+    def cost(packed: tuple[list[int], list[int], int]) -> float:
+        row_of, _, width = packed
+        return (max(row_of) + 1) * width * (1 + width * layout.attention_cost)
+
+    return min(tries, key=cost)
+
+
+def _best_fit(lengths: list[int], capacity: int) -> tuple[list[int], list[int], int]:
+    """Best-fit decreasing into rows of `capacity`; the width is that of the fullest row."""
     used: list[int] = []
     row_of, start_of = [0] * len(lengths), [0] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

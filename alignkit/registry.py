@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 import pluggy
 
@@ -25,7 +26,7 @@ class Plugin:
     name: str
     distribution: str
     version: str
-    method: type[Method] | None
+    method: type[Method[Any]] | None
     problem: str | None = None
 
 
@@ -34,7 +35,7 @@ def names() -> list[str]:
     return sorted({e.name for e in entry_points(group=GROUP)})
 
 
-def get(name: str) -> type[Method]:
+def get(name: str) -> type[Method[Any]]:
     """Return the method class of that name. Raises PluginError: unknown, broken, or brought by two distributions."""
     found = [e for e in entry_points(group=GROUP) if e.name == name]
     if not found:
@@ -70,7 +71,7 @@ def _owner(entry: EntryPoint) -> tuple[str, str]:
     return (entry.dist.name, entry.dist.version) if entry.dist else ("an unknown distribution", "?")
 
 
-def _load(entry: EntryPoint) -> type[Method]:
+def _load(entry: EntryPoint) -> type[Method[Any]]:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     try:
@@ -87,7 +88,7 @@ def _load(entry: EntryPoint) -> type[Method]:
     raise PluginError(f"the entry point '{entry.name}' of {_owner(entry)[0]} brings no method of that name, but {has}")
 
 
-def check_class(cls: type[Method]) -> None:
+def check_class(cls: type[Method[Any]]) -> None:
     """Raise PluginError when the class breaks the contract in a way that can be seen without running it."""
     problem = None
     if not issubclass(cls, Method):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
@@ -23,7 +24,7 @@ def save(loop: Loop, step: int) -> None:
     model = get_model_state_dict(parts.policy, options=options)
     optimizer, layout = checkpoint.optimizer_state(parts.policy, parts.optimizer.optimizer)
     rng, rng_values = checkpoint.rng_state()
-    tensors = {"model": model, "optimizer": optimizer, "rng": rng}
+    tensors: dict[str, Mapping[str, Any]] = {"model": model, "optimizer": optimizer, "rng": rng}
     if loop.method.reference_need() == "moving" and parts.reference:
         tensors["reference"] = parts.reference.state()
     state = {
@@ -49,7 +50,7 @@ def restore(loop: Loop) -> int:
         raise CheckpointError(f"the rows are not those that {found.path} was trained on; resume with the same data")
     parts = loop.parts
     options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(parts.policy, found.tensors["model"], options=options)
+    set_model_state_dict(parts.policy, dict[str, Any](found.tensors["model"]), options=options)
     checkpoint.set_optimizer_state(
         parts.policy, parts.optimizer.optimizer, found.tensors["optimizer"], found.state["optimizer"]
     )

@@ -41,7 +41,7 @@ class Roles:
     """
 
     def __init__(
-        self, method: Method, policy: nn.Module, plain: Scorer, reference: Reference | None, max_tokens: int
+        self, method: Method[Any], policy: nn.Module, plain: Scorer, reference: Reference | None, max_tokens: int
     ) -> None:
         self._method, self._policy, self._plain, self._reference = method, policy, plain, reference
         self.max_tokens = max_tokens
@@ -171,7 +171,9 @@ def scored(scorer: nn.Module, batch: Batch, max_tokens: int) -> Tensor:
     return out
 
 
-def resolve_reference(config: RunConfig, method: Method, device: torch.device, n_bytes: int) -> ReferenceMode | None:
+def resolve_reference(
+    config: RunConfig, method: Method[Any], device: torch.device, n_bytes: int
+) -> ReferenceMode | None:
     """Decide the reference's form, None where the method has none. n_bytes: memory of a second copy of the policy.
 
     Raises ConfigError where what was asked for cannot serve the method.

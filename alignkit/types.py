@@ -72,12 +72,15 @@ class Layout:
     """How trees are laid out for the model.
 
     kind: "forest" packs whole trees into rows under a tree mask; "padded" gives each prompt + completion a row.
-    row_tokens: a forest row is filled up to this many tokens (a longer tree gets a longer row).
+    row_tokens: a forest row holds at most this many tokens (a longer tree gets a longer row).
+    attention_cost: of a token, for each token of its row, in units of all that does not depend on the row's width;
+        about 1 / 1500 under a dense mask, 0 where a mask's empty blocks are skipped.
     multiple_of: rows are padded to a multiple of this (block masks want 128).
     """
 
     kind: LayoutKind = "forest"
-    row_tokens: int = 512
+    row_tokens: int = 2048
+    attention_cost: float = 1 / 1500
     multiple_of: int = 1
 
 

@@ -28,8 +28,9 @@ CONTENDERS = ("forest", "forest-warm", "padded", "trl", "trl-checkpointing")
 def write_start(folder: Path, texts: list[str]) -> None:
     """Write the untrained Llama and a byte-level BPE tokenizer of the texts."""
     import torch
-    from alignkit.demo.base import tokenizer_from
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from alignkit.demo.base import tokenizer_from
 
     tokenizer = tokenizer_from(texts, VOCABULARY)
     torch.manual_seed(0)
@@ -55,6 +56,7 @@ def write_start(folder: Path, texts: list[str]) -> None:
 def run_alignkit(layout: str, work: Path, cache: Path) -> dict[str, Any]:
     """Train with the engine; seconds hold the reference's fill and all steps, not reading and loading."""
     import torch
+
     from alignkit import assemble, registry, runfolder
     from alignkit.config import split
     from alignkit.engine import Loop
@@ -133,9 +135,7 @@ def prepare(data: Path, pairs: int, work: Path) -> None:
     from alignkit.data import load
 
     loaded = load(str(data), "pairs")
-    rows = [
-        {"prompt": r.prompt, "chosen": r.completions[0], "rejected": r.completions[1]} for r in loaded.rows[:pairs]
-    ]
+    rows = [{"prompt": r.prompt, "chosen": r.completions[0], "rejected": r.completions[1]} for r in loaded.rows[:pairs]]
     (work / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     write_start(work / "start", [r["prompt"] + r["chosen"] for r in rows])
 
@@ -174,9 +174,7 @@ def report(runs: dict[str, list[dict[str, Any]]], left_out: dict[str, str]) -> d
             f"{name:18} {row['pairs_per_second']:9.2f}  {row['peak_mib']:9.0f}  {row['speed_to_padded']:9.2f} "
             f"{against}   {row['last_loss']:.6f}"
         )
-    difference = max(
-        abs(a - b) for a, b in zip(runs["forest"][0]["losses"], runs["padded"][0]["losses"], strict=True)
-    )
+    difference = max(abs(a - b) for a, b in zip(runs["forest"][0]["losses"], runs["padded"][0]["losses"], strict=True))
     rows.append(f"largest difference of a step's loss, forest against padded: {difference:.2g}")
     warm = table["forest-warm"]["pairs_per_second"] / table["forest"]["pairs_per_second"]
     rows.append(f"warm cache against cold: {warm:.2f} times the pairs a second")

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers import WORDS
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny Llama with its tokenizer."""
     import torch
-    from alignkit.demo.base import tokenizer_from
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from alignkit.demo.base import tokenizer_from
 
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = tokenizer_from([" ".join(WORDS), "0 1 2 3 4 5 6 7 8 9 yes no :"], 300)

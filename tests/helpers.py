@@ -5,7 +5,26 @@ from __future__ import annotations
 import random
 from typing import Any
 
-WORDS = "red blue green fox owl newt sees likes eats a the big small old moss tree king hill".split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "fox",
+    "owl",
+    "newt",
+    "sees",
+    "likes",
+    "eats",
+    "a",
+    "the",
+    "big",
+    "small",
+    "old",
+    "moss",
+    "tree",
+    "king",
+    "hill",
+]
 
 
 def sentence(rng: random.Random, low: int = 1, high: int = 9) -> str:

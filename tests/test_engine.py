@@ -7,13 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-import alignkit
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import alignkit
 from alignkit.errors import CheckpointError, ConfigError, TrainingError
 from alignkit.runfolder import read_metrics
 from helpers import make_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 METHODS = ["sft", "dpo", "ipo", "kto", "orpo", "simpo", "cpo"]
 TIMED = {"tokens_per_second"}

@@ -113,7 +113,9 @@ def _mean_logp(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor
 def _win_rates(base: Any, asked: list[world.Question], before: Measures, after: Measures, seed: int) -> list[float]:
     """How often the judge prefers an answer to a fresh one of the base model, ties half: (before, after)."""
     others = sample(base.model, base.tokenizer, [q.prompt for q in asked], max_new_tokens=64, seed=seed + 2)
-    against = [world.score(q, base.tokenizer.decode(o, skip_special_tokens=True)) for q, o in zip(asked, others)]
+    against = [
+        world.score(q, base.tokenizer.decode(o, skip_special_tokens=True)) for q, o in zip(asked, others, strict=True)
+    ]
     rates = []
     for m in (before, after):
         mine = torch.tensor([world.score(q, a) for q, a in zip(asked, m.answers, strict=True)])
@@ -121,9 +123,7 @@ def _win_rates(base: Any, asked: list[world.Question], before: Measures, after: 
     return rates
 
 
-def _print(
-    method: str, asked: list[world.Question], before: Measures, after: Measures, win_rates: list[float]
-) -> None:
+def _print(method: str, asked: list[world.Question], before: Measures, after: Measures, win_rates: list[float]) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     table = Table(f"{len(asked)} held-out questions", "base (SFT)", f"after {method}", box=None)
     table.add_row("win rate against the base", *(f"{r:.1%}" for r in win_rates))
@@ -133,7 +133,7 @@ def _print(
     table.add_row("KL to the base (nats a sequence)", f"{before.kl:.2f}", f"{after.kl:.2f}")
     console.print(table)
     samples = Table("question", "base (SFT)", f"after {method}", box=None)
-    for q, a, b in list(zip(asked, before.answers, after.answers))[:4]:
+    for q, a, b in list(zip(asked, before.answers, after.answers, strict=True))[:4]:
         samples.add_row(*(escape(t) for t in (q.prompt.split("\n")[0].removeprefix("Question: "), a, b)))
     console.print(samples)
 

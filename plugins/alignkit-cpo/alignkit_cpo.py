@@ -1,14 +1,14 @@
 """Contrastive Preference Optimization (2401.08417): DPO with a uniform reference, and an SFT term to stay sane.
 
-    loss = -log s(b (logp_c - logp_r)) + alpha * nll(chosen, averaged over its tokens)
+loss = -log s(b (logp_c - logp_r)) + alpha * nll(chosen, averaged over its tokens)
 """
 
 from __future__ import annotations
 
-from alignkit_kernels import preference_loss, sequence_sum
 from pydantic import Field
 
 from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit_kernels import preference_loss, sequence_sum
 
 
 class CPO(Method["CPO.Config"]):
@@ -30,9 +30,7 @@ class CPO(Method["CPO.Config"]):
         """Return the contrastive term and the SFT term, one of each a pair."""
         c = self.config
         logps_C = models.policy(batch).logps
-        out = preference_loss(
-            logps_C, None, batch.cu_seqlens, "cpo", beta=c.beta, label_smoothing=c.label_smoothing
-        )
+        out = preference_loss(logps_C, None, batch.cu_seqlens, "cpo", beta=c.beta, label_smoothing=c.label_smoothing)
         nll_E, _ = batch.pairs(-sequence_sum(logps_C, batch.cu_seqlens, mean=True))
         return {
             "cpo": Term(out.losses),

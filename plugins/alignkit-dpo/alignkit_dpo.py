@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from alignkit_kernels import preference_loss, sequence_sum
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from alignkit import Batch, Context, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit_kernels import preference_loss, sequence_sum
 
 
 class DPO(Method["DPO.Config"]):
@@ -72,9 +72,7 @@ class DPO(Method["DPO.Config"]):
             # one value a completion: the kernel then sums segments of length one
             ratios_C = self._derivative(sequence_sum(ratios_C, cu_seqlens))
             cu_seqlens = torch.arange(len(ratios_C) + 1, device=ratios_C.device)
-        out = preference_loss(
-            ratios_C, None, cu_seqlens, c.loss_type, beta=c.beta, label_smoothing=c.label_smoothing
-        )
+        out = preference_loss(ratios_C, None, cu_seqlens, c.loss_type, beta=c.beta, label_smoothing=c.label_smoothing)
         terms = {c.loss_type: Term(out.losses), **pair_metrics(batch, logps_C, out.rewards)}
         if c.rpo_alpha:
             nll_E, _ = batch.pairs(-sequence_sum(logps_C, batch.cu_seqlens, mean=True))

@@ -8,10 +8,10 @@ The paper sums over tokens; its authors have said that the average was meant, so
 from __future__ import annotations
 
 import torch
-from alignkit_kernels import preference_loss, sequence_sum
 from pydantic import Field
 
 from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit_kernels import preference_loss, sequence_sum
 
 
 class IPO(Method["IPO.Config"]):

@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from alignkit_kernels import preference_loss, sequence_sum
 from pydantic import Field
 
 from alignkit import Batch, Context, Example, Method, MethodConfig, Models, Term, hookimpl, kl_metric, metric, wins
+from alignkit_kernels import preference_loss, sequence_sum
 
 
 class KTO(Method["KTO.Config"]):

@@ -7,10 +7,10 @@ where log p is a completion's average log-probability a token; log(1 - p) is com
 
 from __future__ import annotations
 
-from alignkit_kernels import preference_loss, sequence_sum
 from pydantic import Field
 
 from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit_kernels import preference_loss, sequence_sum
 
 
 class ORPO(Method["ORPO.Config"]):

@@ -7,10 +7,10 @@ The paper tunes gamma as a ratio to beta (0.3 to 1.6), and so does this.
 
 from __future__ import annotations
 
-from alignkit_kernels import preference_loss, sequence_sum
 from pydantic import Field
 
 from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit_kernels import preference_loss, sequence_sum
 
 
 class SimPO(Method["SimPO.Config"]):

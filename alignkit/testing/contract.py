@@ -1,0 +1,180 @@
+"""Checks of what a method declares: its settings, its roles, its purity, what it must leave alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from alignkit import meter
+from alignkit.config import read_yaml, split, write_yaml
+from alignkit.errors import ConfigError, PluginError
+from alignkit.registry import check_class
+from alignkit.testing.bench import Bench, TinyModels, with_numbers
+from alignkit.testing.suite import Suite
+from alignkit.types import Batch, Term
+
+
+class ContractChecks(Suite):
+    """The part of the suite that needs no arithmetic."""
+
+    def test_declaration(self, config: dict[str, Any]) -> None:
+        """The class is one that the registry takes, and every setting says what it means."""
+        cls = self.method
+        check_class(cls)
+        assert cls.name.islower(), f"the name is typed by users: '{cls.name}' should be lower case"
+        assert set(cls.trains) <= cls.uses, f"trains {cls.trains} names roles that uses {set(cls.uses)} lacks"
+        assert cls.learning_rate > 0
+        assert cls.lora_learning_rate > 0
+        silent = [n for n, f in cls.Config.model_fields.items() if not (f.description or "").strip()]
+        assert not silent, f"settings without a description: {silent}"
+
+    def test_config_round_trip(self, config: dict[str, Any], tmp_path: Any) -> None:
+        """Settings survive Python, JSON and YAML, and cannot be changed afterwards."""
+        made = self.method.Config(**config)
+        assert self.method.Config(**made.model_dump()) == made
+        assert self.method.Config(**json.loads(json.dumps(made.model_dump(mode="json")))) == made
+        run = {"method": self.method.name, "model": "m", "data": "d"}
+        write_yaml(tmp_path / "config.yaml", {**run, **made.model_dump(mode="json")})
+        assert split(read_yaml(tmp_path / "config.yaml"), self.method.Config)[1] == made
+        for name in self.method.Config.model_fields:
+            with pytest.raises(ValidationError):
+                setattr(made, name, getattr(made, name))
+
+    def test_unknown_settings_are_refused(self, config: dict[str, Any]) -> None:
+        """A misspelt key is an error, in Python as in a file."""
+        with pytest.raises(ValidationError):
+            self.method.Config(**config, no_such_setting=1)
+        with pytest.raises(ConfigError, match="no_such_setting"):
+            split({"method": self.method.name, "model": "m", "data": "d", "no_such_setting": 1}, self.method.Config)
+
+    def test_roles(self, config: dict[str, Any]) -> None:
+        """The method asks for declared roles alone, and what each of them says makes a difference."""
+        bench = Bench(self.made(config))
+        try:
+            (batch,) = bench.collect(self.examples())
+            terms = bench.method.loss(batch, bench.models)
+        except (PluginError, KeyError) as error:
+            pytest.fail(f"uses = {set(self.method.uses)} does not cover what the method asks for: {error}")
+        if extra := self.method.uses - {"policy", "reference"}:
+            pytest.skip(f"the kit cannot play {sorted(extra)} yet")
+        if "reference" not in self.method.uses:
+            return
+        other = Bench(self.made(config))
+        other.models.reference_scorer = other.models.policy_scorer
+        (moved,) = other.collect(self.examples())
+        changed = other.method.loss(moved, other.models)
+        same = all(torch.equal(t.value, changed[n].value) for n, t in terms.items() if n in changed)
+        assert not same, "uses names 'reference', but another reference changes no term"
+
+    def test_loss_is_pure(self, config: dict[str, Any]) -> None:
+        """The same batch gives the same bits, and nothing else has changed."""
+        bench = Bench(self.made(config))
+        (batch,) = bench.collect(self.examples())
+        before = copy.deepcopy(bench.method.__dict__), _bits_of_batch(batch)
+        with _untouched(bench.models):
+            first = bench.method.loss(batch, bench.models)
+            again = bench.method.loss(batch, bench.models)
+        assert bench.method.__dict__ == before[0], "loss keeps state in self"
+        assert _bits_of_batch(batch) == before[1], "loss changes the batch"
+        assert first.keys() == again.keys(), "loss returns other terms when it is called again"
+        for name, term in first.items():
+            assert isinstance(term, Term), f"'{name}' is a {type(term).__name__}, not a Term"
+            assert torch.equal(term.value, again[name].value), f"'{name}' differs when loss is called again"
+            if term.coef == 0:
+                assert not term.value.requires_grad, f"'{name}' is a metric: use alignkit.metric(value)"
+
+    def test_collect(self, config: dict[str, Any]) -> None:
+        """It carries no gradient, trains nothing, draws from ctx.generator alone, and keeps the examples."""
+        bench = Bench(self.made(config))
+        examples = self.examples()
+        with _untouched(bench.models):
+            (batch,), (again,) = bench.collect(examples), bench.collect(examples)
+        assert batch.examples == tuple(examples), "collect changes the examples of a method on given data"
+        numbers = {**batch.per_example, **batch.per_completion, **batch.per_token}
+        assert not [n for n, v in numbers.items() if v.requires_grad], "collect attached numbers with a gradient"
+        for name, value in numbers.items():
+            assert torch.equal(value, again[name]), f"'{name}' is random beyond ctx.generator"
+
+    def test_frozen_roles_stay(self, config: dict[str, Any]) -> None:
+        """A whole training step changes the policy and leaves every frozen weight as it was, bit for bit."""
+        bench = Bench(self.made(config))
+        examples = self.examples()
+        policy, reference = bench.models.policy_scorer, bench.models.reference_scorer
+        before_policy, before_reference = _bits(policy), _bits(reference)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+        ctx = bench.context(examples)
+        with torch.no_grad():
+            batch = bench.method.collect(ctx.shard(examples), ctx)
+        terms = bench.method.loss(batch, bench.models)
+        denominators = meter.counts(batch, lambda t: t)
+        meter.share(terms, meter.sums(terms, batch, self.method.name), denominators).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        bench.method.after_update(ctx, {"kl": 1.0})
+        assert _bits(reference) == before_reference, "a training step changed the reference"
+        assert all(p.grad is None for p in reference.parameters()), "the reference got a gradient"
+        assert _bits(policy) != before_policy, "a training step left the policy as it was"
+        if ctx.moved:
+            assert bench.method.reference_need() == "moving", "update_reference needs reference_need() == 'moving'"
+
+    def test_state_round_trip(self, config: dict[str, Any]) -> None:
+        """What a checkpoint keeps of the method is JSON, and comes back equal."""
+        method = self.made(config)
+        state = json.loads(json.dumps(method.state_dict()))
+        fresh = self.made(config)
+        fresh.load_state_dict(state)
+        assert fresh.state_dict() == method.state_dict()
+
+    def test_reference_carries_no_gradient(self, config: dict[str, Any]) -> None:
+        """The reference's log-probabilities are constants: a gradient never reaches them."""
+        bench = Bench(self.made(config))
+        (batch,) = bench.collect(self.examples())
+        if "reference_logps" not in batch:
+            pytest.skip("the method has no reference")
+        leaf = batch.reference_logps.clone()
+        terms = bench.method.loss(with_numbers(batch, reference_logps=leaf), bench.models)
+        assert not leaf.requires_grad, "loss asks for a gradient of the reference"
+        assert any(t.value.requires_grad for t in terms.values() if t.coef), "no term has a gradient"
+
+
+@contextmanager
+def _untouched(models: TinyModels) -> Iterator[None]:
+    """Fail when weights, their gradients, or a global random generator are not what they were."""
+    scorers = {"policy": models.policy_scorer, "reference": models.reference_scorer}
+    before = {name: _bits(s) for name, s in scorers.items()}
+    drawn = _generators()
+    yield
+    for name, scorer in scorers.items():
+        assert _bits(scorer) == before[name], f"the {name}'s weights were changed"
+        assert all(p.grad is None for p in scorer.parameters()), f"the {name} was given a gradient"
+    assert _generators() == drawn, "a global random generator was used; draw from ctx.generator in collect"
+
+
+def _generators() -> tuple[Any, ...]:
+    numpy_state = np.random.get_state(legacy=True)
+    return _raw(torch.get_rng_state()), str(numpy_state), random.getstate()
+
+
+def _bits(module: torch.nn.Module) -> dict[str, bytes]:
+    return {n: _raw(t) for n, t in module.state_dict().items()}
+
+
+def _bits_of_batch(batch: Batch) -> tuple[Any, ...]:
+    numbers = {**batch.per_example, **batch.per_completion, **batch.per_token}
+    tokens = [_raw(t) for e in batch.examples for t in (e.prompt, *(c.tokens for c in e.completions))]
+    rows = batch.rows
+    read = [_raw(t) for t in (rows.input_ids, rows.position_ids, rows.predict_at, batch.targets, batch.cu_seqlens)]
+    return {n: _raw(v) for n, v in numbers.items()}, tokens, read, [dict(e.numbers) for e in batch.examples]
+
+
+def _raw(t: Tensor) -> bytes:
+    return bytes(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,146 @@
+"""Checks of a loss's arithmetic: right by hand, finite at the edges, and the same however a step is cut."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from alignkit import meter
+from alignkit.testing.bench import Bench, Cut, ScriptedModels, TinyModels, assert_same, reordered
+from alignkit.testing.suite import Suite
+from alignkit.testing.world import same_answers
+from alignkit.types import Completion, Example, Layout
+
+POLICY_SAYS = (0.0, -1e-7, -1.0, -30.0, -1e4)
+REFERENCE_SAYS = (0.0, -1.0, -1e4)
+LENGTHS = (1, 200)
+TOLERANCE = 1e-6  # of expected values: float64 against float64, and constants that a method keeps in float32
+
+
+class LossChecks(Suite):
+    """The part of the suite that computes."""
+
+    def test_expected_values(self, config: dict[str, Any]) -> None:
+        """The step's loss is what `expected` derives from each sequence alone."""
+        bench = Bench(self.made(config))
+        examples = self.examples()
+        want = self.expected_step(self.method.Config(**config), bench.score(examples), bench)
+        for layout in (Layout("forest", 64), Layout("padded")):
+            got = bench.step(examples, Cut(layout)).loss
+            assert math.isclose(got, want, rel_tol=TOLERANCE, abs_tol=TOLERANCE), f"loss {got!r}, by hand {want!r}"
+
+    def test_micro_batches(self, config: dict[str, Any]) -> None:
+        """Loss and gradient do not depend on how a step is cut into micro-batches."""
+        bench, examples = Bench(self.made(config)), self.examples()
+        whole = bench.step(examples)
+        for max_tokens in (1, max(e.n_tokens for e in examples), sum(e.n_tokens for e in examples) // 2):
+            assert_same(whole, bench.step(examples, Cut(max_tokens=max_tokens)), "the micro-batches")
+
+    def test_row_order(self, config: dict[str, Any]) -> None:
+        """Loss and gradient do not depend on the order of the collected examples."""
+        bench, examples = Bench(self.made(config)), self.examples()
+        whole = bench.step(examples)
+        for order in reordered(len(examples)):
+            assert_same(whole, bench.step(examples, Cut(order=order)), "the order of rows")
+
+    def test_row_width(self, config: dict[str, Any]) -> None:
+        """Loss and gradient do not depend on how many tokens a packed row holds."""
+        bench, examples = Bench(self.made(config)), self.examples()
+        whole = bench.step(examples)
+        for layout in (Layout("forest", 1), Layout("forest", 4096), Layout("forest", 100, multiple_of=16)):
+            assert_same(whole, bench.step(examples, Cut(layout)), "the width of rows")
+
+    def test_layout(self, config: dict[str, Any]) -> None:
+        """Loss and gradient are those of one padded row a sequence."""
+        bench, examples = Bench(self.made(config)), self.examples()
+        assert_same(bench.step(examples), bench.step(examples, Cut(Layout("padded"))), "the layout")
+
+    def test_ranks(self, config: dict[str, Any]) -> None:
+        """Loss and gradient do not depend on how many processes share a step."""
+        bench, examples = Bench(self.made(config)), self.examples()
+        whole = bench.step(examples)
+        for ranks in (2, 3):
+            assert_same(whole, bench.step(examples, Cut(ranks=ranks)), "the number of ranks")
+
+    def test_ties_count_half(self, config: dict[str, Any]) -> None:
+        """Where nothing can be preferred, an accuracy is one half."""
+        bench = Bench(self.made(config))
+        bench.models.reference_scorer = bench.models.policy_scorer
+        tie = same_answers(self.method.data)
+        metrics = bench.step([tie] * max(2, self.method.min_batch)).metrics
+        accuracies = {n: v for n, v in metrics.items() if n.endswith("accuracy")}
+        if not accuracies:
+            pytest.skip("the method logs no accuracy")
+        assert set(accuracies.values()) == {0.5}, f"on equal answers: {accuracies}"
+
+    def test_extreme_log_probabilities(self, config: dict[str, Any]) -> None:
+        """Loss and gradient are finite in float32 where models are certain, or certain of the contrary."""
+        examples, models = extreme_rows(self.method.data)
+        bench = Bench(self.made(config), models)
+        (batch,) = bench.collect(examples)
+        models.leaves.clear()
+        terms = bench.method.loss(batch, models)
+        for name, term in terms.items():
+            assert bool(term.value.isfinite().all()), (
+                f"'{name}' is not finite for {_culprit(term.value, models, batch)}"
+            )
+        loss = meter.share(terms, meter.sums(terms, batch, self.method.name), meter.counts(batch, lambda t: t))
+        loss.backward()  # type: ignore[no-untyped-call]
+        for leaf in models.leaves:
+            assert leaf.grad is not None, "the loss has no gradient with respect to the policy"
+            bad = (~leaf.grad.isfinite()).nonzero()
+            assert not len(bad), f"the gradient is not finite where the policy says {leaf[bad[0]].tolist()} a token"
+
+    def test_extreme_rows(self, config: dict[str, Any]) -> None:
+        """Loss and gradient are finite for a policy without doubts, on very long, very short and equal answers."""
+        models = TinyModels(self.made(config), torch.float32)
+        with torch.no_grad():
+            models.policy_scorer.model.lm_head.weight.mul_(1000.0)
+        answers = [_repeated(7, 1), _repeated(7, 300), _repeated(9, 300), _repeated(9, 1)]
+        pairs = [*itertools.product(answers, answers)]
+        n_answers = 2 if self.method.data == "pairs" else 1
+        examples = [
+            Example(torch.tensor([5], dtype=torch.int32), pair[:n_answers], {"desirable": float(i % 2)}, i + 1)
+            for i, pair in enumerate(pairs[:: 1 if n_answers == 2 else 4])
+        ]
+        measured = Bench(models.method, models).step(examples, Cut(Layout("forest", 640)))
+        assert all(math.isfinite(v) for v in measured.metrics.values()), f"not finite: {measured.metrics}"
+        bad = [n for n, g in measured.gradients.items() if not bool(g.isfinite().all())]
+        assert not bad, f"gradients that are not finite: {bad}"
+
+
+def extreme_rows(kind: str) -> tuple[list[Example], ScriptedModels]:
+    """Return rows of one and of 200 tokens, and models that give each an extreme log-probability a token, all ways."""
+    says = [*itertools.product(POLICY_SAYS, REFERENCE_SAYS, LENGTHS)]
+    n_answers = 2 if kind == "pairs" else 1
+    prompt = torch.tensor([5], dtype=torch.int32)
+    policy: dict[Completion, float] = {}
+    reference: dict[Completion, float] = {}
+    examples = []
+    for i, answers in enumerate(itertools.product(says, repeat=n_answers)):
+        completions = tuple(_repeated(7, length) for _, _, length in answers)
+        for completion, (by_policy, by_reference, _) in zip(completions, answers, strict=True):
+            policy[completion], reference[completion] = by_policy, by_reference
+        examples.append(Example(prompt, completions, {"desirable": float(i % 2)}, i + 1))
+    return examples, ScriptedModels(policy, reference)
+
+
+def _repeated(token: int, n: int) -> Completion:
+    return Completion(torch.full((n,), token, dtype=torch.int32))
+
+
+def _culprit(value: torch.Tensor, models: ScriptedModels, batch: Any) -> str:
+    """Say what the models were told where a term is not finite."""
+    at = int((~value.isfinite()).nonzero()[0])
+    if len(value) != len(batch):
+        return f"entry {at} of {len(value)}"
+    said: Sequence[str] = [
+        f"{len(c.tokens)} tokens, policy {models.policy_says[c]}, reference {models.reference_says[c]}"
+        for c in batch.examples[at].completions
+    ]
+    return " against ".join(said)

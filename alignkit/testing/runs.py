@@ -1,0 +1,110 @@
+"""Checks in the real engine: interrupted runs, adapters, low precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from alignkit import registry
+from alignkit.engine import Engine, Loop, Result
+from alignkit.method import Method
+from alignkit.runfolder import read_metrics
+from alignkit.testing.suite import Suite
+from alignkit.testing.world import tiny_model, tiny_rows, tiny_tokenizer
+
+STEPS, STOPPED_AFTER = 3, 2
+
+
+class _InterruptedError(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+def train(method: type[Method[Any]], folder: Path, **settings: Any) -> Result:
+    """Run the engine on the kit's small world and return its Result; the method need not be installed.
+
+    folder: where runs and the reference cache go. settings: of the run and of the method; they win over the kit's
+    (a fresh `tiny_model`, 12 `tiny_rows`, 3 steps of 4 rows, the CPU, float32, one checkpoint a step).
+    """
+    given = {
+        "model": tiny_model(),
+        "tokenizer": tiny_tokenizer(),
+        "data": tiny_rows(method.data),
+        "output": folder,
+        "cache_file": folder / "reference.sqlite",
+        "max_steps": STEPS,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "warmup_fraction": 0.0,
+        "save_every": 1,
+        "max_tokens": 128,
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    with mock.patch.object(registry, "get", lambda name: method):
+        return Engine(**{**given, **settings}).run(method.name)
+
+
+@contextmanager
+def interrupted_after(steps: int) -> Iterator[None]:
+    """Make the engine fail when it would begin the step after this many."""
+    original = Loop.step
+
+    def step(self: Loop, step: int, total: int) -> dict[str, float]:
+        if step == steps:
+            raise _InterruptedError
+        return original(self, step, total)
+
+    with mock.patch.object(Loop, "step", step), pytest.raises(_InterruptedError):
+        yield
+
+
+class RunChecks(Suite):
+    """The part of the suite that trains."""
+
+    def test_resume_full(self, config: dict[str, Any], tmp_path: Path) -> None:
+        """A run that was interrupted and resumed gives the weights of one that was not, bit for bit."""
+        self._resumed_equals_uninterrupted(config, tmp_path, {})
+
+    def test_resume_lora(self, config: dict[str, Any], tmp_path: Path) -> None:
+        """The same with adapters, under which the base weights stay as they were, bit for bit."""
+        if self.made(config).reference_need() == "moving":
+            pytest.skip("a reference that moves is a second model; adapters have none")
+        trained = self._resumed_equals_uninterrupted(config, tmp_path, {"lora": 4})
+        base = {n.replace(".base_layer", ""): t for n, t in trained.get_base_model().state_dict().items()}
+        for name, weight in tiny_model().state_dict().items():
+            assert torch.equal(base[name], weight), f"training adapters changed the base weight {name}"
+
+    def test_bf16(self, config: dict[str, Any], tmp_path: Path) -> None:
+        """With weights and products in bfloat16 every step is finite, and the policy moves."""
+        model = tiny_model(dtype=torch.bfloat16)
+        before = [p.clone() for p in model.parameters()]
+        settings = {"dtype": "bfloat16", "precision": "bf16", "learning_rate": 1e-2, "save_every": None}
+        train(self.method, tmp_path, **config, **settings, model=model, max_steps=2, name="run")
+        for line in read_metrics(tmp_path / "run"):
+            assert math.isfinite(line["loss"]), f"in bfloat16: {line}"
+            assert line["skipped"] == 0, f"in bfloat16: {line}"
+        assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    def _resumed_equals_uninterrupted(self, config: dict[str, Any], folder: Path, settings: dict[str, Any]) -> Any:
+        settings = {**config, **settings}
+        whole = train(self.method, folder, name="whole", **settings)
+        with interrupted_after(STOPPED_AFTER):
+            train(self.method, folder, name="parts", **settings)
+        parts = train(self.method, folder, name="parts", resume=True, **settings)
+        want, got = whole.model.state_dict(), parts.model.state_dict()
+        assert want.keys() == got.keys()
+        different = [n for n, t in want.items() if not torch.equal(t, got[n])]
+        assert not different, f"resumed, these weights differ: {different[:4]}"
+        assert _lines(folder / "whole") == _lines(folder / "parts")
+        return parts.model
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(folder)]

@@ -1,0 +1,75 @@
+"""How a plugin's test class becomes tests: each configuration through each check, declared failures held to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import pytest
+
+from alignkit.method import Method
+from alignkit.testing.bench import Bench
+from alignkit.testing.byhand import ScoredRow
+from alignkit.testing.world import tiny_examples
+from alignkit.types import Example
+
+
+class Suite:
+    """What the author of a plugin fills in.
+
+    method: the class under test. configs: settings; each goes through every check.
+    expected_failures: {"test_name" or "test_name[configuration]": why}; one that passes after all is an error.
+    """
+
+    method: ClassVar[type[Method[Any]]]
+    configs: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    expected_failures: ClassVar[Mapping[str, str]] = {}
+
+    def expected(self, config: Any, row: ScoredRow) -> float:
+        """Return the loss of one row, derived by hand: plain `math`, nothing of the plugin."""
+        raise NotImplementedError("define expected(self, config, row), or expected_step, in the test class")
+
+    def expected_step(self, config: Any, rows: Sequence[ScoredRow], bench: Bench) -> float:
+        """Return the loss of a step over these rows. Default: the mean of `expected`.
+
+        Override it where the loss is no mean over examples. bench.score(examples) scores other rows in the same way.
+        """
+        return sum(self.expected(config, row) for row in rows) / len(rows)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        tests = [name for name in dir(cls) if name.startswith("test_")]
+        known = {*tests, *(f"{t}[{config_id(c)}]" for t in tests for c in cls.configs)}
+        if unknown := sorted(set(cls.expected_failures) - known):
+            raise TypeError(f"expected_failures of {cls.__name__} names no check: {unknown}; there are {tests}")
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run a check that takes `config` once for each configuration (pytest calls this)."""
+        if "config" not in metafunc.fixturenames:
+            return
+        marked = [
+            pytest.param(dict(c), id=config_id(c), marks=self._marks(metafunc.function.__name__, config_id(c)))
+            for c in self.configs
+        ]
+        metafunc.parametrize("config", marked)
+
+    def _marks(self, test: str, config: str) -> list[pytest.MarkDecorator]:
+        if self.method.data == "prompts":
+            return [pytest.mark.skip(reason="the kit has no sampled completions yet")]
+        for name in (test, f"{test}[{config}]"):
+            if name in self.expected_failures:
+                return [pytest.mark.xfail(reason=self.expected_failures[name], strict=True)]
+        return []
+
+    def made(self, config: Mapping[str, Any]) -> Method[Any]:
+        """Return the method with these settings."""
+        return self.method(self.method.Config(**config))
+
+    def examples(self) -> list[Example]:
+        """Return the examples that a step is made of; override it where the method needs special ones."""
+        return tiny_examples(self.method.data)
+
+
+def config_id(config: Mapping[str, Any]) -> str:
+    """Return the name of a configuration in test reports: "default", or "key=value,key=value"."""
+    return ",".join(f"{k}={v}" for k, v in config.items()) or "default"
