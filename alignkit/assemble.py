@@ -111,9 +111,8 @@ def accelerator_for(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def build(config: RunConfig, method: Method[Any], rows: Rows) -> Parts:
+def build(config: RunConfig, method: Method[Any], rows: Rows, accelerator: Accelerator) -> Parts:
     """Load the models, ready the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
-    accelerator = accelerator_for(config)
     min_batch = max(method.min_batch, accelerator.num_processes)
     if config.batch_size < min_batch * config.minibatches:
         raise ConfigError(

@@ -93,7 +93,7 @@ class RunConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _name_stays_inside(cls, name: str | None) -> str | None:
-        if name is not None and (not re.fullmatch(r"[\w.+=-]+", name) or set(name) == {"."}):
+        if name is not None and (not re.fullmatch(r"[A-Za-z0-9_.+=-]{1,200}", name) or set(name) == {"."}):
             raise ValueError("letters, digits and . _ + = - only, so that it stays inside `output`")
         return name
 

@@ -37,8 +37,8 @@ class StepContext:
     def mean(self, value: Tensor) -> Tensor:
         """Mean over all entries of `value` on all ranks, a scalar."""
         both = torch.stack([value.double().sum(), value.new_tensor(value.numel(), dtype=torch.float64)])
-        total, count = self.loop.reduce(both)
-        return (total / count).to(value)
+        total, count = self.loop.reduce(both).unbind()
+        return (total / count).to(value.dtype)
 
     def update_reference(self, alpha: float) -> None:
         """Move the reference: alpha * policy + (1 - alpha) * reference."""

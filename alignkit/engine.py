@@ -57,11 +57,13 @@ class Engine:
         chosen = cls(method_config)
         tokenizer = load_tokenizer(config)
         rows = assemble.read(config, chosen, tokenizer)
-        folder = runfolder.create(config)
+        accelerator = assemble.accelerator_for(config)
+        folder = runfolder.create(config, accelerator)
         config = config.model_copy(update={"name": folder.name})
         written = {**config.describe(), **method_config.model_dump(mode="json")}
-        runfolder.write_config(folder, written, config.resume)
-        parts = assemble.build(config, chosen, rows)
+        if accelerator.is_main_process:
+            runfolder.write_config(folder, written, config.resume)
+        parts = assemble.build(config, chosen, rows, accelerator)
         metrics = Loop(config, chosen, parts, rows, folder, written).train()
         model = finish.save_model(parts, config, tokenizer, folder / "model")
         return Result(metrics, model, tokenizer, folder)

@@ -144,7 +144,7 @@ def trunk(model: nn.Module, rows: Rows) -> Tensor:
     mask = attention_mask(rows, lm.config.get_text_config(), next(lm.parameters()).dtype)
     out = lm.base_model(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False)
     hidden_RTH = out.last_hidden_state
-    return hidden_RTH.reshape(-1, hidden_RTH.shape[-1]).index_select(0, rows.predict_at)
+    return hidden_RTH.reshape(-1, hidden_RTH.shape[-1]).index_select(0, rows.predict_at)  # type: ignore[no-any-return]
 
 
 def head(
@@ -172,7 +172,7 @@ def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
     lm = causal_lm(model)
     logits = lm(input_ids=sequence[None].long(), use_cache=False).logits[0].float()
     logps = logits[:-1].log_softmax(-1).gather(1, sequence[1:, None].long()).squeeze(1)
-    return logps[n_prompt - 1 :]
+    return logps[n_prompt - 1 :]  # type: ignore[no-any-return]
 
 
 def probe(scorer: Scorer, batch: Batch) -> str | None:

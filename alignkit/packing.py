@@ -20,7 +20,7 @@ from alignkit.types import Batch, Example, Layout, Rows
 
 def batch_of(examples: Iterable[Example], layout: Layout, device: torch.device | str = "cpu") -> Batch:
     """Return the examples as a batch; it packs itself when a model reads it."""
-    return Batch(tuple(examples), layout=layout, device=torch.device(device))
+    return Batch(tuple(examples), packer=pack, layout=layout, device=torch.device(device))
 
 
 def pack(examples: Sequence[Example], layout: Layout) -> Rows:

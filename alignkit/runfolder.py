@@ -9,18 +9,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alignkit.config import RunConfig, read_yaml, write_yaml
 from alignkit.errors import ConfigError
 
 # Settings that may change between a run and its resumption without changing what is computed.
 FREE = {
-    "resume", "name", "output", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_tokens", "trackers", "device",
-    "timeout_minutes", "trust_remote_code", "cache_file", "reference_cache",
+    "resume", "name", "output", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_tokens",
+    "trackers", "device", "timeout_minutes", "trust_remote_code", "cache_file", "reference_cache",
 }  # fmt: skip
 
 
-def create(config: RunConfig) -> Path:
-    """Return the run's folder, made anew, or found again to be resumed. Raises ConfigError: taken, or not there."""
+def create(config: RunConfig, accelerator: Any) -> Path:
+    """Return the run's folder, made anew, or found again to be resumed; the main process makes it for all ranks.
+
+    Raises ConfigError: taken, or not there.
+    """
+    name = _create(config).name if accelerator.is_main_process else ""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast
+
+        # as numbers in a tensor: an object would travel as a pickle
+        letters = torch.tensor(list(name.encode().ljust(255)), device=accelerator.device)
+        name = bytes(broadcast(letters).tolist()).decode().rstrip()
+    return config.output / name
+
+
+def _create(config: RunConfig) -> Path:
     if config.name is not None:
         folder = config.output / config.name
         if config.resume and not (folder / "config.yaml").is_file():

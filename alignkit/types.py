@@ -10,7 +10,7 @@ Shape letters, used as suffixes throughout alignkit:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -105,16 +105,21 @@ class Rows:
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
 
 
+Packer = Callable[[Sequence[Example], Layout], Rows]
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Examples with the numbers that were computed about them; packed into rows when a model asks.
 
+    packer: lays examples out in rows (`alignkit.packing.pack`).
     per_example, per_completion, per_token: tensors whose first dimension is E, S or C. They follow the examples
     through `select`, `minibatches` and `micro_batches`, so a method never sees how a step was cut.
     The order of E, S and C is that of `examples`, whatever the rows look like.
     """
 
     examples: tuple[Example, ...]
+    packer: Packer
     layout: Layout = Layout()
     device: torch.device = torch.device("cpu")
     per_example: Mapping[str, Tensor] = field(default_factory=dict)
@@ -127,9 +132,7 @@ class Batch:
     @cached_property
     def rows(self) -> Rows:
         """The packed tensors, on the batch's device."""
-        from alignkit.packing import pack  # packing imports this module
-
-        return pack(self.examples, self.layout).to(self.device)
+        return self.packer(self.examples, self.layout).to(self.device)
 
     @cached_property
     def targets(self) -> Tensor:

@@ -72,12 +72,13 @@ def run_alignkit(layout: str, work: Path, cache: Path) -> dict[str, Any]:
     config, method_config = split(settings, cls.Config)
     method = cls(method_config)
     rows = assemble.read(config, method, load_tokenizer(config))
-    folder = runfolder.create(config)
+    accelerator = assemble.accelerator_for(config)
+    folder = runfolder.create(config, accelerator)
     # the rows lie in the file in the order of training
     order = torch.randperm
     torch.randperm = lambda n, **_: torch.arange(n)  # type: ignore[assignment]
     started = time.perf_counter()
-    parts = assemble.build(config, method, rows)
+    parts = assemble.build(config, method, rows, accelerator)
     filled = time.perf_counter()
     loop = Loop(config, method, parts, rows, folder, {})
     losses = [loop.step(i, parts.stream.steps_per_epoch)["loss"] for i in range(parts.stream.steps_per_epoch)]

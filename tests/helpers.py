@@ -5,26 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
-WORDS = [
-    "red",
-    "blue",
-    "green",
-    "fox",
-    "owl",
-    "newt",
-    "sees",
-    "likes",
-    "eats",
-    "a",
-    "the",
-    "big",
-    "small",
-    "old",
-    "moss",
-    "tree",
-    "king",
-    "hill",
-]
+WORDS = (
+    "red", "blue", "green", "fox", "owl", "newt", "sees", "likes", "eats", "a", "the", "big", "small", "old", "moss",
+    "tree", "king", "hill",
+)  # fmt: skip
 
 
 def sentence(rng: random.Random, low: int = 1, high: int = 9) -> str:

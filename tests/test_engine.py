@@ -125,7 +125,7 @@ def test_resume_refuses_other_settings_other_rows_and_a_run_that_is_not_there(se
         alignkit.run("dpo", data=rows, beta=0.2, resume=True, **settings)
     with pytest.raises(CheckpointError, match="rows are not those"):
         alignkit.run("dpo", data=make_rows("pairs", 12, seed=1), resume=True, **settings)
-    with pytest.raises(ConfigError, match="nothing to resume in .*; runs there: r"):
+    with pytest.raises(ConfigError, match=r"nothing to resume in .*; runs there: r"):
         alignkit.run("dpo", data=rows, **settings | {"name": "other", "resume": True})
     with pytest.raises(ConfigError, match="exists; go on with it by --resume"):
         alignkit.run("dpo", data=rows, **settings)

@@ -54,7 +54,8 @@ class Question:
 def questions(seed: int) -> tuple[list[Question], list[Question]]:
     """Return (train, held out). Every held-out question asks in new words for a fact that training asks for too."""
     rng = random.Random(seed)
-    train, held_out = [], []
+    train: list[Question] = []
+    held_out: list[Question] = []
     for creature in CREATURES:
         for name, values in PROPERTIES.items():
             fact = FACTS[name].format(c=creature, v=rng.choice(values))

@@ -16,10 +16,10 @@ from alignkit import registry
 from alignkit.engine import Engine, Loop, Result
 from alignkit.method import Method
 from alignkit.runfolder import read_metrics
-from alignkit.testing.suite import Suite
+from alignkit.testing.suite import Suite, one_thread
 from alignkit.testing.world import tiny_model, tiny_rows, tiny_tokenizer
 
-STEPS, STOPPED_AFTER = 3, 2
+STEPS, STOPPED_AFTER = 2, 1
 
 
 class _InterruptedError(Exception):
@@ -30,7 +30,7 @@ def train(method: type[Method[Any]], folder: Path, **settings: Any) -> Result:
     """Run the engine on the kit's small world and return its Result; the method need not be installed.
 
     folder: where runs and the reference cache go. settings: of the run and of the method; they win over the kit's
-    (a fresh `tiny_model`, 12 `tiny_rows`, 3 steps of 4 rows, the CPU, float32, one checkpoint a step).
+    (a fresh `tiny_model`, 12 `tiny_rows`, 2 steps of 4 rows, the CPU, float32, one checkpoint a step).
     """
     given = {
         "model": tiny_model(),
@@ -47,7 +47,7 @@ def train(method: type[Method[Any]], folder: Path, **settings: Any) -> Result:
         "device": "cpu",
         "precision": "fp32",
     }
-    with mock.patch.object(registry, "get", lambda name: method):
+    with one_thread(), mock.patch.object(registry, "get", lambda name: method):
         return Engine(**{**given, **settings}).run(method.name)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from alignkit.method import Method
 from alignkit.testing.bench import Bench
@@ -43,6 +45,11 @@ class Suite:
         if unknown := sorted(set(cls.expected_failures) - known):
             raise TypeError(f"expected_failures of {cls.__name__} names no check: {unknown}; there are {tests}")
 
+    @pytest.fixture(autouse=True)
+    def _one_thread(self) -> Iterator[None]:
+        with one_thread():
+            yield
+
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run a check that takes `config` once for each configuration (pytest calls this)."""
         if "config" not in metafunc.fixturenames:
@@ -68,6 +75,17 @@ class Suite:
     def examples(self) -> list[Example]:
         """Return the examples that a step is made of; override it where the method needs special ones."""
         return tiny_examples(self.method.data)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: with tensors this small, more of them only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def config_id(config: Mapping[str, Any]) -> str:

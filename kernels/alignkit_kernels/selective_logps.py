@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32: two such temporaries stay in a second-level cache
+ZERO = -1000.0  # e to this is 0 in float32 and float64; where p is 0, p log p shall be 0 and not 0 * inf
 
 
 def selective_logps(
@@ -47,22 +48,27 @@ def row_blocks(n_rows: int, n_columns: int) -> list[slice]:
 
 
 class _SelectiveLogps(torch.autograd.Function):
+    # The row's maximum m and log(sum exp(z - m)) are kept apart: added up, large logits would round the small one off.
+
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy: bool, overwrite: bool
     ) -> tuple[Tensor, Tensor | None]:
-        dtype = accumulator(logits.dtype)
-        lse = logits.new_empty(len(logits), dtype=dtype)
-        logps = torch.empty_like(lse)
-        entropies = torch.empty_like(lse) if entropy else None
+        top = logits.new_empty(len(logits), dtype=accumulator(logits.dtype))
+        log_sum, logps = torch.empty_like(top), torch.empty_like(top)
+        entropies = torch.empty_like(top) if entropy else None
         for block in row_blocks(*logits.shape):
-            z = logits[block].to(dtype) / temperature
-            lse[block] = z.logsumexp(1)
-            logps[block] = z.gather(1, targets[block, None]).squeeze(1) - lse[block]
+            z = logits[block].to(top.dtype) / temperature
+            top[block] = z.amax(1)
+            z.sub_(top[block, None])
+            logps[block] = z.gather(1, targets[block, None]).squeeze(1)
+            p = z.exp_() if entropies is None else z.exp()
+            total = p.sum(1)
+            log_sum[block] = total.log()
             if entropies is not None:
-                p = (z - lse[block, None]).exp_()
-                entropies[block] = lse[block] - (p * z).sum(1)
-        saved = (logits, targets, lse) if entropies is None else (logits, targets, lse, entropies)
+                entropies[block] = log_sum[block] - p.mul_(z.clamp_(min=ZERO)).sum(1) / total
+        logps.sub_(log_sum)
+        saved = (logits, targets, top, log_sum) if entropies is None else (logits, targets, top, log_sum, entropies)
         ctx.save_for_backward(*saved)
         ctx.temperature, ctx.overwrite = temperature, overwrite
         return logps, entropies
@@ -70,17 +76,20 @@ class _SelectiveLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logps: Tensor, g_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, targets, lse, *rest = ctx.saved_tensors
+        logits, targets, top, log_sum, *rest = ctx.saved_tensors
         grad = logits if ctx.overwrite else torch.empty_like(logits)
+        g = g_logps / ctx.temperature
+        inverse = torch.exp(-log_sum)  # p = exp(z - m) * inverse
         for block in row_blocks(*logits.shape):
-            logp = (logits[block].to(lse.dtype) / ctx.temperature).sub_(lse[block, None])
-            p = logp.exp()
+            z = (logits[block].to(top.dtype) / ctx.temperature).sub_(top[block, None])
             if rest and g_entropies is not None:
-                # dH/dz = -p (log p + H)
-                dz = (logp + rest[0][block, None]).mul_(p).mul_(-g_entropies[block, None])
-                dz.addcmul_(p, g_logps[block, None], value=-1)
+                # dH/dz = -p (log p + H), log p = z - m - log_sum
+                g_entropy = g_entropies[block] / ctx.temperature
+                constant = g[block] + g_entropy * (rest[0][block] - log_sum[block])
+                dz = z.exp().mul_(-inverse[block, None])
+                dz.mul_(z.clamp_(min=ZERO).mul_(g_entropy[:, None]).add_(constant[:, None]))
             else:
-                dz = p.mul_(-g_logps[block, None])
-            dz.scatter_add_(1, targets[block, None], g_logps[block, None])
-            grad[block] = dz.div_(ctx.temperature)
+                dz = z.exp_().mul_((-g * inverse)[block, None])
+            dz.scatter_add_(1, targets[block, None], g[block, None])
+            grad[block] = dz
         return grad, None, None, None, None

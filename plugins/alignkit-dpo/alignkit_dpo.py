@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from alignkit import Batch, Context, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
 from alignkit_kernels import preference_loss, sequence_sum
@@ -100,7 +100,7 @@ class DPO(Method["DPO.Config"]):
     def _derivative(self, h_S: Tensor) -> Tensor:
         """f'(ratio) up to a constant, from the log-ratio h [S]."""
         if self.config.divergence == "js":
-            return h_S - softplus(h_S)
+            return logsigmoid(h_S)
         h_S = h_S.clamp(min=-20.0)
         if self.config.divergence == "forward_kl":
             return -torch.exp(-h_S)

@@ -91,7 +91,7 @@ def mismatched(examples: Sequence[Example], generator: torch.Generator) -> list[
     order = [i for group in groups.values() for i in group]
     # moving along by the largest group's size leaves every group, unless one holds more than half of the batch
     shift = min(max(len(g) for g in groups.values()), len(order) - 1)
-    lender = dict(zip(order, order[shift:] + order[:shift]))
+    lender = dict(zip(order, order[shift:] + order[:shift], strict=True))
     return [replace(e, completions=examples[lender[i]].completions) for i, e in enumerate(examples)]
 
 

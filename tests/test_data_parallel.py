@@ -1,0 +1,61 @@
+"""Two processes under torchrun train what one process trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import alignkit
+import pytest
+import torch
+from alignkit.runfolder import read_metrics
+from helpers import make_rows
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+
+def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, "-m", "alignkit", *arguments], capture_output=True, text=True, env=env, timeout=240)
+
+
+@pytest.mark.parametrize(("method", "lora"), [("sft", None), ("dpo", 4), ("kto", None)])
+def test_two_processes_give_the_losses_and_weights_of_one(
+    method: str, lora: int | None, settings: dict[str, Any], write_rows: Any
+) -> None:
+    # 13 rows in steps of 4: the last step of an epoch is cut unevenly
+    data = write_rows(make_rows("pairs", 13))
+    settings |= {"max_steps": 6, "learning_rate": 1e-4, "max_tokens": 60, "eval_fraction": 0.2, "lora": lora}
+    one = alignkit.run(method, data=data, **settings)
+
+    flags = ["--output", str(settings["output"]), "--name", "two", "--batch-size", "4", "--max-steps", "6"]
+    flags += ["--learning-rate", "1e-4", "--set", "max_tokens=60", "--eval-fraction", "0.2", "--model", settings["model"]]
+    flags += ["--set", f"cache_file={settings['cache_file']}-two", "--set", "device=cpu", "--data", data]
+    done = torchrun(["run", method, *flags, *(["--lora", str(lora)] if lora else [])])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    folder = Path(settings["output"]) / "two"
+    a, b = read_metrics(one.folder), read_metrics(folder)
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    for x, y in zip(a, b, strict=True):
+        for name in set(x) - {"tokens_per_second", "rewards/accuracy", "eval/rewards/accuracy"}:
+            assert x[name] == pytest.approx(y[name], abs=1e-5, rel=1e-5), name
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    ours, theirs = load_file(one.folder / "model" / file), load_file(folder / "model" / file)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+def test_sharding_that_cannot_be_had_is_an_error_not_a_silent_plain_run(
+    settings: dict[str, Any], write_rows: Any
+) -> None:
+    flags = ["--model", settings["model"], "--data", write_rows(make_rows("pairs", 8)), "--set", "fsdp=true"]
+    done = torchrun(["run", "sft", *flags, "--output", str(settings["output"]), "--set", "device=cpu"])
+    assert done.returncode != 0
+    assert "fsdp was asked for, but this is MULTI_CPU" in done.stderr
