@@ -90,8 +90,6 @@ class ContractChecks(Suite):
         for name, term in first.items():
             assert isinstance(term, Term), f"'{name}' is a {type(term).__name__}, not a Term"
             assert torch.equal(term.value, again[name].value), f"'{name}' differs when loss is called again"
-            if term.coef == 0:
-                assert not term.value.requires_grad, f"'{name}' is a metric: use alignkit.metric(value)"
 
     def test_collect(self, config: dict[str, Any]) -> None:
         """It carries no gradient, trains nothing, draws from ctx.generator alone, and keeps the examples."""

@@ -15,9 +15,10 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor, mean: bool = False) -> Tens
     if values.dim() != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"wanted values [C] and cu_seqlens [S + 1], got {[*values.shape]} and {[*cu_seqlens.shape]}")
     lengths = cu_seqlens.diff()
-    if not values.is_cuda and (int(cu_seqlens[-1]) != len(values) or bool((lengths < 0).any())):
-        # on a GPU the comparison would wait for the device
-        raise ValueError(f"cu_seqlens must ascend to {len(values)}, got {cu_seqlens.tolist()}")
+    if not values.is_cuda:  # on a GPU the comparison would wait for the device
+        borders = cu_seqlens.tolist()
+        if borders[0] != 0 or borders[-1] != len(values) or bool((lengths < 0).any()):
+            raise ValueError(f"cu_seqlens must ascend from 0 to {len(values)}, got {str(borders):.200}")
     if len(lengths) == 0:
         return values.new_zeros(0)
     sums = torch.segment_reduce(values.contiguous(), "sum", offsets=cu_seqlens, unsafe=True, initial=0)
