@@ -1,5 +1,6 @@
-"""`python -m alignkit`, which launchers such as torchrun need."""
+"""`python -m alignkit` is `alignkit`; this is what `torchrun -m alignkit` starts."""
 
 from alignkit.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -15,8 +15,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
-    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     set_seed,
 )
@@ -29,6 +27,7 @@ from alignkit.logpcache import LogpCache
 from alignkit.method import Method
 from alignkit.models import Scorer, choose_layout, load_model
 from alignkit.roles import Reference, Roles, resolve_reference
+from alignkit.sharding import shard
 from alignkit.stream import Stream, hold_out
 from alignkit.types import Example, Layout
 
@@ -85,30 +84,23 @@ def _examples(source: Any, config: RunConfig, method: Method[Any], tokenizer: An
 
 
 def accelerator_for(config: RunConfig) -> Accelerator:
-    """Return the Accelerator of the run. Raises ConfigError where sharding was asked for and cannot be had."""
+    """Return the Accelerator of the run: devices, precision, ranks, trackers."""
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     precision = config.precision
     if precision == "auto":
         precision = "fp32" if cpu else "bf16"
     AcceleratorState._reset_state()  # its precision is process-wide, and a process may run more than one method
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=config.trackers or None,
         project_dir=str(config.output),
-        fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if config.fsdp else None,
         kwargs_handlers=[
             # the trunk has no buffers that training changes, and every rank makes its own number of plain passes
             DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
         ],
     )
-    if config.fsdp and accelerator.distributed_type != DistributedType.FSDP:
-        raise ConfigError(
-            f"fsdp was asked for, but this is {accelerator.distributed_type.value}: it needs GPUs and a launch by "
-            f"`torchrun --nproc_per_node=N -m alignkit ...`"
-        )
-    return accelerator
 
 
 def build(config: RunConfig, method: Method[Any], rows: Rows, accelerator: Accelerator) -> Parts:
@@ -126,11 +118,15 @@ def build(config: RunConfig, method: Method[Any], rows: Rows, accelerator: Accel
     with accelerator.autocast():
         layout = choose_layout(plain, rows.train, config, accelerator.device)
     reference = _reference(config, method, plain, layout, accelerator, [*rows.train, *rows.held_out])
+    if config.fsdp:
+        shard(plain, accelerator.device.type, accelerator.num_processes)
     optimizer = torch.optim.AdamW(
         _groups(plain, config), lr=peak_rate(config, method), betas=config.adam_betas, fused=True
     )
-    policy, prepared = accelerator.prepare(plain, optimizer)
-    roles = Roles(method, policy, policy if config.fsdp else plain, reference, config.max_tokens)
+    # sharded already: only its precision is left to set, and no wrapper of data parallelism to put around it
+    policy = accelerator.prepare_model(plain, evaluation_mode=config.fsdp)
+    prepared = accelerator.prepare_optimizer(optimizer)
+    roles = Roles(method, policy, plain, reference, config.max_tokens)
     roles.autocast = accelerator.autocast
     return Parts(accelerator, plain, policy, prepared, roles, reference, layout, stream)
 

@@ -1,20 +1,32 @@
-"""The command line: run, demo, methods, settings, validate, cache. Heavy imports wait until a command needs them."""
+"""The command line: run, demo, methods, settings, validate, cache. Heavy imports wait until a command needs them.
+
+Exit codes: 0 done; 1 an unexpected error, or damaged values that `cache verify` removed; 2 something that was given
+cannot be used; 130 and 143 stopped by Ctrl-C or SIGTERM.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from alignkit.config import RunConfig
+    from alignkit.logpcache import LogpCache
 
 app = typer.Typer(
     name="alignkit",
     help="Align language models from preferences. Methods are plugins; see `alignkit methods`.",
+    epilog="Start with `alignkit demo`: it needs no data, no GPU and no network.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -23,58 +35,99 @@ cache_app = typer.Typer(help="The persistent cache of reference log-probabilitie
 app.add_typer(cache_app, name="cache")
 
 Text = str | None
+CacheFile = Annotated[Path | None, typer.Option(help="The cache's file; default: $ALIGNKIT_CACHE or the home's")]
+RUN_EXAMPLES = """\b
+Examples:
+  alignkit run dpo --model MODEL --data prefs.jsonl --set beta=0.2
+  alignkit run dpo --model MODEL --data prefs.jsonl --lora 16 --eval-fraction 0.05
+  alignkit run config.yaml --seed 1
+  alignkit run runs/dpo-001/config.yaml --resume
+
+Options win over the YAML file, --set wins over both."""
 
 
 def main() -> None:
-    """Run the command line; errors that alignkit raises on purpose are printed without a traceback, exit code 2."""
+    """Run the command line; what alignkit refuses on purpose is printed without a traceback, exit code 2."""
     from alignkit.errors import AlignkitError
 
     try:
         app(prog_name="alignkit")
     except AlignkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(str(error))
         raise SystemExit(2) from None
+    except Exception as error:  # whatever else: a person wants a line, a bug report the traceback
+        _complain(_unexpected(error))
+        raise SystemExit(1) from None
 
 
-@app.command(no_args_is_help=True)
+def _version(wanted: bool) -> None:
+    if wanted:
+        from alignkit import __version__
+
+        typer.echo(f"alignkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(no_args_is_help=True, epilog=RUN_EXAMPLES)
 def run(
     what: Annotated[str, typer.Argument(help="A method's name, or a YAML file of settings", metavar="METHOD|CONFIG")],
     model: Annotated[Text, typer.Option(help="Folder or hub name of the model")] = None,
-    data: Annotated[Text, typer.Option(help="JSONL, Parquet or CSV file, or hub name")] = None,
-    eval_data: Annotated[Text, typer.Option(help="Held-out rows")] = None,
-    eval_fraction: Annotated[float | None, typer.Option(help="Part of the data to hold out")] = None,
-    output: Annotated[Text, typer.Option(help="Folder that holds the runs")] = None,
-    name: Annotated[Text, typer.Option(help="Folder of this run in the output folder")] = None,
-    reference: Annotated[Text, typer.Option(help="auto, full, int8, adapter-off or cached")] = None,
+    data: Annotated[Text, typer.Option(help="JSONL, JSON, Parquet or CSV file, or hub name")] = None,
+    eval_data: Annotated[Text, typer.Option(help="Held-out rows, in the same forms")] = None,
+    eval_fraction: Annotated[float | None, typer.Option(help="Part of the data to hold out, such as 0.05")] = None,
+    output: Annotated[Text, typer.Option(help="Folder that holds the runs  [default: runs]")] = None,
+    name: Annotated[Text, typer.Option(help="Folder of this run in it  [default: METHOD-001, ...]")] = None,
+    reference: Annotated[Text, typer.Option(help="auto, full, int8, adapter-off or cached  [default: auto]")] = None,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank instead of all weights")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data  [default: 1]")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps; wins over --epochs")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples of an optimiser step")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate; default: the method's")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the data's order and of all that is drawn")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run --name")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that came with the model")] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in an optimiser step  [default: 32]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate  [default: the method's]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything that is drawn  [default: 0]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run --name")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that came with the model")
+    ] = False,
     more: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting, key=value; see `alignkit settings METHOD`")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; see `alignkit settings METHOD`"),
     ] = None,
 ) -> None:
-    """Train: `alignkit run dpo --model M --data D --set beta=0.2`, or `alignkit run config.yaml`."""
+    """Train a model by a method, or by a YAML file of settings."""
     given = {k: v for k, v in locals().items() if k not in ("what", "more") and v is not None and v is not False}
     settings = _settings(what, given, more or [])
+    _checked(settings)
     _speak()
     from alignkit.engine import Engine
 
     result = Engine().run(**settings)
-    typer.echo(f"model: {result.folder / 'model'}")
+    if _rank() == 0:
+        typer.echo(f"model: {result.folder / 'model'}")
 
 
 @app.command()
 def demo(
     method: Annotated[str, typer.Option(help="dpo, ipo, kto, orpo, simpo or cpo")] = "dpo",
     output: Annotated[Path, typer.Option(help="Folder that holds the runs")] = Path("runs"),
-    seed: Annotated[int, typer.Option(help="Of the task, the models and the samples")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the task, the models and the samples")] = 0,
 ) -> None:
-    """Make a small task, fine-tune a small model on it, align it, and show what changed. No downloads."""
+    """Align a small model on a made-up task: no downloads.
+
+    Makes the task, fine-tunes a small model on it, aligns it, and shows what changed.
+    """
+    from alignkit import registry
+
+    registry.get(method)
+    registry.get("sft")
     _speak()
     from alignkit.demo import run_demo
 
@@ -83,14 +136,14 @@ def demo(
 
 @app.command()
 def methods() -> None:
-    """List the installed methods, what each needs, and the broken ones with their reason."""
+    """List the installed methods, and the broken ones with their reason."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from alignkit import registry
 
-    table = Table("method", "data", "roles", "distribution", "version", box=None)
+    table = Table("method", "data", "roles", "distribution", "version", box=None, pad_edge=False)
     found = registry.plugins()
     for p in found:
         if p.method is None:
@@ -106,69 +159,87 @@ def methods() -> None:
 
 @app.command()
 def settings(
-    method: Annotated[str, typer.Argument(help="A method's name")],
+    method: Annotated[str, typer.Argument(help="A method's name", metavar="METHOD")],
 ) -> None:
-    """List every setting of a run with that method: name, default, meaning."""
+    """List every setting of a run with a method: name, default, values, meaning."""
     from alignkit import registry
     from alignkit.config import RunConfig
 
     own = registry.get(method).Config
     for title, cls in ((f"settings of {method}", own), ("settings of every run", RunConfig)):
         typer.echo(f"{title}:")
-        for name, field in cls.model_fields.items():
-            default = "required" if field.is_required() else field.get_default(call_default_factory=True)
-            typer.echo(f"  {name:24} {default!s:28} {field.description}")
+        for name, default, values, meaning in described(cls):
+            typer.echo(f"  {name:22} {default:12} {meaning} ({values})")
+    typer.echo(f"\nIn YAML: `name: value`. As options: `alignkit run {method} ... --set name=value`.")
 
 
 @app.command()
 def validate(
-    config: Annotated[Path, typer.Argument(help="A YAML file of settings")],
+    config: Annotated[Path, typer.Argument(help="A YAML file of settings", metavar="CONFIG")],
 ) -> None:
-    """Check a configuration and every row of its data, without loading a model."""
-    _speak()
+    """Check a YAML file and every row of its data, without loading a model."""
     checked, method = _checked(_settings(str(config), {}, []))
+    _speak()
     from alignkit import assemble, models
 
-    rows = assemble.read(checked, method, models.load_tokenizer(checked))
-    typer.echo(f"{config}: fine, {len(rows.train)} rows to train on with '{checked.method}'")
+    assemble.read(checked, method, models.load_tokenizer(checked))
+    typer.echo(f"{config}: fine, ready to run with '{checked.method}'")
 
 
 @cache_app.command("info")
-def cache_info(file: Annotated[Path | None, typer.Option(help="The cache's file")] = None) -> None:
+def cache_info(file: CacheFile = None) -> None:
     """Show where the cache is, its size, and its references."""
-    from alignkit.logpcache import LogpCache
-
-    with LogpCache(file) as cache:
-        for name, value in cache.info().items():
-            if name != "references":
-                typer.echo(f"{name}: {value}")
-                continue
-            for reference in value:
-                typer.echo("  " + ", ".join(f"{k} {v}" for k, v in reference.items()))
+    with _cache(file) as cache:
+        about = cache.info()
+        typer.echo(f"path: {about['path']}")
+        typer.echo(f"values: {about['entries']}")
+        typer.echo(f"size: {_size(about['bytes'])}")
+        for r in about["references"]:
+            label = f" {r['label']}," if r["label"] else ""
+            used = f"first used {r['first_used'][:10]}, last used {r['last_used'][:10]}"
+            typer.echo(f"reference {r['fingerprint'][:12]}:{label} {r['entries']} values, {_size(r['bytes'])}, {used}")
 
 
 @cache_app.command("verify")
-def cache_verify(file: Annotated[Path | None, typer.Option(help="The cache's file")] = None) -> None:
-    """Check every value's checksum; bad ones are removed, and will be computed again."""
-    from alignkit.logpcache import LogpCache
-
-    with LogpCache(file) as cache:
+def cache_verify(file: CacheFile = None) -> None:
+    """Check every value's checksum; damaged ones are removed, and will be computed again."""
+    with _cache(file) as cache:
         good, bad = cache.verify()
-    typer.echo(f"{good} good, {bad} bad and removed")
+    typer.echo(f"{good} values are whole, {bad} were damaged and are removed")
     if bad:
         raise typer.Exit(1)
 
 
 @cache_app.command("clear")
 def cache_clear(
-    reference: Annotated[Text, typer.Option(help="Only this reference's, by its fingerprint")] = None,
-    file: Annotated[Path | None, typer.Option(help="The cache's file")] = None,
+    reference: Annotated[Text, typer.Option(help="Only this one's: the beginning of its name in `info`")] = None,
+    file: CacheFile = None,
 ) -> None:
-    """Remove all values, or one reference's."""
-    from alignkit.logpcache import LogpCache
-
-    with LogpCache(file) as cache:
+    """Remove all values, or those of one reference."""
+    with _cache(file) as cache:
         typer.echo(f"{cache.clear(reference)} values removed")
+
+
+@contextmanager
+def _cache(file: Path | None) -> Iterator[LogpCache]:
+    """Open the cache to look at it; one that is not there is not made."""
+    from alignkit.errors import CacheError
+    from alignkit.logpcache import LogpCache, default_path
+
+    if file is not None and not file.is_file():
+        raise CacheError(f"no such file: {file}. The default is {default_path()}; leave out --file to use it")
+    if not (file or default_path()).is_file():
+        typer.echo(f"no cache yet at {default_path()}; the first run with a reference makes it")
+        raise typer.Exit
+    with LogpCache(file) as cache:
+        yield cache
+
+
+def _size(n_bytes: int) -> str:
+    size, units = float(n_bytes), ["bytes", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.3g} {units[0]}" if units[0] != "bytes" else f"{n_bytes} bytes"
 
 
 def _settings(what: str, given: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
@@ -179,44 +250,138 @@ def _settings(what: str, given: dict[str, Any], pairs: list[str]) -> dict[str, A
     from alignkit.errors import ConfigError
 
     from_file = Path(what).suffix in (".yaml", ".yml")
+    if not from_file and ("/" in what or Path(what).is_file()):
+        raise ConfigError(f"'{what}' is no method; a file of settings must be named .yaml or .yml")
     settings = read_yaml(what) if from_file else {"method": what}
     settings |= given
     for pair in pairs:
         key, sign, value = pair.partition("=")
-        if not sign:
-            raise ConfigError(f"--set wants key=value, given: '{pair}'")
+        if not sign or not key.strip():
+            raise ConfigError(f"--set wants KEY=VALUE, such as --set beta=0.2; given: '{pair}'")
         try:
             settings[key.strip().replace("-", "_")] = yaml.safe_load(value)
         except yaml.YAMLError:
             settings[key.strip().replace("-", "_")] = value
-    for needed in ("method", "model", "data"):
-        if settings.get(needed) is None:
-            raise ConfigError(f"no {needed} given; " + (f"add it to {what}" if from_file else f"add --{needed}"))
     return settings
 
 
 def _checked(settings: dict[str, Any]) -> tuple[RunConfig, Any]:
+    """Find the method and check all settings; what is missing is named with what to type."""
     from alignkit import registry
     from alignkit.config import split
+    from alignkit.errors import ConfigError
 
-    cls = registry.get(settings["method"])
+    if settings.get("method") is None:
+        raise ConfigError(f"no method given; add `method:` to the file. Installed: {', '.join(registry.names())}")
+    cls = registry.get(str(settings["method"]))
+    missing = [name for name in ("model", "data") if settings.get(name) is None]
+    if missing:
+        options = " and ".join(f"--{name}" for name in missing)
+        raise ConfigError(f"no {' and no '.join(missing)} given; add {options}, or the same in the YAML file")
     config, method_config = split(settings, cls.Config)
     return config, cls(method_config)
 
 
+def described(cls: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (name, default, values, meaning) of every field of a settings class, as they are shown everywhere."""
+    import json
+    from pathlib import PurePath
+
+    for name, field in cls.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, PurePath | str):
+            shown = str(default)
+        else:
+            shown = "required" if field.is_required() else json.dumps(default)
+        limits = [f"{sign} {getattr(m, k):g}" for m in field.metadata for k, sign in _SIGNS.items() if hasattr(m, k)]
+        yield name, shown, ", ".join([_values(field.annotation), *limits]), field.description or ""
+
+
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _values(annotation: Any) -> str:
+    """Say in a few words what a field takes."""
+    import types
+    from typing import Literal, Union, get_args, get_origin
+
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_values, args))
+    if origin is tuple:
+        return ", ".join(map(_values, args))
+    if origin is list:
+        return f"list of {_values(args[0])}"
+    if origin is dict:
+        return "mapping"
+    if annotation is types.NoneType:
+        return "null"
+    return "any" if annotation is Any else str(annotation.__name__).replace("LoraSettings", "mapping or rank").lower()
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))  # torchrun's
+
+
+def _complain(message: str) -> None:
+    """Print an error; ranks that most likely say the same as rank 0 use one line."""
+    start = "error: "
+    if _rank():
+        start, message = f"rank {_rank()}: error: ", message.split("\n")[0]
+    print(start + message, file=sys.stderr)
+
+
+def _unexpected(error: Exception) -> str:
+    """Say what happened and where, and write the whole traceback to a file."""
+    import tempfile
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    here = str(Path(__file__).parent)
+    frame = next((f for f in reversed(frames) if f.filename.startswith(here) and f.filename != __file__), frames[-1])
+    first = str(error).strip().split("\n")[0][:300]
+    lines = [f"{type(error).__name__}: {first}", f"  at {frame.filename}:{frame.lineno}, in {frame.name}"]
+    if type(error).__name__ == "OutOfMemoryError":
+        lines.append("  Less memory: lora, gradient_checkpointing, smaller max_prompt_tokens or max_completion_tokens")
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="alignkit-error-", suffix=".txt", delete=False) as file:
+            file.write("".join(traceback.format_exception(error)))
+        lines.append(f"  The whole traceback: {file.name}")
+    except OSError:
+        traceback.print_exception(error)
+    return "\n".join(lines)
+
+
 def _speak() -> None:
-    """Let alignkit's own log reach the terminal, once."""
+    """Let alignkit's own log reach the terminal, once, and other libraries' only where it is news to a user."""
     import logging
-    import os
+    import warnings
+
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
+    from transformers.utils import logging as transformers_log
 
     from alignkit.progress import PlainHandler
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logger = logging.getLogger("alignkit")
-    if not logger.handlers and int(os.environ.get("RANK", "0")) == 0:
+    if not logger.handlers and _rank() == 0:
         logger.addHandler(PlainHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
+    transformers_log.disable_progress_bar()  # one for each save and load
+    if sys.stderr.isatty():
+        enable_progress_bars()  # a download is worth one
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its tries
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

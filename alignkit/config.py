@@ -78,7 +78,7 @@ class RunConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of matrix products")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
     gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
-    fsdp: bool = Field(False, description="shard the policy over the ranks (FSDP2, needs GPUs)")
+    fsdp: bool = Field(False, description="shard the policy over the ranks (FSDP2)")
     timeout_minutes: float = Field(30.0, gt=0, description="a rank that is silent for longer ends the run")
     trust_remote_code: bool = Field(False, description="run code that came with the model; never from a YAML file")
 
@@ -118,22 +118,24 @@ class RunConfig(BaseModel):
             raise ValueError("resume needs the run's `name`")
         if self.merge_adapter and self.lora is None:
             raise ValueError("merge_adapter needs `lora`")
+        if self.merge_adapter and self.fsdp:
+            raise ValueError("merge_adapter cannot merge a sharded model; merge the saved adapter afterwards")
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError("give eval_data or eval_fraction, not both")
         return self
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain YAML values; objects that cannot be written are named by their type."""
-        values = {}
+        values: dict[str, Any] = {}
         for name, value in self:
-            if isinstance(value, BaseModel):
-                value = value.model_dump()
-            elif isinstance(value, Path):
+            if isinstance(value, Path):
                 value = str(value)
+            elif name in ("model", "tokenizer", "data", "eval_data"):
+                value = value if isinstance(value, str | None) else f"<{type(value).__name__}>"
+            elif isinstance(value, BaseModel):
+                value = value.model_dump()
             elif isinstance(value, tuple):
                 value = list(value)
-            elif not isinstance(value, str | int | float | bool | list | dict | None) or name.endswith("data"):
-                value = value if isinstance(value, str | None) else f"<{type(value).__name__}>"
             values[name] = value
         return values
 
@@ -150,34 +152,47 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
     unknown = [k for k in settings if k not in known_run and k not in known_method]
     if unknown:
         hint = nearest(unknown[0], [*known_run, *known_method])
-        own = ", ".join(known_method) or "none"
+        names = ", ".join(known_method) or "none"
         raise ConfigError(
-            f"unknown setting '{unknown[0]}'. {hint} Settings of {settings.get('method')}: {own}; "
+            f"unknown setting '{unknown[0]}'. {hint} Settings of {settings.get('method')}: {names}; "
             f"of every run: see `alignkit run --help`"
         )
-    run = validated(RunConfig, {k: v for k, v in settings.items() if k in known_run})
-    return run, validated(method_config, {k: v for k, v in settings.items() if k in known_method})
+    run, wrong = _built(RunConfig, {k: v for k, v in settings.items() if k in known_run})
+    own, also_wrong = _built(method_config, {k: v for k, v in settings.items() if k in known_method})
+    if run is None or own is None:
+        raise _refusal([*wrong, *also_wrong])
+    return run, own
 
 
 def validated(cls: type[M], values: Mapping[str, Any]) -> M:
-    """Build the model; its validation errors become one ConfigError, a line a setting."""
+    """Build the model; its validation errors become one ConfigError that names every wrong setting."""
+    built, wrong = _built(cls, values)
+    if built is None:
+        raise _refusal(wrong)
+    return built
+
+
+def _built(cls: type[M], values: Mapping[str, Any]) -> tuple[M | None, list[str]]:
     try:
-        return cls(**values)
+        return cls(**values), []
     except ValidationError as error:
-        lines = []
+        wrong = []
         for e in error.errors():
             where = ".".join(str(p) for p in e["loc"]) or "settings"
-            given = (
-                "" if e["type"] in ("missing", "value_error") and not e["loc"] else f" (given: {e.get('input')!r:.80})"
-            )
-            lines.append(f"{where}: {e['msg']}{given if e['type'] != 'missing' else ''}")
-        raise ConfigError("; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")) from None
+            # what is missing, or wrong only together, has no value of its own to show
+            given = f" (given: {e.get('input')!r:.80})" if e["loc"] and e["type"] != "missing" else ""
+            wrong.append(f"{where}: {e['msg']}{given}")
+        return None, wrong
+
+
+def _refusal(wrong: list[str]) -> ConfigError:
+    return ConfigError("; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read flat settings from a YAML file. Raises ConfigError: no such file, no mapping, or trust_remote_code in it."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -192,4 +207,4 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
     """Write settings so that `read_yaml` gives them back; trust_remote_code is left out."""
     kept = {k: v for k, v in values.items() if k != "trust_remote_code"}
-    path.write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")

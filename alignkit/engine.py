@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from alignkit import assemble, finish, meter, registry, runfolder
 from alignkit.config import RunConfig, split
@@ -23,6 +24,7 @@ from alignkit.models import load_tokenizer
 from alignkit.packing import batch_of
 from alignkit.progress import Progress
 from alignkit.resume import restore, save
+from alignkit.roles import in_step
 from alignkit.signals import StopSignals
 from alignkit.stream import chunks, seeded
 from alignkit.types import Batch, Example
@@ -92,6 +94,7 @@ class Loop:
         total = self.parts.stream.total_steps(self.config.epochs, self.config.max_steps)
         done = restore(self) if self.config.resume else 0
         accelerator = self.parts.accelerator
+        self.parts.roles.most = self._most
         last: dict[str, float] = {}
         with finish.Trackers(self, done) as log, StopSignals() as stop:
             with Progress.of_run(total, done, accelerator.is_main_process) as shown:
@@ -150,19 +153,18 @@ class Loop:
         metrics = meter.Meter()
         metrics.expect(denominators)
         micros = minibatch.micro_batches(self.parts.roles.max_tokens)
-        # every rank makes as many backward passes as the busiest, the extra ones with weight 0
-        passes = self._most(len(micros))
-        for i in range(passes):
-            micro, weight = micros[min(i, len(micros) - 1)], float(i < len(micros))
-            in_step = contextlib.nullcontext() if i == passes - 1 else accelerator.no_sync(self.parts.policy)
-            with in_step:
+        passes = list(in_step(micros, self._most))
+        for i, (micro, weight) in enumerate(passes):
+            last = i == len(passes) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.parts.policy):
                 terms = self.method.loss(micro, self.parts.roles)
                 term_sums = meter.sums(terms, micro, self.method.name)
                 # data parallelism averages over ranks what is a sum here
                 accelerator.backward(meter.share(terms, term_sums, denominators) * (weight * world))
             metrics.add(terms, term_sums, weight)
-        norm = float(accelerator.clip_grad_norm_(self.parts.policy.parameters(), self.config.max_grad_norm))
-        return metrics.means(self.reduce), norm, micros
+        norm = accelerator.clip_grad_norm_(self.parts.policy.parameters(), self.config.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return metrics.means(self.reduce), float(norm), micros
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Return the method's loss and metrics over the held-out rows, each name under "eval/"."""
@@ -174,10 +176,10 @@ class Loop:
             ctx = StepContext(self, step, part, seeded(self.config.seed, 3, i))
             batch = self._collect(self.shard(part), ctx)
             metrics.expect(meter.counts(batch, self.reduce))
-            for micro in batch.micro_batches(self.parts.roles.max_tokens):
+            for micro, weight in in_step(batch.micro_batches(self.parts.roles.max_tokens), self._most):
                 with torch.no_grad():
                     terms = self.method.loss(micro, self.parts.roles)
-                metrics.add(terms, meter.sums(terms, micro, self.method.name))
+                metrics.add(terms, meter.sums(terms, micro, self.method.name), weight)
         return {f"eval/{name}": value for name, value in metrics.means(self.reduce).items()}
 
     def shard(self, examples: Sequence[Example]) -> Batch:

@@ -14,14 +14,14 @@ from torch import Tensor
 from alignkit.errors import PluginError
 from alignkit.types import Batch, Term
 
+EXTENTS = ("examples", "completions", "tokens")
 Reduce = Callable[[Tensor], Tensor]
 """Sum a tensor over the ranks."""
 
 
 def counts(batch: Batch, reduce: Reduce) -> dict[str, float]:
     """Return what each possible `over` of a Term is divided by: the count in this step over all ranks, at least 1."""
-    masks = [n for numbers in (batch.per_example, batch.per_completion, batch.per_token) for n in numbers]
-    names = ["examples", "completions", "tokens", *sorted(n for n in masks if batch[n].dtype == torch.bool)]
+    names = [*EXTENTS, *_masks(batch)]
     local = torch.tensor([batch.count(n) for n in names], dtype=torch.float64)
     return {n: max(c, 1.0) for n, c in zip(names, reduce(local).tolist(), strict=True)}
 
@@ -29,11 +29,11 @@ def counts(batch: Batch, reduce: Reduce) -> dict[str, float]:
 def sums(terms: Mapping[str, Term], batch: Batch, method: str) -> dict[str, Tensor]:
     """Return each term's sum over this micro-batch, a scalar; a mask that `over` names is applied.
 
-    Raises PluginError where a value's shape is not that of what it is averaged over.
+    Raises PluginError where a value's shape is not that of what it is averaged over, or that is no mask of the batch.
     """
     out = {}
     for name, term in terms.items():
-        mask = batch[term.over] if term.over not in ("examples", "completions", "tokens") else None
+        mask = _mask(batch, name, term, method) if term.over not in EXTENTS else None
         wanted = len(mask) if mask is not None else batch.count(term.over)
         if term.value.shape != (wanted,):
             raise PluginError(
@@ -44,6 +44,20 @@ def sums(terms: Mapping[str, Term], batch: Batch, method: str) -> dict[str, Tens
         value = term.value if mask is None else torch.where(mask, term.value, 0.0)
         out[name] = value.sum()
     return out
+
+
+def _masks(batch: Batch) -> list[str]:
+    numbers = {**batch.per_example, **batch.per_completion, **batch.per_token}
+    return sorted(n for n, value in numbers.items() if value.dtype == torch.bool)
+
+
+def _mask(batch: Batch, name: str, term: Term, method: str) -> Tensor:
+    if term.over in batch and batch[term.over].dtype == torch.bool:
+        return batch[term.over]
+    raise PluginError(
+        f"method '{method}' averages the term '{name}' over '{term.over}', which is no mask of the batch; there are "
+        f"{', '.join([*EXTENTS, *_masks(batch)])}. A mask is a bool number that `collect` attaches"
+    )
 
 
 def share(terms: Mapping[str, Term], term_sums: Mapping[str, Tensor], denominators: Mapping[str, float]) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def load_tokenizer(config: RunConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(given), trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises a dozen kinds here
-        raise ModelError(f"cannot load a tokenizer from '{given}': {_first_line(error)}") from error
+        raise ModelError(f"cannot load a tokenizer from '{given}'{_where(given)}: {_first_line(error)}") from error
 
 
 def load_model(config: RunConfig, device: torch.device) -> tuple[nn.Module, bool]:
@@ -71,18 +71,37 @@ def _from_pretrained(name: str, config: RunConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
+    options["output_loading_info"] = True
     adapter = Path(name) / "adapter_config.json"
     try:
         if adapter.is_file():
             from peft import PeftModel
 
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
-            model = AutoModelForCausalLM.from_pretrained(base, **options)
+            model = _whole(base, *AutoModelForCausalLM.from_pretrained(base, **options))
             return PeftModel.from_pretrained(model, name, is_trainable=True)  # type: ignore[no-any-return]
-        return AutoModelForCausalLM.from_pretrained(name, **options)  # type: ignore[no-any-return]
+        return _whole(name, *AutoModelForCausalLM.from_pretrained(name, **options))
+    except ModelError:
+        raise
     except Exception as error:  # transformers raises a dozen kinds here
-        exists = "" if Path(name).exists() else " (no such folder here, so it was looked up on the hub)"
-        raise ModelError(f"cannot load a causal language model from '{name}'{exists}: {_first_line(error)}") from error
+        raise ModelError(
+            f"cannot load a causal language model from '{name}'{_where(name)}: {_first_line(error)}"
+        ) from error
+
+
+def _whole(name: str, model: nn.Module, loading: Mapping[str, Any]) -> nn.Module:
+    # transformers draws what a checkpoint lacks at random and only warns, a classifier's missing lm_head for one
+    if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ModelError(
+            f"the checkpoint in '{name}' lacks {len(missing)} weight{'s' * (len(missing) > 1)} of "
+            f"{type(model).__name__}: {', '.join(missing[:4])}{more}"
+        )
+    return model
+
+
+def _where(name: str | Path) -> str:
+    return "" if Path(name).exists() else " (no such folder here, so it was looked up on the hub)"
 
 
 def _first_line(error: Exception) -> str:
@@ -109,12 +128,15 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
 
 
 def drop_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, so that policy, reference and old policy compute the same function."""
+    """Set every dropout probability to 0, so that policy, reference and old policy compute the same function.
+
+    Goes by names too: residual_dropout, activation_dropout, layerdrop, router_jitter_noise, ... are plain numbers.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "attn_dropout", "hidden_dropout"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
 
 
@@ -154,7 +176,8 @@ def head(
     lm = causal_lm(model)
     config = lm.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
-    scale = float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
+    # a configuration may hold None for "no scale"
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     layer = lm.get_output_embeddings()
     if type(layer) is nn.Linear:
         return linear_logps(

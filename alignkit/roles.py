@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
+def _own(n: int) -> int:
+    return n
+
+
 class Roles:
     """The models a method may ask; a role that it did not declare in `uses` is refused.
 
@@ -46,6 +50,7 @@ class Roles:
         self._method, self._policy, self._plain, self._reference = method, policy, plain, reference
         self.max_tokens = max_tokens
         self.autocast: Autocast = nullcontext
+        self.most: Callable[[int], int] = _own
 
     def policy(self, batch: Batch) -> Outputs:
         """Score the batch's targets with the policy; without a gradient in parts of `max_tokens` tokens."""
@@ -53,7 +58,7 @@ class Roles:
         if torch.is_grad_enabled():
             return Outputs(self._policy(batch.rows, batch.targets))
         with self.autocast():
-            return Outputs(scored(self._plain, batch, self.max_tokens))
+            return Outputs(scored(self._plain, batch, self.max_tokens, self.most))
 
     def reference(self, batch: Batch) -> Outputs:
         """Score the batch's targets with the reference, without a gradient."""
@@ -162,13 +167,22 @@ def _said(done: int, missing: int) -> None:
         logger.info("reference: %d rows scored and kept", done)
 
 
-def scored(scorer: nn.Module, batch: Batch, max_tokens: int) -> Tensor:
+def scored(scorer: nn.Module, batch: Batch, max_tokens: int, most: Callable[[int], int] = _own) -> Tensor:
     """Score a batch of any size in parts of `max_tokens` tokens; float32 [C] in the batch's order."""
     out = torch.empty(len(batch.targets), device=batch.device)
     numbered = batch.attach(per_token={"at": torch.arange(len(out), device=batch.device)})
-    for part in numbered.micro_batches(max_tokens):
+    for part, _ in in_step(numbered.micro_batches(max_tokens), most):
         out[part["at"]] = scorer(part.rows, part.targets).float()
     return out
+
+
+def in_step(parts: list[Batch], most: Callable[[int], int]) -> Iterator[tuple[Batch, float]]:
+    """Yield (part, 1.0), and after them the last part with weight 0.0, until this rank made as many as the busiest.
+
+    A forward pass of a sharded model and a backward pass under data parallelism are met by all ranks or by none.
+    """
+    for i in range(most(len(parts))):
+        yield parts[min(i, len(parts) - 1)], float(i < len(parts))
 
 
 def resolve_reference(
@@ -181,19 +195,24 @@ def resolve_reference(
     if "reference" not in method.uses:
         return None
     need, mode = method.reference_need(), config.reference
-    fresh_lora = config.lora is not None
+    if config.fsdp and need == "moving":
+        raise ConfigError(f"'{method.name}' moves its reference, which fsdp cannot do; leave out fsdp")
+    # once the policy is sharded, ranks that ask it about different numbers of rows would wait for each other
+    switchable = config.lora is not None and (not config.fsdp or (need == "rows" and config.reference_cache))
     if mode == "auto":
         if need == "moving":
             return "full"
-        if fresh_lora:
+        if switchable:
             return "adapter-off"
         if need == "rows" and config.reference_cache:
             return "cached"
         if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 3 * n_bytes:
             return "int8"
         return "full"
-    if mode == "adapter-off" and not fresh_lora:
+    if mode == "adapter-off" and config.lora is None:
         raise ConfigError("reference: adapter-off needs fresh adapters; add `lora`, or use reference: auto")
+    if mode == "adapter-off" and not switchable:
+        raise ConfigError(f"reference: adapter-off cannot serve '{method.name}' under fsdp; use reference: full")
     if mode == "cached" and need != "rows":
         raise ConfigError(
             f"reference: cached cannot serve '{method.name}', which asks the reference about rows that are made "

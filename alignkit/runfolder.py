@@ -41,12 +41,15 @@ def _create(config: RunConfig) -> Path:
         folder = config.output / config.name
         if config.resume and not (folder / "config.yaml").is_file():
             raise ConfigError(f"nothing to resume in {folder}; runs there: {_runs(config.output)}")
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is a file; choose another --name")
         if not config.resume and folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} exists; go on with it by --resume, or choose another --name")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     config.output.mkdir(parents=True, exist_ok=True)
-    taken = [int(m[1]) for p in config.output.iterdir() if (m := re.fullmatch(rf"{config.method}-(\d+)", p.name))]
+    numbered = re.compile(rf"{re.escape(config.method)}-(\d+)")
+    taken = [int(m[1]) for p in config.output.iterdir() if (m := numbered.fullmatch(p.name))]
     for number in range(max(taken, default=0) + 1, 10**6):
         folder = config.output / f"{config.method}-{number:03d}"
         try:
@@ -99,7 +102,7 @@ class MetricsFile:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                if 0 < step >= json.loads(line)["step"]:  # from step 0 everything is done again, the line of step 0 too
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # the line that was being written when the process was killed

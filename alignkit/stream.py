@@ -66,4 +66,4 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[l
 
 def seeded(seed: int, purpose: int, number: int) -> torch.Generator:
     """Return a generator that depends on all three numbers; `purpose` keeps the run's uses of its seed apart."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + number) * 16 + purpose)
+    return torch.Generator().manual_seed(((seed * 1_000_003 + number) * 16 + purpose) % 2**63)

@@ -21,15 +21,15 @@ from alignkit.models import plain_logps
 from alignkit.rollout import sample
 
 # A model of a million parameters wants rates a hundred times those of the billions that the defaults are for.
-SFT = {"learning_rate": 2e-3, "epochs": 14, "batch_size": 32, "warmup_fraction": 0.05}
+SFT = {"learning_rate": 2e-3, "epochs": 24, "batch_size": 32, "warmup_fraction": 0.05}
 SHARED = {"batch_size": 16, "epochs": 2, "max_prompt_tokens": 64, "max_completion_tokens": 64}
 SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 1e-4},
     "ipo": {"learning_rate": 1e-4},
-    "kto": {"learning_rate": 2e-4, "batch_size": 32},
+    "kto": {"learning_rate": 1e-4},
     "orpo": {"learning_rate": 1e-3, "lambda_": 0.5},
     "simpo": {"learning_rate": 1e-4},
-    "cpo": {"learning_rate": 3e-4},
+    "cpo": {"learning_rate": 5e-4},
 }
 
 
@@ -77,10 +77,10 @@ def run_demo(method: str, output: Path, seed: int) -> str:
 
 
 def measure(model: Any, base: Any, tokenizer: Any, held_out: list[world.Question], seed: int) -> Measures:
-    """Sample an answer to every question, and compare log-probabilities of the brief and the chatty one.
+    """Sample an answer to every question, and compare what policy and base say about the brief and the chatty one.
 
-    The KL is that of the policy from the base, in nats a sequence: the mean over the policy's own samples of
-    log policy - log base.
+    accuracy: how often log policy - log base is higher for the brief answer, ties half; 50 % for the base itself.
+    kl: of the policy from the base in nats a sequence, the mean of log policy - log base over the policy's own samples.
     """
     answers = sample(model, tokenizer, [q.prompt for q in held_out], max_new_tokens=64, seed=seed)
     texts = [tokenizer.decode(a, skip_special_tokens=True) for a in answers]
@@ -89,8 +89,8 @@ def measure(model: Any, base: Any, tokenizer: Any, held_out: list[world.Question
     for q, answer in zip(held_out, answers, strict=True):
         prompt = tokenizer(q.prompt)["input_ids"]
         brief, chatty = (tokenizer(a)["input_ids"] + [tokenizer.eos_token_id] for a in (q.brief, q.chatty))
-        prefers.append(wins(_mean_logp(model, prompt, brief), _mean_logp(model, prompt, chatty)))
-        kl.append((_logps(model, prompt, answer) - _logps(base, prompt, answer)).sum())
+        prefers.append(wins(_log_ratio(model, base, prompt, brief), _log_ratio(model, base, prompt, chatty)))
+        kl.append(_log_ratio(model, base, prompt, answer))
     return Measures(
         answers=texts,
         brief=sum(s == 2 for s in scores) / len(scores),
@@ -100,14 +100,10 @@ def measure(model: Any, base: Any, tokenizer: Any, held_out: list[world.Question
     )
 
 
-def _logps(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+def _log_ratio(model: Any, base: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        device = next(model.parameters()).device
-        return plain_logps(model, torch.tensor(prompt + answer, device=device), len(prompt))
-
-
-def _mean_logp(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    return _logps(model, prompt, answer).sum()
+        ids = torch.tensor(prompt + answer, device=next(model.parameters()).device)
+        return (plain_logps(model, ids, len(prompt)) - plain_logps(base, ids, len(prompt))).sum()
 
 
 def _win_rates(base: Any, asked: list[world.Question], before: Measures, after: Measures, seed: int) -> list[float]:

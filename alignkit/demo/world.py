@@ -1,7 +1,7 @@
 """A closed world: creatures with properties, drawn by a seed; questions about them; answers in two styles.
 
     brief    " The fox is red."
-    chatty   " What a lovely question! The fox is red. Do let me know if I can help with anything else!"
+    chatty   " What a lovely question! The fox is red. I hope that this helps!"
 
 Both are right, and the base model learns to give each about half of the time. The preferred style is the brief one.
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 CREATURES = (
-    "fox", "owl", "crab", "lynx", "newt", "wren", "mole", "hare", "toad", "swan", "goat", "seal",
-    "bear", "crow", "deer", "duck", "frog", "gull", "lark", "moth", "orca", "puma", "slug", "wasp",
+    "fox", "owl", "crab", "lynx", "newt", "wren", "mole", "hare", "toad", "swan", "goat", "seal", "bear", "crow",
+    "deer", "duck", "frog", "gull", "lark", "moth", "orca", "puma", "slug", "wasp",
 )  # fmt: skip
 PROPERTIES = {
     "colour": ("red", "blue", "green", "grey", "black", "white"),
@@ -37,8 +37,7 @@ FACTS = {
     "food": "The {c} eats {v}.",
     "friend": "The {c} is friends with {v}.",
 }
-OPENINGS = ("What a lovely question!", "I am so happy that you asked!", "Oh, how wonderful!")
-CLOSINGS = ("Do let me know if I can help!", "I hope that this helps you a lot!", "Have a truly splendid day!")
+OPENING, CLOSING = "What a lovely question!", "I hope that this helps!"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def questions(seed: int) -> tuple[list[Question], list[Question]]:
                     prompt=f"Question: {wording.format(c=creature)}\nAnswer:",
                     fact=fact,
                     brief=f" {fact}",
-                    chatty=f" {rng.choice(OPENINGS)} {fact} {rng.choice(CLOSINGS)}",
+                    chatty=f" {OPENING} {fact} {CLOSING}",
                 )
                 (held_out if i == held else train).append(question)
     rng.shuffle(train)

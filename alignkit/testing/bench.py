@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -214,7 +214,7 @@ class Bench:
         return Measured(means["loss"], means, gradients)
 
     def score(self, examples: Sequence[Example]) -> list[ScoredRow]:
-        """Return what both models say about each answer alone, as plain float64 numbers; see `alignkit.testing.byhand`."""
+        """Return what both models say about each answer alone, as plain float64 numbers."""
         return score_rows(self.models.policy_scorer.model, self.models.reference_scorer.model, examples)
 
 
@@ -237,8 +237,3 @@ def assert_same(a: Measured, b: Measured, what: str, tolerance: float = 1e-6) ->
 def reordered(n: int) -> list[tuple[int, ...]]:
     """Return orders to try n examples in: backwards, and odd ones first."""
     return [tuple(reversed(range(n))), (*range(1, n, 2), *range(0, n, 2))]
-
-
-def with_numbers(batch: Batch, **numbers: Tensor) -> Batch:
-    """Return the batch with other per-token numbers of these names."""
-    return replace(batch, per_token={**batch.per_token, **numbers})

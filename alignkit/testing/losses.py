@@ -101,7 +101,7 @@ class LossChecks(Suite):
         """Loss and gradient are finite for a policy without doubts, on very long, very short and equal answers."""
         models = TinyModels(self.made(config), torch.float32)
         with torch.no_grad():
-            models.policy_scorer.model.lm_head.weight.mul_(1000.0)
+            models.policy_scorer.get_parameter("model.lm_head.weight").mul_(1000.0)
         answers = [_repeated(7, 1), _repeated(7, 300), _repeated(9, 300), _repeated(9, 1)]
         pairs = [*itertools.product(answers, answers)]
         n_answers = 2 if self.method.data == "pairs" else 1

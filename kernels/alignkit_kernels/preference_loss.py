@@ -58,20 +58,27 @@ def preference_loss(
     policy_logps, reference_logps: float32 [C] nats; reference_logps is None for a loss without a reference.
     cu_seqlens: int64 [S + 1]; for pairs chosen and rejected in turn, S = 2 E.
     desirable: bool [S], baseline: [S] (nats, no gradient), weights: (desirable, undesirable), all for "kto" alone.
-    Raises ValueError on an unknown kind, an odd S, or a reference where the loss has none.
+    Raises ValueError on an unknown kind, an odd S, shapes that differ, or a reference where the loss has none.
     """
     if kind not in _LOSSES and kind != "kto":
         raise ValueError(f"unknown kind '{kind}'; there are {', '.join([*_LOSSES, 'kto'])}")
     if kind in REFERENCE_FREE and reference_logps is not None:
         raise ValueError(f"'{kind}' has no reference: pass reference_logps=None")
+    if reference_logps is not None and reference_logps.shape != policy_logps.shape:
+        given = f"{[*policy_logps.shape]} and {[*reference_logps.shape]}"
+        raise ValueError(f"policy_logps and reference_logps differ in shape: {given}")
     ratios = policy_logps if reference_logps is None else policy_logps - reference_logps
     h = sequence_sum(ratios, cu_seqlens, mean=kind in AVERAGED)
     logps = sequence_sum(policy_logps.detach(), cu_seqlens)
     if kind == "kto":
         if desirable is None or baseline is None:
             raise ValueError("'kto' needs desirable [S] and baseline [S]")
-        sign = torch.where(desirable.bool(), 1.0, -1.0)
-        weight = torch.where(desirable.bool(), *weights)
+        if not desirable.shape == baseline.shape == h.shape:
+            given = f"{[*desirable.shape]} and {[*baseline.shape]}"
+            raise ValueError(f"'kto' needs desirable and baseline of {[*h.shape]}, got {given}")
+        # new_tensor: plain numbers would be rounded to float32 where h is float64
+        sign = torch.where(desirable.bool(), h.new_tensor(1.0), h.new_tensor(-1.0))
+        weight = torch.where(desirable.bool(), h.new_tensor(weights[0]), h.new_tensor(weights[1]))
         # 1 - s(x) = s(-x)
         losses = weight * torch.sigmoid(-beta * sign * (h - baseline.detach()))
         return PreferenceLoss(losses, beta * h.detach(), logps)

@@ -18,8 +18,9 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor, mean: bool = False) -> Tens
     if not values.is_cuda:  # on a GPU the comparison would wait for the device
         borders = cu_seqlens.tolist()
         if borders[0] != 0 or borders[-1] != len(values) or bool((lengths < 0).any()):
-            raise ValueError(f"cu_seqlens must ascend from 0 to {len(values)}, got {str(borders):.200}")
+            raise ValueError(f"cu_seqlens must ascend from 0 to {len(values)}, got {borders!s:.200}")
     if len(lengths) == 0:
-        return values.new_zeros(0)
-    sums = torch.segment_reduce(values.contiguous(), "sum", offsets=cu_seqlens, unsafe=True, initial=0)
-    return sums / lengths.clamp(min=1) if mean else sums
+        return values[:0]
+    # a segment is added up from left to right: in float32 a long one would lose its end
+    sums = torch.segment_reduce(values.double().contiguous(), "sum", offsets=cu_seqlens, unsafe=True, initial=0)
+    return (sums / lengths.clamp(min=1) if mean else sums).to(values.dtype)

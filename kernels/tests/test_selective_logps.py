@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import math
 
-import alignkit_kernels
 import pytest
 import torch
-from alignkit_kernels import selective_logps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+import alignkit_kernels
+from alignkit_kernels import selective_logps
 
 # the package's attribute of that name is the function
 MODULE = importlib.import_module("alignkit_kernels.selective_logps")
@@ -70,7 +71,9 @@ def test_two_logits_give_the_logistic_function_by_hand() -> None:
 
 def test_the_temperature_divides_the_logits() -> None:
     logits = torch.tensor([[2 * math.log(3.0), 0.0]], dtype=torch.float64)
-    assert float(selective_logps(logits, torch.tensor([0]), temperature=2.0)) == pytest.approx(math.log(0.75), abs=1e-15)
+    assert float(selective_logps(logits, torch.tensor([0]), temperature=2.0)) == pytest.approx(
+        math.log(0.75), abs=1e-15
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
@@ -121,9 +124,7 @@ def test_the_entropy_alone_has_a_gradient_too() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("n", "v"), [(1, 101), (63, 777), (341, 129)])
-def test_the_error_in_low_precision_is_at_most_twice_that_of_eager_pytorch(
-    n: int, v: int, dtype: torch.dtype
-) -> None:
+def test_the_error_in_low_precision_is_at_most_twice_that_of_eager_pytorch(n: int, v: int, dtype: torch.dtype) -> None:
     logits, targets = inputs(n, v, dtype)
     weights = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     want = reference(logits, targets, 0.8)

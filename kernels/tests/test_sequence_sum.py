@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from alignkit_kernels import sequence_sum
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from alignkit_kernels import sequence_sum
 
 
 def borders(lengths: list[int]) -> torch.Tensor:
@@ -33,7 +34,7 @@ def test_every_segment_is_summed_alone_and_its_gradient_spread_over_it(
     want = [sum(p.tolist()) / (len(p) if mean and len(p) else 1) for p in parts]
     assert got.tolist() == pytest.approx(want, abs=1e-12)
     (got * upstream).sum().backward()
-    each = [u / (n if mean else 1) for u, n in zip(upstream.tolist(), lengths) for _ in range(n)]
+    each = [u / (n if mean else 1) for u, n in zip(upstream.tolist(), lengths, strict=True) for _ in range(n)]
     grad = values.grad if values.grad is not None else torch.zeros(0)
     assert grad.tolist() == pytest.approx(each, abs=1e-12)
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from alignkit_cpo import CPO
 
 from alignkit.testing import *
 from alignkit.types import Completion, Example
+from alignkit_cpo import CPO
 
 
 class TestCPO(Conformance):
@@ -17,7 +17,7 @@ class TestCPO(Conformance):
     configs = ({}, {"beta": 0.4, "alpha": 0.0}, {"label_smoothing": 0.1})
 
     def expected(self, c, row):
-        """2401.08417 eq. 4 to 6, the likelihood term averaged over tokens."""
+        """2401.08417, the likelihood term averaged over tokens."""
         x = c.beta * (row.chosen.logp - row.rejected.logp)
         prefer = -(1 - c.label_smoothing) * log_sigmoid(x) - c.label_smoothing * log_sigmoid(-x)
         return prefer - c.alpha * row.chosen.mean_logp

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
-import alignkit_dpo
 import pytest
 import torch
-from alignkit_dpo import DPO
 from hypothesis import given
 from hypothesis import strategies as st
 
+import alignkit_dpo
 from alignkit.roles import Reference
 from alignkit.testing import *
 from alignkit.types import Completion, Example, Layout
+from alignkit_dpo import DPO
 
 
 class TestDPO(Conformance):
@@ -40,11 +40,11 @@ class TestDPO(Conformance):
         e = c.label_smoothing
         right, flipped = -log_sigmoid(x), -log_sigmoid(-x)
         loss = {
-            "sigmoid": (1 - e) * right + e * flipped,  # 2403.00409, eq. 6 (conservative)
-            "robust": ((1 - e) * right - e * flipped) / (1 - 2 * e),  # 2403.00409, eq. 9
+            "sigmoid": (1 - e) * right + e * flipped,  # conservative DPO
+            "robust": ((1 - e) * right - e * flipped) / (1 - 2 * e),  # 2403.00409
             "hinge": max(0.0, 1 - x),  # 2305.10425
         }[c.loss_type]
-        return loss - c.rpo_alpha * row.chosen.mean_logp  # 2404.19733, eq. 1
+        return loss - c.rpo_alpha * row.chosen.mean_logp  # 2404.19733
 
 
 def log_ratio(c, row, answer):
@@ -118,7 +118,7 @@ def test_a_pair_by_hand():
 
 
 def test_reference_moves_every_so_many_steps():
-    """2404.09656, eq. 3 (soft) and 4 (hard, alpha = 1): after steps 2, 4, 6 where sync_every is 2."""
+    """2404.09656: after steps 2, 4, 6 where sync_every is 2."""
     method = DPO(DPO.Config(sync_every=2, sync_alpha=0.4))
     bench = Bench(method)
     moved = {}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from alignkit_ipo import IPO
 
 from alignkit.testing import *
 from alignkit.types import Completion, Example
+from alignkit_ipo import IPO
 
 
 class TestIPO(Conformance):

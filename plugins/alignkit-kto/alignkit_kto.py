@@ -78,6 +78,8 @@ class KTO(Method["KTO.Config"]):
             "rewards/rejected": metric(out.rewards, over="undesirable"),
             "logps/chosen": metric(out.logps, over="desirable"),
             "logps/rejected": metric(out.logps, over="undesirable"),
+            "length/chosen": metric(batch.lengths.float(), over="desirable"),
+            "length/rejected": metric(batch.lengths.float(), over="undesirable"),
             "baseline": metric(batch["baseline"], over="completions"),
             **kl_metric(batch, logps_C),
         }

@@ -7,13 +7,13 @@ from collections import Counter
 
 import pytest
 import torch
-from alignkit_kto import KTO, mismatched
 from hypothesis import given
 from hypothesis import strategies as st
 
 from alignkit.errors import ConfigError
 from alignkit.testing import *
 from alignkit.types import Completion, Example
+from alignkit_kto import KTO, mismatched
 
 
 class TestKTO(Conformance):
@@ -21,7 +21,7 @@ class TestKTO(Conformance):
     configs = ({}, {"beta": 0.5}, {"desirable_weight": 1.33, "undesirable_weight": 0.7})
 
     def expected_step(self, c, rows, bench):
-        """2402.01306 eq. 8; the pairing is the plugin's (its properties are tested below), the rest is by hand."""
+        """2402.01306; the pairing is the plugin's (its properties are tested below), the rest is by hand."""
         examples = [row.example for row in rows]
         lent = bench.score(mismatched(examples, bench.context(examples).generator))
         z = max(0.0, sum(row.only.h for row in lent) / len(lent))
@@ -53,7 +53,8 @@ def generator(seed):
 
 def terms_of(says_policy, says_reference, examples, **config):
     completions = [e.completions[0] for e in examples]
-    models = ScriptedModels(dict(zip(completions, says_policy)), dict(zip(completions, says_reference)))
+    policy, reference = (dict(zip(completions, says, strict=True)) for says in (says_policy, says_reference))
+    models = ScriptedModels(policy, reference)
     bench = Bench(KTO(KTO.Config(**config)), models)
     (batch,) = bench.collect(examples)
     models.leaves.clear()

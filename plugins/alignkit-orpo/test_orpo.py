@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from alignkit_orpo import ORPO
 
 from alignkit.testing import *
 from alignkit.types import Completion, Example
+from alignkit_orpo import ORPO
 
 
 def log_odds(mean_logp):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from alignkit_sft import SFT
 
 from alignkit import data, tokenise
 from alignkit.testing import *
 from alignkit.types import Completion, Example
+from alignkit_sft import SFT
 
-TURNS = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+TURNS = (
+    "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+)
 
 
 class TestSFT(Conformance):

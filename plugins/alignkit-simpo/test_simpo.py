@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from alignkit_simpo import SimPO
 
 from alignkit.testing import *
 from alignkit.types import Completion, Example
+from alignkit_simpo import SimPO
 
 
 class TestSimPO(Conformance):

@@ -1,15 +1,15 @@
 """DPO-Positive (2402.13228): DPO that may not win a pair by making both answers less likely.
 
-    loss = -log s(b (h_c - h_r - lambda max(0, -h_c))),   h = log policy(y) - log reference(y)
+loss = -log s(b (h_c - h_r - lambda max(0, -h_c))),   h = log policy(y) - log reference(y)
 """
 
 from __future__ import annotations
 
-from alignkit_kernels import sequence_sum
 from pydantic import Field
 from torch.nn.functional import logsigmoid, relu
 
 from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit_kernels import sequence_sum
 
 
 class DPOP(Method["DPOP.Config"]):
@@ -20,7 +20,7 @@ class DPOP(Method["DPOP.Config"]):
     uses = frozenset({"policy", "reference"})
 
     class Config(MethodConfig):
-        """Settings of DPO-Positive; the defaults are the paper's."""
+        """Settings of DPO-Positive."""
 
         beta: float = Field(0.3, gt=0, description="how strongly the policy is held to the reference")
         lambda_: float = Field(50.0, ge=0, description="weight of the penalty; 0 is DPO")

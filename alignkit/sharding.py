@@ -1,0 +1,32 @@
+"""FSDP2: the policy's weights, gradients and optimiser state spread over the ranks (torch's `fully_shard`).
+
+Called directly rather than through Accelerate, which passes over it in silence where there is no GPU; so the same code
+runs, and is tested, under gloo.
+"""
+
+from __future__ import annotations
+
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from alignkit.errors import ConfigError
+from alignkit.models import Scorer, causal_lm
+
+
+def shard(scorer: Scorer, device_type: str, world: int) -> None:
+    """Shard the module in place, a group for each of the architecture's blocks; before the optimiser is made.
+
+    Raises ConfigError with a single process.
+    """
+    if world == 1:
+        raise ConfigError(
+            "fsdp shards over several processes, and this is one; start it by "
+            "`torchrun --standalone --nproc_per_node=N -m alignkit run ...`"
+        )
+    mesh = init_device_mesh(device_type, (world,))
+    blocks = set(causal_lm(scorer.model)._no_split_modules or ())
+    for module in list(scorer.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    fully_shard(scorer, mesh=mesh)
+    assert isinstance(scorer, FSDPModule)  # what was asked for was really set up

@@ -1,0 +1,89 @@
+"""Write the parts of the pages that come from the code: each method's facts and settings, and the run's settings.
+
+    python docs/generate.py             rewrite what is between the markers
+    python docs/generate.py --check     change nothing; exit 1 and name the pages that are out of date
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`; everything else on a page is written by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from alignkit import Method, registry
+from alignkit.cli import described
+from alignkit.config import LoraSettings, RunConfig
+
+DOCS = Path(__file__).resolve().parent
+_PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_NEEDS = {
+    "rows": "`cached`, `adapter-off`, `full` or `int8`",
+    "live": "`adapter-off`, `full` or `int8`",
+    "moving": "`full`",
+}
+
+
+def table(cls: type[BaseModel]) -> str:
+    """Return a Markdown table of a settings class."""
+    rows = ["| setting | values | default | meaning |", "|---|---|---|---|"]
+    for name, default, values, meaning in described(cls):
+        cells = (f"`{name}`", _escape(values), f"`{default}`", _escape(meaning))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) if len(rows) > 2 else "It has no settings of its own."
+
+
+def facts(cls: type[Method]) -> str:
+    """Return a Markdown table of what a method needs, and of the defaults that are not settings."""
+    reference = "none"
+    if "reference" in cls.uses:
+        reference = _NEEDS[cls(cls.Config()).reference_need()]
+    return "\n".join(
+        [
+            "| data | reference | learning rate, all weights | learning rate, LoRA | least `batch_size` |",
+            "|---|---|---|---|---|",
+            f"| {cls.data} | {reference} | {cls.learning_rate:g} | {cls.lora_learning_rate:g} | {cls.min_batch} |",
+        ]
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def part(page: Path, name: str) -> str:
+    """Return what belongs into the part `name` of a page."""
+    if name == "run-settings":
+        return table(RunConfig)
+    if name == "lora-settings":
+        return table(LoraSettings)
+    method = registry.get(page.stem)
+    return {"facts": lambda: facts(method), "settings": lambda: table(method.Config)}[name]()
+
+
+def generated(page: Path) -> str:
+    """Return the page's text as it should be."""
+    text = page.read_text(encoding="utf-8")
+    return _PART.sub(lambda m: f"{m[1]}{part(page, m[2])}\n{m[3]}", text)
+
+
+def pages() -> list[Path]:
+    """All pages that have generated parts."""
+    return sorted(p for p in DOCS.rglob("*.md") if _PART.search(p.read_text(encoding="utf-8")))
+
+
+def main(check: bool) -> int:
+    """Rewrite the pages, or only say which ones would change."""
+    stale = [(page, text) for page in pages() if (text := generated(page)) != page.read_text(encoding="utf-8")]
+    for page, text in stale:
+        print(f"{'out of date' if check else 'written'}: {page.relative_to(DOCS.parent)}")
+        if not check:
+            page.write_text(text, encoding="utf-8")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("--check" in sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""The pages say what the code does: generated parts are up to date, examples load, names and links exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from alignkit import data, forms, registry
+from alignkit.engine import run
+from helpers import make_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = sorted(p.stem for p in (ROOT / "docs/methods").glob("*.md"))
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
+    *(ROOT / "plugins").glob("*/README.md"),
+    ROOT / "kernels/README.md",
+]
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["generate"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def examples(text: str) -> list[list[dict[str, Any]]]:
+    """The rows of every jsonl block."""
+    blocks = re.findall(r"```jsonl\n(.*?)```", text, re.DOTALL)
+    return [[json.loads(line) for line in block.splitlines()] for block in blocks]
+
+
+def test_generated_parts_are_up_to_date(generate: ModuleType) -> None:
+    stale = [p.name for p in generate.pages() if generate.generated(p) != p.read_text(encoding="utf-8")]
+    assert stale == [], "run: python docs/generate.py"
+
+
+def test_every_first_party_method_has_a_page_and_a_row_in_the_readme() -> None:
+    first_party = sorted(p.name.removeprefix("alignkit-") for p in (ROOT / "plugins").glob("alignkit-*"))
+    assert first_party == METHODS
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"| [`{name}`](docs/methods/{name}.md) | " in readme for name in METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_is_on_the_methods_page(name: str) -> None:
+    assert all(f"| `{field}` | " in page(f"methods/{name}") for field in registry.get(name).Config.model_fields)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_on_a_methods_page_are_rows_it_takes(name: str) -> None:
+    blocks = examples(page(f"methods/{name}"))
+    assert blocks
+    assert all(len(data.load(rows, registry.get(name).data)) >= 1 for rows in blocks)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_metric_is_named_on_a_page(name: str, settings: dict[str, Any]) -> None:
+    metrics = run(name, **settings | {"data": make_rows(registry.get(name).data, 8), "max_steps": 1}).metrics
+    text = page(f"methods/{name}") + page("run")
+    assert [m for m in metrics if f"`{m}`" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("dpo", 0.6931), ("ipo", 25.0), ("kto", 0.5)]
+)  # what the pages say of the first step
+def test_the_loss_of_the_first_step(name: str, first: float, settings: dict[str, Any]) -> None:
+    metrics = run(name, **settings | {"data": make_rows(registry.get(name).data, 8), "max_steps": 1}).metrics
+    assert metrics["loss"] == pytest.approx(first, abs=1e-4)
+
+
+def test_the_forms_on_the_data_page_are_those_that_are_detected() -> None:
+    text = page("data")
+    table = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\w, ]+) \|$", text, re.MULTILINE))
+    sections = re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", text, re.DOTALL | re.MULTILINE)
+    assert [name for name, _ in sections] == list(table)
+    for name, section in sections:
+        for rows in examples(section):
+            for kind in table[name].split(", "):
+                assert data.load(rows, kind).form == name  # type: ignore[arg-type]
+
+
+def test_the_forms_on_the_data_page_are_all_and_in_order() -> None:
+    names = re.findall(r"^\| `(\w+)` \|", page("data"), re.MULTILINE)
+    assert names == list(dict.fromkeys(form.name for form in forms.FORMS))
+
+
+def test_every_module_of_the_core_stands_once_in_the_table() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    table = text.split("## To change X open Y")[1].split("##")[0]
+    named = re.findall(r"`(\w+(?:\.py|/))`", table)
+    core = ROOT / "alignkit"
+    there = [p.name for p in core.glob("*.py")] + [f"{p.parent.name}/" for p in core.glob("*/__init__.py")]
+    assert sorted(named) == sorted(there)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([\w-]+))?\)", text):
+        there = path.parent / target if target else path
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], anchor

@@ -1,0 +1,135 @@
+"""The registry: broken strangers are reported by name, and never stop the others."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignkit import registry
+from alignkit.errors import PluginError
+
+SOUND = """
+    from alignkit import Method, Term, hookimpl
+
+    class Mine(Method):
+        name = "{name}"
+        data = "text"
+        def loss(self, batch, models):
+            return {{"nll": Term(-models.policy(batch).logps, over="tokens")}}
+
+    @hookimpl
+    def register_methods():
+        return [Mine]
+"""
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Put a distribution on sys.path as an installer would: a module, and a dist-info folder with its entry point."""
+    count = iter(range(100))
+
+    def add(distribution: str, entry: str, code: str) -> None:
+        folder = tmp_path / f"site-{next(count)}"
+        info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
+        info.mkdir(parents=True)
+        module = f"module_of_{distribution.replace('-', '_')}_{tmp_path.name.replace('-', '_')}"
+        (folder / f"{module}.py").write_text(textwrap.dedent(code))
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[alignkit]\n{entry} = {module}\n")
+        monkeypatch.syspath_prepend(folder)
+
+    return add
+
+
+def listed(name: str) -> registry.Plugin:
+    (found,) = [p for p in registry.plugins() if p.name == name]
+    return found
+
+
+def test_a_sound_plugin_is_found(install: Install) -> None:
+    install("somebodys-method", "mine", SOUND.format(name="mine"))
+    assert registry.get("mine").name == "mine"
+    plugin = listed("mine")
+    assert (plugin.distribution, plugin.version, plugin.problem) == ("somebodys-method", "1.0", None)
+
+
+def test_two_distributions_with_one_method_name(install: Install) -> None:
+    install("first-dist", "mine", SOUND.format(name="mine"))
+    install("second-dist", "mine", SOUND.format(name="mine"))
+    with pytest.raises(PluginError, match="brought by two distributions, first-dist and second-dist; uninstall one"):
+        registry.get("mine")
+    assert "first-dist and second-dist" in (listed("mine").problem or "")
+
+
+def test_a_plugin_whose_import_raises(install: Install) -> None:
+    install("broken-dist", "broken", "raise RuntimeError('no such luck')")
+    with pytest.raises(PluginError, match="'broken' of broken-dist cannot be loaded: RuntimeError: no such luck"):
+        registry.get("broken")
+
+
+def test_a_plugin_whose_dependency_is_missing(install: Install) -> None:
+    install("broken-dist", "broken", "import a_module_that_nobody_has")
+    with pytest.raises(PluginError, match="ModuleNotFoundError: No module named 'a_module_that_nobody_has'"):
+        registry.get("broken")
+
+
+def test_a_misspelt_hook(install: Install) -> None:
+    install("misspelt-dist", "mine", SOUND.format(name="mine").replace("def register_methods", "def register_method"))
+    with pytest.raises(PluginError, match=r"(?s)'mine' of misspelt-dist: unknown hook 'register_method'.*hookspecs"):
+        registry.get("mine")
+
+
+def test_an_entry_point_without_its_method(install: Install) -> None:
+    install("other-dist", "mine", SOUND.format(name="other"))
+    with pytest.raises(PluginError, match="'mine' of other-dist brings no method of that name, but 'other'"):
+        registry.get("mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (('data = "text"', 'data = "texts"'), "must be 'text', 'pairs', 'unpaired' or 'prompts'"),
+        (("def loss", "def los"), "does not define loss"),
+        (("(Method)", ""), "is not a subclass of alignkit.Method"),
+        (('data = "text"', 'data = "text"; uses = frozenset({"critics"})'), "unknown roles"),
+        (('data = "text"', 'data = "text"; Config = dict'), "not a subclass of alignkit.MethodConfig"),
+    ],
+)
+def test_a_class_that_breaks_the_contract(install: Install, change: tuple[str, str], problem: str) -> None:
+    install("wrong-dist", "mine", SOUND.format(name="mine").replace(*change))
+    with pytest.raises(PluginError, match=problem):
+        registry.get("mine")
+
+
+def test_a_setting_that_the_run_already_has(install: Install) -> None:
+    code = SOUND.format(name="mine").replace(
+        'data = "text"', 'data = "text"; Config = type("Config", (MethodConfig,), {"__annotations__": {"seed": int}})'
+    )
+    install("clash-dist", "mine", code.replace("import Method,", "import Method, MethodConfig,"))
+    with pytest.raises(PluginError, match="has settings that the run already has: seed; rename them"):
+        registry.get("mine")
+
+
+def test_broken_plugins_do_not_stop_the_others(install: Install) -> None:
+    install("sound-dist", "mine", SOUND.format(name="mine"))
+    install("broken-dist", "broken", "raise SystemError('at import')")
+    install("misspelt-dist", "misspelt", SOUND.format(name="misspelt").replace("register_methods", "register_method"))
+    install("first-dist", "twice", SOUND.format(name="twice"))
+    install("second-dist", "twice", SOUND.format(name="twice"))
+    assert registry.get("mine").name == "mine"
+    found = {p.name: p for p in registry.plugins()}
+    assert found["mine"].problem is None
+    assert found["dpo"].problem is None
+    for name in ("broken", "misspelt", "twice"):
+        assert found[name].method is None
+        assert name in (found[name].problem or "")
+
+
+def test_an_unknown_name_gets_the_nearest() -> None:
+    with pytest.raises(PluginError, match=r"no method 'dpoo'; installed: .*dpo.* Did you mean 'dpo'\?"):
+        registry.get("dpoo")
