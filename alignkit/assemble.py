@@ -16,13 +16,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    LoggerType,
     set_seed,
 )
 from torch import nn
 
 from alignkit import data, tokenise
 from alignkit.config import RunConfig
-from alignkit.errors import ConfigError, DataError
+from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.logpcache import LogpCache
 from alignkit.method import Method
 from alignkit.models import Scorer, choose_layout, load_model
@@ -32,6 +33,8 @@ from alignkit.stream import Stream, hold_out
 from alignkit.types import Example, Layout
 
 logger = logging.getLogger(__name__)
+
+TRACKERS = sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ def accelerator_for(config: RunConfig) -> Accelerator:
     if precision == "auto":
         precision = "fp32" if cpu else "bf16"
     AcceleratorState._reset_state()  # its precision is process-wide, and a process may run more than one method
+    if unknown := [t for t in config.trackers if t not in TRACKERS]:
+        raise ConfigError(f"no tracker '{unknown[0]}'. {nearest(unknown[0], TRACKERS)} There are {', '.join(TRACKERS)}")
     return Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,

@@ -25,6 +25,7 @@ class Cells:
     faults: list[Fault] = field(default_factory=list)
 
     def bad(self, column: str, found: str, fix: str) -> None:
+        """Note a fault."""
         self.faults.append(Fault(self.number, column, found, fix))
 
     def content(self, column: str) -> Content:
@@ -35,6 +36,7 @@ class Cells:
         return self.checked(column, self.cells[column])
 
     def checked(self, column: str, value: object) -> Content:
+        """Text or messages from a value that is already in hand."""
         if self.textual and isinstance(value, str):
             value = _messages_in(value) or value
         if isinstance(value, str):
@@ -47,6 +49,7 @@ class Cells:
         return ""
 
     def text(self, column: str, value: str) -> str:
+        """Text that can be written as UTF-8."""
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -54,6 +57,7 @@ class Cells:
         return value
 
     def message(self, column: str, message: object) -> Message:
+        """One message, its role and content alone."""
         role = message.get("role") if isinstance(message, Mapping) else None
         content = message.get("content") if isinstance(message, Mapping) else None
         if role not in ROLES:
@@ -77,6 +81,7 @@ class Cells:
         return value
 
     def number_of(self, column: str, value: object) -> float:
+        """A finite number."""
         try:
             number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
         except (ValueError, OverflowError):
@@ -87,6 +92,7 @@ class Cells:
         return number
 
     def label(self, column: str) -> bool:
+        """True or false, in any spelling that leaves no doubt."""
         value = self.cells.get(column)
         text = str(value).strip().lower() if isinstance(value, bool | int | float | str) else ""
         if text not in ("true", "false", "1", "0", "1.0", "0.0"):
@@ -94,6 +100,7 @@ class Cells:
         return text in ("true", "1", "1.0")
 
     def list_of(self, column: str) -> list[Any]:
+        """A list with at least one entry."""
         value = self.cells.get(column)
         if self.textual and isinstance(value, str):
             value = _json_list(value)

@@ -124,6 +124,8 @@ def demo(
 
     Makes the task, fine-tunes a small model on it, aligns it, and shows what changed.
     """
+    # A model this small gains nothing from threads, and loses much where other programs hold the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from alignkit import registry
 
     registry.get(method)
@@ -373,7 +375,8 @@ def _speak() -> None:
     transformers_log.disable_progress_bar()  # one for each save and load
     if sys.stderr.isatty():
         enable_progress_bars()  # a download is worth one
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its tries
+    for library in ("huggingface_hub", "bitsandbytes"):  # a line for each try, a line for each layer
+        logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -149,13 +149,15 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
     Raises ConfigError: an unknown key with the nearest known one, or every value that is wrong.
     """
     known_run, known_method = RunConfig.model_fields, method_config.model_fields
+    # a setting that is a word of Python's own, such as `lambda`, has an underscore in its class and none for users
+    settings = {f"{k}_" if f"{k}_" in known_method else k: v for k, v in settings.items()}
     unknown = [k for k in settings if k not in known_run and k not in known_method]
     if unknown:
-        hint = nearest(unknown[0], [*known_run, *known_method])
+        hint = nearest(unknown[0], known_method) or nearest(unknown[0], known_run)
         names = ", ".join(known_method) or "none"
         raise ConfigError(
             f"unknown setting '{unknown[0]}'. {hint} Settings of {settings.get('method')}: {names}; "
-            f"of every run: see `alignkit run --help`"
+            f"of every run: see `alignkit settings {settings.get('method')}`"
         )
     run, wrong = _built(RunConfig, {k: v for k, v in settings.items() if k in known_run})
     own, also_wrong = _built(method_config, {k: v for k, v in settings.items() if k in known_method})
@@ -181,7 +183,7 @@ def _built(cls: type[M], values: Mapping[str, Any]) -> tuple[M | None, list[str]
             where = ".".join(str(p) for p in e["loc"]) or "settings"
             # what is missing, or wrong only together, has no value of its own to show
             given = f" (given: {e.get('input')!r:.80})" if e["loc"] and e["type"] != "missing" else ""
-            wrong.append(f"{where}: {e['msg']}{given}")
+            wrong.append(f"{where}: {e['msg'].removeprefix('Value error, ')}{given}")
         return None, wrong
 
 

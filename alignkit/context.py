@@ -32,7 +32,7 @@ class StepContext:
 
     def shard(self, examples: Sequence[Example]) -> Batch:
         """This rank's part of a list with one entry for each of `step_examples`."""
-        return self.loop.shard(examples)
+        return self.loop.shard(examples, keep=False)
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over all entries of `value` on all ranks, a scalar."""

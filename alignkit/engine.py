@@ -24,7 +24,7 @@ from alignkit.models import load_tokenizer
 from alignkit.packing import batch_of
 from alignkit.progress import Progress
 from alignkit.resume import restore, save
-from alignkit.roles import in_step
+from alignkit.roles import check_reference, in_step
 from alignkit.signals import StopSignals
 from alignkit.stream import chunks, seeded
 from alignkit.types import Batch, Example
@@ -57,6 +57,7 @@ class Engine:
         cls = registry.get(method)
         config, method_config = split(given, cls.Config)
         chosen = cls(method_config)
+        check_reference(config, chosen)
         tokenizer = load_tokenizer(config)
         rows = assemble.read(config, chosen, tokenizer)
         accelerator = assemble.accelerator_for(config)
@@ -65,6 +66,7 @@ class Engine:
         written = {**config.describe(), **method_config.model_dump(mode="json")}
         if accelerator.is_main_process:
             runfolder.write_config(folder, written, config.resume)
+        logger.info("run: %s", folder)
         parts = assemble.build(config, chosen, rows, accelerator)
         metrics = Loop(config, chosen, parts, rows, folder, written).train()
         model = finish.save_model(parts, config, tokenizer, folder / "model")
@@ -182,12 +184,12 @@ class Loop:
                 metrics.add(terms, meter.sums(terms, micro, self.method.name), weight)
         return {f"eval/{name}": value for name, value in metrics.means(self.reduce).items()}
 
-    def shard(self, examples: Sequence[Example]) -> Batch:
+    def shard(self, examples: Sequence[Example], keep: bool = True) -> Batch:
         """This rank's part of the examples, with the reference's log-probabilities where the method uses them."""
         accelerator = self.parts.accelerator
         own = examples[accelerator.process_index :: accelerator.num_processes]
         batch = batch_of(own, self.parts.layout, accelerator.device)
-        return self.parts.reference.attach(batch) if self.parts.reference else batch
+        return self.parts.reference.attach(batch, keep) if self.parts.reference else batch
 
     def reduce(self, value: Tensor) -> Tensor:
         """Sum over the ranks."""

@@ -20,10 +20,10 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def counts(batch: Batch, reduce: Reduce) -> dict[str, float]:
-    """Return what each possible `over` of a Term is divided by: the count in this step over all ranks, at least 1."""
+    """Return what each possible `over` of a Term is divided by: the count in this step over all ranks."""
     names = [*EXTENTS, *_masks(batch)]
     local = torch.tensor([batch.count(n) for n in names], dtype=torch.float64)
-    return {n: max(c, 1.0) for n, c in zip(names, reduce(local).tolist(), strict=True)}
+    return dict(zip(names, reduce(local).tolist(), strict=True))
 
 
 def sums(terms: Mapping[str, Term], batch: Batch, method: str) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def _mask(batch: Batch, name: str, term: Term, method: str) -> Tensor:
 
 def share(terms: Mapping[str, Term], term_sums: Mapping[str, Tensor], denominators: Mapping[str, float]) -> Tensor:
     """Return this micro-batch's share of the step's loss, a scalar that can be differentiated."""
-    parts = [t.coef * term_sums[n] / denominators[t.over] for n, t in terms.items() if t.coef]
+    parts = [t.coef * term_sums[n] / max(denominators[t.over], 1.0) for n, t in terms.items() if t.coef]
     if not parts:
         raise PluginError("the method's loss returned no term with a coefficient; there is nothing to train on")
     return torch.stack([p.float() for p in parts]).sum()
@@ -89,9 +89,13 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def means(self, reduce: Reduce) -> dict[str, float]:
-        """Return the mean of every term, and "loss": their sum weighted by the coefficients."""
+        """Return the mean of every term, and "loss": their sum weighted by the coefficients.
+
+        A term over a mask that nothing in the step fulfils has no mean, and is left out.
+        """
         names = sorted(self._sums)
         totals = reduce(torch.stack([self._sums[n] for n in names])).tolist()
-        means = {n: t / self._denominators[self._terms[n][0]] for n, t in zip(names, totals, strict=True)}
-        loss = sum(coef * means[n] for n, (_, coef) in self._terms.items() if coef)
+        counted = {n: self._denominators[self._terms[n][0]] for n in names}
+        means = {n: t / counted[n] for n, t in zip(names, totals, strict=True) if counted[n]}
+        loss = sum(coef * means[n] for n, (_, coef) in self._terms.items() if coef and n in means)
         return {"loss": loss, **{n: v for n, v in means.items() if n != "loss"}}

@@ -36,6 +36,7 @@ def load_tokenizer(config: RunConfig) -> Any:
         return given
     from transformers import AutoTokenizer
 
+    _look(given)
     try:
         return AutoTokenizer.from_pretrained(str(given), trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises a dozen kinds here
@@ -70,6 +71,7 @@ def load_model(config: RunConfig, device: torch.device) -> tuple[nn.Module, bool
 def _from_pretrained(name: str, config: RunConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    _look(name)
     options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
     options["output_loading_info"] = True
     adapter = Path(name) / "adapter_config.json"
@@ -98,6 +100,13 @@ def _whole(name: str, model: nn.Module, loading: Mapping[str, Any]) -> nn.Module
             f"{type(model).__name__}: {', '.join(missing[:4])}{more}"
         )
     return model
+
+
+def _look(name: str | Path) -> None:
+    # what can only be a path is not asked of the hub
+    text = str(name)
+    if (text.count("/") != 1 or text.startswith((".", "/", "~"))) and "/" in text and not Path(text).exists():
+        raise ModelError(f"there is no folder '{text}'; give one that holds a model, or a hub name such as org/name")
 
 
 def _where(name: str | Path) -> str:

@@ -65,7 +65,8 @@ class Progress:
         now = time.perf_counter()
         if always or step == self._total or now - self._last_line >= 1.0:
             self._last_line = now
-            left = (now - self._started) / max(step - self._first, 1) * (self._total - step)
+            done = step - self._first
+            left = (now - self._started) / done * (self._total - step) if done else None
             print(line(step, self._total, values, left), file=sys.stderr, flush=True)
 
 

@@ -49,7 +49,7 @@ def get(name: str) -> type[Method[Any]]:
         return _load(found[0])
     except PluginError:
         raise
-    except Exception as error:  # a stranger's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a stranger's module may do anything while it is imported
         raise PluginError(
             f"method '{name}' of {_owner(found[0])[0]} cannot be loaded: {type(error).__name__}: {error}"
         ) from error

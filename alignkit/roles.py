@@ -117,9 +117,10 @@ class Reference:
             return cached_logps(examples, self.cache, self.fingerprint, self._score)
         return self._score(examples)
 
-    def attach(self, batch: Batch) -> Batch:
-        """Return the batch with its `reference_logps`."""
-        return batch.attach(per_token={"reference_logps": self.logps(batch.examples).to(batch.device)})
+    def attach(self, batch: Batch, keep: bool = True) -> Batch:
+        """Return the batch with its `reference_logps`; keep=False for rows that no other run will ask about."""
+        logps = self.logps(batch.examples) if keep else self._score(batch.examples)
+        return batch.attach(per_token={"reference_logps": logps.to(batch.device)})
 
     def update(self, policy: nn.Module, alpha: float) -> None:
         """Move the weights: alpha * policy + (1 - alpha) * reference (TR-DPO, 2404.09656)."""
@@ -185,33 +186,19 @@ def in_step(parts: list[Batch], most: Callable[[int], int]) -> Iterator[tuple[Ba
         yield parts[min(i, len(parts) - 1)], float(i < len(parts))
 
 
-def resolve_reference(
-    config: RunConfig, method: Method[Any], device: torch.device, n_bytes: int
-) -> ReferenceMode | None:
-    """Decide the reference's form, None where the method has none. n_bytes: memory of a second copy of the policy.
-
-    Raises ConfigError where what was asked for cannot serve the method.
-    """
+def check_reference(config: RunConfig, method: Method[Any]) -> None:
+    """Raise ConfigError where the form of the reference that was asked for cannot serve the method; loads nothing."""
     if "reference" not in method.uses:
-        return None
+        return
     need, mode = method.reference_need(), config.reference
-    if config.fsdp and need == "moving":
-        raise ConfigError(f"'{method.name}' moves its reference, which fsdp cannot do; leave out fsdp")
-    # once the policy is sharded, ranks that ask it about different numbers of rows would wait for each other
-    switchable = config.lora is not None and (not config.fsdp or (need == "rows" and config.reference_cache))
-    if mode == "auto":
-        if need == "moving":
-            return "full"
-        if switchable:
-            return "adapter-off"
-        if need == "rows" and config.reference_cache:
-            return "cached"
-        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 3 * n_bytes:
-            return "int8"
-        return "full"
+    if need == "moving" and (config.fsdp or config.lora):
+        # mixing two adapters factor by factor is not mixing the weights that they stand for
+        raise ConfigError(f"'{method.name}' moves its reference, which needs all weights: leave out lora and fsdp")
+    if need == "moving" and mode not in ("auto", "full"):
+        raise ConfigError(f"'{method.name}' moves its reference, which needs reference: full; given: {mode}")
     if mode == "adapter-off" and config.lora is None:
         raise ConfigError("reference: adapter-off needs fresh adapters; add `lora`, or use reference: auto")
-    if mode == "adapter-off" and not switchable:
+    if mode == "adapter-off" and not _switchable(config, method):
         raise ConfigError(f"reference: adapter-off cannot serve '{method.name}' under fsdp; use reference: full")
     if mode == "cached" and need != "rows":
         raise ConfigError(
@@ -220,6 +207,34 @@ def resolve_reference(
         )
     if mode == "cached" and not config.reference_cache:
         raise ConfigError("reference: cached needs reference_cache: true")
-    if need == "moving" and mode != "full":
-        raise ConfigError(f"'{method.name}' moves its reference, which needs reference: full; given: {mode}")
-    return mode
+
+
+def resolve_reference(
+    config: RunConfig, method: Method[Any], device: torch.device, n_bytes: int
+) -> ReferenceMode | None:
+    """Decide the reference's form, None where the method has none; `check_reference` has passed.
+
+    n_bytes: memory of a second copy of the policy.
+    """
+    if "reference" not in method.uses:
+        return None
+    if config.reference != "auto":
+        return config.reference
+    need = method.reference_need()
+    if need == "moving":
+        return "full"
+    if _switchable(config, method):
+        return "adapter-off"
+    if need == "rows" and config.reference_cache:
+        return "cached"
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 3 * n_bytes:
+        return "int8"
+    return "full"
+
+
+def _switchable(config: RunConfig, method: Method[Any]) -> bool:
+    """May the policy with its adapters off be the reference?"""
+    if config.lora is None:
+        return False
+    # once the policy is sharded, ranks that ask it about different numbers of rows would wait for each other
+    return not config.fsdp or (method.reference_need() == "rows" and config.reference_cache)

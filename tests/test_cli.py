@@ -341,16 +341,10 @@ def test_the_module_is_the_command(place: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_make_one_run(place: Path, prefs: str, tiny: str) -> None:
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "alignkit"]
     arguments = ["run", "dpo", "--model", tiny, "--data", prefs, "--batch-size", "4", "--set", "device=cpu"]
-    done = subprocess.run(
-        [*launch, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=place,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, cwd=place, check=False, env=alone)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "model: runs/dpo-001/model\n"
     assert [p.name for p in (place / "runs").iterdir()] == ["dpo-001"]

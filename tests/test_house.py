@@ -159,8 +159,8 @@ def test_the_search_for_dangers_finds_them(bad: str) -> None:
 
 @pytest.mark.parametrize(
     "good",
-    ["model.eval()", "self.evaluate(0)", "yaml.safe_load(t)", "load_file(p)", "re.compile('x')", "torch.save", "json.load(f)"],
-)  # fmt: skip
+    ["model.eval()", "self.evaluate(0)", "yaml.safe_load(t)", "load_file(p)", "re.compile('x')", "json.load(f)"],
+)
 def test_the_search_for_dangers_lets_harmless_code_be(good: str) -> None:
     assert dangers(ast.parse(good)) == []
 

@@ -33,8 +33,19 @@ def test_what_a_step_divides_by_is_counted_over_all_ranks() -> None:
     assert counts(given_, lambda t: t * 3)["tokens"] == 21.0
 
 
-def test_a_mask_that_is_empty_everywhere_divides_by_one() -> None:
-    assert counts(batch([1], [False, False]), alone)["good"] == 1.0
+def test_a_mask_that_nothing_fulfils_adds_nothing_to_the_loss_and_has_no_mean() -> None:
+    given_ = batch([1], [False, False])
+    value = torch.tensor([3.0, math.nan], requires_grad=True)
+    terms = {"x": Term(value, over="good"), "y": Term(torch.tensor([2.0]))}
+    denominators, total, meter = counts(given_, alone), sums(terms, given_, "mine"), Meter()
+    assert denominators["good"] == 0.0
+    loss = share(terms, total, denominators)
+    assert loss.item() == 2.0
+    loss.backward()
+    assert value.grad.tolist() == [0.0, 0.0]
+    meter.expect(denominators)
+    meter.add(terms, total)
+    assert meter.means(alone) == {"loss": 2.0, "y": 2.0}
 
 
 def test_terms_are_summed_over_what_they_name() -> None:
@@ -147,7 +158,9 @@ def test_neither_loss_nor_gradient_nor_metrics_depend_on_how_a_step_is_cut(
     assert loss == pytest.approx(by_hand, abs=1e-5)
     assert parameter.grad.item() == pytest.approx(2 * mean_e + 2 * mean_c + 0.5 * mean_s, abs=1e-5)
     means = meter.means(alone)
-    want = {"loss": by_hand, "e": mean_e, "c": mean_c, "s": mean_s, "watched": sum(s.tolist()) / (2 * n)}
+    want = {"loss": by_hand, "e": mean_e, "c": mean_c, "watched": sum(s.tolist()) / (2 * n)}
+    if kept:
+        want["s"] = mean_s
     assert means == pytest.approx(want, abs=1e-5)
 
 

@@ -290,6 +290,7 @@ def lora_of(name: str, **settings: Any) -> Any:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("name", ["llama", "llama, tied", "gemma 2", "cohere", "granite"])
 @pytest.mark.parametrize(
     "settings",

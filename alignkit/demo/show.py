@@ -72,7 +72,8 @@ def run_demo(method: str, output: Path, seed: int) -> str:
     _print(method, held_out, before, after, _win_rates(base, held_out, before, after, seed))
     return (
         f"{time.perf_counter() - started:.0f} s. Model: {aligned.folder / 'model'}. "
-        f"Metrics: {aligned.folder / 'metrics.jsonl'}. Again: {aligned.folder / 'config.yaml'}"
+        f"Metrics: {aligned.folder / 'metrics.jsonl'}. "
+        f"Again: alignkit run {aligned.folder / 'config.yaml'} --name again"
     )
 
 

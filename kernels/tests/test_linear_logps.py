@@ -168,13 +168,16 @@ def test_the_error_in_low_precision_is_at_most_twice_that_of_eager_pytorch(
         assert mine <= 2 * theirs + tiny * truth, name
 
 
-def test_the_cap_of_bf16_logits_costs_no_more_than_their_own_rounding() -> None:
-    # near the cap tanh is flat: in bf16 it would lose what tells the logits apart
-    hidden = torch.tensor([[1.0]], dtype=torch.bfloat16)
-    weight = torch.tensor([[2.0], [2.5]], dtype=torch.bfloat16)
-    got = linear_logps(hidden, weight, torch.tensor([0]), softcap=50.0).item()
-    a, b = 50 * math.tanh(2.0 / 50), 50 * math.tanh(2.5 / 50)
-    assert got == pytest.approx(-math.log1p(math.exp(b - a)), abs=2 * 2.0**-8)
+def test_the_gradient_through_a_cap_is_right_where_bf16_can_no_longer_tell_tanh_from_one() -> None:
+    # logits 12 and 6, a cap of 4: tanh(3) = 0.9951, and the next number below 1 in bf16 is 0.9961
+    hidden = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([[12.0], [6.0]], dtype=torch.bfloat16, requires_grad=True)
+    linear_logps(hidden, weight, torch.tensor([0]), softcap=4.0).sum().backward()
+    p = 1 / (1 + math.exp(4 * math.tanh(1.5) - 4 * math.tanh(3.0)))
+    slopes = [1 - math.tanh(3.0) ** 2, 1 - math.tanh(1.5) ** 2]
+    by_hand = [(1 - p) * slopes[0], -(1 - p) * slopes[1]]
+    assert weight.grad.flatten().tolist() == pytest.approx(by_hand, rel=0.03)
+    assert hidden.grad.item() == pytest.approx(12 * by_hand[0] + 6 * by_hand[1], rel=0.03)
 
 
 def test_non_contiguous_inputs_give_the_same_values_and_gradients() -> None:

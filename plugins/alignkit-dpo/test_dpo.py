@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -32,6 +33,9 @@ class TestDPO(Conformance):
         {"rpo_alpha": 0.7},
         {"sync_every": 1, "sync_alpha": 0.4},
     )
+    expected_failures: ClassVar = {
+        "test_resume_lora[sync_every=1,sync_alpha=0.4]": "mixing adapters is not mixing weights, so it is refused",
+    }
 
     def expected(self, c, row):
         """2305.18290 eq. 7, with what each variant changes about it."""
