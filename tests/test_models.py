@@ -379,15 +379,21 @@ def test_an_adapter_folder_is_loaded_on_its_base_and_trained_on(tiny: str, tmp_p
         load_model(config(model=str(tmp_path / "adapter"), lora=True), CPU)
 
 
-def test_a_folder_that_is_not_there_is_named_with_where_it_was_looked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_can_only_be_a_folder_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    for load in (lambda: load_model(config(model=missing), CPU), lambda: load_tokenizer(config(model=missing))):
+        with pytest.raises(ModelError, match="there is no folder '.*missing'; give one that holds a model, or a hub"):
+            load()
+
+
+def test_a_name_that_may_be_a_folder_or_on_the_hub_says_where_it_was_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    missing = str(tmp_path / "missing")
-    with pytest.raises(ModelError, match=r"cannot load a causal language model from '.*missing' \(no such folder"):
-        load_model(config(model=missing), CPU)
-    with pytest.raises(ModelError, match=r"cannot load a tokenizer from '.*missing'"):
-        load_tokenizer(config(model=missing))
+    with pytest.raises(ModelError, match=r"cannot load a causal language model from 'org/missing' \(no such folder"):
+        load_model(config(model="org/missing"), CPU)
+    with pytest.raises(ModelError, match=r"cannot load a tokenizer from 'org/missing' \(no such folder"):
+        load_tokenizer(config(model="org/missing"))
 
 
 def test_a_folder_without_a_model_is_named_in_one_line(tmp_path: Path) -> None:
