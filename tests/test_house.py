@@ -265,3 +265,23 @@ def test_no_file_mentions_the_home_folder_of_whoever_wrote_it() -> None:
         if home.search(line)
     ]
     assert found == []
+
+
+# ---------------------------------------------------------------------------------------- who imports whom
+
+
+def test_plugins_import_public_names_only_and_never_each_other() -> None:
+    # import-linter reads packages, and a plugin is a single module
+    foreign = {}
+    for path in PLUGINS:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Import):
+                taken = [a.name for a in node.names if a.name.startswith("alignkit")]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("alignkit"):
+                public = {"alignkit": alignkit.__all__, "alignkit_kernels": alignkit_kernels.__all__}
+                taken = [a.name for a in node.names if a.name not in public.get(node.module or "", ())]
+            else:
+                continue
+            if taken:
+                foreign[name_of(path)] = taken
+    assert foreign == {}

@@ -1,0 +1,68 @@
+"""The demo: its world is sound, its judge is right, and it runs from nothing to a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alignkit.demo import show, world
+from alignkit.errors import ConfigError
+from alignkit.runfolder import read_metrics
+
+
+@given(st.integers(0, 50))
+def test_held_out_questions_are_new_and_their_facts_are_not(seed: int) -> None:
+    train, held_out = world.questions(seed)
+    assert not {q.prompt for q in train} & {q.prompt for q in held_out}
+    assert {q.fact for q in held_out} <= {q.fact for q in train}
+    assert world.questions(seed) == (train, held_out)
+
+
+def test_the_judge_wants_the_right_fact_and_then_the_brief_style() -> None:
+    question = world.Question("Question: What colour is the fox?\nAnswer:", "The fox is red.", " The fox is red.", "")
+    assert world.score(question, " The fox is red.") == 2
+    assert world.score(question, " What a lovely question! The fox is red. I hope that this helps!") == 1
+    assert world.score(question, " The fox is red. The fox is red.") == 1
+    assert world.score(question, " The fox is blue.") == 0
+
+
+def test_the_base_is_trained_on_both_styles_alike() -> None:
+    train, _ = world.questions(0)
+    answers = [row["completion"] for row in world.sft_rows(train)]
+    assert sum(a in {q.brief for q in train} for a in answers) == len(train) == len(answers) / 2
+    assert all(r["chosen"] != r["rejected"] for r in world.pair_rows(train))
+
+
+def test_a_method_that_the_demo_lacks_is_named_with_those_it_has(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the demo has no 'dpoo'; it has dpo, ipo, .* Did you mean 'dpo'\?"):
+        show.run_demo("dpoo", tmp_path, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(show.SETTINGS))
+def test_it_runs_from_nothing_to_a_table_and_leaves_what_it_promises(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(show.SFT, "epochs", 2)
+    monkeypatch.setitem(show.SHARED, "epochs", 1)
+    monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])
+    last = show.run_demo(method, tmp_path, 0)
+    table = capsys.readouterr().out
+    for row in ("win rate against the base", "preference accuracy", "KL to the base (nats a sequence)", "question"):
+        assert row in table
+    folder = tmp_path / f"demo-{method}-001"
+    assert str(folder / method / "model") in last
+    assert f"alignkit run {folder / method / 'config.yaml'} --name again" in last
+    assert "eval/loss" in read_metrics(folder / method)[-1]
+    model = AutoModelForCausalLM.from_pretrained(folder / method / "model")
+    ids = AutoTokenizer.from_pretrained(folder / method / "model")("Question:", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits).all()
+    rows = [json.loads(line) for line in (folder / "data/pairs.jsonl").read_text().splitlines()]
+    assert rows
+    assert set(rows[0]) == {"prompt", "chosen", "rejected"}
