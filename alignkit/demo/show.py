@@ -26,7 +26,7 @@ SHARED = {"batch_size": 16, "epochs": 2, "max_prompt_tokens": 64, "max_completio
 SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 1e-4},
     "ipo": {"learning_rate": 1e-4},
-    "kto": {"learning_rate": 1e-4},
+    "kto": {"learning_rate": 1e-4, "batch_size": 32},  # a pair is two examples
     "orpo": {"learning_rate": 1e-3, "lambda_": 0.5},
     "simpo": {"learning_rate": 1e-4},
     "cpo": {"learning_rate": 5e-4},
