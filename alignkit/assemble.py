@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -26,7 +28,7 @@ from alignkit.config import RunConfig
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.logpcache import LogpCache
 from alignkit.method import Method
-from alignkit.models import Scorer, choose_layout, load_model
+from alignkit.models import Scorer, check_fit, choose_layout, load_model
 from alignkit.roles import Reference, Roles, resolve_reference
 from alignkit.sharding import shard
 from alignkit.stream import Stream, hold_out
@@ -69,8 +71,9 @@ def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Rows:
         train, held_out = hold_out(train, config.eval_fraction, config.seed)
     digest = hashlib.sha256()
     for e in (*train, *held_out):
-        for part in (e.prompt, *(c.tokens for c in e.completions)):
+        for part in (e.prompt, *(t for c in e.completions for t in (c.tokens, c.trained_at))):
             digest.update(len(part).to_bytes(4, "little") + part.numpy().tobytes())
+        digest.update(json.dumps(sorted(e.numbers.items())).encode())
     logger.info("%d rows to train on, %d held out", len(train), len(held_out))
     return Rows(train, held_out, digest.hexdigest())
 
@@ -95,6 +98,9 @@ def accelerator_for(config: RunConfig) -> Accelerator:
     AcceleratorState._reset_state()  # its precision is process-wide, and a process may run more than one method
     if unknown := [t for t in config.trackers if t not in TRACKERS]:
         raise ConfigError(f"no tracker '{unknown[0]}'. {nearest(unknown[0], TRACKERS)} There are {', '.join(TRACKERS)}")
+    installed = {str(kind.value) for kind in get_available_trackers()}
+    if missing := [t for t in config.trackers if t not in installed]:  # Accelerate would leave it out in silence
+        raise ConfigError(f"tracker '{missing[0]}' is not installed; try: pip install {missing[0].replace('_', '-')}")
     return Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
@@ -110,16 +116,23 @@ def accelerator_for(config: RunConfig) -> Accelerator:
 
 def build(config: RunConfig, method: Method[Any], rows: Rows, accelerator: Accelerator) -> Parts:
     """Load the models, ready the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
-    min_batch = max(method.min_batch, accelerator.num_processes)
-    if config.batch_size < min_batch * config.minibatches:
+    least = max(method.min_batch, accelerator.num_processes)
+    min_batch = least * config.minibatches  # a rank with fewer minibatches than the others would be waited for
+    if config.batch_size < min_batch:
         raise ConfigError(
             f"batch_size {config.batch_size} is too small: '{method.name}' on {accelerator.num_processes} ranks with "
-            f"{config.minibatches} minibatches needs at least {min_batch * config.minibatches}"
+            f"{config.minibatches} minibatches needs at least {min_batch}"
+        )
+    if 0 < len(rows.held_out) < least:
+        raise DataError(
+            f"{len(rows.held_out)} held-out rows are too few: '{method.name}' on {accelerator.num_processes} ranks "
+            f"needs at least {least}; raise eval_fraction, give more eval_data, or neither"
         )
     stream = Stream(rows.train, config.batch_size, config.seed, min_batch)
     set_seed(config.seed)  # fresh adapters are drawn
     model, _ = load_model(config, accelerator.device)
     plain = Scorer(model).train()
+    check_fit(model, [*rows.train, *rows.held_out])
     with accelerator.autocast():
         layout = choose_layout(plain, rows.train, config, accelerator.device)
     reference = _reference(config, method, plain, layout, accelerator, [*rows.train, *rows.held_out])

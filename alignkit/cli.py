@@ -118,7 +118,7 @@ def run(
 def demo(
     method: Annotated[str, typer.Option(help="dpo, ipo, kto, orpo, simpo or cpo")] = "dpo",
     output: Annotated[Path, typer.Option(help="Folder that holds the runs")] = Path("runs"),
-    seed: Annotated[int, typer.Option(help="Seed of the task, the models and the samples")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the task, the models and the samples")] = 0,
 ) -> None:
     """Align a small model on a made-up task: no downloads.
 
@@ -180,7 +180,7 @@ def validate(
     config: Annotated[Path, typer.Argument(help="A YAML file of settings", metavar="CONFIG")],
 ) -> None:
     """Check a YAML file and every row of its data, without loading a model."""
-    checked, method = _checked(_settings(str(config), {}, []))
+    checked, method = _checked(_settings(str(config), {}, [], only_file=True))
     _speak()
     from alignkit import assemble, models
 
@@ -244,7 +244,7 @@ def _size(n_bytes: int) -> str:
     return f"{size:.3g} {units[0]}" if units[0] != "bytes" else f"{n_bytes} bytes"
 
 
-def _settings(what: str, given: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
+def _settings(what: str, given: dict[str, Any], pairs: list[str], only_file: bool = False) -> dict[str, Any]:
     """Flat settings from a method's name or a YAML file, then options, then --set."""
     import yaml
 
@@ -252,8 +252,10 @@ def _settings(what: str, given: dict[str, Any], pairs: list[str]) -> dict[str, A
     from alignkit.errors import ConfigError
 
     from_file = Path(what).suffix in (".yaml", ".yml")
-    if not from_file and ("/" in what or Path(what).is_file()):
-        raise ConfigError(f"'{what}' is no method; a file of settings must be named .yaml or .yml")
+    if not from_file and (only_file or "/" in what or Path(what).is_file()):
+        raise ConfigError(
+            f"'{what}' is no {'config' if only_file else 'method'}; a file of settings is named .yaml or .yml"
+        )
     settings = read_yaml(what) if from_file else {"method": what}
     settings |= given
     for pair in pairs:
@@ -295,7 +297,7 @@ def described(cls: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
             shown = str(default)
         else:
             shown = "required" if field.is_required() else json.dumps(default)
-        limits = [f"{sign} {getattr(m, k):g}" for m in field.metadata for k, sign in _SIGNS.items() if hasattr(m, k)]
+        limits = [f"{sign} {getattr(m, k)}" for m in field.metadata for k, sign in _SIGNS.items() if hasattr(m, k)]
         yield name, shown, ", ".join([_values(field.annotation), *limits]), field.description or ""
 
 
@@ -305,9 +307,11 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 def _values(annotation: Any) -> str:
     """Say in a few words what a field takes."""
     import types
-    from typing import Literal, Union, get_args, get_origin
+    from typing import Annotated, Literal, Union, get_args, get_origin
 
     origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _values(args[0])
     if origin is Literal:
         return " | ".join(map(str, args))
     if origin in (Union, types.UnionType):
@@ -375,7 +379,13 @@ def _speak() -> None:
     transformers_log.disable_progress_bar()  # one for each save and load
     if sys.stderr.isatty():
         enable_progress_bars()  # a download is worth one
-    for library in ("huggingface_hub", "bitsandbytes"):  # a line for each try, a line for each layer
+    # a line for each try, a line for each layer, a table of missing weights (which are an error of ours)
+    for library in (
+        "huggingface_hub",
+        "bitsandbytes",
+        "transformers.modeling_utils",
+        "transformers.utils.loading_report",
+    ):
         logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)

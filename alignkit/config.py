@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,13 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from alignkit.errors import ConfigError, nearest
 from alignkit.method import MethodConfig
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 ReferenceMode = Literal["auto", "full", "int8", "adapter-off", "cached"]
 
 
 class LoraSettings(BaseModel):
     """Low-rank adapters on the policy (peft). Dropout is always 0: the reference and the old policy must match."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     r: int = Field(16, ge=1, description="rank")
     alpha: float = Field(32.0, gt=0, description="scale; the update is multiplied by alpha / r")
@@ -34,7 +35,9 @@ class LoraSettings(BaseModel):
 class RunConfig(BaseModel):
     """Settings of a run, besides the method's own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), arbitrary_types_allowed=True
+    )
 
     method: str = Field(description="name of an installed method, see `alignkit methods`")
     model: Any = Field(description="folder or hub name of the model, or a loaded model")
@@ -63,7 +66,7 @@ class RunConfig(BaseModel):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="part of the steps that the rate rises over")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay, of matrices only")
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
+    adam_betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm that gradients are clipped to")
     max_skipped_steps: int = Field(10, ge=0, description="non-finite steps skipped before the run stops")
 
@@ -79,10 +82,10 @@ class RunConfig(BaseModel):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
     gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
     fsdp: bool = Field(False, description="shard the policy over the ranks (FSDP2)")
-    timeout_minutes: float = Field(30.0, gt=0, description="a rank that is silent for longer ends the run")
+    timeout_minutes: float = Field(30.0, gt=0, le=100_000, description="a rank that is silent for longer ends the run")
     trust_remote_code: bool = Field(False, description="run code that came with the model; never from a YAML file")
 
-    seed: int = Field(0, ge=0, description="of the data's order and of everything drawn")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the data's order and of everything drawn")
     log_every: int = Field(1, ge=1, description="steps between log lines")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: start and end")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides `save_minutes`")
@@ -96,6 +99,13 @@ class RunConfig(BaseModel):
         if name is not None and (not re.fullmatch(r"[A-Za-z0-9_.+=-]{1,200}", name) or set(name) == {"."}):
             raise ValueError("letters, digits and . _ + = - only, so that it stays inside `output`")
         return name
+
+    @field_validator("model", "tokenizer")
+    @classmethod
+    def _no_plain_value(cls, value: Any) -> Any:
+        if value == "" or isinstance(value, bool | int | float | list | dict):
+            raise ValueError("give a folder, a hub name, or a loaded object")
+        return value
 
     @field_validator("trackers", mode="before")
     @classmethod

@@ -64,10 +64,11 @@ class Engine:
         folder = runfolder.create(config, accelerator)
         config = config.model_copy(update={"name": folder.name})
         written = {**config.describe(), **method_config.model_dump(mode="json")}
-        if accelerator.is_main_process:
-            runfolder.write_config(folder, written, config.resume)
-        logger.info("run: %s", folder)
-        parts = assemble.build(config, chosen, rows, accelerator)
+        with runfolder.undone(folder, made=not config.resume):
+            if accelerator.is_main_process:
+                runfolder.write_config(folder, written, config.resume)
+            logger.info("run: %s", folder)
+            parts = assemble.build(config, chosen, rows, accelerator)
         metrics = Loop(config, chosen, parts, rows, folder, written).train()
         model = finish.save_model(parts, config, tokenizer, folder / "model")
         return Result(metrics, model, tokenizer, folder)

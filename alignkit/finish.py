@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from alignkit import meter
 from alignkit.config import RunConfig
 from alignkit.models import causal_lm
 from alignkit.progress import Progress
+from alignkit.roles import in_step
 from alignkit.runfolder import MetricsFile
 
 if TYPE_CHECKING:
@@ -61,16 +63,24 @@ class Trackers:
 def culprits(loop: Loop, micros: list[Batch]) -> str:
     """Name the rows whose own loss is not finite, or all rows of the step where only the gradient was not."""
     bad: list[int] = []
-    for micro in micros:
-        for i, example in enumerate(micro.examples):
-            one = micro.select([i])
-            with torch.no_grad():
-                terms = loop.method.loss(one, loop.parts.roles)
-            term_sums = meter.sums(terms, one, loop.method.name)
-            if not all(bool(term_sums[n].isfinite()) for n, t in terms.items() if t.coef):
-                bad.append(example.row)
-    rows = bad or [e.row for micro in micros for e in micro.examples]
+    ones = [micro.select([i]) for micro in micros for i in range(len(micro))]
+    for one, weight in in_step(ones, loop.parts.roles.most):
+        with torch.no_grad():
+            terms = loop.method.loss(one, loop.parts.roles)
+        term_sums = meter.sums(terms, one, loop.method.name)
+        if weight and not all(bool(term_sums[n].isfinite()) for n, t in terms.items() if t.coef):
+            bad.append(one.examples[0].row)
+    rows = _of_all_ranks(loop, bad) or _of_all_ranks(loop, [one.examples[0].row for one in ones])
     return ", ".join(str(r) for r in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+
+
+def _of_all_ranks(loop: Loop, rows: list[int]) -> list[int]:
+    most = loop.parts.roles.most(len(rows))
+    accelerator = loop.parts.accelerator
+    if accelerator.num_processes == 1 or most == 0:
+        return rows
+    padded = torch.tensor(rows + [-1] * (most - len(rows)), device=accelerator.device)
+    return [int(r) for r in accelerator.gather(padded) if r >= 0]
 
 
 def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) -> Any:
@@ -90,9 +100,11 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
         model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
         tokenizer.save_pretrained(temporary)
+        before = folder.with_name(f".{folder.name}-before-{os.getpid()}")
         if folder.exists():
-            folder.rename(folder.with_name(f".{folder.name}-before-{os.getpid()}"))
+            folder.rename(before)
         temporary.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
     parts.accelerator.wait_for_everyone()
     return model
 

@@ -227,7 +227,7 @@ class LogpCache:
     def _not_ours(self, why: object) -> CacheError:
         return CacheError(
             f"{self.path} is not a reference cache, or damaged beyond repair: {why}. "
-            f"Remove it: rm '{self.path}'*  (its values are computed again), or: {_elsewhere()}"
+            f"{_elsewhere()}, or, if it was a cache, remove it (its values are computed again): rm '{self.path}'*"
         )
 
 

@@ -36,9 +36,9 @@ Role = Literal["policy", "reference", "critic", "reward", "judge"]
 
 
 class MethodConfig(BaseModel):
-    """Base of every method's settings: frozen, and a key that it does not know is refused."""
+    """Base of every method's settings: frozen; a key that it does not know is refused, and so are inf and nan."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Models(Protocol):

@@ -69,7 +69,7 @@ def load_model(config: RunConfig, device: torch.device) -> tuple[nn.Module, bool
 
 
 def _from_pretrained(name: str, config: RunConfig) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     _look(name)
     options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
@@ -82,6 +82,9 @@ def _from_pretrained(name: str, config: RunConfig) -> nn.Module:
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
             model = _whole(base, *AutoModelForCausalLM.from_pretrained(base, **options))
             return PeftModel.from_pretrained(model, name, is_trainable=True)  # type: ignore[no-any-return]
+        about = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        if getattr(about, "is_encoder_decoder", False):  # its decoder alone would load, with weights missing
+            raise ModelError(f"'{name}' is an encoder and a decoder ({about.model_type}); give a causal language model")
         return _whole(name, *AutoModelForCausalLM.from_pretrained(name, **options))
     except ModelError:
         raise
@@ -224,8 +227,58 @@ def probe(scorer: Scorer, batch: Batch) -> str | None:
     except Exception as error:  # an architecture may refuse a mask in any way it likes
         return _first_line(error)
     worst = float((got - torch.cat(want)).abs().max())
-    exact = next(scorer.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
-    return None if worst <= (1e-4 if exact else 0.25) else f"log-probabilities differ by {worst:.2g} nats a token"
+    allowed = 1e-4 if _is_exact(scorer, device) else 0.25
+    return None if worst <= allowed else f"log-probabilities differ by {worst:.2g} nats a token"
+
+
+def _is_exact(model: nn.Module, device: torch.device) -> bool:
+    return next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+
+
+def check_causal(model: nn.Module, example: Example, device: torch.device) -> None:
+    """Raise ModelError where a token's log-probability depends on later tokens, as in a masked language model."""
+    sequence = torch.cat([example.prompt, example.completions[0].tokens]).to(device)
+    other = torch.cat([sequence[:-1], (sequence[-1:] == 0).to(sequence.dtype)])  # its last token is another one
+    try:
+        with torch.no_grad():
+            change = plain_logps(model, sequence, 1)[:-1] - plain_logps(model, other, 1)[:-1]
+    except Exception:  # the probe will say why this model cannot be asked
+        return
+    if change.numel() and float(change.abs().max()) > (1e-4 if _is_exact(model, device) else 0.02):
+        raise ModelError(
+            f"{type(causal_lm(model)).__name__} reads the tokens that it has to predict, as masked language models "
+            f"such as BERT do; give a causal language model"
+        )
+
+
+def check_fit(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Raise ModelError where the examples hold tokens or positions that the model has no weights for.
+
+    Rotary positions go on for ever, so of those that were never trained a warning tells.
+    """
+    lm = causal_lm(model)
+    known = lm.get_input_embeddings().weight.shape[0]
+    sequences = [(e, c) for e in examples for c in e.completions]
+    for example, completion in sequences:
+        if (token := max(int(example.prompt.max()), int(completion.tokens.max()))) >= known:
+            raise ModelError(
+                f"row {example.row} holds the token {token}, and the model embeds {known} (0 to {known - 1}): "
+                f"the tokenizer is another model's, or the embeddings were not resized"
+            )
+    config = lm.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    lengths = [(len(e.prompt) + len(c.tokens), e.row) for e, c in sequences]
+    beyond = [(n, row) for n, row in lengths if limit and n > limit]
+    if not beyond:
+        return
+    longest, row = max(beyond)
+    what = (
+        f"{len(beyond)} of {len(lengths)} sequences are longer than the model's {limit} positions, the longest "
+        f"{longest} tokens (row {row}); let max_prompt_tokens and max_completion_tokens add up to {limit} at most"
+    )
+    if getattr(config, "rope_parameters", None) is None:
+        raise ModelError(what)
+    logger.warning("%s", what)
 
 
 def choose_layout(scorer: Scorer, examples: Sequence[Example], config: RunConfig, device: torch.device) -> Layout:
@@ -233,6 +286,7 @@ def choose_layout(scorer: Scorer, examples: Sequence[Example], config: RunConfig
 
     Raises ModelError when even padded rows differ from the model's own forward, or `layout: forest` cannot be had.
     """
+    check_causal(scorer.model, max(examples, key=lambda e: e.n_tokens), device)
     flex = causal_lm(scorer.model).config._attn_implementation == "flex_attention"
     if flex:
         forest = Layout("forest", config.row_tokens or config.max_tokens, attention_cost=0.0, multiple_of=BLOCK)

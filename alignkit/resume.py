@@ -43,6 +43,10 @@ def save(loop: Loop, step: int) -> None:
 def restore(loop: Loop) -> int:
     """Load the newest whole checkpoint and return its step, 0 where there is none. Raises CheckpointError."""
     found = checkpoint.load(loop.folder / "checkpoints", logger.warning)
+    if found is None and (loop.folder / "model").is_dir():
+        raise CheckpointError(
+            f"{loop.folder} is finished: its model is in {loop.folder / 'model'}. To train on, start a new run from there"
+        )
     if found is None:
         logger.warning("no checkpoint in %s: starting at step 1", loop.folder)
         return 0

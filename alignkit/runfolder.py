@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def create(config: RunConfig, accelerator: Any) -> Path:
 
 
 def _create(config: RunConfig) -> Path:
+    try:
+        return _find_or_make(config)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make a folder in {config.output}: {error.strerror}; choose another --output"
+        ) from error
+
+
+def _find_or_make(config: RunConfig) -> Path:
     if config.name is not None:
         folder = config.output / config.name
         if config.resume and not (folder / "config.yaml").is_file():
@@ -58,6 +68,19 @@ def _create(config: RunConfig) -> Path:
             continue
         return folder
     raise ConfigError(f"{config.output} is full of runs; choose another --output")
+
+
+@contextmanager
+def undone(folder: Path, made: bool) -> Iterator[None]:
+    """Remove a folder that was just made where what prepares the run fails: nothing but config.yaml is in it yet."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # another rank may be faster
+            if made and {p.name for p in folder.iterdir()} <= {"config.yaml"}:
+                (folder / "config.yaml").unlink(missing_ok=True)
+                folder.rmdir()
+        raise
 
 
 def _runs(output: Path) -> str:
@@ -84,14 +107,18 @@ class MetricsFile:
 
     def __init__(self, folder: Path, from_step: int) -> None:
         self.path = folder / "metrics.jsonl"
+        self._last = ""
         if self.path.exists():
             self._drop_after(from_step)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line and hand it to the system, so that a killed run keeps it."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **values})
+        if line != self._last:  # a run resumed after its last step repeats its last evaluation
+            self._file.write(line + "\n")
+            self._file.flush()
+        self._last = line
 
     def close(self) -> None:
         """Close the file."""
@@ -109,6 +136,7 @@ class MetricsFile:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
+        self._last = kept[-1] if kept else ""
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

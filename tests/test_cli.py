@@ -350,3 +350,41 @@ def test_two_processes_make_one_run(place: Path, prefs: str, tiny: str) -> None:
     assert [p.name for p in (place / "runs").iterdir()] == ["dpo-001"]
     steps = [json.loads(line)["step"] for line in (place / "runs/dpo-001/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--set", "beta=inf"), "beta: Input should be a finite number"),
+        (("--set", "adam_betas=[2, 3]"), "adam_betas.0: Input should be less than 1"),
+        (("--seed", 2**32), "seed: Input should be less than or equal to 4294967295"),
+        (("--set", "tokenizer=7"), "tokenizer: give a folder, a hub name, or a loaded object (given: 7)"),
+        (("--output", "prefs.jsonl"), "cannot make a folder in prefs.jsonl: File exists; choose another --output"),
+    ],
+)
+def test_values_that_only_a_library_would_have_refused(
+    call: Call, prefs: str, tiny: str, given: tuple[object, ...], words: str
+) -> None:
+    said = call("run", "dpo", "--model", tiny, "--data", prefs, *given)
+    assert said.code == 2
+    assert words in said.err
+
+
+def test_a_run_that_could_not_begin_leaves_no_folder(call: Call, prefs: str, tiny: str) -> None:
+    said = call("run", "dpo", "--model", tiny, "--data", prefs, "--set", "cache_file=.")
+    assert said.code == 2
+    assert "cannot open the reference cache" in said.err
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_a_tracker_that_is_not_installed_is_refused(call: Call, prefs: str, tiny: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr("alignkit.assemble.get_available_trackers", list)
+    said = call("run", "dpo", "--model", tiny, "--data", prefs, "--set", "trackers=tensorboard")
+    assert said.code == 2
+    assert "tracker 'tensorboard' is not installed; try: pip install tensorboard" in said.err
+
+
+def test_validate_takes_files_of_settings_only(call: Call) -> None:
+    said = call("validate", "dpo")
+    assert (said.code, said.out) == (2, "")
+    assert "'dpo' is no config; a file of settings is named .yaml or .yml" in said.err

@@ -67,6 +67,34 @@ def test_two_processes_give_the_losses_and_weights_of_one(
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
+def flags_of(settings: dict[str, Any], data: str, **changes: Any) -> list[str]:
+    given = {"output": settings["output"], "cache_file": settings["cache_file"], "model": settings["model"]}
+    given |= {"data": data, "device": "cpu", "timeout_minutes": 0.5, "name": "two", **changes}
+    return [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_ranks_with_unequal_rows(
+    settings: dict[str, Any], write_rows: Any
+) -> None:
+    data = write_rows(make_rows("text", 5))
+    broken = {"batch_size": 5, "max_steps": 6, "learning_rate": 1e38, "warmup_fraction": 0, "max_skipped_steps": 2}
+    done = torchrun(["run", "sft", *flags_of(settings, data, **broken)])
+    assert "3 updates were not finite (max_skipped_steps 2)" in done.stderr, done.stderr[-3000:]
+    rows = done.stderr.split("rows ")[-1].split(". Look")[0]
+    assert sorted(rows.split(", ")) == ["1", "2", "3", "4", "5"]  # the rows of both ranks
+
+
+def test_every_rank_has_every_minibatch_and_a_part_of_what_is_held_out(
+    settings: dict[str, Any], write_rows: Any
+) -> None:
+    data = write_rows(make_rows("text", 7))  # in steps of 4: the last would leave one rank a single row
+    done = torchrun(["run", "sft", *flags_of(settings, data, batch_size=4, max_steps=4, minibatches=2)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = write_rows(make_rows("text", 1, seed=1), "one.jsonl")
+    done = torchrun(["run", "sft", *flags_of(settings, data, batch_size=4, eval_data=one, name="other")])
+    assert "1 held-out rows are too few: 'sft' on 2 ranks needs at least 2" in done.stderr, done.stderr[-3000:]
+
+
 def test_sharding_over_one_process_is_an_error_not_a_silent_plain_run(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="fsdp shards over several processes, and this is one; start it by `torchrun"):
         alignkit.run("sft", data=make_rows("pairs", 8), fsdp=True, **settings)

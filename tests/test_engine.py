@@ -131,6 +131,32 @@ def test_resume_refuses_other_settings_other_rows_and_a_run_that_is_not_there(se
         alignkit.run("dpo", data=rows, **settings)
 
 
+def test_resume_refuses_rows_with_other_labels(settings: dict[str, Any]) -> None:
+    rows = make_rows("unpaired", 12)
+    settings |= {"name": "r", "save_every": 2}
+    alignkit.run("kto", data=rows, **settings)
+    with pytest.raises(CheckpointError, match="rows are not those"):
+        alignkit.run("kto", data=[{**r, "label": not r["label"]} for r in rows], resume=True, **settings)
+
+
+def test_resuming_a_finished_run_writes_no_line_twice(settings: dict[str, Any]) -> None:
+    settings |= {"data": make_rows("pairs", 12), "eval_fraction": 0.3, "name": "r", "save_every": 3}
+    first = alignkit.run("dpo", **settings)
+    before = lines(first.folder)
+    again = alignkit.run("dpo", resume=True, **settings)
+    assert lines(again.folder) == before
+    assert same(again.model, first.model)
+
+
+def test_resuming_a_finished_run_that_kept_no_checkpoint_says_so_and_trains_nothing(settings: dict[str, Any]) -> None:
+    settings |= {"data": make_rows("pairs", 12), "name": "r"}
+    first = alignkit.run("dpo", **settings)
+    before = (first.folder / "model/model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"is finished: its model is in .*model. To train on, start a new run"):
+        alignkit.run("dpo", resume=True, **settings)
+    assert (first.folder / "model/model.safetensors").read_bytes() == before
+
+
 def test_a_step_that_is_not_finite_is_skipped_its_row_named_and_the_run_stopped_after_too_many(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

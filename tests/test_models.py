@@ -20,6 +20,7 @@ from alignkit.models import (
     Scorer,
     add_lora,
     causal_lm,
+    check_fit,
     choose_layout,
     drop_dropout,
     load_model,
@@ -206,6 +207,31 @@ def test_padded_rows_that_were_asked_for_are_given_without_a_word(caplog: pytest
     assert not [r for r in caplog.records if r.name.startswith("alignkit")]
 
 
+def test_tokens_that_the_model_does_not_embed_are_named_with_their_row() -> None:
+    model = model_of("llama")
+    n = model.get_input_embeddings().num_embeddings
+    strange = Example(torch.tensor([3, 4]), (Completion(torch.tensor([5])), Completion(torch.tensor([n]))), row=7)
+    with pytest.raises(ModelError, match=rf"row 7 holds the token {n}, and the model embeds {n} \(0 to {n - 1}\)"):
+        check_fit(model, [*examples(), strange])
+    check_fit(model, examples())
+
+
+def test_rows_longer_than_learned_positions_are_an_error_and_than_rotary_ones_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpt2 = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=99, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    prompt = torch.tensor([1, 2, 3, 4, 5])
+    fits, long = (Example(prompt, (Completion(torch.arange(n)),), row=n) for n in (3, 4))
+    check_fit(gpt2, [fits])
+    what = "1 of 2 sequences are longer than the model's 8 positions, the longest 9 tokens .row 4.; let max_prompt_tok"
+    with pytest.raises(ModelError, match=what):
+        check_fit(gpt2, [fits, long])
+    llama = tf.LlamaConfig(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                           num_attention_heads=1, max_position_embeddings=8)  # fmt: skip
+    check_fit(tf.LlamaForCausalLM(llama), [fits, long])
+    assert "1 of 2 sequences are longer than the model's 8 positions" in caplog.text
+
+
 class Doubled(nn.Module):
     """Something between trunk and logits that alignkit has never heard of."""
 
@@ -382,7 +408,7 @@ def test_an_adapter_folder_is_loaded_on_its_base_and_trained_on(tiny: str, tmp_p
 def test_what_can_only_be_a_folder_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     for load in (lambda: load_model(config(model=missing), CPU), lambda: load_tokenizer(config(model=missing))):
-        with pytest.raises(ModelError, match="there is no folder '.*missing'; give one that holds a model, or a hub"):
+        with pytest.raises(ModelError, match=r"there is no folder '.*missing'; give one that holds a model, or a hub"):
             load()
 
 
@@ -526,3 +552,19 @@ def test_flex_attention_scores_the_forest_as_the_model_itself(name: str, monkeyp
         batch = batch_of(examples(), Layout("forest", 128, multiple_of=128))
         got = Scorer(model)(batch.rows, batch.targets)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+
+
+def test_a_model_that_sees_what_it_predicts_is_refused() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = tf.BertLMHeadModel(tf.BertConfig(vocab_size=97, **sizes)).eval()
+    for p in bert.parameters():
+        p.data *= 5  # as drawn, it hardly looks at other tokens
+    with pytest.raises(ModelError, match="BertLMHeadModel reads the tokens that it has to predict"):
+        choose_layout(Scorer(bert), examples(), config(), CPU)
+
+
+def test_an_encoder_and_decoder_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    tf.T5Config(vocab_size=97).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"is an encoder and a decoder \(t5\); give a causal language model"):
+        load_model(config(model=str(tmp_path)), CPU)

@@ -11,7 +11,7 @@ import pytest
 
 from alignkit.config import RunConfig, read_yaml
 from alignkit.errors import ConfigError
-from alignkit.runfolder import MetricsFile, create, read_metrics, write_config
+from alignkit.runfolder import MetricsFile, create, read_metrics, undone, write_config
 
 ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
 
@@ -143,3 +143,19 @@ def test_lines_that_are_no_metrics_do_not_stop_a_resumption(tmp_path: Path) -> N
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[]\n{"no": 1}\n7\n\n{"step": 2}\n')
     MetricsFile(tmp_path, from_step=5).close()
     assert steps(tmp_path) == [1, 2]
+
+
+def test_a_folder_goes_where_the_run_could_not_begin_unless_it_was_there_or_holds_more(tmp_path: Path) -> None:
+    def fails(name: str, made: bool, *files: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in files:
+            (folder / file).write_text("")
+        with pytest.raises(KeyboardInterrupt), undone(folder, made):
+            raise KeyboardInterrupt
+        return folder
+
+    assert not fails("empty", True).exists()
+    assert not fails("config", True, "config.yaml").exists()
+    assert fails("resumed", False, "config.yaml").is_dir()
+    assert (fails("more", True, "config.yaml", "notes.txt") / "config.yaml").is_file()

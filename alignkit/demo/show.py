@@ -139,6 +139,9 @@ def _folder(output: Path, method: str) -> Path:
     for number in range(1, 10**6):
         folder = output / f"demo-{method}-{number:03d}"
         if not folder.exists():
-            folder.mkdir(parents=True)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise ConfigError(f"cannot make {folder}: {error.strerror}; choose another --output") from error
             return folder
     raise ConfigError(f"{output} is full of demos; choose another --output")

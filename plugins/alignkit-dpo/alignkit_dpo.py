@@ -41,7 +41,9 @@ class DPO(Method["DPO.Config"]):
         """Settings of DPO; the defaults are the paper's."""
 
         beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
-        loss_type: Literal["sigmoid", "robust", "hinge"] = Field("sigmoid", description="see the formulas above")
+        loss_type: Literal["sigmoid", "robust", "hinge"] = Field(
+            "sigmoid", description="what is made of a pair's margin"
+        )
         label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed part of labels that are flipped")
         length_normalised: bool = Field(False, description="average log-ratios over tokens instead of summing")
         ld_alpha: float = Field(1.0, ge=0, le=1, description="weight of tokens past the shorter answer's length")
