@@ -60,6 +60,7 @@ class Parts:
     reference: Reference | None
     layout: Layout
     stream: Stream
+    peak_rate: float
 
 
 def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Rows:
@@ -130,23 +131,24 @@ def build(config: RunConfig, method: Method[Any], rows: Rows, accelerator: Accel
         )
     stream = Stream(rows.train, config.batch_size, config.seed, min_batch)
     set_seed(config.seed)  # fresh adapters are drawn
-    model, _ = load_model(config, accelerator.device)
+    model, came_with_adapter = load_model(config, accelerator.device)
     plain = Scorer(model).train()
-    check_fit(model, [*rows.train, *rows.held_out])
+    check_fit(model, [*rows.train, *rows.held_out], mixes=method.reference_need() == "live")
     with accelerator.autocast():
         layout = choose_layout(plain, rows.train, config, accelerator.device)
     reference = _reference(config, method, plain, layout, accelerator, [*rows.train, *rows.held_out])
     if config.fsdp:
         shard(plain, accelerator.device.type, accelerator.num_processes)
-    optimizer = torch.optim.AdamW(
-        _groups(plain, config), lr=peak_rate(config, method), betas=config.adam_betas, fused=True
-    )
+    rate = config.learning_rate
+    if rate is None:
+        rate = method.lora_learning_rate if config.lora or came_with_adapter else method.learning_rate
+    optimizer = torch.optim.AdamW(_groups(plain, config), lr=rate, betas=config.adam_betas, fused=True)
     # sharded already: only its precision is left to set, and no wrapper of data parallelism to put around it
     policy = accelerator.prepare_model(plain, evaluation_mode=config.fsdp)
     prepared = accelerator.prepare_optimizer(optimizer)
     roles = Roles(method, policy, plain, reference, config.max_tokens)
     roles.autocast = accelerator.autocast
-    return Parts(accelerator, plain, policy, prepared, roles, reference, layout, stream)
+    return Parts(accelerator, plain, policy, prepared, roles, reference, layout, stream, rate)
 
 
 def _reference(
@@ -162,7 +164,7 @@ def _reference(
     if mode is None:
         return None
     cached = config.reference_cache and method.reference_need() != "moving"
-    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    mixed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     reference = Reference(
         mode,
         plain,
@@ -178,11 +180,6 @@ def _reference(
     accelerator.wait_for_everyone()
     reference.release()
     return reference
-
-
-def peak_rate(config: RunConfig, method: Method[Any]) -> float:
-    """Return the peak learning rate: the run's, or the method's for a full or a LoRA run."""
-    return config.learning_rate or (method.lora_learning_rate if config.lora else method.learning_rate)
 
 
 def _groups(module: nn.Module, config: RunConfig) -> list[dict[str, Any]]:

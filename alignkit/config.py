@@ -78,7 +78,7 @@ class RunConfig(BaseModel):
     attention: Literal["auto", "sdpa", "eager", "flex_attention"] = Field("auto", description="implementation")
 
     device: Literal["auto", "cpu"] = Field("auto", description="cpu keeps off a GPU that is there")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of matrix products")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of matrix products")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
     gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
     fsdp: bool = Field(False, description="shard the policy over the ranks (FSDP2)")

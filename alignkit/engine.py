@@ -201,7 +201,7 @@ class Loop:
 
     def learning_rate(self, step: int, total: int) -> float:
         """Return the rate of a step: a linear warm-up, then the schedule down to 0 (or constant)."""
-        peak = assemble.peak_rate(self.config, self.method)
+        peak = self.parts.peak_rate
         warmup = round(self.config.warmup_fraction * total)
         if step < warmup:
             return peak * (step + 1) / warmup

@@ -177,14 +177,14 @@ def _parse_ranked(cells: Cells, kind: DataKind) -> Parsed:
 
 
 def _parse_messages(cells: Cells, kind: DataKind) -> Parsed:
-    """Cut after the last user's message that an assistant answers (for prompts: after the last user's message)."""
+    """Cut before the assistant's first message, so that all its turns are learned; prompts: after the user's last."""
     messages = cells.turns("messages")
     roles = [message["role"] for message in messages]
     if kind != "prompts":
         if "assistant" not in roles:
             raise DroppedRow("without an assistant's turn")
         roles = roles[: _last(roles, "assistant") + 1]
-    lead = _last(roles, "user") + 1 if "user" in roles else _first_answer(roles)
+    lead = _last(roles, "user") + 1 if kind == "prompts" and "user" in roles else _first_answer(roles)
     if cells.faults:
         return Parsed("")
     if lead == 0:

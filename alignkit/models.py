@@ -251,9 +251,10 @@ def check_causal(model: nn.Module, example: Example, device: torch.device) -> No
         )
 
 
-def check_fit(model: nn.Module, examples: Sequence[Example]) -> None:
+def check_fit(model: nn.Module, examples: Sequence[Example], mixes: bool = False) -> None:
     """Raise ModelError where the examples hold tokens or positions that the model has no weights for.
 
+    mixes: any completion may meet any prompt (KTO's baseline), so the longest of both counts.
     Rotary positions go on for ever, so of those that were never trained a warning tells.
     """
     lm = causal_lm(model)
@@ -267,7 +268,8 @@ def check_fit(model: nn.Module, examples: Sequence[Example]) -> None:
             )
     config = lm.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    lengths = [(len(e.prompt) + len(c.tokens), e.row) for e, c in sequences]
+    longest_prompt = max(len(e.prompt) for e in examples) if mixes else 0
+    lengths = [(max(len(e.prompt), longest_prompt) + len(c.tokens), e.row) for e, c in sequences]
     beyond = [(n, row) for n, row in lengths if limit and n > limit]
     if not beyond:
         return

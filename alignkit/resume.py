@@ -45,7 +45,8 @@ def restore(loop: Loop) -> int:
     found = checkpoint.load(loop.folder / "checkpoints", logger.warning)
     if found is None and (loop.folder / "model").is_dir():
         raise CheckpointError(
-            f"{loop.folder} is finished: its model is in {loop.folder / 'model'}. To train on, start a new run from there"
+            f"{loop.folder} is finished: its model is in {loop.folder / 'model'}. "
+            f"To train on, start a new run from there"
         )
     if found is None:
         logger.warning("no checkpoint in %s: starting at step 1", loop.folder)

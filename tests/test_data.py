@@ -80,7 +80,7 @@ FORMS = [
     ({"prompt": "q", "completion": "c"}, "text", "q", ("c",), {}),
     ({"text": "once"}, "text", "", ("once",), {}),
     ({"messages": [USER, FOUR]}, "text", [USER], ([FOUR],), {}),
-    ({"messages": [USER, FOUR, USER, FIVE]}, "text", [USER, FOUR, USER], ([FIVE],), {}),
+    ({"messages": [USER, FOUR, USER, FIVE]}, "text", [USER], ([FOUR, USER, FIVE],), {}),
     ({"messages": [USER, FOUR, USER]}, "text", [USER], ([FOUR],), {}),
     (PAIR, "text", "2 + 2?", ("4",), {}),
     (

@@ -239,8 +239,10 @@ def test_a_policy_that_came_with_an_adapter_is_trained_on_against_a_copy_of_itse
 ) -> None:
     rows = make_rows("pairs", 12)
     first = alignkit.run("sft", data=rows, lora=4, **settings)
-    again = alignkit.run("dpo", data=rows, eval_fraction=0.3, **settings | {"model": str(first.folder / "model")})
+    changes = {"model": str(first.folder / "model"), "learning_rate": None, "schedule": "constant"}
+    again = alignkit.run("dpo", data=rows, eval_fraction=0.3, **settings | changes)
     written = read_metrics(again.folder)
+    assert written[-2]["lr"] == 5e-6  # the method's rate for adapters
     # the reference is the model with its first adapter: at the start nothing has moved yet
     assert written[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert written[0]["eval/kl"] == pytest.approx(0, abs=1e-6)

@@ -226,6 +226,11 @@ def test_rows_longer_than_learned_positions_are_an_error_and_than_rotary_ones_a_
     what = "1 of 2 sequences are longer than the model's 8 positions, the longest 9 tokens .row 4.; let max_prompt_tok"
     with pytest.raises(ModelError, match=what):
         check_fit(gpt2, [fits, long])
+    # where completions are lent, the 5 tokens of one prompt may meet the 4 of another's completion
+    lends = Example(prompt[:2], (Completion(torch.arange(4)),), row=9)
+    check_fit(gpt2, [fits, lends])
+    with pytest.raises(ModelError, match=r"1 of 2 sequences are longer .* the longest 9 tokens .row 9."):
+        check_fit(gpt2, [fits, lends], mixes=True)
     llama = tf.LlamaConfig(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                            num_attention_heads=1, max_position_embeddings=8)  # fmt: skip
     check_fit(tf.LlamaForCausalLM(llama), [fits, long])
