@@ -98,7 +98,7 @@ def accelerator_for(config: RunConfig) -> Accelerator:
         precision = "fp32" if cpu else "bf16"
     AcceleratorState._reset_state()  # its precision is process-wide, and a process may run more than one method
     if unknown := [t for t in config.trackers if t not in TRACKERS]:
-        raise ConfigError(f"no tracker '{unknown[0]}'. {nearest(unknown[0], TRACKERS)} There are {', '.join(TRACKERS)}")
+        raise ConfigError(f"no tracker '{unknown[0]}'.{nearest(unknown[0], TRACKERS)} There are {', '.join(TRACKERS)}")
     installed = {str(kind.value) for kind in get_available_trackers()}
     if missing := [t for t in config.trackers if t not in installed]:  # Accelerate would leave it out in silence
         raise ConfigError(f"tracker '{missing[0]}' is not installed; try: pip install {missing[0].replace('_', '-')}")

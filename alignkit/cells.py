@@ -64,7 +64,7 @@ class Cells:
             fix = f"use one of {', '.join(ROLES)}"
             close = nearest(role, ROLES) if isinstance(role, str) else ""
             found = f"a message with the role {shown(role)}" if role is not None else f"a message {shown(message)}"
-            self.bad(column, found, f"{fix}. {close}".strip() if role is not None else 'write {"role", "content"}')
+            self.bad(column, found, f"{fix}.{close}" if role is not None else 'write {"role", "content"}')
         elif not isinstance(content, str):
             self.bad(column, f"the {role}'s content is {shown(content)}", "give every message its content as text")
         elif isinstance(message, Mapping) and message.get("tool_calls"):

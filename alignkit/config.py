@@ -166,7 +166,7 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
         hint = nearest(unknown[0], known_method) or nearest(unknown[0], known_run)
         names = ", ".join(known_method) or "none"
         raise ConfigError(
-            f"unknown setting '{unknown[0]}'. {hint} Settings of {settings.get('method')}: {names}; "
+            f"unknown setting '{unknown[0]}'.{hint} Settings of {settings.get('method')}: {names}; "
             f"of every run: see `alignkit settings {settings.get('method')}`"
         )
     run, wrong = _built(RunConfig, {k: v for k, v in settings.items() if k in known_run})

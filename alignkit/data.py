@@ -68,7 +68,7 @@ def load(source: object, kind: DataKind, columns: Mapping[str, str] | None = Non
     no row is left; FaultyRowsError (a DataError) with all faults of the rows.
     """
     if kind not in get_args(DataKind):
-        raise ConfigError(f"unknown kind of data '{kind}'. {nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}")
+        raise ConfigError(f"unknown kind of data '{kind}'.{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}")
     wanted = dict(columns or {})
     forced = wanted.pop("form", None)
     raw = _renamed(read_rows(source), wanted)
@@ -101,7 +101,7 @@ def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
     for ours in wanted:
         if ours not in OUR_COLUMNS:
             names = ", ".join([*OUR_COLUMNS, "form"])
-            raise ConfigError(f"columns: unknown name '{ours}'. {nearest(ours, [*OUR_COLUMNS, 'form'])} Names: {names}")
+            raise ConfigError(f"columns: unknown name '{ours}'.{nearest(ours, [*OUR_COLUMNS, 'form'])} Names: {names}")
     if not wanted or not raw.rows:
         return raw
     found = {column for _, cells in raw for column in cells}
@@ -109,7 +109,7 @@ def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
         if theirs not in found:
             there = ", ".join(sorted(found))
             hint = nearest(theirs, found)
-            raise DataError(f"{raw.source}: no column '{theirs}', which was given for {ours}. {hint} Columns: {there}")
+            raise DataError(f"{raw.source}: no column '{theirs}', which was given for {ours}.{hint} Columns: {there}")
     taken = set(wanted.values())
     rows = []
     for number, cells in raw:
@@ -125,7 +125,7 @@ def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:
     known = {form.name for form in FORMS}
     if forced is not None and forced not in known:
         raise ConfigError(
-            f"columns: unknown form '{forced}'. {nearest(forced, known)} Forms: {', '.join(sorted(known))}"
+            f"columns: unknown form '{forced}'.{nearest(forced, known)} Forms: {', '.join(sorted(known))}"
         )
     present = [f for f in FORMS if columns.issuperset(f.columns) and forced in (None, f.name)]
     serving = [form for form in present if kind in form.kinds]

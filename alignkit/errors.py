@@ -43,6 +43,6 @@ class TrainingError(AlignkitError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the sentence "Did you mean 'x'?" for the closest of `known`, or an empty string."""
+    """Return the sentence " Did you mean 'x'?" for the closest of `known`, or nothing; the space belongs to it."""
     close = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.5)
-    return f"Did you mean '{close[0]}'?" if close else ""
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -148,7 +148,7 @@ class LogpCache:
             short = [n[:12] for n in chosen or names]
             raise CacheError(
                 f"{len(chosen)} references in {self.path} begin with '{reference}'; there are: "
-                f"{', '.join(short) or 'none'}. {nearest(reference, short)} See: alignkit cache info"
+                f"{', '.join(short) or 'none'}.{nearest(reference, short)} See: alignkit cache info"
             )
         with self._transaction():
             ids = [self._db.execute("SELECT id FROM refs WHERE fingerprint = ?", [n]).fetchone()[0] for n in chosen]

@@ -42,7 +42,7 @@ def get(name: str) -> type[Method[Any]]:
         known = names()
         have = f"installed: {', '.join(known)}" if known else "no method is installed"
         add = f"To add one: pip install alignkit-{name}" if name.isidentifier() and name.lower() not in known else ""
-        raise PluginError(" ".join(filter(None, (f"no method '{name}'; {have}.", nearest(name, known), add))))
+        raise PluginError(f"no method '{name}'; {have}.{nearest(name, known)} {add}".rstrip())
     if len({_owner(e) for e in found}) > 1:
         owners = " and ".join(sorted({_owner(e)[0] for e in found}))
         raise PluginError(f"method '{name}' is brought by two distributions, {owners}; uninstall one of them")

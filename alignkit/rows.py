@@ -202,7 +202,7 @@ def _missing(path: Path) -> str:
     if not names:
         return f"{message} The folder {path.parent} holds no {', '.join(SUFFIXES)} file."
     listed = ", ".join(names[:_SHOWN_ROWS]) + (", ..." if len(names) > _SHOWN_ROWS else "")
-    return " ".join(filter(None, (message, nearest(path.name, names), f"The folder {path.parent} holds: {listed}")))
+    return f"{message}{nearest(path.name, names)} The folder {path.parent} holds: {listed}"
 
 
 def _read_jsonl(path: Path) -> RawRows:

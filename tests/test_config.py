@@ -39,7 +39,7 @@ def test_an_unknown_setting_is_named_with_the_nearest_one_of_run_and_method(wron
 
 
 def test_a_setting_like_no_other_is_named_without_a_guess() -> None:
-    with pytest.raises(ConfigError, match=r"unknown setting 'zzzzzz'\.  ?Settings of mine"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'zzzzzz'\. Settings of mine"):
         split({**NEEDED, "zzzzzz": 1}, Own)
     assert nearest("zzzzzz", ["beta"]) == ""
 

@@ -47,7 +47,7 @@ class Measures:
 def run_demo(method: str, output: Path, seed: int) -> str:
     """Make the task, fine-tune, align with `method`, and print the tables; return the last words."""
     if method not in SETTINGS:
-        raise ConfigError(f"the demo has no '{method}'; it has {', '.join(SETTINGS)}. {nearest(method, SETTINGS)}")
+        raise ConfigError(f"the demo has no '{method}'; it has {', '.join(SETTINGS)}.{nearest(method, SETTINGS)}")
     started = time.perf_counter()
     folder = _folder(output, method)
     train, held_out = world.questions(seed)
