@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import alignkit
 from alignkit.errors import ConfigError, PluginError
+from alignkit.logpcache import LogpCache
 from alignkit.models import Scorer, plain_logps
 from alignkit.packing import batch_of
 from alignkit.roles import Reference, Roles, scored
@@ -91,6 +92,13 @@ def test_fresh_adapters_share_the_cache_of_their_base(settings: dict[str, Any], 
     passes.clear()
     alignkit.run("dpo", data=rows, lora=4, **settings)
     assert passes == []
+
+
+def test_the_mismatched_rows_of_kto_are_scored_but_not_kept(settings: dict[str, Any], passes: list[int]) -> None:
+    alignkit.run("kto", data=make_rows("unpaired", 8), **settings)
+    assert sum(passes) == 8 + 6 * 4  # the data once, and 4 lent answers in each of 6 steps
+    with LogpCache(settings["cache_file"]) as cache:
+        assert cache.info()["entries"] == 8
 
 
 @pytest.mark.parametrize("form", ["full", "int8", "cached"])
