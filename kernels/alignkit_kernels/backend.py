@@ -20,6 +20,8 @@ try:
 except ImportError:  # no wheels for this platform, or not installed: plain PyTorch does everything
     triton = tl = None
 
+__all__ = ["jit", "launching", "tl", "triton", "uses_triton"]
+
 LOW = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels read; float64 is always eager
 
 

@@ -1,61 +1,264 @@
-"""Log-probabilities of chosen tokens from hidden states and the weight of the language-model head.
+"""Log-probabilities of chosen tokens from hidden states and the weight of the language-model head, without the logits.
 
     z = softcap(scale * (hidden @ weight.T + bias)) / temperature,   logp_n = z_n[t_n] - lse(z_n)
 
-With a gradient the logits of the N given positions are kept for the backward (and turned into their own gradient in
-place); without one they exist a block of rows at a time.
+Four exact paths, by what needs a gradient; G is one product with the head, 2 N H V FLOP:
+
+    1  the head is frozen    2G   the upstream gradient is one number a token, so d(sum of logps) / d hidden is made in
+                                  the forward, a block of rows at a time; the backward only scales it
+    2  it is trained         3G   the logits are kept and become their own gradient in place
+    3  ... and memory short  4G   the backward makes the logits again, a piece of the vocabulary at a time; what fits
+                                  the budget is kept as in 2
+    4  no gradient           1G   a piece of the vocabulary at a time
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from alignkit_kernels.selective_logps import accumulator, selective_logps
+from alignkit_kernels.linear_lse import fold_product, fuses
+from alignkit_kernels.linear_plan import Plan, plan_linear_logps
+from alignkit_kernels.row_stats import RowStats, Transform, accumulator
 
-NO_GRAD_ELEMENTS = 1 << 24  # logits at a time where nothing is kept: 64 MiB of float32
+
+class LinearLogps:
+    """The type of `linear_logps`: a function, and its `plan`."""
+
+    @overload
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None,
+        scale: float = 1.0, temperature: float = 1.0, entropy: Literal[False] = False, memory_budget: int | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None,
+        scale: float = 1.0, temperature: float = 1.0, *, entropy: Literal[True], memory_budget: int | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None,
+        scale: float = 1.0, temperature: float = 1.0, entropy: bool = False, memory_budget: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        scale: float = 1.0,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        memory_budget: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the log-probability of each target under softmax(hidden @ weight.T), and the entropy when asked for.
+
+        hidden: [N, H], only the positions that predict something. weight: [V, H]. targets: int64 [N]. bias: [V].
+        softcap: c in c * tanh(z / c), applied after `scale`. temperature: > 0, divides last.
+        memory_budget: bytes of logits that may be kept for the backward where the head is trained (default 1 GiB).
+        Returns float32 [N] in nats (float64 for float64 inputs), or a pair of them with `entropy`.
+        Raises ValueError on shapes or types that do not fit.
+        """
+        transform = Transform(softcap, scale, temperature)
+        hidden, weight, bias = _checked(hidden, weight, targets, bias, transform)
+        of_hidden, of_weight, of_bias = (_learns(t) for t in (hidden, weight, bias))
+        sizes = (len(hidden), hidden.shape[1], len(weight), hidden.dtype)
+        plan = self.plan(*sizes, of_hidden, of_weight, of_bias, hidden.device.type, memory_budget)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if plan.path == 4:
+                stats = _fold_all(hidden, weight, bias, targets, transform, entropy, plan.chunk)
+                logps, entropies = stats.logps(), stats.entropies()
+            else:
+                function = _FrozenHead if plan.path == 1 else _TrainedHead
+                logps, entropies = function.apply(hidden, weight, bias, targets, transform, entropy, plan)
+        return logps if entropies is None else (logps, entropies)
+
+    plan = staticmethod(plan_linear_logps)
 
 
-def linear_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    temperature: float = 1.0,
-    entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the log-probability of each target under softmax(hidden @ weight.T), and the entropy when asked for.
+linear_logps = LinearLogps()
 
-    hidden: [N, H], only the positions that predict something. weight: [V, H]. targets: int64 [N]. bias: [V].
-    softcap: c in c * tanh(z / c), applied after `scale`. temperature: > 0, divides last.
-    Returns float32 [N] in nats (float64 for float64 inputs), or a pair of them with `entropy`.
-    Raises ValueError on shapes that do not fit.
-    """
+
+def _learns(leaf: Tensor | None) -> bool:
+    return leaf is not None and leaf.requires_grad and torch.is_grad_enabled()
+
+
+def _checked(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform
+) -> tuple[Tensor, Tensor, Tensor | None]:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"wanted hidden [N, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"wanted one target a row of hidden, got {list(targets.shape)} for {list(hidden.shape)}")
-    keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    rows = max(1, len(hidden) if keeps else NO_GRAD_ELEMENTS // len(weight))
-    overwrite = hidden.dtype != torch.float64  # float64 is for checks, which walk a graph more than once
-    parts = []
-    for start in range(0, max(1, len(hidden)), rows):
-        block = slice(start, start + rows)
-        logits = _logits(hidden[block], weight, bias, softcap, scale)
-        parts.append(selective_logps(logits, targets[block], temperature, entropy, overwrite))
-    if entropy:
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    return torch.cat(parts)  # type: ignore[arg-type]
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"wanted a bias of {list(weight.shape[:1])}, got {list(bias.shape)}")
+    if not transform.temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {transform.temperature}")
+    if transform.softcap is not None and not transform.softcap > 0:
+        raise ValueError(f"softcap must be above 0 or None, got {transform.softcap}")
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        given = f"{hidden.dtype}, {weight.dtype}" + (f" and {bias.dtype}" if bias is not None else "")
+        raise ValueError(f"hidden, weight and bias differ in type: {given}")
+    return hidden, weight, bias
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    if scale != 1.0:
-        logits = logits * scale
-    if softcap is not None:
-        # tanh in float32: in bf16 its error is a hundred times that of the logits themselves
-        capped = softcap * torch.tanh(logits.to(accumulator(logits.dtype)) / softcap)
-        logits = capped.to(logits.dtype)
-    return logits
+def _pieces(vocabulary: int, kept: int, chunk: int) -> Iterator[slice]:
+    if kept:
+        yield slice(0, kept)
+    for first in range(kept, vocabulary, chunk):
+        yield slice(first, min(first + chunk, vocabulary))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor) -> Tensor:
+    """Return hidden @ weight.T + bias, written into the flat `memory`."""
+    out = memory[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+    if bias is None:
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def _fold_all(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: Transform,
+    entropy: bool,
+    chunk: int,
+    stash: Tensor | None = None,
+) -> RowStats:
+    """Return the statistics of the rows; `stash` [N, kept] receives the logits of the first columns."""
+    stats = RowStats(hidden, targets, len(weight), transform, entropy)
+    if stash is None and fuses(hidden, len(weight)):
+        fold_product(stats, hidden, weight, bias)
+        return stats
+    memory = hidden.new_empty(len(hidden) * chunk) if stash is None or stash.shape[1] < len(weight) else None
+    for columns in _pieces(len(weight), 0 if stash is None else stash.shape[1], chunk):
+        to = stash.view(-1) if stash is not None and columns.start == 0 else memory
+        assert to is not None
+        stats.fold(_logits(hidden, weight[columns], _part(bias, columns), to), columns.start)
+    return stats
+
+
+def _part(bias: Tensor | None, columns: slice) -> Tensor | None:
+    return None if bias is None else bias[columns]
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Path 1: unit_N,H = d(sum of logps) / d hidden, made in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Transform,
+        entropy: bool,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor | None]:
+        stats = RowStats(hidden, targets, len(weight), transform, entropy)
+        unit = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        memory = hidden.new_empty(plan.chunk * len(weight))
+        for first in range(0, len(hidden), plan.chunk):
+            rows = slice(first, first + plan.chunk)
+            logits = _logits(hidden[rows], weight, bias, memory)
+            stats.rows(rows).fold_into_unit_gradient(logits)
+            torch.mm(logits, weight, out=unit[rows])
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.unit, ctx.stats = unit, stats
+        ctx.set_materialize_grads(False)
+        return stats.logps(), stats.entropies()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_logps: Tensor | None, g_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g_entropies is None:
+            if g_logps is None:
+                return (None,) * 7
+            return torch.mul(ctx.unit, g_logps[:, None], out=torch.empty_like(ctx.unit)), *(None,) * 6
+        # the entropy's gradient is another vector a token, which few losses want: the logits are made again
+        hidden, weight, _ = ctx.saved_tensors
+        sizes = (len(hidden), hidden.shape[1], len(weight), hidden.dtype)
+        again = plan_linear_logps(*sizes, weight_grad=True, device=hidden.device.type, memory_budget=0)
+        return *_backward(ctx, None, again.chunk, g_logps, g_entropies), *(None,) * 4
+
+
+class _TrainedHead(torch.autograd.Function):
+    """Paths 2 and 3: the first `plan.kept` columns of the logits wait for the backward, the others are made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Transform,
+        entropy: bool,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor | None]:
+        stash = hidden.new_empty(len(hidden), plan.kept) if plan.kept else None
+        ctx.stats = _fold_all(hidden, weight, bias, targets, transform, entropy, plan.chunk, stash)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.stash, ctx.plan = stash, plan
+        ctx.set_materialize_grads(False)
+        return ctx.stats.logps(), ctx.stats.entropies()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_logps: Tensor | None, g_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+        # the logits become their own gradient, so a second walk over the same graph makes them all again
+        stash, ctx.stash = ctx.stash, None
+        return *_backward(ctx, stash, ctx.plan.chunk, g_logps, g_entropies), *(None,) * 4
+
+
+def _backward(
+    ctx: Any, stash: Tensor | None, chunk: int, g_logps: Tensor | None, g_entropies: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Walk the vocabulary with all N tokens: every slice of d weight is written once, d hidden adds up in float32."""
+    hidden, weight, bias = ctx.saved_tensors
+    of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+    kept = 0 if stash is None else stash.shape[1]
+    d_hidden = None
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if of_weight else None
+    d_bias = torch.empty_like(bias) if bias is not None and of_bias else None
+    memory = hidden.new_empty(len(hidden) * min(chunk, len(weight) - kept))
+    for columns in _pieces(len(weight), kept, chunk):
+        if stash is not None and columns.start == 0:
+            dz = stash
+        else:
+            dz = _logits(hidden, weight[columns], _part(bias, columns), memory)
+        ctx.stats.grad(dz, dz, g_logps, g_entropies, columns.start)
+        if d_weight is not None:
+            torch.mm(dz.T, hidden, out=d_weight[columns])
+        if d_bias is not None:
+            d_bias[columns] = dz.sum(0, dtype=accumulator(dz.dtype))
+        if of_hidden:
+            d_hidden = _add_product(d_hidden, dz, weight[columns], alone=dz.shape[1] == len(weight))
+    return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
+
+
+def _add_product(total: Tensor | None, dz: Tensor, weight: Tensor, alone: bool) -> Tensor:
+    if alone:
+        return dz @ weight
+    if total is None:
+        total = torch.zeros(len(dz), weight.shape[1], dtype=accumulator(dz.dtype), device=dz.device)
+    if dz.dtype == total.dtype:
+        return torch.addmm(total, dz, weight, out=total)
+    if dz.is_cuda and torch.version.hip is None:
+        return torch.addmm(total, dz, weight, out_dtype=total.dtype, out=total)
+    return total.add_(dz @ weight)

@@ -1,0 +1,108 @@
+"""The head's product folded into its row statistics tile by tile, in Triton: not even a piece of the logits exists.
+
+It stands in for product and fold of `linear_logps` where nothing needs a gradient. A program multiplies one block of
+rows with every tile of its part of the vocabulary; the parts' statistics are put together at the end, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alignkit_kernels.backend import jit, launching, tl, triton, uses_triton
+from alignkit_kernels.row_stats import RowStats, transformed
+
+LARGEST_HIDDEN = 1024  # above it the fold is cheap beside the product, at which the vendor's library is better
+ROWS, COLUMNS, DEPTH = 128, 128, 64  # a tile of the product
+PROGRAMS = 1024  # aimed at, some for every processor of a large GPU
+
+
+def fuses(hidden: Tensor, vocabulary: int) -> bool:
+    """Return whether the fused product is the better choice for such rows."""
+    if not uses_triton(hidden) or hidden.dtype == torch.float32 or not len(hidden):
+        return False
+    # the interpreter multiplies bfloat16 wrongly: it takes the raw bits
+    return hidden.shape[1] <= LARGEST_HIDDEN and (hidden.is_cuda or hidden.dtype == torch.float16)
+
+
+def fold_product(stats: RowStats, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Fold hidden @ weight.T + bias into empty `stats`. hidden: [N, H], weight: [V, H], both 16 bits wide."""
+    (n, h), v = hidden.shape, len(weight)
+    row_blocks, tiles = triton.cdiv(n, ROWS), triton.cdiv(v, COLUMNS)
+    n_parts = min(tiles, max(1, PROGRAMS // row_blocks))
+    n_parts = triton.cdiv(tiles, triton.cdiv(tiles, n_parts))  # no part without a tile
+    top, total, moment = (stats.top.new_empty(n_parts, n) for _ in range(3))
+    hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
+    transform = stats.transform
+    with launching(hidden):
+        _lse_kernel[(row_blocks, n_parts)](
+            hidden, weight, None if bias is None else bias.contiguous(), stats.targets, stats.hit, top, total,
+            None if stats.moment is None else moment,
+            n, v, h, hidden.stride(0), weight.stride(0), triton.cdiv(tiles, n_parts),
+            transform.scale, transform.softcap or 1.0, 1 / transform.temperature,
+            SOFTCAP=transform.softcap is not None, WHOLE=h % DEPTH == 0,
+            ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=3,
+        )  # fmt: skip
+    torch.amax(top, 0, out=stats.top)
+    drop = (top - stats.top).nan_to_num_(-1000.0).clamp_(min=-1000.0)
+    kept = drop.exp()
+    torch.sum(kept * total, 0, out=stats.total)
+    if stats.moment is not None:
+        torch.sum(kept * (moment + drop * total), 0, out=stats.moment)
+
+
+@jit
+def _lse_kernel(  # type: ignore[no-untyped-def]
+    hidden_ptr, weight_ptr, bias_ptr, targets_ptr, hit_ptr, top_ptr, total_ptr, moment_ptr,
+    N, V, H, hidden_stride, weight_stride, tiles, scale, softcap, inverse_temperature,
+    SOFTCAP: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows by `tiles` tiles of the vocabulary; neighbours in the grid share the weights, which stay cached."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    valid = rows < N
+    rows64 = rows.to(tl.int64)
+    depth = tl.arange(0, DEPTH)
+    targets = tl.load(targets_ptr + rows64, mask=valid, other=-1)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    moment = tl.full([ROWS], 0.0, tl.float32)
+    for tile in range(part * tiles, part * tiles + tiles):
+        columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+        columns64 = columns.to(tl.int64)
+        known = columns < V
+        product = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, H, DEPTH):
+            at = start + depth
+            inside = (at < H) | WHOLE
+            a = tl.load(
+                hidden_ptr + rows64[:, None] * hidden_stride + at[None, :],
+                mask=valid[:, None] & inside[None, :], other=0.0,
+            )  # fmt: skip
+            b = tl.load(
+                weight_ptr + columns64[None, :] * weight_stride + at[:, None],
+                mask=known[None, :] & inside[:, None], other=0.0,
+            )  # fmt: skip
+            product = tl.dot(a, b, product)
+        if bias_ptr is not None:
+            product += tl.load(bias_ptr + columns, mask=known, other=0.0).to(tl.float32)[None, :]
+        z, _ = transformed(product, scale, softcap, inverse_temperature, SOFTCAP)
+        z = tl.where(known[None, :], z, float("-inf"))
+        held = (targets >= tile * COLUMNS) & (targets < tile * COLUMNS + COLUMNS) & valid
+        # one column at most is the target's, so the sum picks it out
+        hit = tl.sum(tl.where(columns[None, :] == targets[:, None], z, 0.0), 1)
+        tl.store(hit_ptr + rows64, hit, mask=held)
+        new = tl.maximum(top, tl.max(z, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp(z - base[:, None])
+        drop = tl.maximum(tl.where(top == float("-inf"), -1000.0, top - base), -1000.0)
+        kept = tl.exp(drop)
+        if moment_ptr is not None:
+            moment = kept * (moment + drop * total) + tl.sum(p * tl.maximum(z - base[:, None], -1000.0), 1)
+        total = kept * total + tl.sum(p, 1)
+        top = new
+    at = part.to(tl.int64) * N + rows64
+    tl.store(top_ptr + at, top, mask=valid)
+    tl.store(total_ptr + at, total, mask=valid)
+    if moment_ptr is not None:
+        tl.store(moment_ptr + at, moment, mask=valid)

@@ -1,0 +1,66 @@
+"""Which of its four paths `linear_logps` takes, in what chunks, and what that costs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+BUDGET = 1 << 30  # bytes of kept logits, unless said otherwise
+# bytes of logits at a time, by path. On a GPU paths 1 and 3 want large products; in 4 a piece stays in the second-level
+# cache until it has been folded. On a CPU a piece stays near the cores.
+CHUNK = {"cpu": {1: 32 << 20, 3: 32 << 20, 4: 32 << 20}, "cuda": {1: 512 << 20, 3: 256 << 20, 4: 32 << 20}}
+MULTIPLE = 128  # rows or columns of a chunk: what a GPU's product is tiled by
+
+
+class Plan(NamedTuple):
+    """How `linear_logps` computes.
+
+    path: 1 to 4. chunk: rows in path 1, columns of the vocabulary in the others. kept: columns whose logits wait for
+    the backward. flop_g: forward and backward, in units of one product with the head. peak_bytes: beyond inputs,
+    outputs and gradients.
+    """
+
+    path: int
+    chunk: int
+    kept: int
+    flop_g: float
+    peak_bytes: int
+
+
+def plan_linear_logps(
+    n_tokens: int,
+    hidden_size: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    hidden_grad: bool = True,
+    weight_grad: bool = False,
+    bias_grad: bool = False,
+    device: str = "cuda",
+    memory_budget: int | None = None,
+) -> Plan:
+    """Return what `linear_logps` does with such tensors; nothing is computed. memory_budget: bytes, as there."""
+    budget, row = BUDGET if memory_budget is None else memory_budget, dtype.itemsize * vocabulary
+    column = dtype.itemsize * max(1, n_tokens)
+    chunks = CHUNK["cpu" if device == "cpu" else "cuda"]
+    if not (hidden_grad or weight_grad or bias_grad):
+        chunk = _even(vocabulary, chunks[4] // column)
+        return Plan(4, chunk, 0, 1.0, chunk * column)
+    if not (weight_grad or bias_grad):
+        chunk = _even(n_tokens, chunks[1] // row)
+        return Plan(1, chunk, 0, 2.0, chunk * row + n_tokens * hidden_size * dtype.itemsize)
+    products = 1.0 + hidden_grad + weight_grad
+    if n_tokens * row <= budget:
+        return Plan(2, vocabulary, vocabulary, products, n_tokens * row)
+    chunk = _even(vocabulary, chunks[3] // column)
+    kept = min(vocabulary, max(0, budget - chunk * column) // column // MULTIPLE * MULTIPLE)
+    sums = 4 * n_tokens * hidden_size if hidden_grad else 0
+    return Plan(3, chunk, kept, products + 1 - kept / vocabulary, (chunk + kept) * column + sums)
+
+
+def _even(total: int, at_most: int) -> int:
+    """Return the size of equal chunks of `total`, near `at_most` and a multiple of MULTIPLE."""
+    if total <= max(at_most, MULTIPLE):
+        return max(1, total)
+    n_chunks = -(-total // max(at_most, MULTIPLE))
+    return -(-total // n_chunks // MULTIPLE) * MULTIPLE

@@ -1,0 +1,264 @@
+"""What rows of a softmax come down to, folded in piece by piece of the vocabulary, and the gradient of the logits.
+
+    z = softcap(scale * logits) / temperature,   logp_n = z_n[t_n] - lse(z_n)
+    entropy_n = lse(z_n) - sum_v p_nv z_nv
+
+`selective_logps` and `linear_logps` are made of this. In plain PyTorch it works row block by row block: the float32
+temporaries fit the cache and low-precision logits are never copied whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alignkit_kernels.backend import jit, launching, tl, uses_triton
+
+BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: a few such temporaries stay in a second-level cache
+TRITON_BLOCK = 4096  # columns that a program holds at a time
+ZERO = -1000.0  # e to this is 0 in float32 and float64; where p is 0, p log p shall be 0 and not 0 * inf
+
+
+class Transform(NamedTuple):
+    """What stands between the head's product and the softmax: c * tanh(scale * x / c) / temperature."""
+
+    softcap: float | None = None
+    scale: float = 1.0
+    temperature: float = 1.0
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Return z in the accumulator's type, in memory of its own."""
+        z = logits.to(accumulator(logits.dtype), copy=True)
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z.div_(self.temperature) if self.temperature != 1.0 else z
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """Return dz / dlogits at z."""
+        factor = self.scale / self.temperature
+        if self.softcap is None:
+            return factor
+        return (z * (self.temperature / self.softcap)).square_().neg_().add_(1).mul_(factor)  # d tanh = 1 - tanh^2
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that sums over the vocabulary are made in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_blocks(n_rows: int, n_columns: int) -> list[slice]:
+    """Cut n_rows into slices of about BLOCK_ELEMENTS elements."""
+    size = max(1, BLOCK_ELEMENTS // max(1, n_columns))
+    return [slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size)]
+
+
+class RowStats:
+    """What N rows of a softmax come down to: top, the target's z, sums of e^(z - top) and of e^(z - top) (z - top).
+
+    Maximum and sum are kept apart: added up, large logits would round the small one off.
+    """
+
+    def __init__(self, like: Tensor, targets: Tensor, vocabulary: int, transform: Transform, entropy: bool) -> None:
+        if not targets.is_cuda and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
+            raise ValueError(
+                f"targets must be 0 to {vocabulary - 1}, got {int(targets.min())} to {int(targets.max())}: "
+                f"leave out the positions that predict nothing"
+            )
+        self.targets, self.transform = targets.contiguous(), transform
+        # on a GPU nobody looks at the targets: one that no piece holds leaves a NaN behind
+        self.hit = torch.full((len(targets),), torch.nan, dtype=accumulator(like.dtype), device=like.device)
+        self.top, self.total = torch.empty_like(self.hit), torch.empty_like(self.hit)
+        self.moment = torch.empty_like(self.hit) if entropy else None
+
+    def rows(self, rows: slice) -> RowStats:
+        """Return the part of some rows, in the same memory."""
+        part = copy.copy(self)
+        part.targets, part.hit, part.top, part.total = (t[rows] for t in (self.targets, self.hit, self.top, self.total))
+        part.moment = None if self.moment is None else self.moment[rows]
+        return part
+
+    def fold(self, logits: Tensor, first: int = 0) -> None:
+        """Take in logits [N, n], the vocabulary's columns from `first` on; those from 0 on come first."""
+        (_launch if uses_triton(logits) else _fold)(self, logits, first)
+
+    def grad(self, logits: Tensor, out: Tensor, g: Tensor | None, g_entropy: Tensor | None, first: int = 0) -> None:
+        """Write the gradient of the logits [N, n] from column `first` on into `out`, which may be the logits."""
+        if uses_triton(logits):
+            _launch(self, logits, first, out, g, g_entropy, fold=False)
+        else:
+            _grad(self, logits, first, out, g, g_entropy)
+
+    def fold_into_unit_gradient(self, logits: Tensor) -> None:
+        """Take in whole rows and leave the gradient of logps.sum() in their place; on a GPU in one launch."""
+        if uses_triton(logits):
+            _launch(self, logits, 0, logits)
+        else:
+            _fold(self, logits, 0)
+            _grad(self, logits, 0, logits, torch.ones_like(self.top), None)
+
+    def logps(self) -> Tensor:
+        """Return the log-probabilities of the targets, [N]."""
+        return self.hit - self.top - self.total.log()
+
+    def entropies(self) -> Tensor | None:
+        """Return the entropies, [N], where they were asked for."""
+        return None if self.moment is None else self.total.log() - self.moment / self.total
+
+
+def _fold(stats: RowStats, logits: Tensor, first: int) -> None:
+    n = logits.shape[1]
+    held = (stats.targets >= first) & (stats.targets < first + n)
+    for rows in row_blocks(*logits.shape):
+        z = stats.transform.apply(logits[rows])
+        hit = z.gather(1, (stats.targets[rows, None] - first).clamp(0, n - 1)).squeeze(1)
+        stats.hit[rows] = torch.where(held[rows], hit, stats.hit[rows])
+        top = z.amax(1) if first == 0 else torch.maximum(stats.top[rows], z.amax(1))
+        z.sub_(torch.where(top == -torch.inf, 0.0, top)[:, None])  # a row may hold nothing else so far
+        p = z.exp() if stats.moment is not None else z.exp_()
+        total = p.sum(1)
+        moment = p.mul_(z.clamp_(min=ZERO)).sum(1) if stats.moment is not None else None
+        if first:
+            drop = (stats.top[rows] - top).nan_to_num_(ZERO).clamp_(min=ZERO)
+            kept = drop.exp()
+            total += kept * stats.total[rows]
+            if moment is not None and stats.moment is not None:
+                moment += kept * (stats.moment[rows] + drop * stats.total[rows])
+        stats.top[rows], stats.total[rows] = top, total
+        if moment is not None and stats.moment is not None:
+            stats.moment[rows] = moment
+
+
+def _grad(stats: RowStats, logits: Tensor, first: int, out: Tensor, g: Tensor | None, g_entropy: Tensor | None) -> None:
+    n = logits.shape[1]
+    held = (stats.targets >= first) & (stats.targets < first + n)
+    g = torch.zeros_like(stats.top) if g is None else g
+    inverse = 1 / stats.total  # p = exp(z - top) * inverse
+    entropies = stats.entropies() if g_entropy is not None else None
+    for rows in row_blocks(*logits.shape):
+        z = stats.transform.apply(logits[rows])
+        slope = stats.transform.slope(z)
+        z.sub_(stats.top[rows, None])
+        if g_entropy is not None and entropies is not None:
+            # d entropy / dz = -p (log p + entropy), log p = z - top - log(total)
+            constant = g[rows] + g_entropy[rows] * (entropies[rows] - stats.total[rows].log())
+            dz = z.exp().mul_(-inverse[rows, None])
+            dz.mul_(z.clamp_(min=ZERO).mul_(g_entropy[rows, None]).add_(constant[:, None]))
+        else:
+            dz = z.exp_().mul_((-g * inverse)[rows, None])
+        onehot = torch.where(held[rows], g[rows], 0.0)
+        dz.scatter_add_(1, (stats.targets[rows, None] - first).clamp(0, n - 1), onehot[:, None])
+        out[rows] = dz.mul_(slope)
+
+
+@jit
+def transformed(x, scale, softcap, inverse_temperature, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """z and dz / dx of logits x, in float32."""
+    y = x.to(tl.float32) * scale
+    slope = y * 0 + scale * inverse_temperature
+    if SOFTCAP:
+        y = y / softcap
+        e = tl.exp(-2 * tl.abs(y))
+        t = (1 - e) / (1 + e)
+        t = tl.where(y < 0, -t, t)
+        y2 = y * y  # near 0 the quotient would lose its digits
+        t = tl.where(y2 < 0.01, y * (1 - y2 * (1 / 3 - y2 * (2 / 15 - y2 * (17 / 315)))), t)
+        y = t * softcap
+        slope = slope * (1 - t * t)
+    return y * inverse_temperature, slope
+
+
+@jit
+def _rows_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr, out_ptr, targets_ptr, top_ptr, total_ptr, hit_ptr, moment_ptr, g_ptr, g_entropy_ptr,
+    logits_stride, out_stride, n_columns, first, scale, softcap, inverse_temperature,
+    SOFTCAP: tl.constexpr, FOLD: tl.constexpr, FIRST: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row a program: FOLD its columns into the statistics, write their GRADient, or for whole rows both in turn.
+
+    What is not wanted has no pointer: moment for the entropy, g and g_entropy for their gradients (with FOLD, g is 1).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    at = tl.load(targets_ptr + row) - first
+    if FOLD:
+        top = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+        moment = tl.full([], 0.0, tl.float32)
+        if not FIRST:
+            top, total = tl.load(top_ptr + row), tl.load(total_ptr + row)
+            if moment_ptr is not None:
+                moment = tl.load(moment_ptr + row)
+        for start in range(0, n_columns, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + columns, mask=columns < n_columns, other=0.0)
+            z, _ = transformed(x, scale, softcap, inverse_temperature, SOFTCAP)
+            z = tl.where(columns < n_columns, z, float("-inf"))
+            new = tl.maximum(top, tl.max(z, 0))
+            base = tl.where(new == float("-inf"), 0.0, new)  # a row may hold nothing else so far
+            p = tl.exp(z - base)
+            drop = tl.maximum(tl.where(top == float("-inf"), -1000.0, top - base), -1000.0)
+            kept = tl.exp(drop)
+            if moment_ptr is not None:
+                moment = kept * (moment + drop * total) + tl.sum(p * tl.maximum(z - base, -1000.0), 0)
+            total = kept * total + tl.sum(p, 0)
+            top = new
+        if (at >= 0) & (at < n_columns):
+            z, _ = transformed(tl.load(logits_ptr + at), scale, softcap, inverse_temperature, SOFTCAP)
+            tl.store(hit_ptr + row, z)
+        tl.store(top_ptr + row, top)
+        tl.store(total_ptr + row, total)
+        if moment_ptr is not None:
+            tl.store(moment_ptr + row, moment)
+    if GRAD:
+        out_ptr += row * out_stride
+        if not FOLD:
+            top, total = tl.load(top_ptr + row), tl.load(total_ptr + row)
+        g = tl.load(g_ptr + row).to(tl.float32) if g_ptr is not None else tl.full([], 1.0 if FOLD else 0.0, tl.float32)
+        g_entropy, constant = 0.0, g
+        if g_entropy_ptr is not None:  # d entropy / dz = -p (log p + entropy), log p = z - top - log(total)
+            g_entropy = tl.load(g_entropy_ptr + row).to(tl.float32)
+            constant = g - g_entropy * (tl.load(moment_ptr + row) / total)
+        for start in range(0, n_columns, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + columns, mask=columns < n_columns, other=0.0)
+            z, slope = transformed(x, scale, softcap, inverse_temperature, SOFTCAP)
+            p = tl.exp(z - top) / total
+            dz = tl.where(columns == at, g, 0.0) - p * constant
+            if g_entropy_ptr is not None:
+                dz -= p * g_entropy * tl.maximum(z - top, -1000.0)
+            tl.store(out_ptr + columns, (dz * slope).to(out_ptr.dtype.element_ty), mask=columns < n_columns)
+
+
+def _launch(
+    stats: RowStats,
+    logits: Tensor,
+    first: int,
+    out: Tensor | None = None,
+    g: Tensor | None = None,
+    g_entropy: Tensor | None = None,
+    fold: bool = True,
+) -> None:
+    if not len(logits):
+        return
+    if out is logits:  # autograd shall notice the writing, as it does with PyTorch's own
+        torch.autograd.graph.increment_version(logits)
+    n, transform = logits.shape[1], stats.transform
+    to = logits if out is None else out
+    with launching(logits):
+        _rows_kernel[(len(logits),)](
+            logits, to, stats.targets, stats.top, stats.total, stats.hit, stats.moment, _dense(g), _dense(g_entropy),
+            logits.stride(0), to.stride(0), n, first,
+            transform.scale, transform.softcap or 1.0, 1 / transform.temperature,
+            SOFTCAP=transform.softcap is not None, FOLD=fold, FIRST=first == 0, GRAD=out is not None,
+            BLOCK=min(TRITON_BLOCK, max(16, 1 << (n - 1).bit_length())), num_warps=8,
+        )  # fmt: skip
+
+
+def _dense(g: Tensor | None) -> Tensor | None:
+    # an upstream gradient is often one number, expanded
+    return None if g is None else g.contiguous()
