@@ -132,7 +132,7 @@ def build(config: RunConfig, method: Method[Any], rows: Rows, accelerator: Accel
     stream = Stream(rows.train, config.batch_size, config.seed, min_batch)
     set_seed(config.seed)  # fresh adapters are drawn
     model, came_with_adapter = load_model(config, accelerator.device)
-    plain = Scorer(model).train()
+    plain = Scorer(model, int(config.kept_logits_gib * 2**30)).train()
     check_fit(model, [*rows.train, *rows.held_out], mixes=method.reference_need() == "live")
     with accelerator.autocast():
         layout = choose_layout(plain, rows.train, config, accelerator.device)

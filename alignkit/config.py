@@ -81,6 +81,7 @@ class RunConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of matrix products")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
     gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
+    kept_logits_gib: float = Field(1.0, ge=0, description="logits of a trained head kept; others are made twice")
     fsdp: bool = Field(False, description="shard the policy over the ranks (FSDP2)")
     timeout_minutes: float = Field(30.0, gt=0, le=100_000, description="a rank that is silent for longer ends the run")
     trust_remote_code: bool = Field(False, description="run code that came with the model; never from a YAML file")

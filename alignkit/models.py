@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from alignkit.attention import BLOCK, attention_mask
 from alignkit.config import LoraSettings, RunConfig
@@ -24,6 +25,7 @@ from alignkit_kernels import linear_logps, selective_logps
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BLOCK_LOGITS = 1 << 26  # logits at a time of a head that has to be called
 DENSE_ROW_TOKENS = 2048  # a dense mask takes row^2 bytes a row
 
 
@@ -158,18 +160,21 @@ def causal_lm(model: Any) -> Any:
 
 
 class Scorer(nn.Module):
-    """A causal language model as a function from rows to log-probabilities; this is what gets wrapped for training."""
+    """A causal language model as a function from rows to log-probabilities; this is what gets wrapped for training.
 
-    def __init__(self, model: nn.Module) -> None:
+    kept_logits: bytes of logits that wait for the backward where the head is trained (None: the kernels' default).
+    """
+
+    def __init__(self, model: nn.Module, kept_logits: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.kept_logits = model, kept_logits
 
     def forward(
         self, rows: Rows, targets: Tensor, temperature: float = 1.0, entropy: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logps [C] float32 of `targets` (and entropy [C]), see `Outputs`."""
         hidden_CH = trunk(self.model, rows)
-        return head(self.model, hidden_CH, targets, temperature, entropy)
+        return head(self.model, hidden_CH, targets, temperature, entropy, self.kept_logits)
 
 
 def trunk(model: nn.Module, rows: Rows) -> Tensor:
@@ -182,7 +187,12 @@ def trunk(model: nn.Module, rows: Rows) -> Tensor:
 
 
 def head(
-    model: nn.Module, hidden_CH: Tensor, targets: Tensor, temperature: float, entropy: bool
+    model: nn.Module,
+    hidden_CH: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    kept_logits: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return logps of the targets (and entropies); the architecture's logit transforms are applied."""
     lm = causal_lm(model)
@@ -190,16 +200,41 @@ def head(
     softcap = getattr(config, "final_logit_softcapping", None)
     # a configuration may hold None for "no scale"
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    layer = lm.get_output_embeddings()
+    layer = _inside_adapter(lm.get_output_embeddings())
+    if layer is None:
+        raise ModelError(f"{type(lm).__name__} names no head (get_output_embeddings() is None) to score tokens with")
     if type(layer) is nn.Linear:
         return linear_logps(
-            hidden_CH, layer.weight, targets, layer.bias, softcap, scale, temperature=temperature, entropy=entropy
+            hidden_CH, layer.weight, targets, layer.bias, softcap, scale, temperature, entropy, kept_logits
         )
-    # a head wrapped by an adapter or a quantiser knows how to multiply; only its own forward does
-    logits = layer(hidden_CH) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return selective_logps(logits, targets, temperature, entropy)
+    scored: Tensor | tuple[Tensor, Tensor] = _by_rows(
+        layer, hidden_CH, targets, (temperature, entropy, True, softcap, scale)
+    )
+    return scored
+
+
+def _inside_adapter(layer: Any) -> Any:
+    # peft: a head trained in full is a copy beside the original; one with low-rank updates holds it as base_layer
+    if hasattr(layer, "modules_to_save"):
+        active = [] if layer.disable_adapters else layer.active_adapters
+        layer = layer.modules_to_save[active[0]] if active else layer.original_module
+    if hasattr(layer, "base_layer") and layer.disable_adapters and not layer.merged:
+        layer = layer.base_layer
+    return layer
+
+
+def _by_rows(layer: Any, hidden_CH: Tensor, targets: Tensor, options: tuple[Any, ...]) -> Any:
+    # a head with low-rank updates or in 8 bits knows how to multiply, and only its own forward does; so it is asked a
+    # block of rows at a time, and again in the backward
+    def scored(hidden: Tensor, targets: Tensor) -> Any:
+        return selective_logps(layer(hidden), targets, *options)
+
+    n_rows = max(1, BLOCK_LOGITS // layer.out_features)
+    parts = [
+        checkpoint(scored, h, t, use_reentrant=False)
+        for h, t in zip(hidden_CH.split(n_rows), targets.split(n_rows), strict=True)
+    ]
+    return tuple(torch.cat(p) for p in zip(*parts, strict=True)) if options[1] else torch.cat(parts)
 
 
 def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:

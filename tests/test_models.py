@@ -13,6 +13,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from alignkit import models
 from alignkit.attention import attention_mask
 from alignkit.config import LoraSettings, RunConfig
 from alignkit.errors import ModelError
@@ -29,6 +30,7 @@ from alignkit.models import (
 )
 from alignkit.packing import batch_of, dense_mask, pack
 from alignkit.types import Completion, Example, Layout
+from alignkit_kernels import linear_logps
 
 CPU = torch.device("cpu")
 BASE = {
@@ -365,6 +367,73 @@ def test_adapters_on_the_head_are_trained_and_the_base_is_not(settings: dict[str
     want = torch.autograd.grad(one_at_a_time(model, examples()).sum(), [model.get_parameter(n) for n in names])
     for n, w in zip(names, want, strict=True):
         torch.testing.assert_close(grads[n], w, rtol=0, atol=2e-5 * max(1.0, float(w.abs().max())), msg=n)
+
+
+HEADS = [
+    ("llama", None, 2),
+    ("llama, tied", None, 2),
+    ("llama", {"r": 2}, 1),
+    ("llama, tied", {"r": 2}, 1),
+    ("llama", {"r": 2, "modules_to_save": ["lm_head"]}, 2),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(("name", "lora", "path"), HEADS)
+def test_each_way_to_train_takes_its_path_through_the_head_and_never_calls_it(
+    name: str, lora: dict[str, Any] | None, path: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lora_of(name, **lora) if lora else fresh(name)
+    taken = []
+    honest = type(linear_logps).plan
+    monkeypatch.setattr(
+        type(linear_logps), "plan", staticmethod(lambda *sizes: taken.append(honest(*sizes)) or taken[-1])
+    )
+
+    def called(*_: Any) -> None:
+        raise AssertionError("the head was called")
+
+    causal_lm(model).get_output_embeddings().register_forward_pre_hook(called)
+    batch = batch_of(examples(), Layout())
+    scorer = Scorer(model, kept_logits=1 << 30)
+    scorer(batch.rows, batch.targets).sum().backward()
+    with torch.no_grad():  # a reference pass
+        scorer(batch.rows, batch.targets)
+    tight = Scorer(model, kept_logits=0)
+    tight(batch.rows, batch.targets)
+    assert [plan.path for plan in taken] == [path, 4, 3 if path == 2 else path]
+
+
+def test_a_head_with_low_rank_updates_is_called_on_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_of("llama", r=2, target_modules=["q_proj", "lm_head"])
+    batch = batch_of(examples(), Layout())
+
+    def passes() -> tuple[list[torch.Tensor], list[int]]:
+        rows: list[int] = []
+        layer = causal_lm(model).get_output_embeddings()
+        hook = layer.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+        model.zero_grad()
+        logps, entropy = Scorer(model)(batch.rows, batch.targets, 0.7, True)
+        (logps + 0.3 * entropy).sum().backward()
+        hook.remove()
+        return [logps.detach(), entropy.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], rows
+
+    whole, rows = passes()
+    assert rows == [len(batch.targets)] * 2  # forward, and again in the backward
+    monkeypatch.setattr(models, "BLOCK_LOGITS", 3 * model.config.vocab_size)
+    parts, rows = passes()
+    assert max(rows) == 3
+    assert sum(rows) == 2 * len(batch.targets)
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_names_no_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("llama")
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    batch = batch_of(examples(), Layout())
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM names no head \(get_output_embeddings\(\) is None\)"):
+        Scorer(model)(batch.rows, batch.targets)
 
 
 def test_lora_on_modules_that_do_not_exist_names_those_that_do() -> None:

@@ -67,8 +67,8 @@ class LinearLogps:
         Returns float32 [N] in nats (float64 for float64 inputs), or a pair of them with `entropy`.
         Raises ValueError on shapes or types that do not fit.
         """
-        transform = Transform(softcap, scale, temperature)
-        hidden, weight, bias = _checked(hidden, weight, targets, bias, transform)
+        transform = Transform(softcap, scale, temperature).checked()
+        hidden, weight, bias = _checked(hidden, weight, targets, bias)
         of_hidden, of_weight, of_bias = (_learns(t) for t in (hidden, weight, bias))
         sizes = (len(hidden), hidden.shape[1], len(weight), hidden.dtype)
         plan = self.plan(*sizes, of_hidden, of_weight, of_bias, hidden.device.type, memory_budget)
@@ -92,7 +92,7 @@ def _learns(leaf: Tensor | None) -> bool:
 
 
 def _checked(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"wanted hidden [N, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
@@ -100,10 +100,6 @@ def _checked(
         raise ValueError(f"wanted one target a row of hidden, got {list(targets.shape)} for {list(hidden.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"wanted a bias of {list(weight.shape[:1])}, got {list(bias.shape)}")
-    if not transform.temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {transform.temperature}")
-    if transform.softcap is not None and not transform.softcap > 0:
-        raise ValueError(f"softcap must be above 0 or None, got {transform.softcap}")
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)

@@ -13,7 +13,8 @@ from alignkit_kernels.backend import jit, launching, tl, triton, uses_triton
 from alignkit_kernels.row_stats import RowStats, transformed
 
 LARGEST_HIDDEN = 1024  # above it the fold is cheap beside the product, at which the vendor's library is better
-ROWS, COLUMNS, DEPTH = 128, 128, 64  # a tile of the product
+ROWS, DEPTH = 128, 64  # a tile of the product is ROWS by COLUMNS and DEPTH deep
+COLUMNS, COLUMNS_BEFORE_HOPPER = 128, 64  # older processors spill with 128
 PROGRAMS = 1024  # aimed at, some for every processor of a large GPU
 
 
@@ -28,7 +29,9 @@ def fuses(hidden: Tensor, vocabulary: int) -> bool:
 def fold_product(stats: RowStats, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Fold hidden @ weight.T + bias into empty `stats`. hidden: [N, H], weight: [V, H], both 16 bits wide."""
     (n, h), v = hidden.shape, len(weight)
-    row_blocks, tiles = triton.cdiv(n, ROWS), triton.cdiv(v, COLUMNS)
+    old = hidden.is_cuda and torch.cuda.get_device_capability(hidden.device)[0] < 9
+    columns = COLUMNS_BEFORE_HOPPER if old else COLUMNS
+    row_blocks, tiles = triton.cdiv(n, ROWS), triton.cdiv(v, columns)
     n_parts = min(tiles, max(1, PROGRAMS // row_blocks))
     n_parts = triton.cdiv(tiles, triton.cdiv(tiles, n_parts))  # no part without a tile
     top, total, moment = (stats.top.new_empty(n_parts, n) for _ in range(3))
@@ -41,7 +44,7 @@ def fold_product(stats: RowStats, hidden: Tensor, weight: Tensor, bias: Tensor |
             n, v, h, hidden.stride(0), weight.stride(0), triton.cdiv(tiles, n_parts),
             transform.scale, transform.softcap or 1.0, 1 / transform.temperature,
             SOFTCAP=transform.softcap is not None, WHOLE=h % DEPTH == 0,
-            ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=3,
+            ROWS=ROWS, COLUMNS=columns, DEPTH=DEPTH, num_warps=8, num_stages=3,
         )  # fmt: skip
     torch.amax(top, 0, out=stats.top)
     drop = (top - stats.top).nan_to_num_(-1000.0).clamp_(min=-1000.0)

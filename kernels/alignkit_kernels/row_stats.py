@@ -29,6 +29,14 @@ class Transform(NamedTuple):
     scale: float = 1.0
     temperature: float = 1.0
 
+    def checked(self) -> Transform:
+        """Return it; raises ValueError where it cannot be applied."""
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be above 0 or None, got {self.softcap}")
+        return self
+
     def apply(self, logits: Tensor) -> Tensor:
         """Return z in the accumulator's type, in memory of its own."""
         z = logits.to(accumulator(logits.dtype), copy=True)
@@ -157,9 +165,9 @@ def _grad(stats: RowStats, logits: Tensor, first: int, out: Tensor, g: Tensor | 
 
 @jit
 def transformed(x, scale, softcap, inverse_temperature, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """z and dz / dx of logits x, in float32."""
+    """z of logits x in float32, and the tanh of the soft cap where there is one."""
     y = x.to(tl.float32) * scale
-    slope = y * 0 + scale * inverse_temperature
+    t = y
     if SOFTCAP:
         y = y / softcap
         e = tl.exp(-2 * tl.abs(y))
@@ -168,8 +176,7 @@ def transformed(x, scale, softcap, inverse_temperature, SOFTCAP: tl.constexpr): 
         y2 = y * y  # near 0 the quotient would lose its digits
         t = tl.where(y2 < 0.01, y * (1 - y2 * (1 / 3 - y2 * (2 / 15 - y2 * (17 / 315)))), t)
         y = t * softcap
-        slope = slope * (1 - t * t)
-    return y * inverse_temperature, slope
+    return y * inverse_temperature, t
 
 
 @jit
@@ -219,19 +226,22 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         if not FOLD:
             top, total = tl.load(top_ptr + row), tl.load(total_ptr + row)
         g = tl.load(g_ptr + row).to(tl.float32) if g_ptr is not None else tl.full([], 1.0 if FOLD else 0.0, tl.float32)
-        g_entropy, constant = 0.0, g
+        g_entropy, constant, inverse = 0.0, g, 1 / total
         if g_entropy_ptr is not None:  # d entropy / dz = -p (log p + entropy), log p = z - top - log(total)
             g_entropy = tl.load(g_entropy_ptr + row).to(tl.float32)
             constant = g - g_entropy * (tl.load(moment_ptr + row) / total)
         for start in range(0, n_columns, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + columns, mask=columns < n_columns, other=0.0)
-            z, slope = transformed(x, scale, softcap, inverse_temperature, SOFTCAP)
-            p = tl.exp(z - top) / total
+            z, t = transformed(x, scale, softcap, inverse_temperature, SOFTCAP)
+            p = tl.exp(z - top) * inverse
             dz = tl.where(columns == at, g, 0.0) - p * constant
             if g_entropy_ptr is not None:
                 dz -= p * g_entropy * tl.maximum(z - top, -1000.0)
-            tl.store(out_ptr + columns, (dz * slope).to(out_ptr.dtype.element_ty), mask=columns < n_columns)
+            dz *= scale * inverse_temperature
+            if SOFTCAP:
+                dz *= 1 - t * t
+            tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=columns < n_columns)
 
 
 def _launch(

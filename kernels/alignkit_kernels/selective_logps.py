@@ -16,31 +16,37 @@ from alignkit_kernels.row_stats import RowStats, Transform
 
 
 def selective_logps(
-    logits: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False, overwrite: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    overwrite: bool = False,
+    softcap: float | None = None,
+    scale: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the log-probability of each target, and the entropy of each row when asked for.
 
-    logits: [N, V], any float type. targets: int64 [N]. temperature: > 0, divides the logits.
+    logits: [N, V], any float type. targets: int64 [N]. temperature: > 0, divides last.
+    softcap: c in c * tanh(z / c), applied after `scale`.
     overwrite: the backward may write the gradient into the logits' own memory (they must not be used again).
     Returns float32 [N] in nats (float64 for float64 logits), or a pair of them with `entropy`.
     Raises ValueError on shapes that do not fit.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"wanted logits [N, V] and targets [N], got {list(logits.shape)} and {list(targets.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    logps, entropies = _SelectiveLogps.apply(logits, targets, temperature, entropy, overwrite)
+    transform = Transform(softcap, scale, temperature).checked()
+    logps, entropies = _SelectiveLogps.apply(logits, targets, transform, entropy, overwrite)
     return (logps, entropies) if entropy else logps
 
 
 class _SelectiveLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy: bool, overwrite: bool
+        ctx: Any, logits: Tensor, targets: Tensor, transform: Transform, entropy: bool, overwrite: bool
     ) -> tuple[Tensor, Tensor | None]:
         if uses_triton(logits) and logits.stride(1) != 1:
             logits, overwrite = logits.contiguous(), False
-        stats = RowStats(logits, targets, logits.shape[1], Transform(temperature=temperature), entropy)
+        stats = RowStats(logits, targets, logits.shape[1], transform, entropy)
         stats.fold(logits)
         ctx.save_for_backward(logits)
         ctx.stats, ctx.overwrite = stats, overwrite

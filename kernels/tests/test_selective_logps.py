@@ -259,3 +259,107 @@ def test_row_blocks_cover_every_row_once_in_order(n_rows: int, n_columns: int, e
         blocks = row_blocks(n_rows, n_columns)
     assert [i for b in blocks for i in range(b.start, b.stop)] == list(range(n_rows))
     assert all((b.stop - b.start) * n_columns <= max(elements, n_columns) for b in blocks)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_cap_and_scale_come_before_the_temperature_in_values_and_gradient(entropy: bool) -> None:
+    logits, targets = inputs(5, 6)
+
+    def capped(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return reference(2.0 * torch.tanh(0.5 * z / 2.0), t, 0.7)
+
+    ours = lambda z, t: selective_logps(z, t, 0.7, True, softcap=2.0, scale=0.5)  # noqa: E731
+    torch.testing.assert_close(ours(logits, targets), capped(logits, targets), rtol=0, atol=1e-12)
+    weights = torch.randn(5, dtype=torch.float64)
+    got = gradient(ours, logits, targets, weights, entropy)
+    torch.testing.assert_close(got, gradient(capped, logits, targets, weights, entropy), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="softcap must be above 0 or None, got 0"):
+        selective_logps(logits, targets, softcap=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- the Triton kernel
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(
+    ("n", "v", "dtype", "softcap"),
+    [
+        (1, 101, torch.float32, None),
+        (63, 333, torch.float32, 4.0),
+        (21, 333, torch.bfloat16, None),
+        (21, 333, torch.float16, 4.0),
+        (130, 48, torch.float16, None),
+    ],
+)
+def test_the_kernel_errs_at_most_twice_as_much_as_eager_pytorch(
+    n: int, v: int, dtype: torch.dtype, softcap: float | None, entropy: bool, device: torch.device,
+    triton_path: None, poisoned: None, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ROWS, "TRITON_BLOCK", 128)
+
+    def transformed(z: Tensor) -> Tensor:
+        return 1.3 * z if softcap is None else softcap * torch.tanh(1.3 * z / softcap)
+
+    logits, targets = (x.to(device) for x in inputs(n, v, dtype))
+    wide = torch.cat([logits, logits], 1)[:, :v]  # rows with a stride of their own
+    weights = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+    exact = lambda z, t: reference(transformed(z.double()), t, 0.8)  # noqa: E731
+    theirs = lambda z, t: eager(transformed(z), t, 0.8)  # noqa: E731
+    tiny = torch.finfo(torch.float32).eps
+    for given_ in (logits, wide, logits.t().contiguous().t()):
+        ours = lambda z, t: selective_logps(z, t, 0.8, True, softcap=softcap, scale=1.3)  # noqa: E731
+        for mine, other, truth in zip(
+            ours(given_, targets), theirs(logits, targets), exact(logits, targets), strict=True
+        ):
+            assert rms(mine - truth) <= 2 * rms(other - truth) + 2 * tiny * rms(truth)
+        want = gradient(exact, logits.double(), targets, weights, entropy)
+        mine, other = (gradient(f, x, targets, weights, entropy) for f, x in ((ours, given_), (theirs, logits)))
+        assert rms(mine - want) <= 2 * rms(other - want) + 2 * tiny * rms(want)
+
+
+def test_the_kernel_stands_ruled_out_and_huge_logits_and_an_empty_batch(
+    device: torch.device, triton_path: None, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ROWS, "TRITON_BLOCK", 16)
+    logits = torch.full((3, 40), -math.inf, device=device)
+    logits[0, 20], logits[0, 30] = math.log(3.0), 0.0  # nothing but -inf in the first block
+    logits[1, 5] = 6e4
+    logits[1, 6] = -6e4
+    logits[2, :] = 3e4
+    targets = torch.tensor([20, 5, 7], device=device)
+    leaf = logits.clone().requires_grad_()
+    logps, entropy = selective_logps(leaf, targets, entropy=True)
+    assert logps.tolist() == pytest.approx([math.log(0.75), 0.0, -math.log(40)], abs=1e-6)
+    h = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert entropy.tolist() == pytest.approx([h, 0.0, math.log(40)], abs=1e-5)
+    (logps + entropy).sum().backward()
+    by_hand = {20: 0.25 - 0.75 * (math.log(0.75) + h), 30: -0.25 - 0.25 * (math.log(0.25) + h)}
+    assert leaf.grad[0].tolist() == pytest.approx([by_hand.get(i, 0.0) for i in range(40)], abs=1e-6)
+    assert leaf.grad.isfinite().all()
+    empty = torch.zeros(0, 9, device=device, requires_grad=True)
+    selective_logps(empty, targets[:0]).sum().backward()
+    assert empty.grad.shape == (0, 9)
+
+
+def test_the_kernel_writes_over_the_logits_only_when_it_may_and_autograd_notices(
+    device: torch.device, triton_path: None, poisoned: None
+) -> None:
+    logits, targets = (x.to(device) for x in inputs(5, 8, torch.float32))
+    want = gradient(lambda z, t: reference(z, t), logits.double(), targets, torch.ones(5, device=device), False)
+    for overwrite in (False, True):
+        leaf = logits.clone().requires_grad_()
+        middle = leaf * 1.0
+        loss = selective_logps(middle, targets, overwrite=overwrite).sum()
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(leaf.grad.double(), want, rtol=0, atol=1e-6)
+        assert torch.equal(middle.detach(), logits) == (not overwrite)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_a_target_that_the_kernel_does_not_find_shows_as_nan(device: torch.device, triton_path: None) -> None:
+    stats = ROWS.RowStats(
+        torch.zeros(2, 5, device=device), torch.tensor([4, 1], device=device), 5, ROWS.Transform(), False
+    )
+    stats.fold(torch.zeros(2, 4, device=device))
+    assert stats.logps().isnan().tolist() == [True, False]
