@@ -18,7 +18,7 @@ from alignkit.errors import ConfigError
 # Settings that may change between a run and its resumption without changing what is computed.
 FREE = {
     "resume", "name", "output", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_tokens",
-    "trackers", "device", "timeout_minutes", "trust_remote_code", "cache_file", "reference_cache",
+    "trackers", "device", "timeout_minutes", "trust_remote_code", "cache_file", "reference_cache", "kept_logits_gib",
 }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def test_what_changes_no_result_may_change_when_a_run_is_resumed(tmp_path: Path)
     write_config(tmp_path, settings, resume=False)
     write_config(
         tmp_path,
-        settings | {"max_tokens": 9, "log_every": 7, "save_every": 3, "output": "elsewhere", "trackers": ["wandb"]},
+        settings | {"max_tokens": 9, "kept_logits_gib": 0.0, "log_every": 7, "save_every": 3, "output": "elsewhere"},
         resume=True,
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignkit_kernels.backend import jit, launching, tl, triton, uses_triton
-from alignkit_kernels.row_stats import RowStats, transformed
+from alignkit_kernels.row_stats import RowStats, joined, transformed
 
 LARGEST_HIDDEN = 1024  # above it the fold is cheap beside the product, at which the vendor's library is better
 ROWS, DEPTH = 128, 64  # a tile of the product is ROWS by COLUMNS and DEPTH deep
@@ -78,14 +78,10 @@ def _lse_kernel(  # type: ignore[no-untyped-def]
         for start in range(0, H, DEPTH):
             at = start + depth
             inside = (at < H) | WHOLE
-            a = tl.load(
-                hidden_ptr + rows64[:, None] * hidden_stride + at[None, :],
-                mask=valid[:, None] & inside[None, :], other=0.0,
-            )  # fmt: skip
-            b = tl.load(
-                weight_ptr + columns64[None, :] * weight_stride + at[:, None],
-                mask=known[None, :] & inside[:, None], other=0.0,
-            )  # fmt: skip
+            a_ptrs = hidden_ptr + rows64[:, None] * hidden_stride + at[None, :]
+            b_ptrs = weight_ptr + columns64[None, :] * weight_stride + at[:, None]
+            a = tl.load(a_ptrs, mask=valid[:, None] & inside[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=known[None, :] & inside[:, None], other=0.0)
             product = tl.dot(a, b, product)
         if bias_ptr is not None:
             product += tl.load(bias_ptr + columns, mask=known, other=0.0).to(tl.float32)[None, :]
@@ -95,15 +91,11 @@ def _lse_kernel(  # type: ignore[no-untyped-def]
         # one column at most is the target's, so the sum picks it out
         hit = tl.sum(tl.where(columns[None, :] == targets[:, None], z, 0.0), 1)
         tl.store(hit_ptr + rows64, hit, mask=held)
-        new = tl.maximum(top, tl.max(z, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp(z - base[:, None])
-        drop = tl.maximum(tl.where(top == float("-inf"), -1000.0, top - base), -1000.0)
-        kept = tl.exp(drop)
-        if moment_ptr is not None:
-            moment = kept * (moment + drop * total) + tl.sum(p * tl.maximum(z - base[:, None], -1000.0), 1)
-        total = kept * total + tl.sum(p, 1)
-        top = new
+        block_top = tl.max(z, 1)
+        z -= tl.where(block_top == float("-inf"), 0.0, block_top)[:, None]
+        p = tl.exp(z)
+        block_moment = tl.sum(p * tl.maximum(z, -1000.0), 1) if moment_ptr is not None else moment
+        top, total, moment = joined(top, total, moment, block_top, tl.sum(p, 1), block_moment)
     at = part.to(tl.int64) * N + rows64
     tl.store(top_ptr + at, top, mask=valid)
     tl.store(total_ptr + at, total, mask=valid)

@@ -180,6 +180,54 @@ def transformed(x, scale, softcap, inverse_temperature, SOFTCAP: tl.constexpr): 
 
 
 @jit
+def joined(top, total, moment, block_top, block_total, block_moment):  # type: ignore[no-untyped-def]
+    """The statistics of a row, one of a block of its columns taken in; the block's are relative to its own maximum."""
+    new = tl.maximum(top, block_top)
+    base = tl.where(new == float("-inf"), 0.0, new)  # a row may hold nothing else so far
+    drop, block_drop = tl.maximum(top - base, -1000.0), tl.maximum(block_top - base, -1000.0)
+    kept, block_kept = tl.exp(drop), tl.exp(block_drop)
+    moment = kept * (moment + drop * total) + block_kept * (block_moment + block_drop * block_total)
+    return new, kept * total + block_kept * block_total, moment
+
+
+@jit
+def _folded(  # type: ignore[no-untyped-def]
+    logits_ptr, top, total, moment, n_columns, scale, softcap, inverse_temperature,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for start in range(0, n_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + columns, mask=columns < n_columns, other=0.0)
+        z, _ = transformed(x, scale, softcap, inverse_temperature, SOFTCAP)
+        z = tl.where(columns < n_columns, z, float("-inf"))
+        block_top = tl.max(z, 0)
+        z -= tl.where(block_top == float("-inf"), 0.0, block_top)
+        p = tl.exp(z)
+        block_moment = tl.sum(p * tl.maximum(z, -1000.0), 0) if ENTROPY else moment
+        top, total, moment = joined(top, total, moment, block_top, tl.sum(p, 0), block_moment)
+    return top, total, moment
+
+
+@jit
+def _write_grad(  # type: ignore[no-untyped-def]
+    logits_ptr, out_ptr, at, top, inverse, g, g_entropy, constant, n_columns, scale, softcap, inverse_temperature,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for start in range(0, n_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + columns, mask=columns < n_columns, other=0.0)
+        z, t = transformed(x, scale, softcap, inverse_temperature, SOFTCAP)
+        p = tl.exp(z - top) * inverse
+        dz = tl.where(columns == at, g, 0.0) - p * constant
+        if ENTROPY:
+            dz -= p * g_entropy * tl.maximum(z - top, -1000.0)
+        dz *= scale * inverse_temperature
+        if SOFTCAP:
+            dz *= 1 - t * t
+        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=columns < n_columns)
+
+
+@jit
 def _rows_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, out_ptr, targets_ptr, top_ptr, total_ptr, hit_ptr, moment_ptr, g_ptr, g_entropy_ptr,
     logits_stride, out_stride, n_columns, first, scale, softcap, inverse_temperature,
@@ -192,56 +240,34 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     at = tl.load(targets_ptr + row) - first
+    top, total = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
+    moment = tl.full([], 0.0, tl.float32)
+    if not (FOLD and FIRST):
+        top, total = tl.load(top_ptr + row), tl.load(total_ptr + row)
+        if moment_ptr is not None:
+            moment = tl.load(moment_ptr + row)
     if FOLD:
-        top = tl.full([], float("-inf"), tl.float32)
-        total = tl.full([], 0.0, tl.float32)
-        moment = tl.full([], 0.0, tl.float32)
-        if not FIRST:
-            top, total = tl.load(top_ptr + row), tl.load(total_ptr + row)
-            if moment_ptr is not None:
-                moment = tl.load(moment_ptr + row)
-        for start in range(0, n_columns, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + columns, mask=columns < n_columns, other=0.0)
-            z, _ = transformed(x, scale, softcap, inverse_temperature, SOFTCAP)
-            z = tl.where(columns < n_columns, z, float("-inf"))
-            new = tl.maximum(top, tl.max(z, 0))
-            base = tl.where(new == float("-inf"), 0.0, new)  # a row may hold nothing else so far
-            p = tl.exp(z - base)
-            drop = tl.maximum(tl.where(top == float("-inf"), -1000.0, top - base), -1000.0)
-            kept = tl.exp(drop)
-            if moment_ptr is not None:
-                moment = kept * (moment + drop * total) + tl.sum(p * tl.maximum(z - base, -1000.0), 0)
-            total = kept * total + tl.sum(p, 0)
-            top = new
+        # first of all: the reductions that follow keep fast threads from overwriting it before slow ones have read
         if (at >= 0) & (at < n_columns):
-            z, _ = transformed(tl.load(logits_ptr + at), scale, softcap, inverse_temperature, SOFTCAP)
-            tl.store(hit_ptr + row, z)
+            hit, _ = transformed(tl.load(logits_ptr + at), scale, softcap, inverse_temperature, SOFTCAP)
+            tl.store(hit_ptr + row, hit)
+        top, total, moment = _folded(
+            logits_ptr, top, total, moment, n_columns, scale, softcap, inverse_temperature,
+            SOFTCAP, moment_ptr is not None, BLOCK,
+        )  # fmt: skip
         tl.store(top_ptr + row, top)
         tl.store(total_ptr + row, total)
         if moment_ptr is not None:
             tl.store(moment_ptr + row, moment)
     if GRAD:
-        out_ptr += row * out_stride
-        if not FOLD:
-            top, total = tl.load(top_ptr + row), tl.load(total_ptr + row)
         g = tl.load(g_ptr + row).to(tl.float32) if g_ptr is not None else tl.full([], 1.0 if FOLD else 0.0, tl.float32)
-        g_entropy, constant, inverse = 0.0, g, 1 / total
-        if g_entropy_ptr is not None:  # d entropy / dz = -p (log p + entropy), log p = z - top - log(total)
-            g_entropy = tl.load(g_entropy_ptr + row).to(tl.float32)
-            constant = g - g_entropy * (tl.load(moment_ptr + row) / total)
-        for start in range(0, n_columns, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + columns, mask=columns < n_columns, other=0.0)
-            z, t = transformed(x, scale, softcap, inverse_temperature, SOFTCAP)
-            p = tl.exp(z - top) * inverse
-            dz = tl.where(columns == at, g, 0.0) - p * constant
-            if g_entropy_ptr is not None:
-                dz -= p * g_entropy * tl.maximum(z - top, -1000.0)
-            dz *= scale * inverse_temperature
-            if SOFTCAP:
-                dz *= 1 - t * t
-            tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=columns < n_columns)
+        g_entropy = tl.load(g_entropy_ptr + row).to(tl.float32) if g_entropy_ptr is not None else g * 0
+        # d entropy / dz = -p (log p + entropy) = -p (z - top - moment / total)
+        constant = g - g_entropy * (moment / total)
+        _write_grad(
+            logits_ptr, out_ptr + row * out_stride, at, top, 1 / total, g, g_entropy, constant,
+            n_columns, scale, softcap, inverse_temperature, SOFTCAP, g_entropy_ptr is not None, BLOCK,
+        )  # fmt: skip
 
 
 def _launch(

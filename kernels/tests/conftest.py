@@ -8,6 +8,14 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, tests of the compiled kernels are among `-m gpu` too; elsewhere they are interpreted."""
+    if torch.cuda.is_available():
+        for item in items:
+            if "triton_path" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def device() -> torch.device:
     """A GPU where there is one; elsewhere the CPU, on which Triton kernels run in the interpreter."""
