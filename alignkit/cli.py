@@ -1,4 +1,4 @@
-"""The command line: run, demo, methods, settings, validate, cache. Heavy imports wait until a command needs them.
+"""The command line: run, demo, methods, settings, validate, cache, bench. Heavy imports wait until they are needed.
 
 Exit codes: 0 done; 1 an unexpected error, or damaged values that `cache verify` removed; 2 something that was given
 cannot be used; 130 and 143 stopped by Ctrl-C or SIGTERM.
@@ -33,6 +33,8 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="The persistent cache of reference log-probabilities.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
+bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 Text = str | None
 CacheFile = Annotated[Path | None, typer.Option(help="The cache's file; default: $ALIGNKIT_CACHE or the home's")]
@@ -222,6 +224,27 @@ def cache_clear(
         typer.echo(f"{cache.clear(reference)} values removed")
 
 
+@bench_app.command("kernels")
+def bench_kernels(
+    shapes: Annotated[Text, typer.Option(help="N x H x V, comma-separated, such as 2048x512x32000")] = None,
+    dtype: Annotated[Text, typer.Option(help="float32, bfloat16 or float16  [default: by device]")] = None,
+    only: Annotated[Text, typer.Option(help="Cases, comma-separated: path1 to path4, selective_logps, ...")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: does everything run?")] = False,
+    threads: Annotated[Text, typer.Option(help="Threads of the CPU  [default: all]")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for rows and versions")] = None,
+    png: Annotated[Path | None, typer.Option(help="File for the picture; needs matplotlib")] = None,
+) -> None:
+    """Compare the log-probability kernels with eager PyTorch and what else is installed: error, time, memory.
+
+    A contender that is wrong against float64 gets no time. `python -m alignkit_kernels.bench --help` has more options.
+    """
+    given = {k: v for k, v in locals().items() if v is not None and v is not False}
+    from alignkit_kernels.bench import main as bench
+
+    options = [part for k, v in given.items() for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+    raise typer.Exit(bench(options))
+
+
 @contextmanager
 def _cache(file: Path | None) -> Iterator[LogpCache]:
     """Open the cache to look at it; one that is not there is not made."""
@@ -350,7 +373,7 @@ def _unexpected(error: Exception) -> str:
     first = str(error).strip().split("\n")[0][:300]
     lines = [f"{type(error).__name__}: {first}", f"  at {frame.filename}:{frame.lineno}, in {frame.name}"]
     if type(error).__name__ == "OutOfMemoryError":
-        lines.append("  Less memory: lora, gradient_checkpointing, smaller max_prompt_tokens or max_completion_tokens")
+        lines.append("  Less memory: lora, gradient_checkpointing, kept_logits_gib: 0, a smaller max_completion_tokens")
     try:
         with tempfile.NamedTemporaryFile("w", prefix="alignkit-error-", suffix=".txt", delete=False) as file:
             file.write("".join(traceback.format_exception(error)))

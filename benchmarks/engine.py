@@ -53,8 +53,11 @@ def write_start(folder: Path, texts: list[str]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def run_alignkit(layout: str, work: Path, cache: Path) -> dict[str, Any]:
-    """Train with the engine; seconds hold the reference's fill and all steps, not reading and loading."""
+def run_alignkit(layout: str, work: Path, cache: Path, **changes: Any) -> dict[str, Any]:
+    """Train with the engine; seconds hold the reference's fill and all steps, not reading and loading.
+
+    changes: settings that differ from those below.
+    """
     import torch
 
     from alignkit import assemble, registry, runfolder
@@ -67,7 +70,7 @@ def run_alignkit(layout: str, work: Path, cache: Path) -> dict[str, Any]:
         "method": "dpo", "model": str(work / "start"), "data": str(work / "rows.jsonl"), "layout": layout,
         "batch_size": BATCH, "learning_rate": RATE, "schedule": "constant", "warmup_fraction": 0.0,
         "output": work, "cache_file": cache, "reference": "cached", "max_prompt_tokens": None,
-        "max_completion_tokens": None, "max_grad_norm": 1e9, "log_every": 10**6, "max_tokens": 4096,
+        "max_completion_tokens": None, "max_grad_norm": 1e9, "log_every": 10**6, "max_tokens": 4096, **changes,
     }  # fmt: skip
     config, method_config = split(settings, cls.Config)
     method = cls(method_config)
@@ -82,13 +85,19 @@ def run_alignkit(layout: str, work: Path, cache: Path) -> dict[str, Any]:
     filled = time.perf_counter()
     loop = Loop(config, method, parts, rows, folder, {})
     losses = [loop.step(i, parts.stream.steps_per_epoch)["loss"] for i in range(parts.stream.steps_per_epoch)]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     ended = time.perf_counter()
     torch.randperm = order
     return {"seconds": ended - started, "fill_seconds": filled - started, "losses": losses, "pairs": len(rows.train)}
 
 
-def run_trl(work: Path, checkpointing: bool) -> dict[str, Any]:
-    """Train with TRL's DPOTrainer on the same rows, unshuffled."""
+def run_trl(work: Path, checkpointing: bool, models: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """Train with TRL's DPOTrainer on the same rows, unshuffled.
+
+    models: its arguments `model`, `ref_model` and `peft_config` in the place of the start model; each round of
+    training goes on from the one before, and the last is timed: "rounds", besides arguments of DPOConfig in changes.
+    """
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,22 +108,27 @@ def run_trl(work: Path, checkpointing: bool) -> dict[str, Any]:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
-    model = AutoModelForCausalLM.from_pretrained(work / "start", dtype=torch.float32)
-    reference = AutoModelForCausalLM.from_pretrained(work / "start", dtype=torch.float32)
-    args = DPOConfig(
-        output_dir=str(work / "trl"), per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=RATE,
-        lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1e9, max_length=None, beta=0.1, use_cpu=True,
-        bf16=False, fp16=False, gradient_checkpointing=checkpointing, save_strategy="no", report_to=[],
-        logging_steps=1, disable_tqdm=True, optim="adamw_torch_fused", seed=0, dataloader_num_workers=0,
-    )  # fmt: skip
+    if models is None:
+        load = AutoModelForCausalLM.from_pretrained
+        models = {k: load(work / "start", dtype=torch.float32) for k in ("model", "ref_model")}
+    rounds = changes.pop("rounds", 1)
+    settings = {
+        "output_dir": str(work / "trl"), "per_device_train_batch_size": BATCH, "num_train_epochs": 1,
+        "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 1e9,
+        "max_length": None, "beta": 0.1, "use_cpu": True, "bf16": False, "fp16": False,
+        "gradient_checkpointing": checkpointing, "save_strategy": "no", "report_to": [], "logging_steps": 1,
+        "disable_tqdm": True, "optim": "adamw_torch_fused", "seed": 0, "dataloader_num_workers": 0, **changes,
+    }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(work / "start")
     trainer = InOrder(
-        model=model, ref_model=reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        args=DPOConfig(**settings), train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **models
     )
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses: list[float] = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        losses = losses or [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"seconds": seconds, "fill_seconds": 0.0, "losses": losses, "pairs": len(rows)}
 
 
@@ -141,12 +155,17 @@ def prepare(data: Path, pairs: int, work: Path) -> None:
     write_start(work / "start", [r["prompt"] + r["chosen"] for r in rows])
 
 
-def child(name: str, python: str, work: Path, cache: Path, threads: int) -> dict[str, Any] | str:
-    """Run one contender in a process of its own; a text says why it has no figures."""
+def child(
+    name: str, python: str, work: Path, cache: Path, threads: int, script: str = __file__, seconds: float | None = None
+) -> dict[str, Any] | str:
+    """Run one contender of the script in a process of its own; a text says why it has no figures."""
     out = work / f"{name}.json"
-    command = [python, __file__, "--child", name, "--work", str(work), "--cache", str(cache), "--out", str(out)]
+    command = [python, script, "--child", name, "--work", str(work), "--cache", str(cache), "--out", str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not done after {seconds:.0f} seconds"
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         return lines[-1] if lines else f"exit code {done.returncode}"

@@ -329,6 +329,23 @@ def test_cache_verify_ends_with_1_where_values_were_damaged(call: Call, place: P
     assert call("cache", "verify") == Said(1, "0 values are whole, 1 were damaged and are removed\n", "")
 
 
+def test_the_kernels_are_measured(call: Call, place: Path) -> None:
+    arguments = ("--quick", "--only", "path1,sequence_sum", "--threads", "1", "--json", "kernels.json")
+    said = call("bench", "kernels", *arguments)
+    assert said.code == 0, said.err
+    found = json.loads((place / "kernels.json").read_text())
+    assert found["machine"]["threads"] == 1
+    assert {"path1", "sequence_sum"} == {row["case"] for row in found["rows"]}
+    assert "x eager" in said.out
+    assert "without torch.compile: " in said.out
+
+
+def test_a_benchmark_that_is_not_there_is_named_with_those_that_are(call: Call) -> None:
+    said = call("bench", "kernels", "--only", "path5")
+    assert said.code == 2
+    assert "no case 'path5'; there are path1, " in said.err
+
+
 def test_the_module_is_the_command(place: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "alignkit", "run", "dop"], capture_output=True, text=True, cwd=place, check=False

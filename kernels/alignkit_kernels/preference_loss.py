@@ -19,13 +19,15 @@ s is the logistic function, b `beta`, e `label_smoothing`, g `gamma`, z `baselin
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, relu
 
-from alignkit_kernels.sequence_sum import sequence_sum
+from alignkit_kernels.backend import jit, launching, tl, uses_triton
+from alignkit_kernels.sequence_sum import BLOCK, check_segments, sequence_sum, spread
 
 Kind = Literal["sigmoid", "robust", "hinge", "cpo", "ipo", "simpo", "orpo", "kto"]
 REFERENCE_FREE = frozenset({"cpo", "simpo", "orpo"})
@@ -67,24 +69,49 @@ def preference_loss(
     if reference_logps is not None and reference_logps.shape != policy_logps.shape:
         given = f"{[*policy_logps.shape]} and {[*reference_logps.shape]}"
         raise ValueError(f"policy_logps and reference_logps differ in shape: {given}")
-    ratios = policy_logps if reference_logps is None else policy_logps - reference_logps
-    h = sequence_sum(ratios, cu_seqlens, mean=kind in AVERAGED)
-    logps = sequence_sum(policy_logps.detach(), cu_seqlens)
+    check_segments(policy_logps, cu_seqlens)
+    n_completions = len(cu_seqlens) - 1
+    floats = [policy_logps] if reference_logps is None else [policy_logps, reference_logps]
     if kind == "kto":
         if desirable is None or baseline is None:
             raise ValueError("'kto' needs desirable [S] and baseline [S]")
-        if not desirable.shape == baseline.shape == h.shape:
+        if not desirable.shape == baseline.shape == (n_completions,):
             given = f"{[*desirable.shape]} and {[*baseline.shape]}"
-            raise ValueError(f"'kto' needs desirable and baseline of {[*h.shape]}, got {given}")
+            raise ValueError(f"'kto' needs desirable and baseline of {[n_completions]}, got {given}")
+        floats.append(baseline)
+    else:
+        if n_completions % 2:
+            raise ValueError(f"'{kind}' wants pairs, got {n_completions} completions")
+        desirable = baseline = None
+    options = _Options(kind, beta, label_smoothing, gamma, desirable, baseline, weights)
+    if n_completions and all(uses_triton(each) for each in floats):
+        return PreferenceLoss(*_PreferenceLoss.apply(policy_logps, reference_logps, cu_seqlens, options))
+    return _eager(policy_logps, reference_logps, cu_seqlens, options)
+
+
+class _Options(NamedTuple):
+    kind: Kind
+    beta: float
+    label_smoothing: float
+    gamma: float
+    desirable: Tensor | None
+    baseline: Tensor | None
+    weights: tuple[float, float]
+
+
+def _eager(policy: Tensor, reference: Tensor | None, cu_seqlens: Tensor, options: _Options) -> PreferenceLoss:
+    kind, beta, label_smoothing, gamma, desirable, baseline, weights = options
+    ratios = policy if reference is None else policy - reference
+    h = sequence_sum(ratios, cu_seqlens, mean=kind in AVERAGED)
+    logps = sequence_sum(policy.detach(), cu_seqlens)
+    if desirable is not None and baseline is not None:
         # new_tensor: plain numbers would be rounded to float32 where h is float64
         sign = torch.where(desirable.bool(), h.new_tensor(1.0), h.new_tensor(-1.0))
         weight = torch.where(desirable.bool(), h.new_tensor(weights[0]), h.new_tensor(weights[1]))
         # 1 - s(x) = s(-x)
         losses = weight * torch.sigmoid(-beta * sign * (h - baseline.detach()))
-        return PreferenceLoss(losses, beta * h.detach(), logps)
-    if len(h) % 2:
-        raise ValueError(f"'{kind}' wants pairs, got {len(h)} completions")
-    losses = _LOSSES[kind](h[0::2], h[1::2], beta, label_smoothing, gamma)
+    else:
+        losses = _LOSSES[kind](h[0::2], h[1::2], beta, label_smoothing, gamma)
     return PreferenceLoss(losses, beta * h.detach(), logps)
 
 
@@ -125,11 +152,148 @@ def _orpo(c: Tensor, r: Tensor, beta: float, eps: float, gamma: float) -> Tensor
 
 
 _LOSSES = {
-    "sigmoid": _sigmoid,
-    "robust": _robust,
-    "hinge": _hinge,
-    "cpo": _sigmoid,
-    "ipo": _ipo,
-    "simpo": _simpo,
-    "orpo": _orpo,
-}
+    "sigmoid": _sigmoid, "robust": _robust, "hinge": _hinge, "cpo": _sigmoid,
+    "ipo": _ipo, "simpo": _simpo, "orpo": _orpo,
+}  # fmt: skip
+
+
+# ---- the same in one launch, a pair (or a completion) a program, all in float64; a slope is d loss / d h (or d m)
+
+
+@jit
+def _preference_loss_kernel(  # type: ignore[no-untyped-def]
+    policy_ptr, reference_ptr, cu_seqlens_ptr, desirable_ptr, baseline_ptr,
+    losses_ptr, rewards_ptr, logps_ptr, slopes_ptr,
+    # a float argument is float32 unless it says otherwise
+    beta: tl.float64, label_smoothing: tl.float64, offset: tl.float64,
+    weight_desirable: tl.float64, weight_undesirable: tl.float64,
+    KIND: tl.constexpr, MEAN: tl.constexpr, REFERENCE: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(0).to(tl.int64)
+    s = e if KIND == "kto" else 2 * e
+    c = _sums(policy_ptr, reference_ptr, cu_seqlens_ptr, rewards_ptr, logps_ptr, s, beta, MEAN, REFERENCE, BLOCK)
+    if KIND == "kto":
+        desirable = tl.load(desirable_ptr + s).to(tl.float64)
+        weight = desirable * weight_desirable + (1.0 - desirable) * weight_undesirable
+        sign = 2.0 * desirable - 1.0
+        x = sign * beta * (c - tl.load(baseline_ptr + s).to(tl.float32).to(tl.float64))
+        loss = weight * _logistic(-x)
+        tl.store(slopes_ptr + s, -sign * beta * loss * _logistic(x))
+    else:
+        s += 1
+        r = _sums(policy_ptr, reference_ptr, cu_seqlens_ptr, rewards_ptr, logps_ptr, s, beta, MEAN, REFERENCE, BLOCK)
+        if KIND == "orpo":
+            c, slope_c = _log_odds(c, EPS)
+            r, slope_r = _log_odds(r, EPS)
+            x = c - r
+        elif KIND == "ipo":
+            slope_c, slope_r, x = 1.0, 1.0, c - r - offset
+        else:
+            slope_c, slope_r, x = beta, beta, beta * (c - r) - offset
+        loss, slope = _loss_and_slope(x, label_smoothing, KIND)
+        tl.store(slopes_ptr + s - 1, slope * slope_c)
+        tl.store(slopes_ptr + s, -slope * slope_r)
+    tl.store(losses_ptr + e, loss.to(tl.float32))
+
+
+@jit
+def _sums(policy_ptr, reference_ptr, cu_seqlens_ptr, rewards_ptr, logps_ptr, s, beta, MEAN, REFERENCE, BLOCK):  # type: ignore[no-untyped-def]
+    start, end = tl.load(cu_seqlens_ptr + s).to(tl.int64), tl.load(cu_seqlens_ptr + s + 1).to(tl.int64)
+    logps, ratios = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        policy = tl.load(policy_ptr + at, mask=at < end, other=0.0).to(tl.float32).to(tl.float64)
+        logps += policy
+        if REFERENCE:
+            ratios += policy - tl.load(reference_ptr + at, mask=at < end, other=0.0).to(tl.float32).to(tl.float64)
+    logp = tl.sum(logps)
+    h = tl.sum(ratios) if REFERENCE else logp
+    if MEAN:
+        h /= tl.maximum(end - start, 1).to(tl.float64)
+    tl.store(logps_ptr + s, logp.to(tl.float32))
+    tl.store(rewards_ptr + s, (beta * h).to(tl.float32))
+    return h
+
+
+@jit
+def _loss_and_slope(x, label_smoothing, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    if KIND == "hinge":  # asked this way round, NaN stays NaN
+        loss, slope = tl.where(x >= 1.0, 0.0, 1.0 - x), tl.where(x >= 1.0, 0.0, -1.0)
+    elif KIND == "ipo":
+        loss, slope = x * x, 2.0 * x
+    elif KIND == "simpo" or KIND == "orpo":
+        loss, slope = _softplus(-x), -_logistic(-x)
+    else:
+        right, wrong = 1.0 - label_smoothing, label_smoothing
+        if KIND == "robust":
+            right, wrong = right / (1.0 - 2.0 * label_smoothing), -wrong / (1.0 - 2.0 * label_smoothing)
+        loss = right * _softplus(-x) + wrong * _softplus(x)
+        slope = wrong * _logistic(x) - right * _logistic(-x)
+    return loss, slope
+
+
+@jit
+def _log_odds(x, EPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    # the clamp of log1mexp: no slope comes through it above
+    rest = _log1p(-tl.exp(tl.minimum(x, -EPS)))
+    return x - rest, tl.where(x <= -EPS, tl.exp(-rest), 1.0)
+
+
+@jit
+def _softplus(x):  # type: ignore[no-untyped-def]
+    return tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+
+
+@jit
+def _logistic(x):  # type: ignore[no-untyped-def]
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, small) / (1.0 + small)
+
+
+@jit
+def _log1p(u):  # type: ignore[no-untyped-def]
+    # Triton has no log1p. 1 + u loses the end of u; u over what is left of it makes up for that.
+    w = 1.0 + u
+    return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+
+
+class _PreferenceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, policy: Tensor, reference: Tensor | None, cu_seqlens: Tensor, options: _Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kind, beta, label_smoothing, gamma, desirable, baseline, weights = options
+        cu_seqlens, n_completions = cu_seqlens.contiguous(), len(cu_seqlens) - 1
+        dtype = policy.dtype if reference is None else torch.promote_types(policy.dtype, reference.dtype)
+        losses = policy.new_empty(n_completions // 2, dtype=dtype)
+        if baseline is not None:
+            losses = policy.new_empty(n_completions, dtype=torch.promote_types(dtype, baseline.dtype))
+        rewards, logps = policy.new_empty(n_completions, dtype=dtype), policy.new_empty(n_completions)
+        slopes = policy.new_empty(n_completions, dtype=torch.float64)
+        offset = 1 / (2 * beta) if kind == "ipo" else gamma if kind == "simpo" else 0.0
+        with launching(policy):
+            _preference_loss_kernel[(len(losses),)](
+                policy.contiguous(),
+                policy if reference is None else reference.contiguous(),
+                cu_seqlens,
+                policy if desirable is None else desirable.bool().contiguous(),
+                policy if baseline is None else baseline.contiguous(),
+                *(losses, rewards, logps, slopes),
+                *(float(x) for x in (beta, label_smoothing, offset, *weights)),
+                KIND=kind,
+                MEAN=kind in AVERAGED,
+                REFERENCE=reference is not None,
+                EPS=torch.finfo(dtype).eps,
+                BLOCK=BLOCK,
+            )
+        ctx.save_for_backward(cu_seqlens, slopes)
+        ctx.n_tokens, ctx.mean = len(policy), kind in AVERAGED
+        ctx.mark_non_differentiable(rewards, logps)
+        return losses, rewards, logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *none: Tensor) -> tuple[Tensor | None, ...]:
+        cu_seqlens, slopes = ctx.saved_tensors
+        grad = spread(g, cu_seqlens, ctx.n_tokens, ctx.mean, slopes)
+        return grad, -grad if ctx.needs_input_grad[1] else None, None, None

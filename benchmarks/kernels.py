@@ -1,0 +1,14 @@
+"""The kernels beside eager PyTorch, torch.compile, TRL, Liger and cut-cross-entropy, in one run.
+
+    python benchmarks/kernels.py --json kernels.json --png kernels.png
+
+On a GPU the large shapes in bfloat16, on a CPU small ones in float32; `--help` lists the options. The same as
+`alignkit bench kernels` and `python -m alignkit_kernels.bench`.
+"""
+
+import sys
+
+from alignkit_kernels.bench import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""The operations beside eager PyTorch and the rivals, in one run: `python -m alignkit_kernels.bench`.
+
+A contender is checked against float64 first; a wrong one gets no time. Times are medians of rounds in which the
+contenders take turns. Floors are FLOP or bytes over the rates of the device.
+"""
+
+from alignkit_kernels.bench.run import main
+
+__all__ = ["main"]

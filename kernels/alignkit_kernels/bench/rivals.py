@@ -1,0 +1,107 @@
+"""What else computes the same, each optional: an adapter for a case, or the reason why there is none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit_kernels.bench.cases import Case, Contender, Inputs
+from alignkit_kernels.bench.contenders import BETA, eager
+
+TRL_CHUNK = 32768  # of the vocabulary: what its trainers pass
+APPROXIMATE = frozenset({"cut-cross-entropy"})  # leaves small gradients out: shown, no bar
+
+
+class Refused(Exception):
+    """A rival that does not take part, and why."""
+
+
+def rivals(case: Case, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return the adapters by name, and the reasons of those that do not take part."""
+    found: dict[str, Contender] = {}
+    reasons: dict[str, str] = {}
+    adapters = _ADAPTERS["path" if case.path else case.name] if case.path or case.name in _ADAPTERS else {}
+    for name, adapter in {"torch.compile": _compiled(compiled), **adapters}.items():
+        try:
+            found[name] = adapter(case)
+        except Refused as reason:
+            reasons[name] = str(reason)
+    return found, reasons
+
+
+def need(module: str, name: str) -> Any:
+    """Import a rival's function. Raises Refused: not installed, or broken."""
+    package = module.split(".")[0]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        missing = error.name or package
+        raise Refused("not installed" if missing == package else f"needs '{missing}', not installed") from error
+    except Exception as error:  # a stranger's module may do anything while it is imported
+        raise Refused(f"cannot be imported: {type(error).__name__}: {error}".split("\n")[0]) from error
+
+
+def _compiled(wanted: bool) -> Callable[[Case], Contender]:
+    def adapter(case: Case) -> Contender:
+        if not wanted:
+            raise Refused("left out; on a CPU --compile tries it")
+        if case.name == "gae":
+            raise Refused("would unroll the loop over all steps")
+        torch.compiler.reset()  # each shape gets its own static graph, as fast as can be
+        made: Contender = torch.compile(eager(case), dynamic=False)
+        return made
+
+    return adapter
+
+
+def _trl_chunked(case: Case) -> Contender:
+    function = need("trl.kernels", "ChunkedLogProbFunction")
+
+    def contender(x: Inputs) -> Tensor:
+        out: Tensor = function.apply(x["hidden"], x["weight"], None, x["targets"], 1.0, TRL_CHUNK, None, 1.0, ())[0]
+        return out
+
+    return contender
+
+
+def _trl_selective(case: Case) -> Contender:
+    function = need("trl.trainer.utils", "selective_log_softmax")
+    if case.device.type == "cpu" and case.dtype != torch.float32:
+        raise Refused("in low precision on a CPU it works row by row")
+    return lambda x: function(x["logits"], x["targets"])
+
+
+def _liger_scaled(case: Case) -> Contender:
+    function = need("liger_kernel.ops.fused_linear_scaled_cross_entropy", "LigerFusedLinearScaledCrossEntropyFunction")
+    return lambda x: -function.apply(x["hidden"], x["weight"], x["targets"], 1.0, -100, 1, False)
+
+
+def _liger_dpo(case: Case) -> Contender:
+    cls = need("liger_kernel.chunked_loss", "LigerFusedLinearDPOLoss")
+    loss = cls(beta=BETA, compiled=case.device.type == "cuda")
+    s, t = case.sizes["S"], case.sizes["T"]
+
+    def contender(x: Inputs) -> Tensor:
+        hidden, reference = (x[k].view(s, t, -1) for k in ("hidden", "reference"))
+        out: Tensor = loss(x["weight"], hidden, x["targets"].view(s, t), None, reference, x["weight"])[0]
+        return out
+
+    return contender
+
+
+def _cut(case: Case) -> Contender:
+    function = need("cut_cross_entropy", "linear_cross_entropy")
+    if case.device.type == "cpu":
+        raise Refused("needs a GPU")
+    return lambda x: -function(x["hidden"], x["weight"], x["targets"], reduction="none")
+
+
+_ADAPTERS: dict[str, dict[str, Callable[[Case], Contender]]] = {
+    "path": {"trl": _trl_chunked, "liger": _liger_scaled, "cut-cross-entropy": _cut},
+    "linear_dpo": {"liger": _liger_dpo},
+    "selective_logps": {"trl": _trl_selective},
+}
