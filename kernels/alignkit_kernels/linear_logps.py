@@ -255,6 +255,6 @@ def _add_product(total: Tensor | None, dz: Tensor, weight: Tensor, alone: bool) 
         total = torch.zeros(len(dz), weight.shape[1], dtype=accumulator(dz.dtype), device=dz.device)
     if dz.dtype == total.dtype:
         return torch.addmm(total, dz, weight, out=total)
-    if dz.is_cuda and torch.version.hip is None:
-        return torch.addmm(total, dz, weight, out_dtype=total.dtype, out=total)
+    if dz.is_cuda and torch.version.hip is None:  # into memory of its own: with out= it has refused valid arguments
+        return torch.addmm(total, dz, weight, out_dtype=total.dtype)
     return total.add_(dz @ weight)

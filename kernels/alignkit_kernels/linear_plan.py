@@ -54,7 +54,8 @@ def plan_linear_logps(
         return Plan(2, vocabulary, vocabulary, products, n_tokens * row)
     chunk = _even(vocabulary, chunks[3] // column)
     kept = min(vocabulary, max(0, budget - chunk * column) // column // MULTIPLE * MULTIPLE)
-    sums = 4 * n_tokens * hidden_size if hidden_grad else 0
+    # a float32 sum, and in low precision the one before it or what is added to it
+    sums = n_tokens * hidden_size * max(4, dtype.itemsize) * (1 + (dtype.itemsize < 4)) * hidden_grad
     return Plan(3, chunk, kept, products + 1 - kept / vocabulary, (chunk + kept) * column + sums)
 
 
