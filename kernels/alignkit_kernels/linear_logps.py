@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from alignkit_kernels.linear_lse import fold_product, fuses
 from alignkit_kernels.linear_plan import Plan, plan_linear_logps
-from alignkit_kernels.row_stats import RowStats, Transform, accumulator
+from alignkit_kernels.row_stats import RowStats
+from alignkit_kernels.transform import Transform, accumulator
 
 
 class LinearLogps:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from alignkit_kernels.backend import jit, launching, tl, triton, uses_triton
-from alignkit_kernels.row_stats import RowStats, joined, transformed
+from alignkit_kernels.row_stats import RowStats, joined
+from alignkit_kernels.transform import transformed
 
 LARGEST_HIDDEN = 1024  # above it the fold is cheap beside the product, at which the vendor's library is better
 ROWS, DEPTH = 128, 64  # a tile of the product is ROWS by COLUMNS and DEPTH deep

@@ -10,53 +10,16 @@ temporaries fit the cache and low-precision logits are never copied whole.
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from alignkit_kernels.backend import jit, launching, tl, uses_triton
+from alignkit_kernels.transform import Transform, accumulator, transformed
 
 BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32: a few such temporaries stay in the caches
 TRITON_BLOCK = 4096  # columns that a program holds at a time
 ZERO = -1000.0  # e to this is 0 in float32 and float64; where p is 0, p log p shall be 0 and not 0 * inf
-
-
-class Transform(NamedTuple):
-    """What stands between the head's product and the softmax: c * tanh(scale * x / c) / temperature."""
-
-    softcap: float | None = None
-    scale: float = 1.0
-    temperature: float = 1.0
-
-    def checked(self) -> Transform:
-        """Return it; raises ValueError where it cannot be applied."""
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be above 0 or None, got {self.softcap}")
-        return self
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """Return z in the accumulator's type, in memory of its own."""
-        z = logits.to(accumulator(logits.dtype), copy=True)
-        if self.scale != 1.0:
-            z.mul_(self.scale)
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z.div_(self.temperature) if self.temperature != 1.0 else z
-
-    def slope(self, z: Tensor) -> Tensor | float:
-        """Return dz / dlogits at z."""
-        factor = self.scale / self.temperature
-        if self.softcap is None:
-            return factor
-        return (z * (self.temperature / self.softcap)).square_().neg_().add_(1).mul_(factor)  # d tanh = 1 - tanh^2
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that sums over the vocabulary are made in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_blocks(n_rows: int, n_columns: int) -> list[slice]:
@@ -106,8 +69,9 @@ class RowStats:
         if uses_triton(logits):
             _launch(self, logits, 0, logits)
         else:
-            _fold(self, logits, 0)
-            _grad(self, logits, 0, logits, torch.ones_like(self.top), None)
+            _fold(self, logits, 0, into_unit_gradient=self.transform.softcap is None)
+            if self.transform.softcap is not None:
+                _grad(self, logits, 0, logits, torch.ones_like(self.top), None)
 
     def logps(self) -> Tensor:
         """Return the log-probabilities of the targets, [N]."""
@@ -118,65 +82,62 @@ class RowStats:
         return None if self.moment is None else self.total.log() - self.moment / self.total
 
 
-def _fold(stats: RowStats, logits: Tensor, first: int) -> None:
-    n = logits.shape[1]
+def _fold(stats: RowStats, logits: Tensor, first: int, into_unit_gradient: bool = False) -> None:
+    n, slope = logits.shape[1], stats.transform.slope
     held = (stats.targets >= first) & (stats.targets < first + n)
     for rows in row_blocks(*logits.shape):
-        z = stats.transform.apply(logits[rows])
-        hit = z.gather(1, (stats.targets[rows, None] - first).clamp(0, n - 1)).squeeze(1)
+        x = logits[rows]
+        at = (stats.targets[rows, None] - first).clamp(0, n - 1)
+        hit = stats.transform.apply(x.gather(1, at)).squeeze(1)
         stats.hit[rows] = torch.where(held[rows], hit, stats.hit[rows])
-        top = z.amax(1) if first == 0 else torch.maximum(stats.top[rows], z.amax(1))
-        z.sub_(torch.where(top == -torch.inf, 0.0, top)[:, None])  # a row may hold nothing else so far
+        z, top = stats.transform.below_top(x)
         p = z.exp() if stats.moment is not None else z.exp_()
         total = p.sum(1)
-        moment = p.mul_(z.clamp_(min=ZERO)).sum(1) if stats.moment is not None else None
-        if first:
-            drop = (stats.top[rows] - top).nan_to_num_(ZERO).clamp_(min=ZERO)
-            kept = drop.exp()
-            total += kept * stats.total[rows]
-            if moment is not None and stats.moment is not None:
-                moment += kept * (stats.moment[rows] + drop * stats.total[rows])
-        stats.top[rows], stats.total[rows] = top, total
+        moment = z.clamp_(min=ZERO).mul_(p).sum(1) if stats.moment is not None else None
+        _join(stats, rows, top, total, moment, first)
+        if into_unit_gradient:
+            dz = torch.mul(p, (-slope / total)[:, None], out=x if x.dtype == p.dtype else p)
+            dz.scatter_add_(1, at, dz.new_full((), slope).expand_as(at))
+            if dz is not x:
+                x.copy_(dz)
+
+
+def _join(stats: RowStats, rows: slice, top: Tensor, total: Tensor, moment: Tensor | None, first: int) -> None:
+    if first:
+        new = torch.maximum(stats.top[rows], top)
+        # a row may hold nothing but -inf so far
+        drop, piece_drop = ((t - new).nan_to_num_(ZERO).clamp_(min=ZERO) for t in (stats.top[rows], top))
+        kept, piece_kept = drop.exp(), piece_drop.exp()
         if moment is not None and stats.moment is not None:
-            stats.moment[rows] = moment
+            moment = piece_kept * (moment + piece_drop * total)
+            moment += kept * (stats.moment[rows] + drop * stats.total[rows])
+        top, total = new, kept * stats.total[rows] + piece_kept * total
+    stats.top[rows], stats.total[rows] = top, total
+    if moment is not None and stats.moment is not None:
+        stats.moment[rows] = moment
 
 
 def _grad(stats: RowStats, logits: Tensor, first: int, out: Tensor, g: Tensor | None, g_entropy: Tensor | None) -> None:
-    n = logits.shape[1]
+    n, transform = logits.shape[1], stats.transform
     held = (stats.targets >= first) & (stats.targets < first + n)
-    g = torch.zeros_like(stats.top) if g is None else g
+    g = torch.zeros_like(stats.top) if g is None else g * transform.slope
     inverse = 1 / stats.total  # p = exp(z - top) * inverse
-    entropies = stats.entropies() if g_entropy is not None else None
+    mean = stats.moment * inverse if stats.moment is not None else None
     for rows in row_blocks(*logits.shape):
-        z = stats.transform.apply(logits[rows])
-        slope = stats.transform.slope(z)
-        z.sub_(stats.top[rows, None])
-        if g_entropy is not None and entropies is not None:
-            # d entropy / dz = -p (log p + entropy), log p = z - top - log(total)
-            constant = g[rows] + g_entropy[rows] * (entropies[rows] - stats.total[rows].log())
+        x, to = logits[rows], out[rows]
+        z, _ = transform.below_top(x, stats.top[rows])
+        bend = transform.bend(z, stats.top[rows])
+        if g_entropy is not None and mean is not None:
+            # d entropy / dz = -p (log p + entropy) = -p (z - top - moment / total)
+            ge = g_entropy[rows] * transform.slope
             dz = z.exp().mul_(-inverse[rows, None])
-            dz.mul_(z.clamp_(min=ZERO).mul_(g_entropy[rows, None]).add_(constant[:, None]))
+            dz.mul_(z.clamp_(min=ZERO).mul_(ge[:, None]).add_((g[rows] - ge * mean[rows])[:, None]))
         else:
-            dz = z.exp_().mul_((-g * inverse)[rows, None])
+            dz = torch.mul(z.exp_(), (-g * inverse)[rows, None], out=to if bend is None and to.dtype == z.dtype else z)
         onehot = torch.where(held[rows], g[rows], 0.0)
         dz.scatter_add_(1, (stats.targets[rows, None] - first).clamp(0, n - 1), onehot[:, None])
-        out[rows] = dz.mul_(slope)
-
-
-@jit
-def transformed(x, scale, softcap, inverse_temperature, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """z of logits x in float32, and the tanh of the soft cap where there is one."""
-    y = x.to(tl.float32) * scale
-    t = y
-    if SOFTCAP:
-        y = y / softcap
-        e = tl.exp(-2 * tl.abs(y))
-        t = (1 - e) / (1 + e)
-        t = tl.where(y < 0, -t, t)
-        y2 = y * y  # near 0 the quotient would lose its digits
-        t = tl.where(y2 < 0.01, y * (1 - y2 * (1 / 3 - y2 * (2 / 15 - y2 * (17 / 315)))), t)
-        y = t * softcap
-    return y * inverse_temperature, t
+        if dz is not to:
+            to.copy_(dz if bend is None else dz.mul_(bend))
 
 
 @jit

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alignkit_kernels.backend import uses_triton
-from alignkit_kernels.row_stats import RowStats, Transform
+from alignkit_kernels.row_stats import RowStats
+from alignkit_kernels.transform import Transform
 
 
 def selective_logps(

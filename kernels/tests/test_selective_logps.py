@@ -17,7 +17,8 @@ from alignkit_kernels import selective_logps
 # the package's attribute of that name is the function
 MODULE = importlib.import_module("alignkit_kernels.selective_logps")
 ROWS = importlib.import_module("alignkit_kernels.row_stats")
-accumulator, row_blocks = ROWS.accumulator, ROWS.row_blocks
+TRANSFORM = importlib.import_module("alignkit_kernels.transform")
+accumulator, row_blocks = TRANSFORM.accumulator, ROWS.row_blocks
 
 SHAPES = [(1, 7), (63, 101), (341, 33), (5, 1), (64, 512)]
 
@@ -359,7 +360,7 @@ def test_the_kernel_writes_over_the_logits_only_when_it_may_and_autograd_notices
 
 def test_a_target_that_the_kernel_does_not_find_shows_as_nan(device: torch.device, triton_path: None) -> None:
     stats = ROWS.RowStats(
-        torch.zeros(2, 5, device=device), torch.tensor([4, 1], device=device), 5, ROWS.Transform(), False
+        torch.zeros(2, 5, device=device), torch.tensor([4, 1], device=device), 5, TRANSFORM.Transform(), False
     )
     stats.fold(torch.zeros(2, 4, device=device))
     assert stats.logps().isnan().tolist() == [True, False]
