@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +241,27 @@ def _by_rows(layer: Any, hidden_CH: Tensor, targets: Tensor, options: tuple[Any,
 def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
     """Return the log-probabilities of one sequence's tokens after the first `n_prompt`, by the model's own forward."""
     lm = causal_lm(model)
-    logits = lm(input_ids=sequence[None].long(), use_cache=False).logits[0].float()
+    with _without_flex(lm):
+        logits = lm(input_ids=sequence[None].long(), use_cache=False).logits[0].float()
     logps = logits[:-1].log_softmax(-1).gather(1, sequence[1:, None].long()).squeeze(1)
     return logps[n_prompt - 1 :]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _without_flex(lm: Any) -> Iterator[None]:
+    # every other length would be compiled anew, and another implementation is the better witness
+    flex = lm.config._attn_implementation == "flex_attention"
+    if flex:
+        lm.set_attn_implementation(_dense_attention(lm))
+    try:
+        yield
+    finally:
+        if flex:
+            lm.set_attn_implementation("flex_attention")
+
+
+def _dense_attention(lm: Any) -> str:
+    return "sdpa" if getattr(lm, "_supports_sdpa", False) else "eager"
 
 
 def probe(scorer: Scorer, batch: Batch) -> str | None:
@@ -324,7 +343,8 @@ def choose_layout(scorer: Scorer, examples: Sequence[Example], config: RunConfig
     Raises ModelError when even padded rows differ from the model's own forward, or `layout: forest` cannot be had.
     """
     check_causal(scorer.model, max(examples, key=lambda e: e.n_tokens), device)
-    flex = causal_lm(scorer.model).config._attn_implementation == "flex_attention"
+    lm = causal_lm(scorer.model)
+    flex = lm.config._attn_implementation == "flex_attention"
     if flex:
         forest = Layout("forest", config.row_tokens or config.max_tokens, attention_cost=0.0, multiple_of=BLOCK)
     else:
@@ -335,8 +355,13 @@ def choose_layout(scorer: Scorer, examples: Sequence[Example], config: RunConfig
         problem = probe(scorer, batch_of(rows, forest, device))
         if problem is None:
             return forest
-        if config.layout == "forest":
+        if config.layout == "forest" and not (flex and config.attention == "auto"):
             raise ModelError(f"this model cannot read the packed forest ({problem}); use layout: auto or padded")
+        if flex and config.attention == "auto":  # it refuses heads of fewer than 16 dimensions, for one
+            dense = _dense_attention(lm)
+            logger.warning("FlexAttention cannot be used with this model (%s); using %s", problem, dense)
+            lm.set_attn_implementation(dense)
+            return choose_layout(scorer, examples, config, device)
         logger.warning("this model cannot read the packed forest (%s); using padded rows: exact, but slower", problem)
     padded = Layout("padded")
     if problem := probe(scorer, batch_of(rows, padded, device)):

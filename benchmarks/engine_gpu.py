@@ -3,7 +3,8 @@
     python benchmarks/engine_gpu.py --json engine-gpu.json
     python benchmarks/engine_gpu.py --tiny --json /tmp/tiny.json      the same on small models, on a CPU too
 
-Random weights, bfloat16, 8 pairs a step, LoRA (rank 16 on all linear layers) and full training. Every contender runs in
+Random weights, bfloat16, 8 pairs a step, LoRA (rank 16 on all linear layers) and full training. The most telling come
+first: alignkit and TRL as it comes, on one model and mode after the other. Every contender runs in
 a process of its own and trains on all rows twice: the first pass compiles and fills caches, the second is timed, with a
 fresh reference cache for alignkit. TRL's head has no switch: "trl-full-logits" puts full logits and TRL's own
 selective_log_softmax in its place. Peak memory is the allocator's on a GPU, the process's resident set on a CPU.
@@ -18,6 +19,7 @@ import json
 import os
 import platform
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +32,7 @@ import engine
 MODELS = ("llama-3.2-1b", "qwen3-0.6b")
 MODES = ("lora", "full")
 CONTENDERS = ("alignkit", "trl", "trl-full-logits")
-MOST_ROWS = 256
+DEFAULT_ROWS, MOST_ROWS = 64, 256
 
 
 # ------------------------------------------------------------------------------------------------ models and rows
@@ -223,15 +225,42 @@ def machine(threads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def chosen(parser: argparse.ArgumentParser, option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    """Return the names of a comma-separated list in the order of `known`; unknown ones are refused."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"{option}: there is no '{unknown[0]}'; there are {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def in_order(models: list[str], modes: list[str], contenders: list[str]) -> list[str]:
+    """Return MODEL:MODE:CONTENDER, the most telling first: TRL with full logits comes after all else."""
+    names = [f"{model}:{mode}:{contender}" for model in models for mode in modes for contender in contenders]
+    return sorted(names, key=lambda name: name.endswith(":trl-full-logits"))
+
+
+def without_trl(python: str) -> str | None:
+    """Say why the interpreter cannot import what the TRL contenders use; None where it can."""
+    command = [python, "-c", "import datasets, peft; from trl import DPOConfig, DPOTrainer"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"TRL cannot be imported by {python}: {error}"
+    lines = done.stderr.strip().splitlines()
+    return f"TRL cannot be imported by {python}: {lines[-1] if lines else done.returncode}" if done.returncode else None
+
+
 def main() -> int:
     """Parse arguments, run the contenders in turn, print and write; 1 where one has no figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="JSONL of preference pairs (default: made-up text)")
-    parser.add_argument("--pairs", type=int, default=128, help=f"rows, at most {MOST_ROWS} (default 128)")
+    parser.add_argument("--pairs", type=int, default=DEFAULT_ROWS, help=f"at most {MOST_ROWS} (default {DEFAULT_ROWS})")
     parser.add_argument("--tiny", action="store_true", help="small models and short rows: does everything run?")
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--modes", default=",".join(MODES))
-    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, comma-separated")
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--modes", default=",".join(MODES), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--only", default=",".join(CONTENDERS), help="contenders, comma-separated (default: %(default)s)"
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="leave out what has not ended by then")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL")
@@ -242,6 +271,12 @@ def main() -> int:
     if args.child:
         Path(args.out).write_text(json.dumps(contend(args.child, Path(args.work))))
         return 0
+    names = in_order(
+        chosen(parser, "--models", args.models, MODELS), chosen(parser, "--modes", args.modes, MODES),
+        chosen(parser, "--only", args.only, CONTENDERS),
+    )  # fmt: skip
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     deadline = time.monotonic() + 60 * args.minutes
     runs: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
@@ -251,16 +286,16 @@ def main() -> int:
         if args.tiny:
             (work / "tiny").touch()
         prepare(args.data, min(args.pairs, MOST_ROWS), args.tiny, work)
-        names = [
-            f"{model}:{mode}:{contender}"
-            for mode in args.modes.split(",")
-            for model in args.models.split(",")
-            for contender in args.only.split(",")
-        ]
+        no_trl = without_trl(args.trl_python) if any(":trl" in name for name in names) else None
         for name in names:
             left = deadline - time.monotonic()
             python = args.trl_python if ":trl" in name else sys.executable
-            done = engine.child(name, python, work, work, args.threads, __file__, left) if left > 10 else "out of time"
+            if ":trl" in name and no_trl:
+                done: dict[str, Any] | str = no_trl
+            elif left > 10:
+                done = engine.child(name, python, work, work, args.threads, __file__, left)
+            else:
+                done = "out of time"
             if isinstance(done, str):
                 left_out[name] = done
             else:

@@ -24,28 +24,37 @@ from torch.autograd.function import once_differentiable
 from alignkit_kernels.linear_lse import fold_product, fuses
 from alignkit_kernels.linear_plan import Plan, plan_linear_logps
 from alignkit_kernels.row_stats import RowStats
-from alignkit_kernels.transform import Transform, accumulator
+from alignkit_kernels.transform import Transform, accumulator, check_targets
 
 
 class LinearLogps:
-    """The type of `linear_logps`: a function, and its `plan`."""
+    """`linear_logps(...)`, a function, and `linear_logps.plan(...)`, what a call would do; see `__call__` for both."""
+
+    __name__ = "linear_logps"
+
+    def __reduce__(self) -> str:
+        return "linear_logps"
+
+    def __repr__(self) -> str:
+        return "<function linear_logps>"
 
     @overload
     def __call__(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None,
-        scale: float = 1.0, temperature: float = 1.0, entropy: Literal[False] = False, memory_budget: int | None = None,
+        scale: float = 1.0, temperature: float = 1.0, entropy: Literal[False] = False,
+        memory_budget: float | None = None,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def __call__(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None,
-        scale: float = 1.0, temperature: float = 1.0, *, entropy: Literal[True], memory_budget: int | None = None,
+        scale: float = 1.0, temperature: float = 1.0, *, entropy: Literal[True], memory_budget: float | None = None,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     @overload
     def __call__(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None,
-        scale: float = 1.0, temperature: float = 1.0, entropy: bool = False, memory_budget: int | None = None,
+        scale: float = 1.0, temperature: float = 1.0, entropy: bool = False, memory_budget: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def __call__(
@@ -58,7 +67,7 @@ class LinearLogps:
         scale: float = 1.0,
         temperature: float = 1.0,
         entropy: bool = False,
-        memory_budget: int | None = None,
+        memory_budget: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the log-probability of each target under softmax(hidden @ weight.T), and the entropy when asked for.
 
@@ -99,6 +108,9 @@ def _checked(
         raise ValueError(f"wanted hidden [N, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"wanted one target a row of hidden, got {list(targets.shape)} for {list(hidden.shape)}")
+    check_targets(hidden, targets)
+    if weight.device != hidden.device:
+        raise ValueError(f"weight lies on '{weight.device}', and hidden on '{hidden.device}'")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"wanted a bias of {list(weight.shape[:1])}, got {list(bias.shape)}")
     kind = hidden.device.type
@@ -175,23 +187,26 @@ class _FrozenHead(torch.autograd.Function):
             logits = _logits(hidden[rows], weight, bias, memory)
             stats.rows(rows).fold_into_unit_gradient(logits)
             torch.mm(logits, weight, out=unit[rows])
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.unit, ctx.stats = unit, stats
+        # targets are saved so that a change of theirs is noticed, the others for the entropy's gradient alone
+        ctx.save_for_backward(unit, targets, *((hidden, weight, bias) if entropy else ()))
+        ctx.stats = stats
         ctx.set_materialize_grads(False)
         return stats.logps(), stats.entropies()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logps: Tensor | None, g_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+        unit, _, *head = ctx.saved_tensors
         if g_entropies is None:
             if g_logps is None:
                 return (None,) * 7
-            return torch.mul(ctx.unit, g_logps[:, None], out=torch.empty_like(ctx.unit)), *(None,) * 6
+            return torch.mul(unit, g_logps[:, None], out=torch.empty_like(unit)), *(None,) * 6
         # the entropy's gradient is another vector a token, which few losses want: the logits are made again
-        hidden, weight, _ = ctx.saved_tensors
+        hidden, weight, _ = head
         sizes = (len(hidden), hidden.shape[1], len(weight), hidden.dtype)
         again = plan_linear_logps(*sizes, weight_grad=True, device=hidden.device.type, memory_budget=0)
-        return *_backward(ctx, None, again.chunk, g_logps, g_entropies), *(None,) * 4
+        with torch.autocast(hidden.device.type, enabled=False):
+            return *_backward(ctx, head, None, again.chunk, g_logps, g_entropies), *(None,) * 4
 
 
 class _TrainedHead(torch.autograd.Function):
@@ -210,7 +225,7 @@ class _TrainedHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         stash = hidden.new_empty(len(hidden), plan.kept) if plan.kept else None
         ctx.stats = _fold_all(hidden, weight, bias, targets, transform, entropy, plan.chunk, stash)
-        ctx.save_for_backward(hidden, weight, bias)
+        ctx.save_for_backward(targets, hidden, weight, bias)
         ctx.stash, ctx.plan = stash, plan
         ctx.set_materialize_grads(False)
         return ctx.stats.logps(), ctx.stats.entropies()
@@ -218,16 +233,18 @@ class _TrainedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logps: Tensor | None, g_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, *head = ctx.saved_tensors
         # the logits become their own gradient, so a second walk over the same graph makes them all again
         stash, ctx.stash = ctx.stash, None
-        return *_backward(ctx, stash, ctx.plan.chunk, g_logps, g_entropies), *(None,) * 4
+        with torch.autocast(head[0].device.type, enabled=False):
+            return *_backward(ctx, head, stash, ctx.plan.chunk, g_logps, g_entropies), *(None,) * 4
 
 
 def _backward(
-    ctx: Any, stash: Tensor | None, chunk: int, g_logps: Tensor | None, g_entropies: Tensor | None
+    ctx: Any, head: Any, stash: Tensor | None, chunk: int, g_logps: Tensor | None, g_entropies: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Walk the vocabulary with all N tokens: every slice of d weight is written once, d hidden adds up in float32."""
-    hidden, weight, bias = ctx.saved_tensors
+    hidden, weight, bias = head
     of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
     kept = 0 if stash is None else stash.shape[1]
     d_hidden = None

@@ -37,10 +37,16 @@ def plan_linear_logps(
     weight_grad: bool = False,
     bias_grad: bool = False,
     device: str = "cuda",
-    memory_budget: int | None = None,
+    memory_budget: float | None = None,
 ) -> Plan:
-    """Return what `linear_logps` does with such tensors; nothing is computed. memory_budget: bytes, as there."""
-    budget, row = BUDGET if memory_budget is None else memory_budget, dtype.itemsize * vocabulary
+    """Return what `linear_logps` does with such tensors; nothing is computed. memory_budget: bytes, as there.
+
+    Raises ValueError on a negative size or budget.
+    """
+    budget = BUDGET if memory_budget is None else _bytes(memory_budget)
+    if n_tokens < 0 or hidden_size < 0 or vocabulary < 1:
+        raise ValueError(f"no head has {n_tokens} tokens, {hidden_size} hidden and {vocabulary} vocabulary entries")
+    row = dtype.itemsize * vocabulary
     column = dtype.itemsize * max(1, n_tokens)
     chunks = CHUNK["cpu" if device == "cpu" else "cuda"]
     if not (hidden_grad or weight_grad or bias_grad):
@@ -52,11 +58,18 @@ def plan_linear_logps(
     products = 1.0 + hidden_grad + weight_grad
     if n_tokens * row <= budget:
         return Plan(2, vocabulary, vocabulary, products, n_tokens * row)
-    chunk = _even(vocabulary, chunks[3] // column)
-    kept = min(vocabulary, max(0, budget - chunk * column) // column // MULTIPLE * MULTIPLE)
+    kept = min(budget // column // MULTIPLE * MULTIPLE, vocabulary - 1)
+    # a piece of small logits is a part of them too, or path 2 would be as lean
+    chunk = _even(vocabulary - kept, min(chunks[3] // column, -(-vocabulary // 4)))
     # a float32 sum, and in low precision the one before it or what is added to it
     sums = n_tokens * hidden_size * max(4, dtype.itemsize) * (1 + (dtype.itemsize < 4)) * hidden_grad
     return Plan(3, chunk, kept, products + 1 - kept / vocabulary, (chunk + kept) * column + sums)
+
+
+def _bytes(budget: float) -> int:
+    if not 0 <= budget < float("inf"):
+        raise ValueError(f"memory_budget is in bytes, 0 or more; got {budget}")
+    return int(budget)
 
 
 def _even(total: int, at_most: int) -> int:

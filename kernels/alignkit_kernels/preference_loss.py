@@ -60,10 +60,14 @@ def preference_loss(
     policy_logps, reference_logps: float32 [C] nats; reference_logps is None for a loss without a reference.
     cu_seqlens: int64 [S + 1]; for pairs chosen and rejected in turn, S = 2 E.
     desirable: bool [S], baseline: [S] (nats, no gradient), weights: (desirable, undesirable), all for "kto" alone.
-    Raises ValueError on an unknown kind, an odd S, shapes that differ, or a reference where the loss has none.
+    Raises ValueError on an unknown kind, numbers out of range, shapes that do not fit, or a reference too many.
     """
     if kind not in _LOSSES and kind != "kto":
         raise ValueError(f"unknown kind '{kind}'; there are {', '.join([*_LOSSES, 'kto'])}")
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0, got {beta}")
+    if not 0 <= label_smoothing < (0.5 if kind == "robust" else 1):
+        raise ValueError(f"'{kind}' wants label_smoothing from 0 to below 1 (robust: 0.5), got {label_smoothing}")
     if kind in REFERENCE_FREE and reference_logps is not None:
         raise ValueError(f"'{kind}' has no reference: pass reference_logps=None")
     if reference_logps is not None and reference_logps.shape != policy_logps.shape:
@@ -273,19 +277,13 @@ class _PreferenceLoss(torch.autograd.Function):
         offset = 1 / (2 * beta) if kind == "ipo" else gamma if kind == "simpo" else 0.0
         with launching(policy):
             _preference_loss_kernel[(len(losses),)](
-                policy.contiguous(),
-                policy if reference is None else reference.contiguous(),
-                cu_seqlens,
+                policy.contiguous(), policy if reference is None else reference.contiguous(), cu_seqlens,
                 policy if desirable is None else desirable.bool().contiguous(),
-                policy if baseline is None else baseline.contiguous(),
-                *(losses, rewards, logps, slopes),
+                policy if baseline is None else baseline.contiguous(), losses, rewards, logps, slopes,
                 *(float(x) for x in (beta, label_smoothing, offset, *weights)),
-                KIND=kind,
-                MEAN=kind in AVERAGED,
-                REFERENCE=reference is not None,
-                EPS=torch.finfo(dtype).eps,
-                BLOCK=BLOCK,
-            )
+                KIND=kind, MEAN=kind in AVERAGED, REFERENCE=reference is not None,
+                EPS=torch.finfo(dtype).eps, BLOCK=BLOCK,
+            )  # fmt: skip
         ctx.save_for_backward(cu_seqlens, slopes)
         ctx.n_tokens, ctx.mean = len(policy), kind in AVERAGED
         ctx.mark_non_differentiable(rewards, logps)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from alignkit_kernels.backend import uses_triton
 from alignkit_kernels.row_stats import RowStats
-from alignkit_kernels.transform import Transform
+from alignkit_kernels.transform import Transform, check_targets
 
 
 def selective_logps(
@@ -35,6 +35,7 @@ def selective_logps(
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"wanted logits [N, V] and targets [N], got {list(logits.shape)} and {list(targets.shape)}")
+    check_targets(logits, targets)
     transform = Transform(softcap, scale, temperature).checked()
     logps, entropies = _SelectiveLogps.apply(logits, targets, transform, entropy, overwrite)
     return (logps, entropies) if entropy else logps
@@ -49,7 +50,7 @@ class _SelectiveLogps(torch.autograd.Function):
             logits, overwrite = logits.contiguous(), False
         stats = RowStats(logits, targets, logits.shape[1], transform, entropy)
         stats.fold(logits)
-        ctx.save_for_backward(logits)
+        ctx.save_for_backward(logits, targets)  # saved, so that a change of theirs is noticed
         ctx.stats, ctx.overwrite = stats, overwrite
         ctx.set_materialize_grads(False)
         return stats.logps(), stats.entropies()
@@ -57,7 +58,7 @@ class _SelectiveLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logps: Tensor | None, g_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        (logits,) = ctx.saved_tensors
+        logits, _ = ctx.saved_tensors
         grad = logits if ctx.overwrite else torch.empty_like(logits)
         ctx.stats.grad(logits, grad, g_logps, g_entropies)
         return grad, None, None, None, None

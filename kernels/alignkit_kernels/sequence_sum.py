@@ -32,6 +32,8 @@ def check_segments(values: Tensor, cu_seqlens: Tensor) -> None:
     """Raise ValueError unless cu_seqlens [S + 1] cuts values [C] into segments."""
     if values.dim() != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"wanted values [C] and cu_seqlens [S + 1], got {[*values.shape]} and {[*cu_seqlens.shape]}")
+    if cu_seqlens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"wanted cu_seqlens of int64 (or int32), got {cu_seqlens.dtype}")
     if not values.is_cuda:  # on a GPU the comparison would wait for the device
         borders = cu_seqlens.tolist()
         if borders[0] != 0 or borders[-1] != len(values) or borders != sorted(borders):

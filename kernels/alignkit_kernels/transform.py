@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,16 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_targets(values: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless `values` are real numbers and `targets` ids beside them."""
+    if not values.is_floating_point():
+        raise ValueError(f"wanted float32, bfloat16, float16 or float64, got {values.dtype}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"wanted targets of int64 (or int32), got {targets.dtype}")
+    if targets.device != values.device:
+        raise ValueError(f"targets lie on '{targets.device}', and the rest on '{values.device}'")
+
+
 class Transform(NamedTuple):
     """z = c * tanh(scale * x / c) / temperature, c the soft cap."""
 
@@ -24,10 +35,14 @@ class Transform(NamedTuple):
 
     def checked(self) -> Transform:
         """Return it; raises ValueError where it cannot be applied."""
-        if not self.temperature > 0:
+        if any(isinstance(x, Tensor) for x in self):
+            raise ValueError("softcap, scale and temperature are numbers: no gradient goes to them; got a tensor")
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if self.softcap is not None and not self.softcap > 0:
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be above 0 or None, got {self.softcap}")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be finite, got {self.scale}")
         return self
 
     @property

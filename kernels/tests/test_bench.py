@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ import pytest
 import torch
 
 from alignkit_kernels.bench import cases, chart, main, measure, report, rivals, run
-from alignkit_kernels.bench.contenders import eager
+from alignkit_kernels.bench.contenders import WAYS, eager, own, planned_path, ways
 from alignkit_kernels.bench.exact import errors, exact_results, results
 
 CPU = torch.device("cpu")
@@ -169,7 +174,7 @@ def test_bars_of_a_cpu_are_judged_on_their_shape_alone() -> None:
 def test_bars_of_an_h200_are_floor_rivals_and_memory() -> None:
     shape = {"shape": {"N": 8192, "H": 2048, "V": 128256}, "dtype": "bfloat16"}
     rows = [planted("alignkit", 13.0, **shape), planted("eager", 12.0, **shape), planted("trl", 26.0, **shape)]
-    rows.append(planted("cut-cross-entropy", 1.0, **shape))
+    rows += [planted(name, 1.0, **shape) for name in ("cut-cross-entropy", *WAYS)]
     rows[0]["peak_beyond_gradients_mib"] = 700.0
     run.compare(rows, 10.9)
     lines = [line.split(": ", 1)[1] for line in report.bars(rows, "NVIDIA H200")]
@@ -211,10 +216,10 @@ def test_rivals_that_are_not_there_have_a_reason(monkeypatch: pytest.MonkeyPatch
         raise ModuleNotFoundError(name="triton" if module.startswith("cut") else module.split(".")[0])
 
     monkeypatch.setattr(rivals.importlib, "import_module", absent)
-    found, reasons = rivals.rivals(small("path1"), compiled=False)
+    found, reasons = rivals.rivals(small("path1"), "not now")
     assert found == {}
     assert reasons == {
-        "torch.compile": "left out; on a CPU --compile tries it",
+        "torch.compile": "not now",
         "trl": "not installed",
         "liger": "not installed",
         "cut-cross-entropy": "needs 'triton', not installed",
@@ -269,6 +274,11 @@ def test_without_matplotlib_there_is_no_picture_and_a_hint(
         (["--only", "path9"], "no case 'path9'"),
         (["--shapes", "3x4"], "N x H x V"),
         (["--shapes", "axbxc"], "N x H x V"),
+        (["--shapes", "0x5x6"], "each at least 1"),
+        (["--shapes", "5x6x7,5x-6x7"], "each at least 1"),
+        (["--json", "/nonexistent/x.json"], "--json /nonexistent/x.json: there is no folder /nonexistent"),
+        (["--png", "/nonexistent/x.png"], "--png /nonexistent/x.png: there is no folder /nonexistent"),
+        (["--json", "/"], "is a folder, not a file"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(
@@ -277,3 +287,228 @@ def test_arguments_that_cannot_be_used_are_refused(
     with pytest.raises(SystemExit):
         tiny(*arguments)
     assert words in capsys.readouterr().err
+
+
+def test_the_cases_of_the_bars_come_first_on_every_shape() -> None:
+    args = run.arguments(["--shapes", "24x8x40,32x8x40"])
+    planned = [(case.name, case.sizes.get("N")) for case in run.plan(args, CPU)]
+    n_foremost = 2 * len(cases.FOREMOST)
+    assert planned[:n_foremost] == list(itertools.chain(*([(name, n) for name in cases.FOREMOST] for n in (24, 32))))
+    assert [name for name, _ in planned[n_foremost:]] == ["linear_dpo", *cases.VECTORS, "linear_dpo"]
+
+
+def test_torch_compile_takes_part_in_the_first_shape_alone_and_in_nothing_ragged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def compiled(function: Any, dynamic: bool) -> Any:
+        asked.append(current.label)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    bench = run.Bench(CPU, 0.0, True, float("inf"))
+    current = small("path4")
+    for current in (small("path4"), small("path4", (32, 8, 40)), small("path1"), *map(small, cases.VECTORS)):
+        assert bench.measure(current)
+    assert asked == [small("path4").label, small("path1").label]
+    why = {s["case"]: s["why"] for s in bench.skipped if s["contender"] == "torch.compile"}
+    assert set(why) == {small("path4", (32, 8, 40)).label, *(small(name).label for name in cases.VECTORS)}
+
+
+def test_a_stopped_run_leaves_and_tells_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = run.Bench.measure
+
+    def stopped(bench: run.Bench, case: cases.Case, without: Any = ()) -> list[dict[str, Any]]:
+        if case.name == "gae" or len(bench.sweep) >= 2:
+            raise KeyboardInterrupt
+        return measured(bench, case, without)
+
+    monkeypatch.setattr(run.Bench, "measure", stopped)
+    assert tiny("--only", "path4,gae", "--json", str(tmp_path / "k.json")) == 1
+    said = capsys.readouterr()
+    assert "\npath4 " in said.out
+    assert "stopped before its end" in said.err
+    assert {row["case"] for row in json.loads((tmp_path / "k.json").read_text())["rows"]} == {"path4"}
+    pytest.importorskip("matplotlib")
+    assert tiny("--only", "path4", "--json", str(tmp_path / "k.json"), "--png", str(tmp_path / "k.png")) == 1
+    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((tmp_path / "k.json").read_text())["sweep"]) >= 2
+
+
+def test_the_sweep_is_saved_after_each_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.Bench, "measure", lambda *_: [planted("alignkit", 1.0)])
+    bench = run.Bench(CPU, 0.0, False, float("inf"))
+    seen: list[int] = []
+    run.swept(bench, None, True, lambda: seen.append(len(bench.sweep)))
+    assert seen == list(range(1, 9))
+
+
+def test_a_gpus_clock_starts_behind_the_flush_and_a_millisecond_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, **_: Any) -> None: ...
+
+        def record(self) -> None:
+            done.append("record")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0
+
+    monkeypatch.setattr(measure, "FLUSH_BYTES", 8)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"sleep {cycles}"))
+    assert measure._cuda_clock(CPU)(lambda _: done.append("call"), 0, 1) == 2.0
+    assert done == ["synchronize", "sleep 2000000", "record", "call", "record", "synchronize"]
+
+
+def test_both_ways_of_path_4_are_taken_and_the_usual_choice_is_restored(
+    device: torch.device, triton_path: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chooser, operation = (
+        importlib.import_module(f"alignkit_kernels.{name}") for name in ("linear_lse", "linear_logps")
+    )
+    usual, fused = chooser.LARGEST_HIDDEN, []
+    case = cases.build("path4", (24, 16, 40), torch.float16, device)
+    inputs = cases.make(case, 0)
+    monkeypatch.setattr(
+        operation, "fold_product", lambda *given: (fused.append(given[1].shape), chooser.fold_product(*given))
+    )
+    exact = exact_results(case, inputs)
+    found = {}
+    for name, way in ways(case).items():
+        before = len(fused)
+        assert errors(results(case, way, inputs), exact)["out"].relative < 1e-3
+        found[name] = len(fused) > before
+        assert usual == chooser.LARGEST_HIDDEN
+    assert found == {"fused": True, "folded": False}
+    with pytest.raises(KeyError):
+        ways(case)["fused"]({})
+    assert usual == chooser.LARGEST_HIDDEN
+    assert planned_path(case) == 4
+    assert ways(cases.build("path4", (24, 16, 40), torch.float32, device)) == {}
+    assert ways(cases.build("path1", (24, 16, 40), torch.float16, device)) == {}
+    monkeypatch.setenv("ALIGNKIT_KERNELS", "eager")
+    assert ways(case) == {}
+
+
+def test_the_ways_are_held_to_this_packages_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    way: Any = lambda x: eager(small("path4"))(x) * (1 + 2e-6)  # noqa: E731
+    monkeypatch.setattr(run, "ways", lambda case: {"fused": way})
+    monkeypatch.setattr(run, "own", lambda case: own(case))
+    rows = {row["contender"]: row for row in run.Bench(CPU, 0.0, False, float("inf")).measure(small("path4"))}
+    assert rows["fused"]["red"] is not None
+    assert rows["fused"]["ms"] is None
+    assert rows["alignkit"]["red"] is None
+
+
+# ------------------------------------------------------------------- the scripts of a checkout, beside the package
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+checkout = pytest.mark.skipif(not SCRIPTS.is_dir(), reason="needs the whole checkout")
+
+
+@pytest.fixture
+def engine_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("engine_gpu")
+
+
+@checkout
+def test_the_engine_measures_the_most_telling_first(engine_gpu: Any) -> None:
+    names = engine_gpu.in_order(list(engine_gpu.MODELS), list(engine_gpu.MODES), list(engine_gpu.CONTENDERS))
+    assert names == [
+        "llama-3.2-1b:lora:alignkit", "llama-3.2-1b:lora:trl", "llama-3.2-1b:full:alignkit", "llama-3.2-1b:full:trl",
+        "qwen3-0.6b:lora:alignkit", "qwen3-0.6b:lora:trl", "qwen3-0.6b:full:alignkit", "qwen3-0.6b:full:trl",
+        "llama-3.2-1b:lora:trl-full-logits", "llama-3.2-1b:full:trl-full-logits",
+        "qwen3-0.6b:lora:trl-full-logits", "qwen3-0.6b:full:trl-full-logits",
+    ]  # fmt: skip
+
+
+@checkout
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--only=alignkit,tlr", "--only: there is no 'tlr'; there are alignkit, trl, trl-full-logits"),
+        ("--models=gpt", "--models: there is no 'gpt'; there are llama-3.2-1b, qwen3-0.6b"),
+        ("--modes=", "--modes: there is no ''; there are lora, full"),
+        ("--json=/nonexistent/x.json", "there is no folder /nonexistent"),
+    ],
+)
+def test_the_engine_refuses_unknown_names(
+    option: str, words: str, engine_gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["engine_gpu.py", option])
+    with pytest.raises(SystemExit):
+        engine_gpu.main()
+    assert words in capsys.readouterr().err
+
+
+@checkout
+def test_the_engine_looks_for_trl_once(
+    engine_gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looked: list[str] = []
+    ran: list[str] = []
+    figures = {"pairs_per_second": 1.0, "step_pairs_per_second": 2.0, "peak_mib": 3.0, "losses": [0.7]}
+    monkeypatch.setattr(engine_gpu, "without_trl", lambda python: looked.append(python) or "not there")
+    monkeypatch.setattr(engine_gpu, "prepare", lambda *_: None)
+    monkeypatch.setattr(engine_gpu, "machine", lambda *_: {})
+    monkeypatch.setattr(engine_gpu.engine, "child", lambda name, *_: ran.append(name) or figures)
+    monkeypatch.setattr(sys, "argv", ["engine_gpu.py", "--trl-python", "some-python"])
+    assert engine_gpu.main() == 1
+    assert looked == ["some-python"]
+    assert len(ran) == 4
+    assert capsys.readouterr().out.count(": not there") == 8
+
+
+@checkout
+def test_an_interpreter_without_trl_says_so(engine_gpu: Any, tmp_path: Path) -> None:
+    assert "cannot be imported by /nonexistent/python" in engine_gpu.without_trl("/nonexistent/python")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'trl'\" >&2; exit 1\n")
+    python.chmod(0o755)
+    assert engine_gpu.without_trl(str(python)).endswith("No module named 'trl'")
+    python.write_text("#!/bin/sh\n")
+    assert engine_gpu.without_trl(str(python)) is None
+
+
+@checkout
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="needs GNU timeout")
+@pytest.mark.parametrize(
+    ("stages", "seconds"),
+    [
+        ("", {"tests": 240, "kernels": 210, "engine": 150}),
+        ("kernels", {"kernels": 600}),
+        ("engine tests", {"tests": 369, "engine": 230}),
+    ],
+)
+def test_the_stages_that_are_named_share_all_the_time(stages: str, seconds: dict[str, int], tmp_path: Path) -> None:
+    python = tmp_path / "python"  # tells how it was called
+    python.write_text('#!/bin/sh\n[ "$1" = - ] && exec cat >/dev/null\necho "ran $*"\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "STAGES": stages, "QUICK": ""}
+    done = subprocess.run(
+        [str(SCRIPTS / "gpu.sh"), str(tmp_path / "out"), "10"], env=env, capture_output=True, text=True, check=True
+    )
+    for name in ("tests", "kernels", "engine"):
+        assert (f"== {name}, at most {seconds.get(name)} s" in done.stdout) == (name in seconds)
+    for name in seconds.keys() - {"tests"}:
+        assert f"--minutes {seconds[name] * 0.8 / 60:.2f}" in (tmp_path / "out" / f"{name}.log").read_text()
+    if "tests" in seconds:
+        assert (tmp_path / "out" / "tests.log").read_text().strip().endswith(" tests/test_gpu.py kernels/tests")
+
+
+@checkout
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="needs GNU timeout")
+def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
+    env = {**os.environ, "STAGES": "kernel"}
+    done = subprocess.run(
+        [str(SCRIPTS / "gpu.sh"), str(tmp_path)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "no stage 'kernel'; there are tests, kernels and engine" in done.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
+import pickle
 
 import pytest
 import torch
@@ -434,3 +436,79 @@ def test_a_target_outside_the_vocabulary_is_refused(wrong: int) -> None:
     targets = torch.tensor([0, wrong, 1])
     with pytest.raises(ValueError, match=rf"targets must be 0 to 6, got {min(wrong, 0)} to {max(wrong, 1)}"):
         linear_logps(torch.zeros(3, 4), torch.zeros(7, 4), targets)
+
+
+@pytest.mark.parametrize("budget", [-1, math.inf, math.nan])
+def test_a_budget_that_is_none_is_refused_and_a_float_is_not(budget: float) -> None:
+    hidden, weight, _, targets = inputs(6, 4, 300, torch.float32)
+    weight.requires_grad_()
+    with pytest.raises(ValueError, match="memory_budget is in bytes, 0 or more"):
+        linear_logps(hidden, weight, targets, memory_budget=budget)
+    linear_logps(hidden, weight, targets, memory_budget=4e3).sum().backward()
+
+
+def test_a_budget_just_short_of_the_logits_keeps_nearly_all_of_them() -> None:
+    sizes = (1024, 2048, 128000, torch.bfloat16)
+    whole = linear_logps.plan(*sizes, weight_grad=True, memory_budget=1024 * 128000 * 2)
+    short = linear_logps.plan(*sizes, weight_grad=True, memory_budget=1024 * 128000 * 2 - 1)
+    assert (whole.path, short.path) == (2, 3)
+    assert short.kept == 128000 - PLAN.MULTIPLE
+    assert short.flop_g < 3.01
+    none = linear_logps.plan(*sizes, weight_grad=True, memory_budget=0)
+    assert none.chunk * 1024 * 2 <= whole.peak_bytes / 3.9
+
+
+@pytest.mark.parametrize("share", [None, 0])
+def test_targets_changed_before_the_backward_are_noticed(share: float | None) -> None:
+    hidden, weight, _, targets = inputs(6, 4, 9, torch.float32)
+    for leaf in (hidden.clone().requires_grad_(), weight.clone().requires_grad_()):
+        given_ = targets.clone()
+        pair = (leaf, weight) if leaf.shape == hidden.shape else (hidden, leaf)
+        loss = linear_logps(*pair, given_, memory_budget=share).sum()
+        given_.zero_()
+        with pytest.raises(RuntimeError, match="inplace"):
+            loss.backward()
+
+
+def test_with_the_head_frozen_one_tensor_of_hiddens_size_waits_for_the_backward() -> None:
+    hidden, weight, _, targets = inputs(6, 4, 9, torch.float32)
+    for entropy, others in ((False, 0), (True, 2)):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
+            linear_logps(hidden.requires_grad_(), weight, targets, entropy=entropy)
+        assert len(kept) == 2 + others  # the gradient and the targets
+
+
+def test_types_and_numbers_that_make_no_sense_are_named() -> None:
+    hidden, weight, _, targets = inputs(3, 4, 7, torch.float32)
+    with pytest.raises(ValueError, match=r"wanted float32, .* got torch.int64"):
+        linear_logps(hidden.long(), weight.long(), targets)
+    with pytest.raises(ValueError, match=r"wanted targets of int64 \(or int32\), got torch.float32"):
+        linear_logps(hidden, weight, targets.float())
+    with pytest.raises(ValueError, match=r"weight lies on 'meta', and hidden on 'cpu'"):
+        linear_logps(hidden, weight.to("meta"), targets)
+    with pytest.raises(ValueError, match=r"are numbers: no gradient goes to them; got a tensor"):
+        linear_logps(hidden, weight, targets, temperature=torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"scale must be finite, got nan"):
+        linear_logps(hidden, weight, targets, scale=math.nan)
+    with pytest.raises(ValueError, match=r"no head has -5 tokens"):
+        linear_logps.plan(-5, 4, 7, torch.float32)
+    torch.testing.assert_close(linear_logps(hidden, weight, targets.int()), linear_logps(hidden, weight, targets))
+
+
+def test_a_backward_inside_autocast_is_as_exact_as_outside() -> None:
+    hidden, weight, _, targets = inputs(40, 64, 90, torch.float32)
+    found = []
+    for cast in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        loss = linear_logps(leaf, weight.clone().requires_grad_(), targets, memory_budget=0).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            loss.backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
+def test_the_function_survives_pickle_and_says_its_name() -> None:
+    assert pickle.loads(pickle.dumps(linear_logps)) is linear_logps
+    assert copy.deepcopy(linear_logps) is linear_logps
+    assert repr(linear_logps) == "<function linear_logps>"

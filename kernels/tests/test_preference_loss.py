@@ -569,3 +569,17 @@ def test_nothing_waits_for_the_gpu(kind: str) -> None:
         run(kind, policy, reference, borders, upstream, kto)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "said"),
+    [
+        ("sigmoid", {"beta": 0.0}, "beta must be above 0, got 0.0"),
+        ("ipo", {"beta": -1.0}, "beta must be above 0, got -1.0"),
+        ("sigmoid", {"label_smoothing": -0.1}, "label_smoothing from 0 to below 1"),
+        ("robust", {"label_smoothing": 0.5}, "'robust' wants label_smoothing .* got 0.5"),
+    ],
+)
+def test_numbers_that_turn_a_loss_over_are_refused(kind: Any, numbers: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        preference_loss(torch.zeros(2), None, torch.tensor([0, 1, 2]), kind, **numbers)

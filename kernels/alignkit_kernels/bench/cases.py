@@ -41,7 +41,8 @@ WANTED = {
     "policy_loss": ("logps",),
 }
 PATHS = ("path1", "path2", "path3", "path4")
-NAMES = (*PATHS, "linear_dpo", "selective_logps", *VECTORS)
+FOREMOST = (*PATHS, "selective_logps")
+NAMES = (*FOREMOST, "linear_dpo", *VECTORS)
 SPREAD = 3.0  # standard deviation of the logits: with 1 nearly all of them would be negligible, unlike a model's
 
 

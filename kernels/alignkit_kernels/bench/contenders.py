@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,10 +12,14 @@ from torch import Tensor
 from torch.nn.functional import linear, log_softmax, logsigmoid
 
 import alignkit_kernels
+from alignkit_kernels.backend import uses_triton
 from alignkit_kernels.bench.cases import Case, Contender, Inputs
 
 GAMMA, LAM, BETA, CLIP = 0.99, 0.95, 0.1, (0.2, 0.2)
 BUDGETS = {1: None, 2: 1 << 40, 3: 0, 4: None}  # bytes for kept logits that force a path
+# both ways of a product without gradient, whichever the operation chooses: the LARGEST_HIDDEN that forces one
+WAYS = {"fused": 1 << 40, "folded": 0}
+OWN = frozenset({"alignkit", *WAYS})  # held to the same errors, and no rivals of each other
 ops: Any = alignkit_kernels
 
 
@@ -23,6 +28,14 @@ def own(case: Case) -> Contender:
     if case.path:
         return partial(_own_linear, BUDGETS[case.path])
     return _OWN[case.name]
+
+
+def ways(case: Case) -> dict[str, Contender]:
+    """Return path 4 with the fused product and with the folded one, where there is a choice."""
+    probe = torch.empty(0, dtype=case.dtype, device=case.device)
+    if case.path != 4 or case.dtype not in (torch.bfloat16, torch.float16) or not uses_triton(probe):
+        return {}
+    return {name: partial(_own_way, largest) for name, largest in WAYS.items()}
 
 
 def eager(case: Case) -> Contender:
@@ -47,6 +60,16 @@ def planned_path(case: Case) -> int | None:
 def _own_linear(budget: int | None, x: Inputs) -> Tensor:
     logps: Tensor = ops.linear_logps(x["hidden"], x["weight"], x["targets"], memory_budget=budget)
     return logps
+
+
+def _own_way(largest_hidden: int, x: Inputs) -> Tensor:
+    chooser: Any = importlib.import_module("alignkit_kernels.linear_lse")
+    usual = chooser.LARGEST_HIDDEN
+    chooser.LARGEST_HIDDEN = largest_hidden
+    try:
+        return _own_linear(BUDGETS[4], x)
+    finally:
+        chooser.LARGEST_HIDDEN = usual
 
 
 def _own_dpo(x: Inputs) -> Tensor:

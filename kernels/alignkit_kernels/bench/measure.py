@@ -18,6 +18,7 @@ import torch
 
 MIB = 1 << 20
 FLUSH_BYTES = 256 * MIB  # several times any second-level cache
+SLEEP_CYCLES = 2_000_000  # about a millisecond
 # measured ceilings: bf16 matrix products in FLOP/s, and bytes/s
 RATES = {"NVIDIA H200": (790e12, 4.3e12)}
 
@@ -63,8 +64,9 @@ def _cuda_clock(device: torch.device) -> Callable[[Callable[[int], object], int,
     def clock(call: Callable[[int], object], i: int, repeats: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        # the flush also keeps the device busy while the host queues the call: launches stay out of the time
         flush.zero_()
+        # while the device waits the host queues the call: a millisecond of launches stays out of the time
+        torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         call(i)
         end.record()

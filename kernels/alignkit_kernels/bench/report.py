@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from alignkit_kernels.bench.cases import CPU_SHAPES, GPU_SHAPES, VECTORS
+from alignkit_kernels.bench.contenders import OWN
 from alignkit_kernels.bench.rivals import APPROXIMATE
 
 Row = dict[str, Any]
@@ -58,7 +59,7 @@ def _gpu_bars(row: Row, where: str) -> list[str]:
         bar = GPU_BARS[row["case"]]
         lines.append(f"{where}: {row['to_floor']:.2f}x its floor (bar {bar:.2f}): {_said(row['to_floor'] <= bar)}")
     for rival, ratio in row["time_to"].items():
-        if rival not in APPROXIMATE:
+        if rival not in APPROXIMATE | OWN:
             lines.append(f"{where}: {ratio:.2f}x {rival}'s time (bar 1.00): {_said(ratio <= 1)}")
     if row["case"] in LEAN and row["peak_beyond_gradients_mib"] is not None:
         peak = row["peak_beyond_gradients_mib"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit_kernels.bench.cases import Case, Contender, Inputs
+from alignkit_kernels.bench.cases import VECTORS, Case, Contender, Inputs
 from alignkit_kernels.bench.contenders import BETA, eager
 
 TRL_CHUNK = 32768  # of the vocabulary: what its trainers pass
@@ -20,12 +20,15 @@ class Refused(Exception):
     """A rival that does not take part, and why."""
 
 
-def rivals(case: Case, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Return the adapters by name, and the reasons of those that do not take part."""
+def rivals(case: Case, uncompiled: str | None = None) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return the adapters by name, and the reasons of those that do not take part.
+
+    uncompiled: why torch.compile does not.
+    """
     found: dict[str, Contender] = {}
     reasons: dict[str, str] = {}
     adapters = _ADAPTERS["path" if case.path else case.name] if case.path or case.name in _ADAPTERS else {}
-    for name, adapter in {"torch.compile": _compiled(compiled), **adapters}.items():
+    for name, adapter in {"torch.compile": _compiled(uncompiled), **adapters}.items():
         try:
             found[name] = adapter(case)
         except Refused as reason:
@@ -45,12 +48,12 @@ def need(module: str, name: str) -> Any:
         raise Refused(f"cannot be imported: {type(error).__name__}: {error}".split("\n")[0]) from error
 
 
-def _compiled(wanted: bool) -> Callable[[Case], Contender]:
+def _compiled(uncompiled: str | None) -> Callable[[Case], Contender]:
     def adapter(case: Case) -> Contender:
-        if not wanted:
-            raise Refused("left out; on a CPU --compile tries it")
-        if case.name == "gae":
-            raise Refused("would unroll the loop over all steps")
+        if case.name in VECTORS:
+            raise Refused("left out of the ragged operations: compiling takes longer than all else of them")
+        if uncompiled:
+            raise Refused(uncompiled)
         torch.compiler.reset()  # each shape gets its own static graph, as fast as can be
         made: Contender = torch.compile(eager(case), dynamic=False)
         return made

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from alignkit_kernels.bench import cases, chart, measure, report
 from alignkit_kernels.bench.cases import Case, Contender, Shape
-from alignkit_kernels.bench.contenders import eager, own, planned_path
+from alignkit_kernels.bench.contenders import OWN, eager, own, planned_path, ways
 from alignkit_kernels.bench.exact import Error, errors, exact_results, results
 from alignkit_kernels.bench.rivals import APPROXIMATE, rivals
 
@@ -37,8 +38,8 @@ class Bench:
     rows: list[Row] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     products: dict[tuple[int, ...], float] = field(default_factory=dict)  # FLOP/s on a CPU by shape
-
     sweep: list[Row] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)  # operations, whatever the shape
 
     def skip(self, case: Case, contender: str, why: str) -> None:
         """Note who does not take part in what."""
@@ -56,11 +57,15 @@ class Bench:
             return []
 
     def _measured(self, case: Case, without: Sequence[str]) -> list[Row]:
-        others, reasons = rivals(case, self.compiled)
+        uncompiled = None if self.compiled else "left out; on a CPU --compile tries it"
+        if case.name in self.seen:
+            uncompiled = uncompiled or "takes part in an operation's first shape alone: compiling takes long"
+        self.seen.add(case.name)
+        others, reasons = rivals(case, uncompiled)
         for name, why in reasons.items():
             if name not in without:
                 self.skip(case, name, why)
-        contenders = {"alignkit": own(case), "eager": eager(case), **others}
+        contenders = {"alignkit": own(case), "eager": eager(case), **ways(case), **others}
         contenders = {name: c for name, c in contenders.items() if name not in without}
         inputs = cases.make(case, 0)
         rows = self._checked(case, contenders, inputs)
@@ -101,7 +106,7 @@ class Bench:
             got = {}
         rows = []
         for name in (n for n in contenders if n in found):
-            limit = LIMIT if name == "alignkit" else RIVALS_LIMIT
+            limit = LIMIT if name in OWN else RIVALS_LIMIT
             red = verdict(found[name], found.get("eager"), limit, precision) if name != "eager" else None
             if name == "alignkit" and red is None and (path := planned_path(case)) != case.path:
                 red = f"wanted path {case.path}, and the plan says {path}"
@@ -181,29 +186,43 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"no case '{unknown[0]}'; there are {', '.join(cases.NAMES)}")
     try:
         args.shapes = [tuple(int(x) for x in s.split("x")) for s in args.shapes.split(",")] if args.shapes else None
-        if any(len(s) != 3 for s in args.shapes or ()):
+        if any(len(s) != 3 or min(s) < 1 for s in args.shapes or ()):
             raise ValueError
     except ValueError:
-        parser.error("--shapes wants N x H x V, such as 2048x512x32000,512x128x8000")
+        parser.error("--shapes wants N x H x V, each at least 1, such as 2048x512x32000,512x128x8000")
+    for option, path in (("--json", args.json), ("--png", args.png)):
+        if path is not None and (why := unwritable(path)):
+            parser.error(f"{option} {path}: {why}")
     return args
 
 
+def unwritable(path: Path) -> str | None:
+    """Say why a file cannot be written there; None where it can."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    if path.is_dir():
+        return "is a folder, not a file"
+    return None if os.access(path if path.exists() else path.parent, os.W_OK) else "may not be written"
+
+
 def plan(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """Return the cases in their order: every operation on the first shape comes before the second shape."""
+    """Return the cases in their order: those of the bars on every shape, then all else."""
     cuda = device.type == "cuda"
     dtype = DTYPES[args.dtype or ("bfloat16" if cuda else "float32")]
     shapes: Sequence[Shape] = args.shapes or (cases.GPU_SHAPES if cuda else cases.CPU_SHAPES)
     if args.quick and not args.shapes:
         shapes = cases.QUICK_SHAPES
     planned = []
-    for (i, shape), name in itertools.product(enumerate(shapes), args.names):
-        if i == 0 or name not in cases.VECTORS:
-            planned.append(cases.build(name, shape, dtype, device))
+    foremost = [name for name in args.names if name in cases.FOREMOST]
+    for names in (foremost, [name for name in args.names if name not in foremost]):
+        for (i, shape), name in itertools.product(enumerate(shapes), names):
+            if i == 0 or name not in cases.VECTORS:
+                planned.append(cases.build(name, shape, dtype, device))
     return planned
 
 
-def swept(bench: Bench, dtype: torch.dtype | None, quick: bool) -> None:
-    """Measure paths 1 and 3 at several vocabularies and numbers of tokens, for the picture."""
+def swept(bench: Bench, dtype: torch.dtype | None, quick: bool, save: Callable[[], None]) -> None:
+    """Measure paths 1 and 3 at several vocabularies and numbers of tokens, for the picture; save after each."""
     cuda = bench.device.type == "cuda"
     bench.seconds = min(bench.seconds, 0.5 if cuda else 1.0)
     tokens, h, vocabularies = cases.QUICK_SWEEP if quick else cases.GPU_SWEEP if cuda else cases.CPU_SWEEP
@@ -215,6 +234,7 @@ def swept(bench: Bench, dtype: torch.dtype | None, quick: bool) -> None:
         logits = shape[0] * shape[2] * case.dtype.itemsize / measure.MIB
         # a compilation for each point would take the longest of all
         bench.sweep += [{**row, "axis": axis, "logits_mib": logits} for row in bench.measure(case, ["torch.compile"])]
+        save()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,20 +249,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * args.minutes
     bench = Bench(device, seconds, device.type == "cuda" or args.compile, deadline)
     about = measure.machine(device, args.threads)
-    for case in plan(args, device):
-        print(f"{case.label} ...", file=sys.stderr, flush=True)
-        bench.rows += bench.measure(case)
-        write(args.json, about, bench, [])
+    ended = False
+    with suppress(KeyboardInterrupt):  # stopped, it tells what there is by then
+        for case in plan(args, device):
+            print(f"{case.label} ...", file=sys.stderr, flush=True)
+            bench.rows += bench.measure(case)
+            write(args.json, about, bench, [])
+        ended = True
     bars = report.bars(bench.rows, about["device"])
     print(report.table(bench.rows, bench.skipped, bars, about))
-    if args.png and chart.drawable():
-        swept(bench, DTYPES[args.dtype] if args.dtype else None, args.quick)
+    if args.png and ended and chart.drawable():
+        ended = False
+        with suppress(KeyboardInterrupt):
+            dtype = DTYPES[args.dtype] if args.dtype else None
+            swept(bench, dtype, args.quick, lambda: write(args.json, about, bench, bars))
+            ended = True
     if args.png:
         print(chart.draw(args.png, bench.sweep, about))
     write(args.json, about, bench, bars)
-    wrong = [r for r in bench.rows if r["contender"] == "alignkit" and r["red"]]
+    wrong = [r for r in bench.rows if r["contender"] in OWN and r["red"]]
     absent = [s for s in bench.skipped if s["contender"] in ("alignkit", "all")]
-    return int(bool(wrong or absent))
+    if not ended:
+        print("stopped before its end", file=sys.stderr)
+    return int(bool(wrong or absent or not ended))
 
 
 def write(path: Path | None, about: dict[str, Any], bench: Bench, bars: list[str]) -> None:
