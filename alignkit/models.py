@@ -26,6 +26,7 @@ from alignkit_kernels import linear_logps, selective_logps
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DIFFERS = "log-probabilities differ"
 BLOCK_LOGITS = 1 << 26  # logits at a time of a head that has to be called
 DENSE_ROW_TOKENS = 2048  # a dense mask takes row^2 bytes a row
 
@@ -208,9 +209,9 @@ def head(
         return linear_logps(
             hidden_CH, layer.weight, targets, layer.bias, softcap, scale, temperature, entropy, kept_logits
         )
-    scored: Tensor | tuple[Tensor, Tensor] = _by_rows(
-        layer, hidden_CH, targets, (temperature, entropy, True, softcap, scale)
-    )
+    # never written over: what the head's own backward needs may be its output
+    options = (temperature, entropy, False, softcap, scale)
+    scored: Tensor | tuple[Tensor, Tensor] = _by_rows(layer, hidden_CH, targets, options, config.vocab_size)
     return scored
 
 
@@ -224,13 +225,13 @@ def _inside_adapter(layer: Any) -> Any:
     return layer
 
 
-def _by_rows(layer: Any, hidden_CH: Tensor, targets: Tensor, options: tuple[Any, ...]) -> Any:
+def _by_rows(layer: Any, hidden_CH: Tensor, targets: Tensor, options: tuple[Any, ...], vocabulary: int) -> Any:
     # a head with low-rank updates or in 8 bits knows how to multiply, and only its own forward does; so it is asked a
     # block of rows at a time, and again in the backward
     def scored(hidden: Tensor, targets: Tensor) -> Any:
         return selective_logps(layer(hidden), targets, *options)
 
-    n_rows = max(1, BLOCK_LOGITS // layer.out_features)
+    n_rows = max(1, BLOCK_LOGITS // vocabulary)
     parts = [
         checkpoint(scored, h, t, use_reentrant=False)
         for h, t in zip(hidden_CH.split(n_rows), targets.split(n_rows), strict=True)
@@ -282,7 +283,7 @@ def probe(scorer: Scorer, batch: Batch) -> str | None:
         return _first_line(error)
     worst = float((got - torch.cat(want)).abs().max())
     allowed = 1e-4 if _is_exact(scorer, device) else 0.25
-    return None if worst <= allowed else f"log-probabilities differ by {worst:.2g} nats a token"
+    return None if worst <= allowed else f"{DIFFERS} by {worst:.2g} nats a token"
 
 
 def _is_exact(model: nn.Module, device: torch.device) -> bool:
@@ -355,18 +356,21 @@ def choose_layout(scorer: Scorer, examples: Sequence[Example], config: RunConfig
         problem = probe(scorer, batch_of(rows, forest, device))
         if problem is None:
             return forest
-        if config.layout == "forest" and not (flex and config.attention == "auto"):
-            raise ModelError(f"this model cannot read the packed forest ({problem}); use layout: auto or padded")
-        if flex and config.attention == "auto":  # it refuses heads of fewer than 16 dimensions, for one
-            dense = _dense_attention(lm)
+        if flex and config.attention == "auto" and not problem.startswith(DIFFERS):
+            dense = _dense_attention(lm)  # FlexAttention refuses heads of fewer than 16 dimensions, for one
             logger.warning("FlexAttention cannot be used with this model (%s); using %s", problem, dense)
             lm.set_attn_implementation(dense)
             return choose_layout(scorer, examples, config, device)
+        if config.layout == "forest":
+            raise ModelError(f"this model cannot read the packed forest ({problem}); use layout: auto or padded")
         logger.warning("this model cannot read the packed forest (%s); using padded rows: exact, but slower", problem)
     padded = Layout("padded")
     if problem := probe(scorer, batch_of(rows, padded, device)):
+        name = type(lm).__name__
+        if not problem.startswith(DIFFERS):
+            raise ModelError(f"alignkit cannot score tokens with {name}: {problem}")
         raise ModelError(
-            f"alignkit computes other log-probabilities than {type(causal_lm(scorer.model)).__name__} itself "
-            f"({problem}); its head may transform the logits in a way that is not known here"
+            f"alignkit computes other log-probabilities than {name} itself ({problem}); its head may transform the "
+            f"logits in a way that is not known here"
         )
     return padded

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import alignkit
 from alignkit.errors import CheckpointError, ConfigError, TrainingError
 from alignkit.runfolder import read_metrics
+from alignkit_kernels import linear_logps
 from helpers import make_rows
 
 METHODS = ["sft", "dpo", "ipo", "kto", "orpo", "simpo", "cpo"]
@@ -270,3 +271,18 @@ def test_trackers_write_what_metrics_jsonl_holds(settings: dict[str, Any]) -> No
     result = alignkit.run("dpo", data=make_rows("pairs", 8), trackers=["tensorboard"], **settings)
     assert list(settings["output"].rglob("events.out.tfevents*"))
     assert len(json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])) > 5
+
+
+@pytest.mark.parametrize(("gib", "path"), [(1.0, 2), (0.0, 3)])
+def test_kept_logits_gib_reaches_the_head_and_changes_no_result(
+    gib: float, path: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    honest = type(linear_logps).plan
+    monkeypatch.setattr(
+        type(linear_logps), "plan", staticmethod(lambda *sizes: taken.append(honest(*sizes)) or taken[-1])
+    )
+    result = alignkit.run("sft", data=make_rows("pairs", 12), kept_logits_gib=gib, **settings | {"max_steps": 2})
+    assert {plan.path for plan in taken} - {4} == {path}
+    plain = alignkit.run("sft", data=make_rows("pairs", 12), **settings | {"max_steps": 2})
+    close(result.model, plain.model, atol=1e-4)

@@ -428,6 +428,42 @@ def test_a_head_with_low_rank_updates_is_called_on_a_few_rows_at_a_time(monkeypa
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+class Bounded(nn.Linear):
+    """A head that keeps its own output for its backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(super().forward(x)) * 3
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["a subclass of Linear", "no width of its own"])
+def test_a_head_of_another_kind_is_asked_itself_and_its_gradients_are_right(wrap: bool) -> None:
+    model = fresh("llama")
+    layer = Bounded(48, 96, bias=False)
+    nn.init.normal_(layer.weight, 0, 0.2)
+    model.set_output_embeddings(nn.Sequential(layer) if wrap else layer)
+    batch = batch_of(examples(), Layout())
+    logps, entropy = Scorer(model)(batch.rows, batch.targets, 0.7, True)
+    (logps + 0.3 * entropy).sum().backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model(input_ids=batch.rows.input_ids[:, :0].new_zeros(1, 1)).logits  # it can be called as a whole too
+    assert logits.shape[-1] == 96
+    hidden = models.trunk(model, batch.rows)
+    whole = (model.get_output_embeddings()(hidden) / 0.7).log_softmax(-1)
+    picked = whole.gather(1, batch.targets[:, None]).squeeze(1)
+    torch.testing.assert_close(logps, picked, rtol=0, atol=1e-5)
+    (picked - 0.3 * (whole.exp() * whole).sum(1)).sum().backward()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(got[n], p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()), msg=n)
+
+
+def test_what_a_head_refuses_is_not_told_as_a_difference_of_numbers() -> None:
+    model = fresh("llama")
+    model.set_output_embeddings(model.get_output_embeddings().to(torch.bfloat16))
+    with pytest.raises(ModelError, match=r"cannot score tokens with LlamaForCausalLM: \w+Error: "):
+        choose_layout(Scorer(model), examples(), config(), CPU)
+
+
 def test_a_model_that_names_no_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh("llama")
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)

@@ -150,7 +150,7 @@ def _fold_all(
 ) -> RowStats:
     """Return the statistics of the rows; `stash` [N, kept] receives the logits of the first columns."""
     stats = RowStats(hidden, targets, len(weight), transform, entropy)
-    if stash is None and fuses(hidden, len(weight)):
+    if stash is None and fuses(hidden, weight):
         fold_product(stats, hidden, weight, bias)
         return stats
     memory = hidden.new_empty(len(hidden) * chunk) if stash is None or stash.shape[1] < len(weight) else None

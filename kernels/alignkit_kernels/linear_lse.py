@@ -15,23 +15,28 @@ from alignkit_kernels.transform import transformed
 
 LARGEST_HIDDEN = 1024  # above it the fold is cheap beside the product, at which the vendor's library is better
 ROWS, DEPTH = 128, 64  # a tile of the product is ROWS by COLUMNS and DEPTH deep
-COLUMNS, COLUMNS_BEFORE_HOPPER = 128, 64  # older processors spill with 128
+COLUMNS, FEWER_COLUMNS = 128, 64  # the processors but those named below spill with 128
+WIDE = (9, 10)  # compute capabilities, and gfx942 which calls itself 9.4
 PROGRAMS = 1024  # aimed at, some for every processor of a large GPU
 
 
-def fuses(hidden: Tensor, vocabulary: int) -> bool:
+def fuses(hidden: Tensor, weight: Tensor) -> bool:
     """Return whether the fused product is the better choice for such rows."""
     if not uses_triton(hidden) or hidden.dtype == torch.float32 or not len(hidden):
         return False
     # the interpreter multiplies bfloat16 wrongly: it takes the raw bits
-    return hidden.shape[1] <= LARGEST_HIDDEN and (hidden.is_cuda or hidden.dtype == torch.float16)
+    if not hidden.is_cuda and hidden.dtype != torch.float16:
+        return False
+    # odd strides are neither loaded ahead nor kept in registers
+    aligned = all(size % 16 == 0 for t in (hidden, weight) for size in (t.shape[1], t.stride(0)))
+    return aligned and hidden.shape[1] <= LARGEST_HIDDEN
 
 
 def fold_product(stats: RowStats, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Fold hidden @ weight.T + bias into empty `stats`. hidden: [N, H], weight: [V, H], both 16 bits wide."""
     (n, h), v = hidden.shape, len(weight)
-    old = hidden.is_cuda and torch.cuda.get_device_capability(hidden.device)[0] < 9
-    columns = COLUMNS_BEFORE_HOPPER if old else COLUMNS
+    wide = not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device)[0] in WIDE
+    columns = COLUMNS if wide else FEWER_COLUMNS
     row_blocks, tiles = triton.cdiv(n, ROWS), triton.cdiv(v, columns)
     n_parts = min(tiles, max(1, PROGRAMS // row_blocks))
     n_parts = triton.cdiv(tiles, triton.cdiv(tiles, n_parts))  # no part without a tile

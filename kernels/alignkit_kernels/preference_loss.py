@@ -64,8 +64,8 @@ def preference_loss(
     """
     if kind not in _LOSSES and kind != "kto":
         raise ValueError(f"unknown kind '{kind}'; there are {', '.join([*_LOSSES, 'kto'])}")
-    if not beta > 0:
-        raise ValueError(f"beta must be above 0, got {beta}")
+    if not beta >= 0 or (kind == "ipo" and beta == 0):
+        raise ValueError(f"beta must be {'above 0' if kind == 'ipo' else '0 or more'}, got {beta}")
     if not 0 <= label_smoothing < (0.5 if kind == "robust" else 1):
         raise ValueError(f"'{kind}' wants label_smoothing from 0 to below 1 (robust: 0.5), got {label_smoothing}")
     if kind in REFERENCE_FREE and reference_logps is not None:

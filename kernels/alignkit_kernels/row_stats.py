@@ -246,13 +246,15 @@ def _launch(
         torch.autograd.graph.increment_version(logits)
     n, transform = logits.shape[1], stats.transform
     to = logits if out is None else out
+    # with a cap and the entropy a whole block spills where the vocabulary is odd
+    block = TRITON_BLOCK // (1 if transform.softcap is None or stats.moment is None else 2)
     with launching(logits):
         _rows_kernel[(len(logits),)](
             logits, to, stats.targets, stats.top, stats.total, stats.hit, stats.moment, _dense(g), _dense(g_entropy),
             logits.stride(0), to.stride(0), n, first,
             transform.scale, transform.softcap or 1.0, 1 / transform.temperature,
             SOFTCAP=transform.softcap is not None, FOLD=fold, FIRST=first == 0, GRAD=out is not None,
-            BLOCK=min(TRITON_BLOCK, max(16, 1 << (n - 1).bit_length())), num_warps=8,
+            BLOCK=min(block, max(16, 1 << (n - 1).bit_length())), num_warps=4 if block < TRITON_BLOCK else 8,
         )  # fmt: skip
 
 

@@ -168,10 +168,14 @@ def row_stats() -> list[Case]:
     found = []
     for name, constants in ways.items():
         given = {k: v for k, v in signature.items() if k not in constants}
+        block, warps = ({"BLOCK": 2048}, 4) if constants["SOFTCAP"] else ({"BLOCK": 4096}, 8)
         found += each_dtype(
-            f"rows {name}", "row_stats:_rows_kernel", given, {**constants, "BLOCK": 4096},
-            num_warps=8, multiples=("logits_stride", "out_stride", "n_columns", "first"),
+            f"rows {name}", "row_stats:_rows_kernel", given, {**constants, **block},
+            num_warps=warps, multiples=("logits_stride", "out_stride", "n_columns", "first"),
         )  # fmt: skip
+        # a vocabulary such as 50257
+        odd = {**constants, **block}
+        found += each_dtype(f"rows {name}, odd", "row_stats:_rows_kernel", given, odd, num_warps=warps)
     return found
 
 

@@ -326,7 +326,7 @@ def test_the_kernels_err_at_most_twice_as_much_as_eager_pytorch(
     errors_stay_within_twice_eagers(name, n, h, v, dtype, softcap, device, 10 if n == 1 else 1)
 
 
-@pytest.mark.parametrize(("h", "softcap"), [(96, None), (64, 5.0), (17, None)])
+@pytest.mark.parametrize(("h", "softcap"), [(96, None), (64, 5.0), (80, None)])
 def test_the_fused_product_errs_at_most_twice_as_much_as_eager_pytorch(
     h: int, softcap: float | None, device: torch.device, triton_path: None, poisoned: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -338,6 +338,36 @@ def test_the_fused_product_errs_at_most_twice_as_much_as_eager_pytorch(
     for n in (1, 63, 130):
         errors_stay_within_twice_eagers("no gradient", n, h, 777, torch.float16, softcap, device, 10 if n == 1 else 1)
     assert len(calls) == 10 + 1 + 1
+
+
+def test_the_fused_product_is_left_out_where_it_would_not_pay_or_not_fit(
+    device: torch.device, triton_path: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    like = torch.empty(8, 96, dtype=torch.float16, device=device)
+    assert LSE.fuses(like, like)
+    for hidden, weight in (
+        (like.float(), like.float()), (like[:, :17], like[:, :17]), (like.new_empty(8, 97)[:, :96], like),
+        (like, like.new_empty(8, 97)[:, :96]), (like[:0], like),
+    ):  # fmt: skip
+        assert not LSE.fuses(hidden, weight)
+    monkeypatch.setattr(LSE, "LARGEST_HIDDEN", 95)
+    assert not LSE.fuses(like, like)
+
+
+@pytest.mark.parametrize("learns", [(), ("hidden",), ("hidden", "weight", "bias")])
+def test_autocast_is_the_same_as_inputs_in_that_type(learns: tuple[str, ...]) -> None:
+    hidden, weight, bias, targets = inputs(20, 16, 50, torch.float32)
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    ours = lambda hidden, weight, bias: linear_logps(hidden, weight, targets, bias, entropy=True)  # noqa: E731
+    low = results(ours, {k: x.bfloat16() for k, x in leaves.items()}, learns)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = results(ours, leaves, learns)
+        exact = linear_logps(hidden.double(), weight.double(), targets, bias.double())
+    for key in low:
+        assert torch.equal(low[key].float(), cast[key].float()), key
+    torch.testing.assert_close(
+        exact, reference(hidden.double(), weight.double(), bias.double(), targets, None, 1, 1)[0]
+    )
 
 
 def test_the_gradient_through_a_cap_is_right_where_bf16_can_no_longer_tell_tanh_from_one() -> None:

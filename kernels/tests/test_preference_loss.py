@@ -574,8 +574,8 @@ def test_nothing_waits_for_the_gpu(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "numbers", "said"),
     [
-        ("sigmoid", {"beta": 0.0}, "beta must be above 0, got 0.0"),
-        ("ipo", {"beta": -1.0}, "beta must be above 0, got -1.0"),
+        ("sigmoid", {"beta": -1.0}, "beta must be 0 or more, got -1.0"),
+        ("ipo", {"beta": 0.0}, "beta must be above 0, got 0.0"),
         ("sigmoid", {"label_smoothing": -0.1}, "label_smoothing from 0 to below 1"),
         ("robust", {"label_smoothing": 0.5}, "'robust' wants label_smoothing .* got 0.5"),
     ],
