@@ -203,6 +203,15 @@ def report(runs: dict[str, list[dict[str, Any]]], left_out: dict[str, str]) -> d
     return {"table": table, "forest_to_padded_loss": difference, "warm_to_cold": warm, "left_out": left_out}
 
 
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every benchmark of contenders in processes of their own takes, and what it tells them."""
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    for hidden in ("--child", "--work", "--cache", "--out"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+
+
 def main() -> None:
     """Parse arguments, run the contenders in turn, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -210,11 +219,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=256, help="rows to train on, once (default 256)")
     parser.add_argument("--repeat", type=int, default=1, help="rounds; the medians are shown (default 1)")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, comma-separated")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    for hidden in ("--child", "--work", "--cache", "--out"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    add_process_arguments(parser)
     args = parser.parse_args()
     if args.child:
         Path(args.out).write_text(json.dumps(contend(args.child, Path(args.work), Path(args.cache))))

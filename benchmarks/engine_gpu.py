@@ -16,7 +16,6 @@ import argparse
 import functools
 import gc
 import json
-import os
 import platform
 import random
 import subprocess
@@ -262,11 +261,7 @@ def main() -> int:
         "--only", default=",".join(CONTENDERS), help="contenders, comma-separated (default: %(default)s)"
     )
     parser.add_argument("--minutes", type=float, default=60.0, help="leave out what has not ended by then")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    for hidden in ("--child", "--work", "--cache", "--out"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    engine.add_process_arguments(parser)
     args = parser.parse_args()
     if args.child:
         Path(args.out).write_text(json.dumps(contend(args.child, Path(args.work))))

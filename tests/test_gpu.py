@@ -9,7 +9,7 @@ import torch
 
 import alignkit
 from alignkit.runfolder import read_metrics
-from helpers import WORDS, make_rows
+from helpers import make_rows, write_tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,26 +20,8 @@ pytestmark = [
 @pytest.fixture
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny Llama whose heads are wide enough for FlexAttention, with its tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from alignkit.demo.base import tokenizer_from
-
     folder = tmp_path_factory.mktemp("wide")
-    tokenizer = tokenizer_from([" ".join(WORDS), "0 1 2 3 4 5 6 7 8 9 yes no :"], 300)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        head_dim=32,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        **sizes,
-        **ends,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_tiny(folder, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
     return str(folder)
 
 

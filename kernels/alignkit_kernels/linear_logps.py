@@ -15,7 +15,7 @@ Four exact paths, by what needs a gradient; G is one product with the head, 2 N 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class LinearLogps:
                 logps, entropies = stats.logps(), stats.entropies()
             else:
                 function = _FrozenHead if plan.path == 1 else _TrainedHead
-                logps, entropies = function.apply(hidden, weight, bias, targets, transform, entropy, plan)
+                logps, entropies = function.apply(hidden, weight, bias, targets, _How(transform, entropy, plan))
         return logps if entropies is None else (logps, entropies)
 
     plan = staticmethod(plan_linear_logps)
@@ -165,20 +165,20 @@ def _part(bias: Tensor | None, columns: slice) -> Tensor | None:
     return None if bias is None else bias[columns]
 
 
+class _How(NamedTuple):
+    transform: Transform
+    entropy: bool
+    plan: Plan
+
+
 class _FrozenHead(torch.autograd.Function):
     """Path 1: unit_N,H = d(sum of logps) / d hidden, made in the forward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: Transform,
-        entropy: bool,
-        plan: Plan,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, how: _How
     ) -> tuple[Tensor, Tensor | None]:
+        transform, entropy, plan = how
         stats = RowStats(hidden, targets, len(weight), transform, entropy)
         unit = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         memory = hidden.new_empty(plan.chunk * len(weight))
@@ -199,14 +199,14 @@ class _FrozenHead(torch.autograd.Function):
         unit, _, *head = ctx.saved_tensors
         if g_entropies is None:
             if g_logps is None:
-                return (None,) * 7
-            return torch.mul(unit, g_logps[:, None], out=torch.empty_like(unit)), *(None,) * 6
+                return (None,) * 5
+            return torch.mul(unit, g_logps[:, None], out=torch.empty_like(unit)), *(None,) * 4
         # the entropy's gradient is another vector a token, which few losses want: the logits are made again
         hidden, weight, _ = head
         sizes = (len(hidden), hidden.shape[1], len(weight), hidden.dtype)
         again = plan_linear_logps(*sizes, weight_grad=True, device=hidden.device.type, memory_budget=0)
         with torch.autocast(hidden.device.type, enabled=False):
-            return *_backward(ctx, head, None, again.chunk, g_logps, g_entropies), *(None,) * 4
+            return *_backward(ctx, head, None, again.chunk, g_logps, g_entropies), None, None
 
 
 class _TrainedHead(torch.autograd.Function):
@@ -214,15 +214,9 @@ class _TrainedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: Transform,
-        entropy: bool,
-        plan: Plan,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, how: _How
     ) -> tuple[Tensor, Tensor | None]:
+        transform, entropy, plan = how
         stash = hidden.new_empty(len(hidden), plan.kept) if plan.kept else None
         ctx.stats = _fold_all(hidden, weight, bias, targets, transform, entropy, plan.chunk, stash)
         ctx.save_for_backward(targets, hidden, weight, bias)
@@ -237,7 +231,7 @@ class _TrainedHead(torch.autograd.Function):
         # the logits become their own gradient, so a second walk over the same graph makes them all again
         stash, ctx.stash = ctx.stash, None
         with torch.autocast(head[0].device.type, enabled=False):
-            return *_backward(ctx, head, stash, ctx.plan.chunk, g_logps, g_entropies), *(None,) * 4
+            return *_backward(ctx, head, stash, ctx.plan.chunk, g_logps, g_entropies), None, None
 
 
 def _backward(
