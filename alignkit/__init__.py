@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from alignkit.engine import Engine, Result, run
     from alignkit.errors import AlignkitError
     from alignkit.hookspecs import hookimpl
-    from alignkit.method import Context, Method, MethodConfig, Models, kl_metric, pair_metrics, wins
+    from alignkit.method import Context, Method, MethodConfig, Models
+    from alignkit.metrics import kl_metric, pair_metrics, rollout_metrics, wins
+    from alignkit.rewards import RunningMoments, pairwise_ids
     from alignkit.types import Batch, Completion, Example, Outputs, Term, metric
 
 __version__ = "0.1.0"
@@ -22,14 +24,35 @@ _HOMES = {
     "alignkit.engine": ("Engine", "Result", "run"),
     "alignkit.errors": ("AlignkitError",),
     "alignkit.hookspecs": ("hookimpl",),
-    "alignkit.method": ("Context", "Method", "MethodConfig", "Models", "kl_metric", "pair_metrics", "wins"),
+    "alignkit.method": ("Context", "Method", "MethodConfig", "Models"),
+    "alignkit.metrics": ("kl_metric", "pair_metrics", "rollout_metrics", "wins"),
+    "alignkit.rewards": ("RunningMoments", "pairwise_ids"),
     "alignkit.types": ("Batch", "Completion", "Example", "Outputs", "Term", "metric"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "AlignkitError", "Batch", "Completion", "Context", "Engine", "Example", "Method", "MethodConfig", "Models",
-    "Outputs", "Result", "Term", "hookimpl", "kl_metric", "metric", "pair_metrics", "run", "wins",
+    "AlignkitError",
+    "Batch",
+    "Completion",
+    "Context",
+    "Engine",
+    "Example",
+    "Method",
+    "MethodConfig",
+    "Models",
+    "Outputs",
+    "Result",
+    "RunningMoments",
+    "Term",
+    "hookimpl",
+    "kl_metric",
+    "metric",
+    "pair_metrics",
+    "pairwise_ids",
+    "rollout_metrics",
+    "run",
+    "wins",
 ]  # fmt: skip
 
 

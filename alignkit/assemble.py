@@ -25,11 +25,17 @@ from torch import nn
 
 from alignkit import data, tokenise
 from alignkit.config import RunConfig
+from alignkit.critic import with_critic
 from alignkit.errors import ConfigError, DataError, nearest
+from alignkit.layouts import check_fit, choose_layout
+from alignkit.loading import Kind, causal_lm, drop_dropout, load_model
 from alignkit.logpcache import LogpCache
 from alignkit.method import Method
-from alignkit.models import Scorer, check_fit, choose_layout, load_model
+from alignkit.models import Scorer
+from alignkit.online import Online, stand_ins
+from alignkit.ranks import Ranks
 from alignkit.roles import Reference, Roles, resolve_reference
+from alignkit.scalars import ActorCritic, Valuer
 from alignkit.sharding import shard
 from alignkit.stream import Stream, hold_out
 from alignkit.types import Example, Layout
@@ -50,17 +56,29 @@ class Rows:
 
 @dataclass
 class Parts:
-    """What the loop works with. policy is wrapped for training, plain is the same module without wrappers."""
+    """What the loop works with.
+
+    plain: what is trained and saved, without wrappers. policy: the same (with the critic, where there is one), wrapped
+    for training. online: of a method that samples.
+    """
 
     accelerator: Accelerator
-    plain: Scorer
+    ranks: Ranks
+    plain: Scorer | Valuer
     policy: nn.Module
     optimizer: Any
     roles: Roles
     reference: Reference | None
+    online: Online | None
     layout: Layout
     stream: Stream
     peak_rate: float
+    eos: int
+
+    @property
+    def model(self) -> Any:
+        """The trained model itself: transformers', or peft's around it."""
+        return self.plain.model
 
 
 def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Rows:
@@ -75,6 +93,7 @@ def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Rows:
         for part in (e.prompt, *(t for c in e.completions for t in (c.tokens, c.trained_at))):
             digest.update(len(part).to_bytes(4, "little") + part.numpy().tobytes())
         digest.update(json.dumps(sorted(e.numbers.items())).encode())
+        digest.update(json.dumps(e.columns, sort_keys=True, default=str).encode())
     logger.info("%d rows to train on, %d held out", len(train), len(held_out))
     return Rows(train, held_out, digest.hexdigest())
 
@@ -90,7 +109,7 @@ def _examples(source: Any, config: RunConfig, method: Method[Any], tokenizer: An
     return examples
 
 
-def accelerator_for(config: RunConfig) -> Accelerator:
+def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
     """Return the Accelerator of the run: devices, precision, ranks, trackers."""
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     precision = config.precision
@@ -109,13 +128,14 @@ def accelerator_for(config: RunConfig) -> Accelerator:
         project_dir=str(config.output),
         kwargs_handlers=[
             # the trunk has no buffers that training changes, and every rank makes its own number of plain passes
-            DistributedDataParallelKwargs(broadcast_buffers=False),
+            # while a critic warms up, the policy gets no gradient
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters="critic" in method.roles()),
             InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
         ],
     )
 
 
-def build(config: RunConfig, method: Method[Any], rows: Rows, accelerator: Accelerator) -> Parts:
+def build(config: RunConfig, method: Method[Any], rows: Rows, tokenizer: Any, accelerator: Accelerator) -> Parts:
     """Load the models, ready the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
     least = max(method.min_batch, accelerator.num_processes)
     min_batch = least * config.minibatches  # a rank with fewer minibatches than the others would be waited for
@@ -131,24 +151,42 @@ def build(config: RunConfig, method: Method[Any], rows: Rows, accelerator: Accel
         )
     stream = Stream(rows.train, config.batch_size, config.seed, min_batch)
     set_seed(config.seed)  # fresh adapters are drawn
-    model, came_with_adapter = load_model(config, accelerator.device)
-    plain = Scorer(model, int(config.kept_logits_gib * 2**30)).train()
-    check_fit(model, [*rows.train, *rows.held_out], mixes=method.reference_need() == "live")
+    online = Online.of_run(config, method, tokenizer, accelerator.device)
+    kind: Kind = "classifier" if "reward" in method.trains else "causal"
+    model, came_with_adapter = load_model(config, accelerator.device, kind)
+    for name, value in method.model_settings().items():
+        setattr(causal_lm(model).config, name, value)
+    if kind == "classifier":  # who pads with EOS would look for an answer's last token before it
+        causal_lm(model).config.pad_token_id = _pad(tokenizer)
+    plain = Valuer(model) if kind == "classifier" else Scorer(model, int(config.kept_logits_gib * 2**30))
+    known = [*rows.train, *rows.held_out]
+    if online:
+        known = stand_ins(known, config.sampling.max_new_tokens)
+    check_fit(model, known, mixes=method.reference_need() == "live" and not online)
     with accelerator.autocast():
-        layout = choose_layout(plain, rows.train, config, accelerator.device)
-    reference = _reference(config, method, plain, layout, accelerator, [*rows.train, *rows.held_out])
+        layout = choose_layout(plain.train(), known[: len(rows.train)], config, accelerator.device)
+    reference = _reference(config, method, plain, layout, accelerator, known) if isinstance(plain, Scorer) else None
+    drop_dropout(model, method.dropout())
     if config.fsdp:
         shard(plain, accelerator.device.type, accelerator.num_processes)
     rate = config.learning_rate
     if rate is None:
         rate = method.lora_learning_rate if config.lora or came_with_adapter else method.learning_rate
-    optimizer = torch.optim.AdamW(_groups(plain, config), lr=rate, betas=config.adam_betas, fused=True)
+    trained = with_critic(plain, config, online, accelerator.device) if "critic" in method.roles() else plain
+    optimizer = torch.optim.AdamW(_groups(trained, config, rate), lr=rate, betas=config.adam_betas, fused=True)
     # sharded already: only its precision is left to set, and no wrapper of data parallelism to put around it
-    policy = accelerator.prepare_model(plain, evaluation_mode=config.fsdp)
+    policy = accelerator.prepare_model(trained, evaluation_mode=config.fsdp)
     prepared = accelerator.prepare_optimizer(optimizer)
-    roles = Roles(method, policy, plain, reference, config.max_tokens)
+    temperature = config.sampling.temperature if online else 1.0
+    roles = Roles(method, policy, trained, reference, config.max_tokens, temperature)
     roles.autocast = accelerator.autocast
-    return Parts(accelerator, plain, policy, prepared, roles, reference, layout, stream, rate)
+    ranks, eos = Ranks(accelerator), int(tokenizer.eos_token_id)
+    return Parts(accelerator, ranks, plain, policy, prepared, roles, reference, online, layout, stream, rate, eos)
+
+
+def _pad(tokenizer: Any) -> int | None:
+    pad = tokenizer.pad_token_id
+    return None if pad == tokenizer.eos_token_id else pad
 
 
 def _reference(
@@ -163,7 +201,8 @@ def _reference(
     mode = resolve_reference(config, method, accelerator.device, n_bytes)
     if mode is None:
         return None
-    cached = config.reference_cache and method.reference_need() != "moving"
+    sampled = method.data == "prompts"  # nobody will meet those completions again
+    cached = config.reference_cache and method.reference_need() != "moving" and not sampled
     mixed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     reference = Reference(
         mode,
@@ -174,6 +213,7 @@ def _reference(
         cache=LogpCache(config.cache_file) if cached else None,
         compute_dtype=mixed or next(plain.parameters()).dtype,
         autocast=accelerator.autocast if mixed else nullcontext,
+        temperature=config.sampling.temperature if sampled else 1.0,
     )
     logger.info("reference: %s%s", mode, f", cache {reference.cache.path}" if reference.cache else "")
     reference.prepare(examples, accelerator.process_index, accelerator.num_processes)
@@ -182,10 +222,16 @@ def _reference(
     return reference
 
 
-def _groups(module: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Norms and biases are not decayed."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.dim() >= 2]
-    rest = [p for p in trained if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+def _groups(module: nn.Module, config: RunConfig, rate: float) -> list[dict[str, Any]]:
+    """Norms and biases are not decayed; the critic may have a rate of its own, kept as a multiple of the policy's."""
+    critic = {id(p) for p in module.critic.parameters()} if isinstance(module, ActorCritic) else set()
+    groups = []
+    for of_critic in (False, True):
+        trained = [p for p in module.parameters() if p.requires_grad and (id(p) in critic) == of_critic]
+        scale = (config.critic_learning_rate or rate) / rate if of_critic else 1.0
+        for decay, params in (
+            (config.weight_decay, [p for p in trained if p.dim() >= 2]),
+            (0.0, [p for p in trained if p.dim() < 2]),
+        ):
+            groups.append({"params": params, "weight_decay": decay, "rate_scale": scale})
     return [g for g in groups if g["params"]]

@@ -184,9 +184,9 @@ def validate(
     """Check a YAML file and every row of its data, without loading a model."""
     checked, method = _checked(_settings(str(config), {}, [], only_file=True))
     _speak()
-    from alignkit import assemble, models
+    from alignkit import assemble, loading
 
-    assemble.read(checked, method, models.load_tokenizer(checked))
+    assemble.read(checked, method, loading.load_tokenizer(checked))
     typer.echo(f"{config}: fine, ready to run with '{checked.method}'")
 
 

@@ -32,6 +32,21 @@ class LoraSettings(BaseModel):
     modules_to_save: list[str] | None = Field(None, description="modules trained in full, such as lm_head")
 
 
+class Sampling(BaseModel):
+    """How completions are sampled."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_new_tokens: int = Field(256, ge=1, description="longest completion, its end-of-sequence token included")
+    min_new_tokens: int = Field(0, ge=0, description="no end-of-sequence token before so many tokens")
+    temperature: float = Field(1.0, gt=0, description="divides the logits, when sampling and when scoring")
+    top_p: float = Field(1.0, gt=0, le=1, description="the likeliest tokens of this probability together; 1 is off")
+    top_k: int = Field(0, ge=0, description="so many of the likeliest tokens; 0 is off")
+    stop: list[str] = Field([], description="texts that end a completion")
+    backend: Literal["generate", "continuous"] = Field("generate", description="continuous: transformers' batching")
+    batch_size: int = Field(64, ge=1, description="sequences sampled at once")
+
+
 class RunConfig(BaseModel):
     """Settings of a run, besides the method's own."""
 
@@ -55,12 +70,17 @@ class RunConfig(BaseModel):
     reference_cache: bool = Field(True, description="keep the reference's log-probabilities on disk for other runs")
     cache_file: Path | None = Field(None, description="the cache's file; default: ~/.cache/alignkit/reference.sqlite")
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
+    sampling: Sampling = Field(Sampling(), description="how completions are sampled, of methods that do")
+    reward: Any = Field(None, description="what scores sampled completions, see docs/rewards.md")
+    judge: Any = Field(None, description="what compares two sampled completions, see docs/rewards.md")
+    critic: str = Field("auto", description="begins as policy, reward (its model) or a folder; shared: on the policy")
+    critic_learning_rate: float | None = Field(None, gt=0, description="its peak rate; default: the policy's")
     merge_adapter: bool = Field(False, description="merge the adapter into the saved model")
 
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; wins over `epochs`")
     batch_size: int = Field(32, ge=1, description="examples of an optimiser step, over all ranks")
-    epochs_per_batch: int = Field(1, ge=1, description="passes over each collected batch")
+    epochs_per_batch: int | None = Field(None, ge=1, description="passes over a collected batch; default: the method's")
     minibatches: int = Field(1, ge=1, description="updates in each of those passes")
     learning_rate: float | None = Field(None, gt=0, description="peak rate; default: the method's")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
@@ -89,6 +109,7 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of the data's order and of everything drawn")
     log_every: int = Field(1, ge=1, description="steps between log lines")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: start and end")
+    patience: int | None = Field(None, ge=1, description="evaluations without a better eval/loss before it stops")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides `save_minutes`")
     save_minutes: float = Field(30.0, gt=0, description="minutes between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
@@ -147,8 +168,21 @@ class RunConfig(BaseModel):
                 value = value.model_dump()
             elif isinstance(value, tuple):
                 value = list(value)
-            values[name] = value
+            values[name] = _named(value) if name in ("reward", "judge") else value
         return values
+
+
+def _named(value: Any) -> Any:
+    """A specification with its functions by name, in the form in which a file names them."""
+    if isinstance(value, Mapping):
+        return {str(k): _named(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__name__)}"
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -18,12 +18,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepContext:
-    """One step as a method sees it."""
+    """One step as a method sees it. number: of the step, or of the part of the held-out rows; it seeds the samples."""
 
     loop: Loop
     step: int
     step_examples: tuple[Example, ...]
     generator: torch.Generator
+    training: bool = True
+    number: int = 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest that a sampled completion may be."""
+        return self.loop.config.sampling.max_new_tokens
+
+    @property
+    def eos(self) -> int:
+        """The tokenizer's end-of-sequence token."""
+        return self.loop.parts.eos
 
     @property
     def models(self) -> Roles:
@@ -34,10 +46,23 @@ class StepContext:
         """This rank's part of a list with one entry for each of `step_examples`."""
         return self.loop.shard(examples, keep=False)
 
+    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
+        """Sample n completions of each prompt, and score them; see `alignkit.method.Context.rollouts`."""
+        assert self.loop.parts.online is not None
+        return self.loop.parts.online.rollouts(self, batch, n, mixture)
+
+    def log(self, **values: float) -> None:
+        """Add numbers to the step's metrics."""
+        self.loop.extra.update(values)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over the ranks, entry by entry."""
+        return self.loop.parts.ranks.sum(value)
+
     def mean(self, value: Tensor) -> Tensor:
         """Mean over all entries of `value` on all ranks, a scalar."""
         both = torch.stack([value.double().sum(), value.new_tensor(value.numel(), dtype=torch.float64)])
-        total, count = self.loop.reduce(both).unbind()
+        total, count = self.loop.parts.ranks.sum(both).unbind()
         return (total / count).to(value.dtype)
 
     def update_reference(self, alpha: float) -> None:

@@ -6,27 +6,28 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from alignkit import assemble, finish, meter, registry, runfolder
 from alignkit.config import RunConfig, split
 from alignkit.context import StepContext
-from alignkit.errors import TrainingError
+from alignkit.early import EarlyStop
+from alignkit.errors import RewardError, TrainingError
+from alignkit.loading import load_tokenizer
 from alignkit.method import Method
-from alignkit.models import load_tokenizer
+from alignkit.online import check_online
 from alignkit.packing import batch_of
 from alignkit.progress import Progress
 from alignkit.resume import restore, save
 from alignkit.roles import check_reference, in_step
 from alignkit.signals import StopSignals
-from alignkit.stream import chunks, seeded
+from alignkit.stream import chunks, learning_rate, seeded
 from alignkit.types import Batch, Example
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,10 @@ class Engine:
         config, method_config = split(given, cls.Config)
         chosen = cls(method_config)
         check_reference(config, chosen)
+        check_online(config, chosen)
         tokenizer = load_tokenizer(config)
         rows = assemble.read(config, chosen, tokenizer)
-        accelerator = assemble.accelerator_for(config)
+        accelerator = assemble.accelerator_for(config, chosen)
         folder = runfolder.create(config, accelerator)
         config = config.model_copy(update={"name": folder.name})
         written = {**config.describe(), **method_config.model_dump(mode="json")}
@@ -68,7 +70,7 @@ class Engine:
             if accelerator.is_main_process:
                 runfolder.write_config(folder, written, config.resume)
             logger.info("run: %s", folder)
-            parts = assemble.build(config, chosen, rows, accelerator)
+            parts = assemble.build(config, chosen, rows, tokenizer, accelerator)
         metrics = Loop(config, chosen, parts, rows, folder, written).train()
         model = finish.save_model(parts, config, tokenizer, folder / "model")
         return Result(metrics, model, tokenizer, folder)
@@ -90,43 +92,67 @@ class Loop:
     folder: Path
     written: Mapping[str, Any]
     skipped: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+    early: EarlyStop = field(init=False)
     _saved_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.early = EarlyStop(self.config.patience)
+        self.parts.roles.most = self.parts.ranks.most
 
     def train(self) -> dict[str, float]:
         """Run all steps that are not done yet; return the last metrics, evaluation included."""
         total = self.parts.stream.total_steps(self.config.epochs, self.config.max_steps)
         done = restore(self) if self.config.resume else 0
-        accelerator = self.parts.accelerator
-        self.parts.roles.most = self._most
         last: dict[str, float] = {}
         with finish.Trackers(self, done) as log, StopSignals() as stop:
-            with Progress.of_run(total, done, accelerator.is_main_process) as shown:
-                if done == 0:
-                    last = log(0, self.evaluate(0), shown)
-                for step in range(done, total):
-                    values = self.step(step, total)
-                    if (step + 1) % self.config.log_every == 0 or step + 1 == total:
-                        last |= log(step + 1, values, shown)
-                    if self.config.eval_every and (step + 1) % self.config.eval_every == 0 and step + 1 < total:
-                        last |= log(step + 1, self.evaluate(step + 1), shown)
-                    self._checkpoint(step + 1, stop)
-                return last | log(total, self.evaluate(total), shown)
+            with Progress.of_run(total, done, self.parts.accelerator.is_main_process) as shown:
+                try:
+                    over = done == 0 and self._evaluated(0, log, shown, last)
+                    while done < total and not over:
+                        values, done = self.step(done, total), done + 1
+                        if done % self.config.log_every == 0 or done == total:
+                            last |= log(done, values, shown)
+                        if self.config.eval_every and done % self.config.eval_every == 0 and done < total:
+                            over = self._evaluated(done, log, shown, last)
+                        self._checkpoint(done, stop)
+                    self._evaluated(done, log, shown, last)
+                    if self.early.take_best(self, done):
+                        self._evaluated(done, log, shown, last)
+                    return last
+                except RewardError as error:
+                    raise finish.halted(self, done, error) from error
+
+    def _evaluated(self, done: int, log: finish.Trackers, shown: Progress | None, last: dict[str, float]) -> bool:
+        """Evaluate and log; True where held-out rows say that it is enough."""
+        values = log(done, self.evaluate(done), shown)
+        last |= values
+        return self.early.over(self, done, values)
 
     def step(self, step: int, total: int) -> dict[str, float]:
         """Do one step of the data stream: collect once, then its updates. Returns the metrics of the last update."""
         started = time.perf_counter()
         examples = self.parts.stream[step]
-        ctx = StepContext(self, step, examples, seeded(self.config.seed, 2, step))
+        self.extra = {}
+        ctx = StepContext(self, step, examples, seeded(self.config.seed, 2, step), number=step)
         batch = self._collect(self.shard(examples), ctx)
+        rate = self.parts.peak_rate * learning_rate(self.config.schedule, self.config.warmup_fraction, step, total)
         for group in self.parts.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step, total)
-        for _ in range(self.config.epochs_per_batch):
-            for minibatch in batch.minibatches(self.config.minibatches, ctx.generator):
-                values = self._update(minibatch, step)
+            group["lr"] = rate * group["rate_scale"]
+        for minibatch in self._minibatches(batch, ctx):
+            values = self._update(minibatch, step)
+            if self.method.enough(values):
+                break
         self.method.after_update(ctx, values)
         seconds = time.perf_counter() - started
-        values |= {"lr": self.learning_rate(step, total), "epoch": (step + 1) / self.parts.stream.steps_per_epoch}
-        return values | {"tokens_per_second": sum(e.n_tokens for e in examples) / seconds, "skipped": self.skipped}
+        n_tokens = self.parts.ranks.sum(torch.tensor([float(batch.n_tokens)])).item()
+        values |= {"lr": rate, "epoch": (step + 1) / self.parts.stream.steps_per_epoch, "skipped": self.skipped}
+        spent = self.parts.online.took(seconds) if self.parts.online else {}
+        return values | self.extra | {"tokens_per_second": n_tokens / seconds} | spent
+
+    def _minibatches(self, batch: Batch, ctx: StepContext) -> Iterator[Batch]:
+        for _ in range(self.config.epochs_per_batch or self.method.epochs_per_batch):
+            yield from batch.minibatches(self.config.minibatches, ctx.generator)
 
     def _update(self, minibatch: Batch, step: int) -> dict[str, float]:
         """One optimiser step; halves the token budget and starts again where memory runs out."""
@@ -151,12 +177,12 @@ class Loop:
 
     def _backward(self, minibatch: Batch) -> tuple[dict[str, float], float, list[Batch]]:
         """Gradients of one update over all micro-batches and ranks: (metrics, gradient norm, micro-batches)."""
-        accelerator, world = self.parts.accelerator, self.parts.accelerator.num_processes
-        denominators = meter.counts(minibatch, self.reduce)
+        accelerator, world = self.parts.accelerator, self.parts.ranks.n
+        denominators = meter.counts(minibatch, self.parts.ranks.sum)
         metrics = meter.Meter()
         metrics.expect(denominators)
         micros = minibatch.micro_batches(self.parts.roles.max_tokens)
-        passes = list(in_step(micros, self._most))
+        passes = list(in_step(micros, self.parts.ranks.most))
         for i, (micro, weight) in enumerate(passes):
             last = i == len(passes) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.parts.policy):
@@ -167,59 +193,39 @@ class Loop:
             metrics.add(terms, term_sums, weight)
         norm = accelerator.clip_grad_norm_(self.parts.policy.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return metrics.means(self.reduce), float(norm), micros
+        return metrics.means(self.parts.ranks.sum, self.parts.ranks.largest), float(norm), micros
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Return the method's loss and metrics over the held-out rows, each name under "eval/"."""
         if not self.rows.held_out:
             return {}
-        metrics = meter.Meter()
-        least = max(self.method.min_batch, self.parts.accelerator.num_processes)
-        for i, part in enumerate(chunks(self.rows.held_out, self.config.batch_size, least)):
-            ctx = StepContext(self, step, part, seeded(self.config.seed, 3, i))
-            batch = self._collect(self.shard(part), ctx)
-            metrics.expect(meter.counts(batch, self.reduce))
-            for micro, weight in in_step(batch.micro_batches(self.parts.roles.max_tokens), self._most):
-                with torch.no_grad():
-                    terms = self.method.loss(micro, self.parts.roles)
-                metrics.add(terms, meter.sums(terms, micro, self.method.name), weight)
-        return {f"eval/{name}": value for name, value in metrics.means(self.reduce).items()}
+        metrics, extra = meter.Meter(), dict[str, float]()
+        least = max(self.method.min_batch, self.parts.ranks.n)
+        with finish.evaluating(self.parts.policy, self.method.dropout()):
+            for i, part in enumerate(chunks(self.rows.held_out, self.config.batch_size, least)):
+                self.extra = {}
+                ctx = StepContext(self, step, part, seeded(self.config.seed, 3, i), training=False, number=i)
+                batch = self._collect(self.shard(part), ctx)
+                metrics.expect(meter.counts(batch, self.parts.ranks.sum))
+                for micro, weight in in_step(batch.micro_batches(self.parts.roles.max_tokens), self.parts.ranks.most):
+                    with torch.no_grad():
+                        terms = self.method.loss(micro, self.parts.roles)
+                    metrics.add(terms, meter.sums(terms, micro, self.method.name), weight)
+                share = len(part) / len(self.rows.held_out)
+                extra |= {k: extra.get(k, 0.0) + share * v for k, v in self.extra.items()}
+        values = metrics.means(self.parts.ranks.sum, self.parts.ranks.largest) | extra
+        return {f"eval/{name}": value for name, value in values.items()}
 
     def shard(self, examples: Sequence[Example], keep: bool = True) -> Batch:
         """This rank's part of the examples, with the reference's log-probabilities where the method uses them."""
-        accelerator = self.parts.accelerator
-        own = examples[accelerator.process_index :: accelerator.num_processes]
-        batch = batch_of(own, self.parts.layout, accelerator.device)
-        return self.parts.reference.attach(batch, keep) if self.parts.reference else batch
-
-    def reduce(self, value: Tensor) -> Tensor:
-        """Sum over the ranks."""
-        accelerator = self.parts.accelerator
-        if accelerator.num_processes == 1:
-            return value
-        return accelerator.reduce(value.to(accelerator.device), "sum")  # type: ignore[no-any-return]
-
-    def learning_rate(self, step: int, total: int) -> float:
-        """Return the rate of a step: a linear warm-up, then the schedule down to 0 (or constant)."""
-        peak = self.parts.peak_rate
-        warmup = round(self.config.warmup_fraction * total)
-        if step < warmup:
-            return peak * (step + 1) / warmup
-        left = (total - step) / max(1, total - warmup)
-        return (
-            peak
-            * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[self.config.schedule]
-        )
+        batch = batch_of(self.parts.ranks.share(examples), self.parts.layout, self.parts.accelerator.device)
+        if self.parts.reference is None or self.parts.online:
+            return batch
+        return self.parts.reference.attach(batch, keep)
 
     def _collect(self, batch: Batch, ctx: StepContext) -> Batch:
         with torch.no_grad():
             return self.method.collect(batch, ctx)
-
-    def _most(self, n: int) -> int:
-        accelerator = self.parts.accelerator
-        if accelerator.num_processes == 1:
-            return n
-        return int(accelerator.gather(torch.tensor([n], device=accelerator.device)).max())
 
     def _skip(self, step: int, micros: list[Batch], loss: float, norm: float) -> None:
         """Leave the weights as they are, say which rows it was, stop after too many."""
@@ -236,7 +242,7 @@ class Loop:
         """Save where it is time, or where a signal asks to leave; then leave."""
         accelerator = self.parts.accelerator
         due = time.monotonic() - self._saved_at > 60 * self.config.save_minutes
-        flags = self.reduce(torch.tensor([float(due), float(stop.received or 0)]))  # ranks decide together
+        flags = self.parts.ranks.sum(torch.tensor([float(due), float(stop.received or 0)]))  # ranks decide together
         if flags.sum() or (self.config.save_every and step % self.config.save_every == 0):
             save(self, step)
             self._saved_at = time.monotonic()

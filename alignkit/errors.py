@@ -38,6 +38,10 @@ class CheckpointError(AlignkitError):
     """A checkpoint cannot be written, or none of those present is whole."""
 
 
+class RewardError(AlignkitError):
+    """A reward or a judge raised, or gave back what is no reward; or its endpoint is dead."""
+
+
 class TrainingError(AlignkitError):
     """Training cannot go on: too many non-finite steps, or a rank that no longer answers."""
 

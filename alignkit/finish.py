@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from alignkit import meter
 from alignkit.config import RunConfig
-from alignkit.models import causal_lm
+from alignkit.errors import RewardError
+from alignkit.loading import causal_lm
 from alignkit.progress import Progress
+from alignkit.resume import save
 from alignkit.roles import in_step
-from alignkit.runfolder import MetricsFile
+from alignkit.runfolder import StepLines
 
 if TYPE_CHECKING:
     from alignkit.assemble import Parts
@@ -31,20 +35,24 @@ class Trackers:
 
     def __init__(self, loop: Loop, done: int) -> None:
         self._loop, self._done = loop, done
-        self._file: MetricsFile | None = None
+        self._file: StepLines | None = None
 
     def __enter__(self) -> Trackers:
         loop = self._loop
         if loop.parts.accelerator.is_main_process:
-            self._file = MetricsFile(loop.folder, self._done)
+            self._file = StepLines(loop.folder / "metrics.jsonl", self._done)
         if loop.config.trackers:
             flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in loop.written.items()}
             loop.parts.accelerator.init_trackers(loop.folder.name, flat)
+        if loop.parts.online:
+            loop.parts.online.open(loop.folder, self._done, loop.parts.ranks.own)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._file:
             self._file.close()
+        if self._loop.parts.online:
+            self._loop.parts.online.close()
         if self._loop.config.trackers:
             self._loop.parts.accelerator.end_training()
 
@@ -60,6 +68,16 @@ class Trackers:
         return dict(values)
 
 
+@contextmanager
+def evaluating(module: nn.Module, dropout: float) -> Iterator[None]:
+    """Evaluate without dropout, where a method trains with it."""
+    if dropout:
+        module.eval()
+    yield
+    if dropout:
+        module.train()
+
+
 def culprits(loop: Loop, micros: list[Batch]) -> str:
     """Name the rows whose own loss is not finite, or all rows of the step where only the gradient was not."""
     bad: list[int] = []
@@ -70,17 +88,9 @@ def culprits(loop: Loop, micros: list[Batch]) -> str:
         term_sums = meter.sums(terms, one, loop.method.name)
         if weight and not all(bool(term_sums[n].isfinite()) for n, t in terms.items() if t.coef):
             bad.append(one.examples[0].row)
-    rows = _of_all_ranks(loop, bad) or _of_all_ranks(loop, [one.examples[0].row for one in ones])
+    ranks = loop.parts.ranks
+    rows = ranks.all_of(bad) or ranks.all_of([one.examples[0].row for one in ones])
     return ", ".join(str(r) for r in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-
-
-def _of_all_ranks(loop: Loop, rows: list[int]) -> list[int]:
-    most = loop.parts.roles.most(len(rows))
-    accelerator = loop.parts.accelerator
-    if accelerator.num_processes == 1 or most == 0:
-        return rows
-    padded = torch.tensor(rows + [-1] * (most - len(rows)), device=accelerator.device)
-    return [int(r) for r in accelerator.gather(padded) if r >= 0]
 
 
 def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) -> Any:
@@ -107,6 +117,13 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         shutil.rmtree(before, ignore_errors=True)
     parts.accelerator.wait_for_everyone()
     return model
+
+
+def halted(loop: Loop, done: int, error: RewardError) -> RewardError:
+    """Save what a step that could not be scored was begun with, so that nothing is lost; return the error to raise."""
+    if done:
+        save(loop, done)
+    return RewardError(f"{error}\nStopped after step {done}; go on with: {resume_command(loop.folder)}")
 
 
 def resume_command(folder: Path) -> str:

@@ -74,6 +74,7 @@ class Meter:
     def __init__(self) -> None:
         self._denominators: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
+        self._largest: dict[str, Tensor] = {}
         self._terms: dict[str, tuple[str, float]] = {}
 
     def expect(self, denominators: Mapping[str, float]) -> None:
@@ -84,18 +85,25 @@ class Meter:
     def add(self, terms: Mapping[str, Term], term_sums: Mapping[str, Tensor], weight: float = 1.0) -> None:
         """Add one micro-batch; weight 0 for one that only keeps the ranks in step."""
         for name, term in terms.items():
+            if term.largest:
+                value = term.value.detach().max().double()
+                self._largest[name] = torch.maximum(self._largest.get(name, value), value)
+                continue
             self._terms[name] = (term.over, term.coef)
             value = term_sums[name].detach().double() * weight
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def means(self, reduce: Reduce) -> dict[str, float]:
-        """Return the mean of every term, and "loss": their sum weighted by the coefficients.
+    def means(self, reduce: Reduce, largest: Reduce = lambda t: t) -> dict[str, float]:
+        """Return the mean (or the largest value) of every term, and "loss": their sum weighted by the coefficients.
 
-        A term over a mask that nothing in the step fulfils has no mean, and is left out.
+        A term over a mask that nothing in the step fulfils has no mean, and is left out. largest: over the ranks.
         """
         names = sorted(self._sums)
         totals = reduce(torch.stack([self._sums[n] for n in names])).tolist()
         counted = {n: self._denominators[self._terms[n][0]] for n in names}
         means = {n: t / counted[n] for n, t in zip(names, totals, strict=True) if counted[n]}
         loss = sum(coef * means[n] for n, (_, coef) in self._terms.items() if coef and n in means)
+        if self._largest:
+            tops = sorted(self._largest)
+            means |= zip(tops, largest(torch.stack([self._largest[n] for n in tops])).tolist(), strict=True)
         return {"loss": loss, **{n: v for n, v in means.items() if n != "loss"}}

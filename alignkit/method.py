@@ -27,8 +27,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from alignkit.errors import PluginError
-from alignkit.types import Batch, Example, Outputs, Term, metric
-from alignkit_kernels import sequence_sum
+from alignkit.types import Batch, Example, Outputs, Term
 
 DataKind = Literal["text", "pairs", "unpaired", "prompts"]
 ReferenceNeed = Literal["rows", "live", "moving"]
@@ -44,12 +43,20 @@ class MethodConfig(BaseModel):
 class Models(Protocol):
     """The roles a method declared in `uses`; asking for another one is an error."""
 
-    def policy(self, batch: Batch) -> Outputs:
-        """Score the batch's targets with the policy; gradients flow unless in `collect`."""
+    def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
+        """Score the batch's targets with the policy; gradients flow unless in `collect`.
+
+        Sampled completions are scored at the temperature that they were sampled at. entropy: of each target's
+        distribution too. values: the critic's too, in the same pass. frozen: only the critic gets a gradient.
+        """
         ...
 
     def reference(self, batch: Batch) -> Outputs:
         """Score the batch's targets with the reference; never a gradient. Only where the need is not "rows"."""
+        ...
+
+    def reward(self, batch: Batch) -> Tensor:
+        """Return the trained reward model's score of each completion, float32 [S]. Of a method that trains one."""
         ...
 
 
@@ -64,6 +71,16 @@ class Context(Protocol):
     @property
     def step(self) -> int:
         """Optimiser steps done before this one."""
+        ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest that a sampled completion may be."""
+        ...
+
+    @property
+    def eos(self) -> int:
+        """The tokenizer's end-of-sequence token."""
         ...
 
     @property
@@ -85,6 +102,30 @@ class Context(Protocol):
         """Mean over all entries of `value` on all ranks, a scalar."""
         ...
 
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over the ranks, entry by entry."""
+        ...
+
+    @property
+    def training(self) -> bool:
+        """False while held-out rows are evaluated, when nothing may be learned from them."""
+        ...
+
+    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
+        """Sample n completions of each prompt with the policy.
+
+        The new batch carries, per completion, "ended" (False where it was cut) and, where the method uses a reward,
+        "rewards" (raw, float32); per token "reference_logps" where it uses a reference, and "old_logps", the policy's
+        own, unless the batch serves a single update, which starts at ratio 1 by construction.
+        mixture: also sample one completion a prompt from policy^(1 - mixture) * reference^mixture, token by token, and
+        let the judge decide: "wins" (per completion) is P(the policy's beats the mixture's). n must be 1.
+        """
+        ...
+
+    def log(self, **values: float) -> None:
+        """Add numbers to the step's metrics: the same on all ranks."""
+        ...
+
     def update_reference(self, alpha: float) -> None:
         """Move the reference: alpha * policy + (1 - alpha) * reference. Needs `reference_need() == "moving"`."""
         ...
@@ -98,6 +139,7 @@ class Method(Generic[C]):
 
     name: what users type. data: the kind of rows it reads. uses: the roles it may ask for. trains: those it changes.
     learning_rate, lora_learning_rate: defaults of a full and a LoRA run. min_batch: examples a step needs at least.
+    epochs_per_batch: default of the passes over a collected batch.
     """
 
     name: ClassVar[str]
@@ -107,16 +149,25 @@ class Method(Generic[C]):
     learning_rate: ClassVar[float] = 1e-6
     lora_learning_rate: ClassVar[float] = 5e-6
     min_batch: ClassVar[int] = 1
+    epochs_per_batch: ClassVar[int] = 1
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(self, config: C) -> None:
         self.config = config
 
+    def roles(self) -> frozenset[str]:
+        """Return the roles that these settings need: `uses`, or fewer, so that none is loaded in vain."""
+        return self.uses
+
     def reference_need(self) -> ReferenceNeed:
         """What the reference is asked: "rows" of the data only (a cache serves them), "live" rows made during the
         run too, or "moving" where `after_update` changes it."""
-        return "rows"
+        return "live" if self.data == "prompts" else "rows"
+
+    def dropout(self) -> float:
+        """Return the dropout probability of the trained model. Anything but 0 breaks a ratio to another model."""
+        return 0.0
 
     def collect(self, batch: Batch, ctx: Context) -> Batch:
         """Attach what depends on the whole batch; runs once a step without gradients. Default: the batch itself.
@@ -129,8 +180,16 @@ class Method(Generic[C]):
         """Return the loss's terms for one micro-batch. Pure: no state, no randomness, no average over the batch."""
         raise PluginContractError(f"method '{self.name}' does not define loss(batch, models)")
 
+    def model_settings(self) -> Mapping[str, Any]:
+        """Return what is written into the configuration of the saved model. Default: nothing."""
+        return {}
+
+    def enough(self, metrics: Mapping[str, float]) -> bool:
+        """Say, after an update, whether the other updates of this batch are left out. metrics: that update's."""
+        return False
+
     def after_update(self, ctx: Context, metrics: Mapping[str, float]) -> None:
-        """Adapt coefficients or the reference after an optimiser step. Default: nothing."""
+        """Adapt coefficients or the reference after a step's updates. Default: nothing."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the weights, as JSON values. Default: nothing."""
@@ -142,41 +201,3 @@ class Method(Generic[C]):
 
 class PluginContractError(PluginError):
     """A method class is incomplete."""
-
-
-def pair_metrics(batch: Batch, logps_C: Tensor, rewards_S: Tensor) -> dict[str, Term]:
-    """Return the metrics that every method on pairs logs; ties count half in the accuracy.
-
-    logps_C: the policy's log-probabilities in nats. rewards_S: implicit rewards, chosen and rejected in turn.
-    """
-    chosen, rejected = batch.pairs(rewards_S)
-    logps_chosen, logps_rejected = batch.pairs(sequence_sum(logps_C.detach(), batch.cu_seqlens))
-    length_chosen, length_rejected = batch.pairs(batch.lengths.float())
-    values = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margin": chosen - rejected,
-        "rewards/accuracy": wins(chosen, rejected),
-        "logps/chosen": logps_chosen,
-        "logps/rejected": logps_rejected,
-        "length/chosen": length_chosen,
-        "length/rejected": length_rejected,
-    }
-    return {name: metric(value) for name, value in values.items()} | kl_metric(batch, logps_C)
-
-
-def kl_metric(batch: Batch, logps_C: Tensor) -> dict[str, Term]:
-    """Return "kl" where the batch carries reference log-probabilities: nats a sequence, on the data's completions.
-
-    The k3 estimator r - 1 - log r of KL(reference || policy), r = policy / reference, summed over a completion's
-    tokens: never negative, and unbiased where the reference could have written them (Schulman, 2020).
-    """
-    if "reference_logps" not in batch:
-        return {}
-    log_r = (logps_C.detach() - batch.reference_logps).clamp(max=20.0)  # e^20 is a warning in itself
-    return {"kl": metric(sequence_sum(log_r.exp() - 1 - log_r, batch.cu_seqlens), over="completions")}
-
-
-def wins(a: Tensor, b: Tensor) -> Tensor:
-    """Return 1 where a > b, 0.5 where they are equal, 0 elsewhere; float32, the shape of a."""
-    return (a > b).float() + 0.5 * (a == b).float()

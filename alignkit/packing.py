@@ -40,6 +40,7 @@ def pack(examples: Sequence[Example], layout: Layout) -> Rows:
         [torch.arange(r * width + s, r * width + s + n) for r, s, n in zip(row_of, start_of, lengths, strict=True)]
     )
     predict_at = torch.cat([t.predict_at + (r * width + s) for t, r, s in zip(trees, row_of, start_of, strict=True)])
+    last_at = torch.cat([t.last_at + (r * width + s) for t, r, s in zip(trees, row_of, start_of, strict=True)])
     tree_numbers = torch.repeat_interleave(torch.arange(len(trees)), torch.tensor(lengths))
 
     def placed(values: Tensor, empty: int) -> Tensor:
@@ -51,18 +52,20 @@ def pack(examples: Sequence[Example], layout: Layout) -> Rows:
         tree_ids=placed(tree_numbers, -1),
         branch_ids=placed(torch.cat([t.branches for t in trees]), 0),
         predict_at=predict_at,
+        last_at=last_at,
         kind=layout.kind,
     )
 
 
 @dataclass(frozen=True)
 class _Tree:
-    """One tree, or one sequence of the padded layout; predict_at counts from the tree's own start."""
+    """One tree, or one sequence of the padded layout; predict_at and last_at count from the tree's own start."""
 
     ids: Tensor
     positions: Tensor
     branches: Tensor
     predict_at: Tensor
+    last_at: Tensor
 
 
 def _tree(example: Example) -> _Tree:
@@ -84,6 +87,7 @@ def _tree(example: Example) -> _Tree:
                 for c, start in zip(example.completions, starts, strict=False)
             ]
         ),
+        last_at=torch.tensor([end - 1 for _, end in spans], dtype=torch.int64),
     )
 
 
@@ -96,6 +100,7 @@ def _sequences(example: Example) -> Iterable[_Tree]:
             positions=torch.arange(n),
             branches=torch.zeros(n, dtype=torch.int64),
             predict_at=n_prompt - 1 + c.trained_at,
+            last_at=torch.tensor([n - 1]),
         )
 
 

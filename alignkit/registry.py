@@ -1,10 +1,11 @@
-"""Which methods are installed: entry points, loaded one at a time and guarded.
+"""Which methods, rewards and judges are installed: entry points, loaded one at a time and guarded.
 
-A plugin is imported only when its method is asked for. A broken one is reported by name and never stops the others.
+A plugin is imported only when its name is asked for. A broken one is reported by name and never stops the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -16,7 +17,8 @@ from alignkit.config import RunConfig
 from alignkit.errors import PluginError, nearest
 from alignkit.method import Method, MethodConfig
 
-GROUP = "alignkit"
+GROUP, REWARDS, JUDGES = "alignkit", "alignkit.rewards", "alignkit.judges"
+_WORDS = {GROUP: "method", REWARDS: "reward", JUDGES: "judge"}
 
 
 @dataclass(frozen=True)
@@ -30,34 +32,28 @@ class Plugin:
     problem: str | None = None
 
 
-def names() -> list[str]:
-    """Names of the installed methods, sorted; imports nothing."""
-    return sorted({e.name for e in entry_points(group=GROUP)})
+def names(group: str = GROUP) -> list[str]:
+    """Names of what is installed in an entry-point group, sorted; imports nothing."""
+    return sorted({e.name for e in entry_points(group=group)})
 
 
 def get(name: str) -> type[Method[Any]]:
     """Return the method class of that name. Raises PluginError: unknown, broken, or brought by two distributions."""
-    found = [e for e in entry_points(group=GROUP) if e.name == name]
-    if not found:
-        known = names()
-        have = f"installed: {', '.join(known)}" if known else "no method is installed"
-        add = f"To add one: pip install alignkit-{name}" if name.isidentifier() and name.lower() not in known else ""
-        raise PluginError(f"no method '{name}'; {have}.{nearest(name, known)} {add}".rstrip())
-    if len({_owner(e) for e in found}) > 1:
-        owners = " and ".join(sorted({_owner(e)[0] for e in found}))
-        raise PluginError(f"method '{name}' is brought by two distributions, {owners}; uninstall one of them")
-    try:
-        return _load(found[0])
-    except PluginError:
-        raise
-    except (Exception, SystemExit) as error:  # a stranger's module may do anything while it is imported
-        raise PluginError(
-            f"method '{name}' of {_owner(found[0])[0]} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+    return _guarded(GROUP, name, _method)  # type: ignore[no-any-return]
+
+
+def reward(name: str) -> Callable[..., Any]:
+    """Return the reward that a plugin registered under that name; see `alignkit.hookspecs`. Raises as `get` does."""
+    return _guarded(REWARDS, name, _function)  # type: ignore[no-any-return]
+
+
+def judge(name: str) -> Callable[..., Any]:
+    """Return the judge that a plugin registered under that name; see `alignkit.hookspecs`. Raises as `get` does."""
+    return _guarded(JUDGES, name, _function)  # type: ignore[no-any-return]
 
 
 def plugins() -> list[Plugin]:
-    """Load every installed plugin; a broken one is in the list with its problem."""
+    """Load every installed method; a broken one is in the list with its problem."""
     listed = []
     for name in names():
         (owner, version), *_ = sorted({_owner(e) for e in entry_points(group=GROUP) if e.name == name})
@@ -72,21 +68,64 @@ def _owner(entry: EntryPoint) -> tuple[str, str]:
     return (entry.dist.name, entry.dist.version) if entry.dist else ("an unknown distribution", "?")
 
 
-def _load(entry: EntryPoint) -> type[Method[Any]]:
-    manager = pluggy.PluginManager(GROUP)
+def _guarded(group: str, name: str, load: Callable[[EntryPoint], Any]) -> Any:
+    """Load one entry point; whatever is wrong with it becomes a PluginError that names it."""
+    word = _WORDS[group]
+    found = [e for e in entry_points(group=group) if e.name == name]
+    if not found:
+        known = names(group)
+        have = f"installed: {', '.join(known)}" if known else f"no {word} is installed"
+        addable = group == GROUP and name.isidentifier() and name.lower() not in known
+        add = f"To add one: pip install alignkit-{name}" if addable else ""
+        raise PluginError(f"no {word} '{name}'; {have}.{nearest(name, known)} {add}".rstrip())
+    if len({_owner(e) for e in found}) > 1:
+        owners = " and ".join(sorted({_owner(e)[0] for e in found}))
+        raise PluginError(f"{word} '{name}' is brought by two distributions, {owners}; uninstall one of them")
+    try:
+        return load(found[0])
+    except PluginError:
+        raise
+    except (Exception, SystemExit) as error:  # a stranger's module may do anything while it is imported
+        raise PluginError(
+            f"{word} '{name}' of {_owner(found[0])[0]} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _hooks(entry: EntryPoint) -> Any:
+    manager = pluggy.PluginManager("alignkit")
     manager.add_hookspecs(hookspecs)
     try:
         manager.register(entry.load(), name=entry.name)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise PluginError(f"method '{entry.name}' of {_owner(entry)[0]}: {error}; see alignkit.hookspecs") from error
-    classes = [c for some in manager.hook.register_methods() for c in some]
+        word = _WORDS[entry.group]
+        raise PluginError(f"{word} '{entry.name}' of {_owner(entry)[0]}: {error}; see alignkit.hookspecs") from error
+    return manager.hook
+
+
+def _method(entry: EntryPoint) -> type[Method[Any]]:
+    classes = [c for some in _hooks(entry).register_methods() for c in some]
     for cls in classes:
         if getattr(cls, "name", None) == entry.name:
             check_class(cls)
             return cls  # type: ignore[no-any-return]
     has = ", ".join(repr(getattr(c, "name", c)) for c in classes) or "none"
     raise PluginError(f"the entry point '{entry.name}' of {_owner(entry)[0]} brings no method of that name, but {has}")
+
+
+def _function(entry: EntryPoint) -> Callable[..., Any]:
+    word, hooks = _WORDS[entry.group], _hooks(entry)
+    brought = hooks.register_rewards() if entry.group == REWARDS else hooks.register_judges()
+    by_name = {name: call for some in brought for name, call in some.items()}
+    if entry.name not in by_name:
+        has = ", ".join(map(repr, by_name)) or "none"
+        raise PluginError(
+            f"the entry point '{entry.name}' of {_owner(entry)[0]} brings no {word} of that name, but {has}"
+        )
+    if not callable(by_name[entry.name]):
+        given = type(by_name[entry.name]).__name__
+        raise PluginError(f"{word} '{entry.name}' of {_owner(entry)[0]} is no function and no class, but {given}")
+    return by_name[entry.name]  # type: ignore[no-any-return]
 
 
 def check_class(cls: type[Method[Any]]) -> None:

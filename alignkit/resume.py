@@ -33,6 +33,7 @@ def save(loop: Loop, step: int) -> None:
         "method": loop.method.state_dict(),
         "skipped": loop.skipped,
         "rows": loop.rows.digest,
+        "early": loop.early.state(),
     }
     if parts.accelerator.is_main_process:
         path = checkpoint.save(loop.folder / "checkpoints", step, tensors, state, loop.config.keep_checkpoints)
@@ -63,6 +64,7 @@ def restore(loop: Loop) -> int:
         parts.reference.load_state(found.tensors["reference"])
     loop.method.load_state_dict(found.state["method"])
     loop.skipped = found.state["skipped"]
+    loop.early.load_state(found.state["early"])
     checkpoint.set_rng_state(found.tensors["rng"], found.state["rng"])
     logger.info("resumed from %s", found.path)
     return found.step

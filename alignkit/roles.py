@@ -27,6 +27,7 @@ from alignkit.models import Scorer
 from alignkit.packing import batch_of
 from alignkit.quantise import to_int8
 from alignkit.reference import cached_logps, fill, fingerprint
+from alignkit.scalars import ActorCritic, Valuer
 from alignkit.types import Batch, Example, Layout, Outputs
 
 logger = logging.getLogger(__name__)
@@ -41,24 +42,40 @@ def _own(n: int) -> int:
 class Roles:
     """The models a method may ask; a role that it did not declare in `uses` is refused.
 
-    policy: the trained module, wrapped or not. plain: the same module unwrapped, for passes without a gradient.
+    trained: the trained module, wrapped or not. plain: the same module unwrapped, for passes without a gradient.
+    temperature: what completions are sampled at, and scored at.
     """
 
     def __init__(
-        self, method: Method[Any], policy: nn.Module, plain: Scorer, reference: Reference | None, max_tokens: int
+        self,
+        method: Method[Any],
+        trained: nn.Module,
+        plain: Scorer | ActorCritic | Valuer,
+        reference: Reference | None,
+        max_tokens: int,
+        temperature: float = 1.0,
     ) -> None:
-        self._method, self._policy, self._plain, self._reference = method, policy, plain, reference
-        self.max_tokens = max_tokens
+        self._method, self._trained, self._plain, self._reference = method, trained, plain, reference
+        self.max_tokens, self.temperature = max_tokens, temperature
         self.autocast: Autocast = nullcontext
         self.most: Callable[[int], int] = _own
 
-    def policy(self, batch: Batch) -> Outputs:
+    def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
         """Score the batch's targets with the policy; without a gradient in parts of `max_tokens` tokens."""
         self._declared("policy")
-        if torch.is_grad_enabled():
-            return Outputs(self._policy(batch.rows, batch.targets))
-        with self.autocast():
-            return Outputs(scored(self._plain, batch, self.max_tokens, self.most))
+        if values:
+            self._declared("critic")
+        module = self._trained if torch.is_grad_enabled() else self._plain
+        options = {"frozen": True} if frozen else {}
+
+        def said(part: Batch) -> tuple[Tensor, ...]:
+            out = module(part.rows, part.targets, self.temperature, entropy, **options)
+            return tuple(t for t in (out if isinstance(out, tuple) else (out,)) if t is not None)
+
+        if frozen and not values:
+            raise PluginError("a frozen policy is scored without a gradient only beside its critic: values=True")
+        numbers = said(batch) if torch.is_grad_enabled() else self._by_parts(batch, said)
+        return Outputs(numbers[0], numbers[1] if entropy else None, numbers[-1] if values else None)
 
     def reference(self, batch: Batch) -> Outputs:
         """Score the batch's targets with the reference, without a gradient."""
@@ -66,8 +83,21 @@ class Roles:
         assert self._reference is not None
         return Outputs(self._reference.logps(batch.examples).to(batch.device))
 
+    def reward(self, batch: Batch) -> Tensor:
+        """Score each completion as a whole with the reward model that is trained."""
+        self._declared("reward")
+        if "reward" not in self._method.trains:
+            raise PluginError(f"'{self._method.name}' does not train a reward model: `ctx.rollouts` brings the rewards")
+        module = self._trained if torch.is_grad_enabled() else self._plain
+        with nullcontext() if torch.is_grad_enabled() else self.autocast():
+            return module(batch.rows, batch.rows.last_at)  # type: ignore[no-any-return]
+
+    def _by_parts(self, batch: Batch, said: Callable[[Batch], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        with self.autocast():
+            return in_parts(said, batch, self.max_tokens, self.most)
+
     def _declared(self, role: str) -> None:
-        if role not in self._method.uses:
+        if role not in self._method.roles():
             raise PluginError(
                 f"method '{self._method.name}' asked for the role '{role}' without declaring it; "
                 f"add it: uses = frozenset({sorted({*self._method.uses, role})})"
@@ -88,7 +118,9 @@ class Reference:
         cache: LogpCache | None,
         compute_dtype: torch.dtype,
         autocast: Autocast = nullcontext,
+        temperature: float = 1.0,
     ) -> None:
+        self.temperature = temperature
         self.mode, self.layout, self.device, self.max_tokens = mode, layout, device, max_tokens
         self.cache, self._autocast = cache, autocast
         self.scored_examples = 0
@@ -130,6 +162,11 @@ class Reference:
             for mine, theirs in zip(self._scorer.parameters(), policy.parameters(), strict=True):
                 mine.lerp_(theirs.to(mine.dtype), alpha)
 
+    def model_and_context(self) -> tuple[nn.Module, Autocast]:
+        """Return the reference as a language model, and what to enter while it is asked (its adapters off)."""
+        assert self._scorer is not None
+        return self._scorer.model, self._context
+
     def state(self) -> dict[str, Tensor]:
         """Return the weights of a reference that moves, for a checkpoint."""
         assert self._scorer is not None
@@ -149,7 +186,7 @@ class Reference:
         self.scored_examples += len(examples)
         batch = batch_of(examples, self.layout, self.device)
         with torch.no_grad(), self._context(), self._autocast():
-            return scored(self._scorer, batch, self.max_tokens).cpu()
+            return scored(self._scorer, batch, self.max_tokens, temperature=self.temperature).cpu()
 
 
 def _frozen(mode: ReferenceMode, policy: Scorer) -> tuple[Scorer | None, Autocast]:
@@ -168,12 +205,23 @@ def _said(done: int, missing: int) -> None:
         logger.info("reference: %d rows scored and kept", done)
 
 
-def scored(scorer: nn.Module, batch: Batch, max_tokens: int, most: Callable[[int], int] = _own) -> Tensor:
+def scored(scorer: nn.Module, batch: Batch, max_tokens: int, temperature: float = 1.0) -> Tensor:
     """Score a batch of any size in parts of `max_tokens` tokens; float32 [C] in the batch's order."""
-    out = torch.empty(len(batch.targets), device=batch.device)
-    numbered = batch.attach(per_token={"at": torch.arange(len(out), device=batch.device)})
+    (logps_C,) = in_parts(lambda part: (scorer(part.rows, part.targets, temperature),), batch, max_tokens)
+    return logps_C
+
+
+def in_parts(
+    say: Callable[[Batch], tuple[Tensor, ...]], batch: Batch, max_tokens: int, most: Callable[[int], int] = _own
+) -> tuple[Tensor, ...]:
+    """Call `say` on parts of `max_tokens` tokens and put its tensors [c] together: float32 [C] in the batch's order."""
+    numbered = batch.attach(per_token={"at": torch.arange(len(batch.targets), device=batch.device)})
+    out: tuple[Tensor, ...] = ()
     for part, _ in in_step(numbered.micro_batches(max_tokens), most):
-        out[part["at"]] = scorer(part.rows, part.targets).float()
+        said = say(part)
+        out = out or tuple(torch.empty(len(batch.targets), device=batch.device) for _ in said)
+        for whole, numbers in zip(out, said, strict=True):
+            whole[part["at"]] = numbers.float()
     return out
 
 
@@ -188,7 +236,7 @@ def in_step(parts: list[Batch], most: Callable[[int], int]) -> Iterator[tuple[Ba
 
 def check_reference(config: RunConfig, method: Method[Any]) -> None:
     """Raise ConfigError where the form of the reference that was asked for cannot serve the method; loads nothing."""
-    if "reference" not in method.uses:
+    if "reference" not in method.roles():
         return
     need, mode = method.reference_need(), config.reference
     if need == "moving" and (config.fsdp or config.lora):
@@ -216,7 +264,7 @@ def resolve_reference(
 
     n_bytes: memory of a second copy of the policy.
     """
-    if "reference" not in method.uses:
+    if "reference" not in method.roles():
         return None
     if config.reference != "auto":
         return config.reference

@@ -102,23 +102,31 @@ def write_config(folder: Path, settings: Mapping[str, Any], resume: bool) -> Non
     write_yaml(path, {k: v for k, v in settings.items() if k != "resume"})
 
 
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each with its step."""
+class StepLines:
+    """A file of JSON objects, one a line, each with its step: metrics.jsonl and its like.
 
-    def __init__(self, folder: Path, from_step: int) -> None:
-        self.path = folder / "metrics.jsonl"
+    Lines of steps after `from_step`, which a resumed run does again, are taken out; from step 0 on all of them.
+    """
+
+    def __init__(self, path: Path, from_step: int) -> None:
+        self.path = path
         self._last = ""
         if self.path.exists():
             self._drop_after(from_step)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line and hand it to the system, so that a killed run keeps it."""
+    def write(self, step: int, values: Mapping[str, Any], flush: bool = True) -> None:
+        """Append one line and hand it to the system, so that a killed run keeps it; a repetition is left out."""
         line = json.dumps({"step": step, **values})
         if line != self._last:  # a run resumed after its last step repeats its last evaluation
             self._file.write(line + "\n")
-            self._file.flush()
+        if flush:
+            self.flush()
         self._last = line
+
+    def flush(self) -> None:
+        """Hand all lines to the system."""
+        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
@@ -126,17 +134,16 @@ class MetricsFile:
 
     def _drop_after(self, step: int) -> None:
         # a run that was killed after its last checkpoint repeats those steps
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if 0 < step >= json.loads(line)["step"]:  # from step 0 everything is done again, the line of step 0 too
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # the line that was being written when the process was killed
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with self.path.open(encoding="utf-8") as lines, temporary.open("w", encoding="utf-8") as kept:
+            for line in lines:
+                try:
+                    if 0 < step >= json.loads(line)["step"]:  # from step 0 everything is done again, its own line too
+                        kept.write(line)
+                        self._last = line.rstrip("\n")
+                except (ValueError, KeyError, TypeError):
+                    continue  # the line that was being written when the process was killed
         os.replace(temporary, self.path)
-        self._last = kept[-1] if kept else ""
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

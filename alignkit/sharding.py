@@ -10,10 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from alignkit.errors import ConfigError
-from alignkit.models import Scorer, causal_lm
+from alignkit.loading import causal_lm
+from alignkit.models import Scorer
+from alignkit.scalars import Valuer
 
 
-def shard(scorer: Scorer, device_type: str, world: int) -> None:
+def shard(scorer: Scorer | Valuer, device_type: str, world: int) -> None:
     """Shard the module in place, a group for each of the architecture's blocks; before the optimiser is made.
 
     Raises ConfigError with a single process.

@@ -40,6 +40,15 @@ class Stream:
         return tuple(self._examples[i] for i in at.tolist())
 
 
+def learning_rate(schedule: str, warmup_fraction: float, step: int, total: int) -> float:
+    """Return the part of the peak rate at a step: a linear warm-up, then the schedule down to 0 (or constant)."""
+    warmup = round(warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = (total - step) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
+
+
 def chunks(examples: Sequence[Example], size: int, min_batch: int) -> list[tuple[Example, ...]]:
     """Cut examples into parts of `size` in order; a last part below `min_batch` joins the one before."""
     parts = [tuple(examples[i : i + size]) for i in range(0, len(examples), size)]
@@ -66,4 +75,12 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[l
 
 def seeded(seed: int, purpose: int, number: int) -> torch.Generator:
     """Return a generator that depends on all three numbers; `purpose` keeps the run's uses of its seed apart."""
-    return torch.Generator().manual_seed(((seed * 1_000_003 + number) * 16 + purpose) % 2**63)
+    return torch.Generator().manual_seed(seed_of(seed, purpose, number))
+
+
+def seed_of(seed: int, purpose: int, number: int) -> int:
+    """Return a seed that depends on all three numbers.
+
+    purpose: 0 order, 1 held-out rows, 2 steps, 3 evaluations, 4 and 5 samples of a step, 6 and 7 of an evaluation.
+    """
+    return ((seed * 1_000_003 + number) * 16 + purpose) % 2**63

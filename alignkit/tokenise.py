@@ -194,7 +194,10 @@ def _example(
     if draft.lost_turns:
         report.note("rows with earlier turns not learned, because the chat template rewrites them", number)
     completions = tuple(_completion(answer) for answer in answers)
-    return Example(torch.tensor(context, dtype=torch.int32), completions, draft.row.numbers, number)
+    prompt_ids = torch.tensor(context, dtype=torch.int32)
+    if completions:
+        return Example(prompt_ids, completions, draft.row.numbers, number)
+    return Example(prompt_ids, (), draft.row.numbers, number, draft.row.prompt, draft.row.extra)
 
 
 def _context(ids: list[int], head: list[int], encoder: _Encoder, limit: int | None) -> tuple[list[int], bool]:

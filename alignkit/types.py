@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,12 +49,16 @@ class Example:
     completions: of a pair, the chosen one first.
     numbers: one float each, such as "margin" (pairs) or "desirable" (1.0 or 0.0, unpaired).
     row: the 1-based row of the source, for messages.
+    asked, columns: of a row that is only a prompt, the prompt as it was given (text or messages) and the row's other
+        columns, for whoever scores its sampled completions.
     """
 
     prompt: Tensor
     completions: tuple[Completion, ...]
     numbers: Mapping[str, float] = field(default_factory=dict)
     row: int = 0
+    asked: str | list[dict[str, Any]] = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def n_tokens(self) -> int:
@@ -90,6 +94,7 @@ class Rows:
 
     input_ids, position_ids, tree_ids, branch_ids: int64 [R, T]; tree_ids is -1 on padding; branch_ids is 0 on
     prompts and k + 1 on the k-th completion. predict_at: int64 [C], indices into the flattened R * T positions.
+    last_at: int64 [S], those of each completion's last token, where a scalar head reads the whole answer.
     """
 
     input_ids: Tensor
@@ -97,11 +102,12 @@ class Rows:
     tree_ids: Tensor
     branch_ids: Tensor
     predict_at: Tensor
+    last_at: Tensor
     kind: LayoutKind = "forest"
 
     def to(self, device: torch.device | str) -> Rows:
         """Return the same rows on `device`."""
-        names = ("input_ids", "position_ids", "tree_ids", "branch_ids", "predict_at")
+        names = ("input_ids", "position_ids", "tree_ids", "branch_ids", "predict_at", "last_at")
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
 
 
@@ -138,7 +144,7 @@ class Batch:
     def targets(self) -> Tensor:
         """The tokens to be predicted, int64 [C]."""
         parts = [c.tokens[c.trained_at] for e in self.examples for c in e.completions]
-        return torch.cat(parts).long().to(self.device)
+        return torch.cat(parts or [torch.empty(0)]).long().to(self.device)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -267,25 +273,29 @@ class Term:
 
     value: [E] for "examples", [S] for "completions", [C] for "tokens", or the shape of the mask that `over` names.
     coef: 0 makes it a metric: averaged and logged, never differentiated.
+    largest: of a metric, the largest value of the step is logged instead of the mean.
     The engine divides by the count over ALL micro-batches and ranks, so a method must not average itself.
     """
 
     value: Tensor
     over: str = "examples"
     coef: float = 1.0
+    largest: bool = False
 
 
-def metric(value: Tensor, over: str = "examples") -> Term:
-    """Return a Term that is logged and not differentiated."""
-    return Term(value.detach(), over, coef=0.0)
+def metric(value: Tensor, over: str = "examples", largest: bool = False) -> Term:
+    """Return a Term that is logged and not differentiated: its mean, or its largest value."""
+    return Term(value.detach(), over, coef=0.0, largest=largest)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says about a batch: logps float32 [C] in nats, entropy float32 [C] in nats when asked for."""
+    """What models say about a batch, float32 [C] each: logps in nats; when asked for, the entropy of the distribution
+    that each target was drawn from in nats, and the critic's value before it in the reward's units."""
 
     logps: Tensor
     entropy: Tensor | None = None
+    values: Tensor | None = None
 
 
 def _borders(lengths: list[int]) -> Tensor:

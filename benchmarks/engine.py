@@ -63,7 +63,7 @@ def run_alignkit(layout: str, work: Path, cache: Path, **changes: Any) -> dict[s
     from alignkit import assemble, registry, runfolder
     from alignkit.config import split
     from alignkit.engine import Loop
-    from alignkit.models import load_tokenizer
+    from alignkit.loading import load_tokenizer
 
     cls = registry.get("dpo")
     settings = {

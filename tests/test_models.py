@@ -17,17 +17,9 @@ from alignkit import models
 from alignkit.attention import attention_mask
 from alignkit.config import LoraSettings, RunConfig
 from alignkit.errors import ModelError
-from alignkit.models import (
-    Scorer,
-    add_lora,
-    causal_lm,
-    check_fit,
-    choose_layout,
-    drop_dropout,
-    load_model,
-    load_tokenizer,
-    probe,
-)
+from alignkit.layouts import check_fit, choose_layout
+from alignkit.loading import add_lora, causal_lm, drop_dropout, load_model, load_tokenizer
+from alignkit.models import Scorer, probe
 from alignkit.packing import batch_of, dense_mask, pack
 from alignkit.types import Completion, Example, Layout
 from alignkit_kernels import linear_logps

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from alignkit import registry
-from alignkit.errors import PluginError
+from alignkit.errors import ConfigError, PluginError
+from alignkit.rewards import Answers, build_judge, build_rewards, check_judge, check_rewards
 
 SOUND = """
     from alignkit import Method, Term, hookimpl
@@ -25,6 +26,27 @@ SOUND = """
         return [Mine]
 """
 
+SCORING = """
+    from alignkit import hookimpl
+
+    class Weighted:
+        def __init__(self, factor=1.0):
+            self.factor = factor
+        def __call__(self, lengths):
+            return [self.factor * n for n in lengths]
+
+    def shorter(first, second):
+        return [float(len(a) < len(b)) for a, b in zip(first, second)]
+
+    @hookimpl
+    def register_rewards():
+        return {"weighted": Weighted, "wrong": 3}
+
+    @hookimpl
+    def register_judges():
+        return {"shorter": shorter}
+"""
+
 Install = Callable[..., None]
 
 
@@ -33,14 +55,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Put a distribution on sys.path as an installer would: a module, and a dist-info folder with its entry point."""
     count = iter(range(100))
 
-    def add(distribution: str, entry: str, code: str) -> None:
+    def add(distribution: str, entry: str, code: str, group: str = "alignkit") -> None:
         folder = tmp_path / f"site-{next(count)}"
         info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
         info.mkdir(parents=True)
         module = f"module_of_{distribution.replace('-', '_')}_{tmp_path.name.replace('-', '_')}"
         (folder / f"{module}.py").write_text(textwrap.dedent(code))
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[alignkit]\n{entry} = {module}\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{entry} = {module}\n")
         monkeypatch.syspath_prepend(folder)
 
     return add
@@ -133,3 +155,56 @@ def test_broken_plugins_do_not_stop_the_others(install: Install) -> None:
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(PluginError, match=r"no method 'dpoo'; installed: .*dpo.* Did you mean 'dpo'\?"):
         registry.get("dpoo")
+
+
+# --------------------------------------------------------------------------------------------- rewards and judges
+
+
+def answers(*completions: str) -> Answers:
+    n = len(completions)
+    return Answers(["?"] * n, list(completions), {}, [1] * n, [len(c) for c in completions], [True] * n)
+
+
+def test_a_registered_reward_and_judge_are_used_by_name(install: Install) -> None:
+    install("somebodys-rewards", "weighted", SCORING, "alignkit.rewards")
+    install("somebodys-judges", "shorter", SCORING, "alignkit.judges")
+    assert registry.names(registry.REWARDS) == ["weighted"]
+    assert build_rewards({"use": "weighted", "factor": 2, "weight": 10}).score(answers("a", "bcd")).total == [20, 60]
+    assert build_judge("shorter").wins(answers("a", "bcd"), answers("xx", "yy")) == [1, 0]
+    assert "weighted" not in registry.names()  # rewards are no methods
+
+
+def test_a_reward_of_a_plugin_is_found_when_it_is_misspelt(install: Install) -> None:
+    install("somebodys-rewards", "weighted", SCORING, "alignkit.rewards")
+    with pytest.raises(ConfigError, match=r"no reward 'weigthed'. Did you mean 'weighted'\? There are .*weighted"):
+        check_rewards("weigthed")
+    with pytest.raises(PluginError, match=r"no reward 'weigthed'; installed: weighted. Did you mean 'weighted'\?$"):
+        registry.reward("weigthed")
+    with pytest.raises(PluginError, match=r"no judge 'shorter'; no judge is installed.$"):
+        registry.judge("shorter")
+
+
+def test_broken_rewards_are_reported_by_name(install: Install) -> None:
+    install("broken-dist", "broken", "raise RuntimeError('no such luck')", "alignkit.rewards")
+    install("misspelt-dist", "misspelt", SCORING.replace("register_rewards", "register_reward"), "alignkit.rewards")
+    install("other-dist", "other", SCORING, "alignkit.rewards")
+    install("wrong-dist", "wrong", SCORING, "alignkit.rewards")
+    install("first-dist", "twice", SCORING, "alignkit.judges")
+    install("second-dist", "twice", SCORING, "alignkit.judges")
+    for name, says in (
+        ("broken", "reward 'broken' of broken-dist cannot be loaded: RuntimeError: no such luck"),
+        ("misspelt", r"(?s)reward 'misspelt' of misspelt-dist: unknown hook 'register_reward'.*hookspecs"),
+        ("other", "entry point 'other' of other-dist brings no reward of that name, but 'weighted', 'wrong'"),
+        ("wrong", "reward 'wrong' of wrong-dist is no function and no class, but int"),
+    ):
+        with pytest.raises(PluginError, match=says):
+            check_rewards(name)
+    with pytest.raises(PluginError, match="judge 'twice' is brought by two distributions, first-dist and second-dist"):
+        check_judge("twice")
+    check_rewards("exact")  # nobody else is stopped
+
+
+def test_a_plugin_cannot_take_the_name_of_a_reward_that_ships(install: Install) -> None:
+    install("greedy-dist", "exact", SCORING.replace("weighted", "exact"), "alignkit.rewards")
+    with pytest.raises(PluginError, match="'exact' ships with alignkit, and a plugin brings one of the same name"):
+        check_rewards("exact")

@@ -11,7 +11,7 @@ import pytest
 
 from alignkit.config import RunConfig, read_yaml
 from alignkit.errors import ConfigError
-from alignkit.runfolder import MetricsFile, create, read_metrics, undone, write_config
+from alignkit.runfolder import StepLines, create, read_metrics, undone, write_config
 
 ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
 
@@ -106,7 +106,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_every_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path, from_step=0)
+    file = StepLines(tmp_path / "metrics.jsonl", from_step=0)
     file.write(1, {"loss": 0.5, "kl": None})
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5, "kl": None}]
     file.write(2, {"loss": 0.25})
@@ -123,7 +123,7 @@ def test_lines_after_the_checkpoint_and_a_line_that_was_cut_off_are_dropped_when
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": i, "loss": i / 10} for i in (0, 1, 2, 3, 4)]
     path.write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 5, "lo')
-    file = MetricsFile(tmp_path, from_step=2)
+    file = StepLines(tmp_path / "metrics.jsonl", from_step=2)
     file.write(3, {"loss": 9.0})
     file.close()
     assert read_metrics(tmp_path) == [*lines[:3], {"step": 3, "loss": 9.0}]
@@ -133,7 +133,7 @@ def test_lines_after_the_checkpoint_and_a_line_that_was_cut_off_are_dropped_when
 
 def test_a_run_that_starts_over_from_step_zero_repeats_no_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 1.0}\n{"step": 1}\n')
-    file = MetricsFile(tmp_path, from_step=0)
+    file = StepLines(tmp_path / "metrics.jsonl", from_step=0)
     file.write(0, {"eval/loss": 1.0})
     file.close()
     assert steps(tmp_path) == [0]
@@ -141,7 +141,7 @@ def test_a_run_that_starts_over_from_step_zero_repeats_no_line(tmp_path: Path) -
 
 def test_lines_that_are_no_metrics_do_not_stop_a_resumption(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[]\n{"no": 1}\n7\n\n{"step": 2}\n')
-    MetricsFile(tmp_path, from_step=5).close()
+    StepLines(tmp_path / "metrics.jsonl", from_step=5).close()
     assert steps(tmp_path) == [1, 2]
 
 

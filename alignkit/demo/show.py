@@ -12,17 +12,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from alignkit.config import Sampling
 from alignkit.demo import world
 from alignkit.demo.base import write_start
 from alignkit.engine import Engine
 from alignkit.errors import ConfigError, nearest
-from alignkit.method import wins
+from alignkit.metrics import wins
 from alignkit.models import plain_logps
 from alignkit.rollout import sample
 
 # A model of a million parameters wants rates a hundred times those of the billions that the defaults are for.
 SFT = {"learning_rate": 2e-3, "epochs": 24, "batch_size": 32, "warmup_fraction": 0.05}
 SHARED = {"batch_size": 16, "epochs": 2, "max_prompt_tokens": 64, "max_completion_tokens": 64}
+LENGTH = Sampling(max_new_tokens=64)
 SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 1e-4},
     "ipo": {"learning_rate": 1e-4},
@@ -83,7 +85,7 @@ def measure(model: Any, base: Any, tokenizer: Any, held_out: list[world.Question
     accuracy: how often log policy - log base is higher for the brief answer, ties half; 50 % for the base itself.
     kl: of the policy from the base in nats a sequence, the mean of log policy - log base over the policy's own samples.
     """
-    answers = sample(model, tokenizer, [q.prompt for q in held_out], max_new_tokens=64, seed=seed)
+    answers = [one.tokens for (one,) in sample(model, tokenizer, [q.prompt for q in held_out], LENGTH, seed=seed)]
     texts = [tokenizer.decode(a, skip_special_tokens=True) for a in answers]
     scores = [world.score(q, t) for q, t in zip(held_out, texts, strict=True)]
     prefers, kl = [], []
@@ -109,9 +111,10 @@ def _log_ratio(model: Any, base: Any, prompt: list[int], answer: list[int]) -> t
 
 def _win_rates(base: Any, asked: list[world.Question], before: Measures, after: Measures, seed: int) -> list[float]:
     """How often the judge prefers an answer to a fresh one of the base model, ties half: (before, after)."""
-    others = sample(base.model, base.tokenizer, [q.prompt for q in asked], max_new_tokens=64, seed=seed + 2)
+    others = sample(base.model, base.tokenizer, [q.prompt for q in asked], LENGTH, seed=seed + 2)
     against = [
-        world.score(q, base.tokenizer.decode(o, skip_special_tokens=True)) for q, o in zip(asked, others, strict=True)
+        world.score(q, base.tokenizer.decode(o.tokens, skip_special_tokens=True))
+        for q, (o,) in zip(asked, others, strict=True)
     ]
     rates = []
     for m in (before, after):

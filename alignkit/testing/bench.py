@@ -7,9 +7,9 @@ The step is the engine's: collect once, count over all ranks, then a backward fo
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from alignkit.errors import PluginError
 from alignkit.method import Method
 from alignkit.models import Scorer
 from alignkit.packing import batch_of
-from alignkit.testing.byhand import ScoredRow, score_rows
-from alignkit.testing.world import blend, tiny_model
+from alignkit.scalars import ActorCritic, Valuer
+from alignkit.testing.byhand import ScoredRow, score_of, score_rows
+from alignkit.testing.world import EOS, blend, tiny_classifier, tiny_model
 from alignkit.types import Batch, Completion, Example, Layout, Outputs
 
 
@@ -48,28 +49,45 @@ class Measured:
 
 
 class TinyModels:
-    """Policy and reference of the bench; a role that the method did not declare is refused, as in a run."""
+    """The models of the bench; a role that the method did not declare is refused, as in a run.
+
+    trained: what a step trains: the policy, with its critic where there is one, or a reward model.
+    """
 
     def __init__(self, method: Method[Any], dtype: torch.dtype = torch.float64) -> None:
         self.method = method
         self.policy_scorer = Scorer(tiny_model(0, dtype))
         self.reference_scorer = Scorer(tiny_model(0, dtype)).requires_grad_(False)
         blend(self.policy_scorer, tiny_model(1, dtype), 0.05)
+        self.trained: Any = self.policy_scorer
+        if "critic" in method.roles():
+            self.trained = ActorCritic(self.policy_scorer, Valuer(tiny_classifier(2, dtype)))
+        if "reward" in method.trains:
+            self.trained = Valuer(tiny_classifier(0, dtype))
 
-    def policy(self, batch: Batch) -> Outputs:
-        """Score with the policy."""
-        return Outputs(self._ask("policy", self.policy_scorer, batch))
+    def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
+        """Score with the policy, and with the critic."""
+        self._ask("policy")
+        if not values:
+            said = self.policy_scorer(batch.rows, batch.targets, 1.0, entropy)
+            return Outputs(*said) if entropy else Outputs(said)
+        self._ask("critic")
+        return Outputs(*self.trained(batch.rows, batch.targets, 1.0, entropy, frozen))
 
     def reference(self, batch: Batch) -> Outputs:
         """Score with the reference."""
+        self._ask("reference")
         with torch.no_grad():
-            return Outputs(self._ask("reference", self.reference_scorer, batch))
+            return Outputs(self.reference_scorer(batch.rows, batch.targets))
 
-    def _ask(self, role: str, scorer: Scorer, batch: Batch) -> Tensor:
-        if role not in self.method.uses:
-            raise PluginError(f"'{self.method.name}' asked for the role '{role}', which `uses` does not declare")
-        logps: Tensor = scorer(batch.rows, batch.targets)
-        return logps
+    def reward(self, batch: Batch) -> Tensor:
+        """Score whole answers with the reward model."""
+        self._ask("reward")
+        return self.trained(batch.rows, batch.rows.last_at)  # type: ignore[no-any-return]
+
+    def _ask(self, role: str) -> None:
+        if role not in self.method.roles():
+            raise PluginError(f"'{self.method.name}' asked for the role '{role}', which it does not declare")
 
 
 class ScriptedModels:
@@ -82,20 +100,47 @@ class ScriptedModels:
         self.policy_says, self.reference_says = policy_says, reference_says
         self.leaves: list[Tensor] = []
 
-    def policy(self, batch: Batch) -> Outputs:
-        """Return the scripted values as a leaf."""
-        logps_C = _spread(batch, self.policy_says).requires_grad_(torch.is_grad_enabled())
-        self.leaves.append(logps_C)
-        return Outputs(logps_C)
+    def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
+        """Return the scripted values as a leaf, entropies of 0, and a critic's values of 0 as another leaf."""
+        wanted = torch.is_grad_enabled()
+        logps_C = _spread(batch, self.policy_says).requires_grad_(wanted and not frozen)
+        values_C = torch.zeros_like(logps_C).requires_grad_(wanted)
+        self.leaves += [leaf for leaf, used in ((logps_C, not frozen), (values_C, values)) if used]
+        return Outputs(logps_C, torch.zeros(len(logps_C)) if entropy else None, values_C if values else None)
 
     def reference(self, batch: Batch) -> Outputs:
         """Return the scripted values."""
         return Outputs(_spread(batch, self.reference_says))
 
+    def reward(self, batch: Batch) -> Tensor:
+        """Return each completion's scripted value as its score, a leaf; -30 for one that a method put together."""
+        said = torch.tensor([self.policy_says.get(c, -30.0) for e in batch.examples for c in e.completions])
+        self.leaves.append(said.requires_grad_(torch.is_grad_enabled()))
+        return said
+
 
 def _spread(batch: Batch, says: Mapping[Completion, float]) -> Tensor:
     values = torch.tensor([says[c] for e in batch.examples for c in e.completions])
     return values.repeat_interleave(batch.lengths)
+
+
+Scripted = Callable[[Example, int], Example]
+
+
+def made_up(example: Example, n: int) -> Example:
+    """Return the prompt with n completions drawn from its own tokens: one of a single token, some cut, and where its
+    row can be divided by 4 all of them equal."""
+    draw = torch.Generator().manual_seed(int(example.prompt.long().sum()) * 1009 + len(example.prompt))
+    completions = []
+    for k in range(n):
+        length = 1 if k == 1 else int(torch.randint(1, 9, (1,), generator=draw))
+        tokens = torch.randint(EOS + 1, EOS + 40, (length,), generator=draw, dtype=torch.int32)
+        if k % 3 != 2:
+            tokens[-1] = EOS
+        completions.append(Completion(tokens))
+    if example.row % 4 == 0:
+        completions = completions[:1] * n
+    return replace(example, completions=tuple(completions))
 
 
 class _Ranks:
@@ -139,15 +184,49 @@ class BenchContext:
     step: int = 0
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     uses_reference: bool = True
+    uses_critic: bool = False
     layout: Layout = Layout()
     rank: int = 0
     ranks: _Ranks = field(default_factory=lambda: _Ranks(1))
     moved: list[float] = field(default_factory=list)
+    training: bool = True
+    stale: float = 0.0
+    scripted: Scripted | None = None
+    logged: dict[str, float] = field(default_factory=dict)
+    eos: int = EOS
+    max_new_tokens: int = 256
+
+    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
+        """Return made-up completions, rewards and verdicts, which depend on the example alone."""
+        make = self.scripted or made_up
+        made = batch_of([make(e, n) for e in batch.examples], self.layout)
+        scores = torch.tensor([score_of(c) for e in made.examples for c in e.completions], dtype=torch.float64)
+        ended = torch.tensor([int(c.tokens[-1]) == EOS for e in made.examples for c in e.completions])
+        numbers = {"ended": ended, "rewards": scores}
+        if mixture is not None:
+            numbers["wins"] = scores.sigmoid()
+        with torch.no_grad():
+            said = self.models.policy(made, values=self.uses_critic)
+            old = said.logps - self.stale * made.targets.double().sin()
+            per_token = {"old_logps": old} if self.stale or self.uses_critic else {}
+            if said.values is not None:
+                per_token["values"] = said.values
+            if self.uses_reference:
+                per_token["reference_logps"] = self.models.reference(made).logps
+        return made.attach(per_completion=numbers, per_token=per_token)
+
+    def log(self, **values: float) -> None:
+        """Keep the numbers."""
+        self.logged |= values
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        return self.ranks.sum(self.rank, value)
 
     def shard(self, examples: Sequence[Example]) -> Batch:
         """This rank's part of the examples."""
         batch = batch_of(examples[self.rank :: self.ranks.n], self.layout)
-        if not self.uses_reference:
+        if not self.uses_reference or not all(e.completions for e in examples):
             return batch
         with torch.no_grad():
             return batch.attach(per_token={"reference_logps": self.models.reference(batch).logps})
@@ -163,10 +242,16 @@ class BenchContext:
 
 
 class Bench:
-    """One method with its models in float64; `models` may be others that say what is wanted."""
+    """One method with its models in float64; `models` may be others that say what is wanted.
 
-    def __init__(self, method: Method[Any], models: Any = None) -> None:
-        self.method = method
+    scripted: what is sampled from a prompt, instead of what the bench makes up. stale: how far the policy that sampled
+    is behind: old = policy - stale * sin(token), in nats; without it a batch serves one update.
+    """
+
+    def __init__(
+        self, method: Method[Any], models: Any = None, scripted: Scripted | None = None, stale: float = 0.0
+    ) -> None:
+        self.method, self.scripted, self.stale = method, scripted, stale
         self.models = models if models is not None else TinyModels(method)
 
     def context(self, examples: Sequence[Example], cut: Cut = Cut(), rank: int = 0, ranks: Any = None) -> BenchContext:
@@ -174,7 +259,10 @@ class Bench:
         return BenchContext(
             self.models,
             tuple(examples),
-            uses_reference="reference" in self.method.uses,
+            scripted=self.scripted,
+            stale=self.stale,
+            uses_reference="reference" in self.method.roles(),
+            uses_critic="critic" in self.method.roles(),
             layout=cut.layout,
             rank=rank,
             ranks=ranks or _Ranks(1),
@@ -200,22 +288,26 @@ class Bench:
         totals = {n: max(1.0, float(sum(b.count(n) for b in batches))) for n in names}
         metrics = meter.Meter()
         metrics.expect(totals)
-        policy = self.models.policy_scorer
-        policy.zero_grad()
+        trained = self.models.trained
+        trained.zero_grad()
         for batch in batches:
             for micro in batch.micro_batches(cut.max_tokens):
                 terms = self.method.loss(micro, self.models)
                 term_sums = meter.sums(terms, micro, self.method.name)
                 meter.share(terms, term_sums, totals).backward()  # type: ignore[no-untyped-call]
                 metrics.add(terms, term_sums)
-        gradients = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
-        policy.zero_grad()
+        gradients = {n: p.grad.clone() for n, p in trained.named_parameters() if p.grad is not None}
+        trained.zero_grad()
         means = metrics.means(lambda t: t)
         return Measured(means["loss"], means, gradients)
 
     def score(self, examples: Sequence[Example]) -> list[ScoredRow]:
-        """Return what both models say about each answer alone, as plain float64 numbers."""
-        return score_rows(self.models.policy_scorer.model, self.models.reference_scorer.model, examples)
+        """Return what the models say about each answer alone, and the rewards of sampled ones: plain numbers."""
+        models = self.models
+        critic = models.trained.critic.model if isinstance(models.trained, ActorCritic) else None
+        policy, reference = models.policy_scorer.model, models.reference_scorer.model
+        reward = score_of if self.method.data == "prompts" else lambda _: 0.0
+        return score_rows(policy, reference, examples, critic, reward)
 
 
 def assert_same(a: Measured, b: Measured, what: str, tolerance: float = 1e-6) -> None:

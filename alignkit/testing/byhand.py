@@ -6,7 +6,7 @@ Nothing here touches batches, rows, masks or kernels, so an error there cannot h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,15 @@ from alignkit.types import Completion, Example
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion: the log-probabilities of its trained tokens in nats, by the policy and by the reference."""
+    """One completion: the log-probabilities of its trained tokens in nats, by the policy and by the reference.
+
+    Of a sampled one also: its reward and, where the method has a critic, the value before each token.
+    """
 
     policy: tuple[float, ...]
     reference: tuple[float, ...]
+    reward: float = 0.0
+    values: tuple[float, ...] = ()
 
     @property
     def n(self) -> int:
@@ -67,12 +72,25 @@ class ScoredRow:
         return self.answers[1]
 
 
-def score_rows(policy: Any, reference: Any, examples: Sequence[Example]) -> list[ScoredRow]:
+def score_rows(
+    policy: Any,
+    reference: Any,
+    examples: Sequence[Example],
+    critic: Any = None,
+    reward: Callable[[Completion], float] = lambda _: 0.0,
+) -> list[ScoredRow]:
     """Score every answer alone, by the models' own forward without masks or packing, in the models' float64."""
-    return [
-        ScoredRow(e, tuple(Answer(_logps(policy, e, c), _logps(reference, e, c)) for c in e.completions))
-        for e in examples
-    ]
+
+    def answer(e: Example, c: Completion) -> Answer:
+        values = _values(critic, e, c) if critic is not None else ()
+        return Answer(_logps(policy, e, c), _logps(reference, e, c), reward(c), values)
+
+    return [ScoredRow(e, tuple(answer(e, c) for c in e.completions)) for e in examples]
+
+
+def score_of(completion: Completion) -> float:
+    """Return the kit's reward of a sampled completion: a number in [-2, 2] that depends on its tokens."""
+    return 2 * math.sin(float(completion.tokens.double().square().sum()))
 
 
 def _logps(model: Any, example: Example, completion: Completion) -> tuple[float, ...]:
@@ -82,6 +100,14 @@ def _logps(model: Any, example: Example, completion: Completion) -> tuple[float,
     start = len(example.prompt)
     trained = completion.trained.tolist() if completion.trained is not None else [True] * (len(sequence) - start)
     return tuple(float(logps_TV[i - 1, sequence[i]]) for i in range(start, len(sequence)) if trained[i - start])
+
+
+def _values(critic: Any, example: Example, completion: Completion) -> tuple[float, ...]:
+    sequence = torch.cat([example.prompt, completion.tokens]).tolist()
+    with torch.no_grad():
+        hidden = critic.base_model(input_ids=torch.tensor([sequence]), use_cache=False).last_hidden_state[0]
+        said = critic.score(hidden).squeeze(-1).double()
+    return tuple(float(v) for v in said[len(example.prompt) - 1 : -1])
 
 
 def sigmoid(x: float) -> float:

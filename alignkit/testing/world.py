@@ -43,6 +43,16 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
         return LlamaForCausalLM(config).to(dtype)
 
 
+def tiny_classifier(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a one-label classifier on `tiny_model`'s trunk; its head is drawn too."""
+    from alignkit.loading import classifier_like
+
+    model: Any = classifier_like(tiny_model(seed, dtype))
+    with torch.no_grad():
+        model.score.weight.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
 def blend(model: nn.Module, other: nn.Module, part: float) -> None:
     """Move the model's weights this part of the way to the other's: a policy that has left its reference a little."""
     with torch.no_grad():

@@ -1,0 +1,49 @@
+"""Where PPO's critic comes from: the policy, the reward model, a folder, or a head on the policy's own trunk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from alignkit.config import RunConfig
+from alignkit.errors import ConfigError
+from alignkit.loading import add_lora, causal_lm, classifier_like, from_pretrained, readied
+from alignkit.models import Scorer
+from alignkit.online import Online
+from alignkit.scalars import ActorCritic, Valuer, number_head, value_head
+
+
+def with_critic(policy: Scorer | Valuer, config: RunConfig, online: Online | None, device: torch.device) -> ActorCritic:
+    """Return policy and critic as one module; under `lora` a critic of its own is trained by adapters too.
+
+    Raises ConfigError or ModelError where the critic that was asked for cannot be had, or reads other tokens.
+    """
+    assert isinstance(policy, Scorer)
+    if config.critic == "shared":
+        return ActorCritic(policy, value_head(policy.model))
+    model = _begun(policy.model, config, online)
+    number_head(model)
+    theirs, ours = (causal_lm(m).get_input_embeddings().weight.shape[0] for m in (model, policy.model))
+    if theirs != ours:
+        raise ConfigError(
+            f"the critic reads {theirs} different tokens and the policy {ours}: both need one tokenizer; "
+            f"use critic: policy, or a reward model trained from the same base"
+        )
+    if config.lora:
+        model = add_lora(model, config.lora, "classifier")
+    return ActorCritic(policy, Valuer(readied(model, config, device)).train())
+
+
+def _begun(policy: nn.Module, config: RunConfig, online: Online | None) -> nn.Module:
+    folder = online.rewards.model_folder if online and online.rewards else None
+    if config.critic == "policy" or (config.critic == "auto" and folder is None):
+        return classifier_like(policy)
+    if config.critic in ("auto", "reward"):
+        if folder is None:
+            raise ConfigError("critic: reward needs a reward model's folder as `reward`; use critic: policy or shared")
+        return from_pretrained(str(folder), config, "classifier")
+    if not Path(config.critic).is_dir():
+        raise ConfigError(f"critic: no folder '{config.critic}'; give auto, policy, reward, shared, or a folder")
+    return from_pretrained(config.critic, config, "classifier")

@@ -1,0 +1,63 @@
+"""What methods log: the numbers that all on pairs, and all on sampled completions, have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from alignkit.types import Batch, Outputs, Term, metric
+from alignkit_kernels import PolicyLoss, sequence_sum
+
+
+def pair_metrics(batch: Batch, logps_C: Tensor, rewards_S: Tensor) -> dict[str, Term]:
+    """Return the metrics that every method on pairs logs; ties count half in the accuracy.
+
+    logps_C: the policy's log-probabilities in nats. rewards_S: implicit rewards, chosen and rejected in turn.
+    """
+    chosen, rejected = batch.pairs(rewards_S)
+    logps_chosen, logps_rejected = batch.pairs(sequence_sum(logps_C.detach(), batch.cu_seqlens))
+    length_chosen, length_rejected = batch.pairs(batch.lengths.float())
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margin": chosen - rejected,
+        "rewards/accuracy": wins(chosen, rejected),
+        "logps/chosen": logps_chosen,
+        "logps/rejected": logps_rejected,
+        "length/chosen": length_chosen,
+        "length/rejected": length_rejected,
+    }
+    return {name: metric(value) for name, value in values.items()} | kl_metric(batch, logps_C)
+
+
+def kl_metric(batch: Batch, logps_C: Tensor) -> dict[str, Term]:
+    """Return "kl" where the batch carries reference log-probabilities: nats a sequence, on the data's completions.
+
+    The k3 estimator r - 1 - log r of KL(reference || policy), r = policy / reference, summed over a completion's
+    tokens: never negative, and unbiased where the reference could have written them (Schulman, 2020).
+    """
+    if "reference_logps" not in batch:
+        return {}
+    log_r = (logps_C.detach() - batch.reference_logps).clamp(max=20.0)  # e^20 is a warning in itself
+    return {"kl": metric(sequence_sum(log_r.exp() - 1 - log_r, batch.cu_seqlens), over="completions")}
+
+
+def rollout_metrics(batch: Batch, said: Outputs, out: PolicyLoss) -> dict[str, Term]:
+    """Return the metrics that every method on sampled completions logs.
+
+    "kl" is the k3 estimate of KL(policy || reference) in nats a sequence, here on the policy's own samples.
+    """
+    terms = {
+        "clip_fraction": metric(out.clipped.float(), over="tokens"),
+        "ratio/max": metric(out.ratios, over="tokens", largest=True),
+    }
+    if said.entropy is not None:
+        terms["entropy"] = metric(said.entropy, over="tokens")
+    if "reference_logps" in batch:
+        log_r = (batch.reference_logps - said.logps.detach()).clamp(max=20.0)
+        terms["kl"] = metric(sequence_sum(log_r.expm1() - log_r, batch.cu_seqlens), over="completions")
+    return terms
+
+
+def wins(a: Tensor, b: Tensor) -> Tensor:
+    """Return 1 where a > b, 0.5 where they are equal, 0 elsewhere; float32, the shape of a."""
+    return (a > b).float() + 0.5 * (a == b).float()

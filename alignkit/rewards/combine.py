@@ -1,0 +1,138 @@
+"""Several rewards as one number: weighted sums, and ensembles against reward hacking."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.errors import ConfigError, nearest
+from alignkit.rewards.answers import Answers, Scores
+from alignkit.rewards.functions import Function, Values, ask
+from alignkit.rewards.spec import REWARD, Device, Leaf, leaf, number
+from alignkit.rows import shown
+
+_COMBINE: dict[str, Callable[[Sequence[float], float], float]] = {
+    "mean": lambda scores, _: statistics.fmean(scores),
+    "min": lambda scores, _: min(scores),
+    "mean-std": lambda scores, k: statistics.fmean(scores) - k * statistics.pstdev(scores),
+}
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Rewards that are asked about the same answers and become one number.
+
+    combine: "mean"; "min" (2310.02743, worst-case optimisation); "mean-std", the mean minus k population standard
+    deviations, so that what only some members like is worth less.
+    """
+
+    name: str
+    weight: float
+    members: tuple[Leaf, ...]
+    combine: str = "mean"
+    k: float = 1.0
+
+    def combined(self, values: Sequence[Values]) -> Values:
+        """Return one value an answer, of the members that apply to it."""
+        rows = [[v for v in row if v is not None] for row in zip(*values, strict=True)]
+        return [_COMBINE[self.combine](row, self.k) if row else None for row in rows]
+
+
+class Rewards:
+    """Everything that scores an answer; `build_rewards` makes it."""
+
+    def __init__(self, parts: Sequence[Leaf | Ensemble], device: Device) -> None:
+        self._parts = list(parts)
+        self._functions = [f.build(device) for part in parts for f in _leaves(part)]
+        self.names = [part.name for part in parts]
+
+    @property
+    def model_folder(self) -> str | None:
+        """The folder of the first reward model, from which a critic may begin; None where there is none."""
+        return next((f.folder for part in self._parts for f in _leaves(part) if f.folder), None)
+
+    def score(self, answers: Answers) -> Scores:
+        """Score S completions. Raises RewardError naming the reward, the row and what came back."""
+        given = {"prompts": answers.prompts, "completions": answers.completions}
+        said = iter(ask(self._functions, answers, given) if len(answers) else [[]] * len(self._functions))
+        total = [0.0] * len(answers)
+        parts: dict[str, list[float]] = {}
+        for part in self._parts:
+            values = [next(said) for _ in _leaves(part)]
+            whole = part.combined(values) if isinstance(part, Ensemble) else values[0]
+            parts[part.name] = _plain(whole)
+            total = [t + part.weight * v for t, v in zip(total, parts[part.name], strict=True)]
+            if isinstance(part, Ensemble):
+                parts |= {f"{part.name}/{m.name}": _plain(v) for m, v in zip(part.members, values, strict=True)}
+        return Scores(total, parts)
+
+    def close(self) -> None:
+        """Close what the rewards hold open."""
+        close_all(self._functions)
+
+
+def build_rewards(spec: Any, device: Device = "cpu") -> Rewards:
+    """Load what a spec names (see docs/rewards.md), models onto `device`. Raises as `check_rewards`, and ModelError."""
+    return Rewards(_parts(spec), device)
+
+
+def check_rewards(spec: Any) -> None:
+    """Raise ConfigError where a spec cannot work, PluginError for a broken plugin; loads no model."""
+    _parts(spec)
+
+
+def close_all(functions: Sequence[Function]) -> None:
+    """Call `close()` of the functions that have it."""
+    for function in functions:
+        if callable(close := getattr(function.call, "close", None)):
+            close()
+
+
+def _parts(spec: Any) -> list[Leaf | Ensemble]:
+    specs = list(spec) if isinstance(spec, list | tuple) else [spec]
+    if not specs:
+        raise ConfigError("reward: the list is empty")
+    parts = [_ensemble(s) if isinstance(s, Mapping) and "ensemble" in s else leaf(s, REWARD) for s in specs]
+    _differ(parts, "rewards")
+    return parts
+
+
+def _ensemble(spec: Mapping[str, Any]) -> Ensemble:
+    given = dict(spec)
+    name = str(given.pop("name", "ensemble"))
+    weight = number(given.pop("weight", 1.0), "reward: weight")
+    members, combine = given.pop("ensemble"), given.pop("combine", "mean")
+    if not isinstance(members, list | tuple) or len(members) < 2:
+        raise ConfigError(f"reward: an ensemble is a list of two rewards or more, not {shown(members)}")
+    if not isinstance(combine, str) or combine not in _COMBINE:
+        raise ConfigError(
+            f"reward: combine is {shown(combine)}.{nearest(str(combine), _COMBINE)} One of {', '.join(_COMBINE)}"
+        )
+    if "k" in given and combine != "mean-std":
+        raise ConfigError(f"reward: k belongs to combine: mean-std, not to {combine}")
+    k = number(given.pop("k", 1.0), "reward: k")
+    if given:
+        unknown = next(iter(given))
+        known = ("ensemble", "combine", "k", "weight", "name")
+        raise ConfigError(f"reward: an ensemble has no '{unknown}'.{nearest(unknown, known)} It has {', '.join(known)}")
+    if any(isinstance(m, Mapping) and ("weight" in m or "ensemble" in m) for m in members):
+        raise ConfigError("reward: a member of an ensemble has no weight and is no ensemble itself")
+    leaves = tuple(leaf(m, REWARD) for m in members)
+    _differ(leaves, "members of the ensemble")
+    return Ensemble(name, weight, leaves, combine, k)
+
+
+def _differ(parts: Sequence[Leaf | Ensemble], what: str) -> None:
+    names = [part.name for part in parts]
+    if twice := next((n for n in names if names.count(n) > 1), None):
+        raise ConfigError(f"reward: two {what} are called '{twice}'; give them names: {{use: ..., name: ...}}")
+
+
+def _leaves(part: Leaf | Ensemble) -> tuple[Leaf, ...]:
+    return part.members if isinstance(part, Ensemble) else (part,)
+
+
+def _plain(values: Values) -> list[float]:
+    return [0.0 if v is None else v for v in values]

@@ -1,0 +1,164 @@
+"""A client for language models behind the OpenAI protocol: bounded concurrency, retries, and a cache on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import httpx2
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from alignkit.errors import RewardError
+from alignkit.rewards.judgements import Judgements, key_of
+from alignkit.rewards.verifiers import Options
+from alignkit.rows import shown
+
+Messages = list[dict[str, str]]
+_AGAIN = frozenset({408, 409, 425, 429})  # and 5xx: the same request may succeed later
+_LONGEST_WAIT = 300.0  # seconds
+
+
+class Endpoint(Options):
+    """Options of whatever asks a language model through an OpenAI-compatible endpoint."""
+
+    url: str = Field(description="base of the endpoint, such as http://localhost:8000/v1")
+    model: str = Field(description="the model's name there")
+    key_env: str | None = Field(None, description="NAME of the environment variable that holds the key")
+    temperature: float | None = Field(0.0, ge=0, description="null leaves it out of the request")
+    max_tokens: int | None = Field(512, ge=1, description="of a reply; null leaves it out of the request")
+    body: dict[str, Any] = Field({}, description="more fields of the request")
+    timeout: float = Field(60.0, gt=0, description="seconds for one request")
+    retries: int = Field(5, ge=0, le=100, description="after time-outs, lost connections, and statuses 429 and 5xx")
+    backoff: float = Field(1.0, ge=0, description="seconds before the first retry; doubles each time")
+    concurrency: int = Field(8, ge=1, description="requests at once, of each process")
+    cache_file: Path | None = Field(None, description="default: ~/.cache/alignkit/judgements.sqlite")
+    _judgements: Judgements | None = PrivateAttr(None)
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        try:
+            parsed = httpx2.URL(url)
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"is no address: {error}") from None
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ValueError("give http:// or https://, a host, and a path, such as http://localhost:8000/v1")
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Self:
+        # for the whole and not for a field, whose message would show what was given
+        if httpx2.URL(self.url).userinfo:
+            raise ValueError("url holds a password; keep it in an environment variable, and name that in key_env")
+        if self.key_env is not None and not os.environ.get(self.key_env):
+            raise ValueError("key_env is the NAME of the environment variable that holds the key; it is not set")
+        return self
+
+    async def replies(self, questions: Sequence[Messages], keep: Callable[[str], bool]) -> list[str]:
+        """Return the model's reply to each question; those that were asked before are read from the cache.
+
+        keep: whether a reply is of use; each one that is goes into the cache as it comes. Raises RewardError where
+        the endpoint refuses, or stays dead after the retries.
+        """
+        if self._judgements is None:
+            self._judgements = Judgements(self.cache_file)
+        cache, keys = self._judgements, [key_of(self._request(q) | {"url": self.url}) for q in questions]
+        found = {key: cache.get(key) for key in keys}
+        missing = {key: q for key, q in zip(keys, questions, strict=True) if found[key] is None}
+        slots = asyncio.Semaphore(self.concurrency)
+        limits = httpx2.Limits(max_connections=self.concurrency)
+
+        async def fill(client: httpx2.AsyncClient, key: str, question: Messages) -> None:
+            async with slots:
+                found[key] = reply = await self._reply(client, question)
+            if keep(reply):
+                cache.put(key, reply)
+
+        try:
+            async with httpx2.AsyncClient(headers=self._headers(), timeout=None, limits=limits) as client:
+                async with asyncio.TaskGroup() as tasks:
+                    for key, question in missing.items():
+                        tasks.create_task(fill(client, key, question))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        return [str(found[key]) for key in keys]
+
+    def close(self) -> None:
+        """Close the cache."""
+        if self._judgements is not None:
+            self._judgements.close()
+            self._judgements = None
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {os.environ[self.key_env]}"} if self.key_env else {}
+
+    def _request(self, messages: Messages) -> dict[str, Any]:
+        options = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        return {
+            "model": self.model,
+            "messages": messages,
+            **{k: v for k, v in options.items() if v is not None},
+            **self.body,
+        }
+
+    async def _reply(self, client: httpx2.AsyncClient, messages: Messages) -> str:
+        """Ask once, and again after failures that may pass."""
+        for attempt in range(self.retries + 1):
+            said = await self._attempt(client, messages)
+            if isinstance(said, str):
+                return said
+            failed = said
+            wait = min(self.backoff * 2**attempt, _LONGEST_WAIT) if failed.wait is None else failed.wait
+            if attempt == self.retries or wait > _LONGEST_WAIT:
+                break
+            await asyncio.sleep(wait)
+        kept = self._judgements.path if self._judgements else ""
+        raise RewardError(
+            f"the language model at {self.url} is not to be had: {failed.problem} (asked {attempt + 1} times). "
+            f"Start it again and resume the run; what it has answered is kept in {kept}"
+        )
+
+    async def _attempt(self, client: httpx2.AsyncClient, messages: Messages) -> str | _Failure:
+        """Ask once. Raises RewardError where asking again is of no use."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                response = await client.post(f"{self.url}/chat/completions", json=self._request(messages))
+        except TimeoutError:
+            return _Failure(f"no reply within {self.timeout:g} s")
+        except httpx2.TransportError as error:
+            return _Failure(f"{type(error).__name__}: {error}")
+        status, about = response.status_code, shown(response.text, 200)
+        if status != 200:
+            if status in _AGAIN or status >= 500:
+                return _Failure(f"status {status}, {about}", _retry_after(response))
+            raise RewardError(
+                f"the language model at {self.url} refuses: status {status}, {about}; see url, model, key_env and body"
+            )
+        try:
+            reply = response.json()["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError):
+            reply = None
+        return reply if isinstance(reply, str) else _Failure(f"status 200, and no chat completion: {about}")
+
+
+class _Failure(NamedTuple):
+    """What went wrong, and the seconds after which the endpoint wants to be asked again, where it says so."""
+
+    problem: str
+    wait: float | None = None
+
+
+def _retry_after(response: httpx2.Response) -> float | None:
+    """Return the seconds that the endpoint asks for, given as a number or as a date; None where it does not."""
+    value = response.headers.get("retry-after", "")
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,166 @@
+"""Calling rewards and judges: everything that scores is a function of keyword arguments, ours and strangers' alike.
+
+    def reward(prompts, completions, **columns) -> list[float]
+    def judge(prompts, first, second, **columns) -> list[float]
+
+A function gets what its parameters name: those above, the rows' columns, and, where it names them, `lengths` and
+`ended` of the completions. With `**columns` it gets every column.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from alignkit.errors import AlignkitError, ConfigError, RewardError, nearest
+from alignkit.rewards.answers import Answers
+from alignkit.rows import shown
+
+Values = list[float | None]
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class RowError(Exception):
+    """Entry `index` cannot be scored; whoever called the function adds its row and prompt."""
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+@dataclass(frozen=True)
+class Function:
+    """A reward or a judge with its name, and the options that every call gets.
+
+    kind: "reward" or "judge". given: the names of what it is always given ("prompts", "completions", ...).
+    """
+
+    kind: str
+    name: str
+    call: Callable[..., Any]
+    given: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """Its parameters. Raises ConfigError where it cannot be called by keywords, or does not take the options."""
+        try:
+            parameters = inspect.signature(self.call).parameters
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{self.kind} '{self.name}': its parameters cannot be read: {error}") from None
+        for name, p in parameters.items():
+            if p.kind is p.POSITIONAL_ONLY and p.default is p.empty:
+                raise ConfigError(f"{self.kind} '{self.name}' takes '{name}' by position; all is given by keyword")
+        known = [name for name, p in parameters.items() if p.kind in _NAMED]
+        for name in self.options:
+            if name in self.given or (name not in known and not _takes_any(parameters)):
+                raise ConfigError(
+                    f"{self.kind} '{self.name}' has no option '{name}'.{nearest(name, known)} "
+                    f"Its parameters: {', '.join(known) or 'none'}"
+                )
+        return parameters
+
+    @cached_property
+    def columns(self) -> frozenset[str]:
+        """The columns that it cannot do without."""
+        known = {*self.given, *self.options, "lengths", "ended"}
+        named = {n for n, p in self.parameters.items() if p.kind in _NAMED and p.default is p.empty}
+        return frozenset({*(named - known), *getattr(self.call, "needs", ())})
+
+    @property
+    def is_async(self) -> bool:
+        """Whether a call has to be awaited."""
+        return inspect.iscoroutinefunction(self.call) or inspect.iscoroutinefunction(type(self.call).__call__)
+
+    def arguments(self, answers: Answers, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of a call. Raises RewardError for a column that is not there."""
+        there = answers.columns
+        for column in sorted(self.columns - set(there)):
+            have = f"the rows have {', '.join(sorted(there))}" if there else "the rows have no other columns"
+            raise RewardError(
+                f"{self.kind} '{self.name}' asks for the column '{column}'; {have}.{nearest(column, there)}"
+            )
+        offered = {**there, "lengths": answers.lengths, "ended": answers.ended, **given}
+        wanted = {name for name, p in self.parameters.items() if p.kind in _NAMED}
+        if _takes_any(self.parameters):
+            wanted |= {*there, *given}
+        return {name: value for name, value in offered.items() if name in wanted} | dict(self.options)
+
+    def checked(self, answers: Answers, said: object) -> Values:
+        """Return what came back as a list of floats and None. Raises RewardError where it is no score an answer."""
+        said = said.tolist() if hasattr(said, "tolist") else said
+        if not isinstance(said, list | tuple):
+            raise RewardError(
+                f"{self.kind} '{self.name}' must return a list of {len(answers)} numbers, not {shown(said)}"
+            )
+        if len(said) != len(answers):
+            raise RewardError(
+                f"{self.kind} '{self.name}' returned {len(said)} values for {len(answers)} completions "
+                f"(first: {answers.place(0)}); it must return one for each"
+            )
+        return [None if v is None else self._number(answers, i, v) for i, v in enumerate(said)]
+
+    def _number(self, answers: Answers, i: int, value: Any) -> float:
+        plain = value.item() if getattr(value, "ndim", None) == 0 else value
+        try:
+            found = float(plain) if isinstance(plain, int | float) else math.nan
+        except OverflowError:
+            found = math.inf
+        if not math.isfinite(found):
+            raise RewardError(
+                f"{self.kind} '{self.name}' returned {shown(value)} for {answers.place(i)}; it must be a number"
+            )
+        return found
+
+    def failed(self, answers: Answers, error: Exception) -> RewardError:
+        """Return the RewardError that says what the function raised, and where."""
+        if isinstance(error, RowError):
+            return RewardError(f"{self.kind} '{self.name}', {answers.place(error.index)}: {error}")
+        if isinstance(error, RewardError):
+            return RewardError(f"{self.kind} '{self.name}': {error}")
+        what = str(error) if isinstance(error, AlignkitError) else f"{type(error).__name__}: {error}"
+        more = f" and {len(answers) - 1} more" if len(answers) > 1 else ""
+        return RewardError(f"{self.kind} '{self.name}' failed on {answers.place(0)}{more}: {what}")
+
+
+def ask(functions: Sequence[Function], answers: Answers, given: Mapping[str, Any]) -> list[Values]:
+    """Call every function about the same answers; the async ones wait together, in one event loop.
+
+    given: what stands beside the columns. Raises RewardError naming the function, the row and what came back.
+    """
+    arguments = [function.arguments(answers, given) for function in functions]
+    said: dict[int, object] = {}
+    for i, function in enumerate(functions):
+        if not function.is_async:
+            try:
+                said[i] = function.call(**arguments[i])
+            except Exception as error:  # a stranger's function may raise anything
+                raise function.failed(answers, error) from error
+    waiting = [i for i, function in enumerate(functions) if function.is_async]
+    if waiting:
+        # in a thread of its own: a notebook has an event loop already
+        with ThreadPoolExecutor(1) as pool:
+            calls = [_awaited(functions[i], answers, arguments[i]) for i in waiting]
+            said |= zip(waiting, pool.submit(asyncio.run, _together(calls)).result(), strict=True)
+    return [function.checked(answers, said[i]) for i, function in enumerate(functions)]
+
+
+async def _together(calls: Sequence[Awaitable[object]]) -> list[object]:
+    return list(await asyncio.gather(*calls))
+
+
+async def _awaited(function: Function, answers: Answers, arguments: Mapping[str, Any]) -> object:
+    try:
+        return await function.call(**arguments)
+    except Exception as error:  # as above
+        raise function.failed(answers, error) from error
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,0 +1,104 @@
+"""Which of two completions is better: functions, preference models, language models, and rewards by Bradley-Terry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from alignkit.errors import ConfigError, RewardError, nearest
+from alignkit.rewards.answers import Answers
+from alignkit.rewards.combine import Rewards, build_rewards, check_rewards, close_all
+from alignkit.rewards.functions import Function, ask
+from alignkit.rewards.spec import JUDGE, Device, leaf, number
+from alignkit.rows import shown
+
+
+class Judge(Protocol):
+    """Compares completions; `build_judge` makes it."""
+
+    def wins(self, first: Answers, second: Answers) -> list[float]:
+        """Return P(first wins) of S pairs of answers to the same prompts, from 0 to 1. Raises RewardError."""
+        ...
+
+    def close(self) -> None:
+        """Close what the judge holds open."""
+        ...
+
+
+class FunctionJudge:
+    """A judge that is a function `judge(prompts, first, second, **columns)`."""
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+
+    def wins(self, first: Answers, second: Answers) -> list[float]:
+        """See `Judge.wins`."""
+        if not len(first):
+            return []
+        given = {"prompts": first.prompts, "first": first.completions, "second": second.completions}
+        (said,) = ask([self._function], first, given)
+        return [self._probability(first, i, p) for i, p in enumerate(said)]
+
+    def close(self) -> None:
+        """See `Judge.close`."""
+        close_all([self._function])
+
+    def _probability(self, answers: Answers, i: int, p: float | None) -> float:
+        if p is None or not 0 <= p <= 1:
+            raise RewardError(
+                f"judge '{self._function.name}' returned {shown(p)} for {answers.place(i)}; "
+                f"it must be the probability that the first wins, from 0 to 1"
+            )
+        return p
+
+
+class BradleyTerry:
+    """Rewards as a judge: P(first wins) = sigmoid(scale * (r(first) - r(second)))."""
+
+    def __init__(self, rewards: Rewards, scale: float) -> None:
+        self._rewards, self._scale = rewards, scale
+
+    def wins(self, first: Answers, second: Answers) -> list[float]:
+        """See `Judge.wins`."""
+        r_first, r_second = (torch.tensor(self._rewards.score(a).total, dtype=torch.float64) for a in (first, second))
+        return torch.sigmoid(self._scale * (r_first - r_second)).tolist()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """See `Judge.close`."""
+        self._rewards.close()
+
+
+def build_judge(spec: Any, device: Device = "cpu") -> Judge:
+    """Load the judge that a spec names (see docs/rewards.md), models onto `device`. Raises as `check_judge`, and
+    ModelError."""
+    if (found := _bradley_terry(spec)) is not None:
+        rewards, scale = found
+        return BradleyTerry(build_rewards(rewards, device), scale)
+    return FunctionJudge(leaf(spec, JUDGE).build(device))
+
+
+def check_judge(spec: Any) -> None:
+    """Raise ConfigError where a spec cannot work, PluginError for a broken plugin; loads no model."""
+    if (found := _bradley_terry(spec)) is not None:
+        check_rewards(found[0])
+    else:
+        leaf(spec, JUDGE)
+
+
+def _bradley_terry(spec: Any) -> tuple[Any, float] | None:
+    """Return the rewards' spec and the scale, None for another judge."""
+    if isinstance(spec, list | tuple):
+        raise ConfigError("judge: give one, not a list; several rewards are one judge as {bradley_terry: [...]}")
+    if isinstance(spec, Mapping) and "weight" in spec:
+        raise ConfigError("judge: a judge has no weight")
+    if not isinstance(spec, Mapping) or "bradley_terry" not in spec:
+        return None
+    for key in spec:
+        if key not in ("bradley_terry", "scale"):
+            raise ConfigError(f"judge: bradley_terry has no option '{key}'.{nearest(key, ['scale'])} Options: scale")
+    scale = number(spec.get("scale", 1.0), "judge: scale")
+    if scale <= 0:
+        raise ConfigError(f"judge: scale is {scale:g}; give a number above 0")
+    return spec["bradley_terry"], scale

@@ -1,0 +1,56 @@
+"""Numbers in answers to mathematical questions: where the answer stands, and its exact value."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)"
+_DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"
+# a minus behind a word, a number or a bracket is a dash or a difference
+_SIGN = r"(?:(?<![\w.)\]}])[+\-−])?"
+_NUMBER = re.compile(
+    rf"(?P<sign>{_SIGN})\s*[$€£]?\s*(?:\\[dt]?frac\s*\{{\s*(?P<a>-?\d+)\s*\}}\s*\{{\s*(?P<b>-?\d+)\s*\}}"
+    rf"|(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL}))?)"
+)
+_TOO_LONG = 400  # characters; Python refuses to read integers of thousands of digits
+
+
+def final_number(text: str) -> Fraction | None:
+    """Return the number that `text` gives as its answer, exact; None where there is none.
+
+    The answer stands behind the last "####" or in the last "\\boxed{}", whichever comes later, else it is the last
+    number. Commas between thousands, currency and per cent signs are left out; 3/4 and \\frac{3}{4} are fractions.
+    """
+    hashes, boxed = text.rfind("####"), text.rfind("\\boxed{")
+    if hashes > boxed:
+        line = text[hashes + 4 :].strip().split("\n")[0]
+        return number_in(line)
+    if boxed >= 0:
+        return number_in(_inside(text, boxed + len("\\boxed{")))
+    return number_in(text)
+
+
+def number_in(text: str) -> Fraction | None:
+    """Return the last number in `text`, exact; None where there is none."""
+    last = None
+    for match in _NUMBER.finditer(text):
+        last = match
+    if last is None or len(last.group()) > _TOO_LONG:
+        return None
+    top, bottom = (last["a"], last["b"]) if last["a"] else (last["top"], last["bottom"])
+    try:
+        value = Fraction(top.replace(",", "")) / Fraction((bottom or "1").replace(",", ""))
+    except ZeroDivisionError:
+        return None
+    return -value if last["sign"] in ("-", "−") else value
+
+
+def _inside(text: str, begin: int) -> str:
+    """Return what stands between the brace before `begin` and the one that closes it."""
+    depth = 1
+    for i in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[begin:i]
+    return text[begin:]

@@ -1,0 +1,194 @@
+"""What users write as `reward` and `judge` -> functions that are checked, and loaded when they are built.
+
+One thing is a callable, "module:function", the folder of a model, or the name of what ships with alignkit or is
+registered by a plugin; with options it is a mapping {use: <that>, ...}.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from alignkit import registry
+from alignkit.config import validated
+from alignkit.errors import ConfigError, PluginError, nearest
+from alignkit.rewards.functions import Function
+from alignkit.rewards.llm import LlmJudge, LlmScore
+from alignkit.rewards.models import Classifier, ModelOptions, PairwiseModel, RewardModel, check_folder
+from alignkit.rewards.verifiers import Brevity, Exact, Format, Json, Length, Numeric, Options
+from alignkit.rows import shown
+
+Device: TypeAlias = torch.device | str
+_FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What differs between rewards and judges: the word, what ships, what every call gets, and the model's class."""
+
+    word: str
+    built_in: Mapping[str, type[Options]]
+    given: tuple[str, ...]
+    model: type[Classifier]
+    group: str
+    registered: Callable[[str], Callable[..., Any]]
+
+
+REWARD = Kind(
+    "reward",
+    {
+        "brevity": Brevity,
+        "exact": Exact,
+        "format": Format,
+        "json": Json,
+        "length": Length,
+        "llm": LlmScore,
+        "numeric": Numeric,
+    },
+    ("prompts", "completions"),
+    RewardModel,
+    registry.REWARDS,
+    registry.reward,
+)
+JUDGE = Kind("judge", {"llm": LlmJudge}, ("prompts", "first", "second"), PairwiseModel, registry.JUDGES, registry.judge)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One function that is not loaded yet. folder: of a model, else None."""
+
+    name: str
+    weight: float
+    build: Callable[[Device], Function]
+    folder: str | None = None
+
+
+def leaf(spec: Any, kind: Kind) -> Leaf:
+    """Check one reward or judge and return it. Raises ConfigError (PluginError for a broken plugin); loads no model."""
+    given = dict(spec) if isinstance(spec, Mapping) else {"use": spec}
+    if "use" not in given:
+        close = nearest(str(next(iter(given), "")), ["use", "ensemble", "bradley_terry"])
+        raise ConfigError(f"{kind.word}: {shown(spec)} says not what to use; write {{use: ..., weight: 1.0}}.{close}")
+    use = given.pop("use")
+    weight = number(given.pop("weight", 1.0), f"{kind.word}: weight")
+    target, name = _target(use, kind)
+    name = str(given.pop("name", name))
+    if isinstance(target, str):
+        return _of_folder(target, name, weight, given, kind)
+    if isinstance(target, type):
+        return _of_class(target, name, weight, given, kind)
+    function = Function(kind.word, name, target, kind.given, given)
+    _ = function.parameters  # checks them
+    return Leaf(name, weight, lambda _: function)
+
+
+def number(value: Any, what: str) -> float:
+    """Return a finite number from a spec. Raises ConfigError."""
+    try:
+        found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ConfigError(f"{what} is {shown(value)}; give a finite number")
+    return found
+
+
+def _of_folder(folder: str, name: str, weight: float, options: Mapping[str, Any], kind: Kind) -> Leaf:
+    checked = _optioned(ModelOptions, name, options, kind)
+
+    def build(device: Device) -> Function:
+        return Function(kind.word, name, kind.model(folder, device, checked.max_tokens), kind.given)  # type: ignore[arg-type]
+
+    return Leaf(name, weight, build, folder)
+
+
+def _of_class(cls: type[Any], name: str, weight: float, options: Mapping[str, Any], kind: Kind) -> Leaf:
+    if issubclass(cls, Options):
+        ready = Function(kind.word, name, _optioned(cls, name, options, kind), kind.given)
+        return Leaf(name, weight, lambda _: ready)
+    try:
+        inspect.signature(cls).bind(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{kind.word} '{name}': {error}; its options go to {cls.__qualname__}(...)") from None
+    return Leaf(name, weight, lambda _: Function(kind.word, name, cls(**options), kind.given))
+
+
+def _optioned(cls: Any, name: str, options: Mapping[str, Any], kind: Kind) -> Any:
+    known = list(cls.model_fields)
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"{kind.word} '{name}' has no option '{option}'.{nearest(option, known)} Options: {', '.join(known)}"
+            )
+    try:
+        return validated(cls, options)
+    except ConfigError as error:
+        raise ConfigError(f"{kind.word} '{name}': {error}") from None
+
+
+def _target(use: Any, kind: Kind) -> tuple[Any, str]:
+    """Return a function, a class or a model's folder, and what it is called."""
+    if callable(use):
+        return use, getattr(use, "__name__", type(use).__name__)
+    if isinstance(use, Path):
+        use = os.fspath(use)
+    if not isinstance(use, str) or not use:
+        raise ConfigError(
+            f"{kind.word}: {shown(use)} is none; give a function, 'module:function', a model's folder, or one of "
+            f"{', '.join(sorted(kind.built_in))}"
+        )
+    installed = registry.names(kind.group)
+    if use in kind.built_in:
+        if use in installed:
+            raise PluginError(f"{kind.word} '{use}' ships with alignkit, and a plugin brings one of the same name too")
+        return kind.built_in[use], use
+    if use in installed:
+        return kind.registered(use), use
+    if match := _FUNCTION.fullmatch(use):
+        return _imported(match[1], match[2], kind), match[2]
+    if os.sep not in use and not Path(use).is_dir():
+        known = [*kind.built_in, *installed]
+        raise ConfigError(
+            f"no {kind.word} '{use}'.{nearest(use, known)} There are {', '.join(sorted(known))}; a function is "
+            f"'module:function', a model its folder"
+        )
+    try:
+        check_folder(use, pairwise=kind is JUDGE)
+    except ConfigError as error:
+        raise ConfigError(f"{kind.word}: {error}") from None
+    path = Path(use)
+    return use, path.parent.name if path.name == "model" and path.parent.name else path.resolve().name
+
+
+def _imported(module: str, name: str, kind: Kind) -> Callable[..., Any]:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that no file here takes the place of an installed module
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except AttributeError:
+        loaded = sys.modules.get(module)
+        if loaded is None:
+            raise
+        there = [n for n, value in vars(loaded).items() if callable(value) and not n.startswith("_")]
+        where = getattr(loaded, "__file__", None) or "built in"
+        raise ConfigError(
+            f"{kind.word}: the module '{module}' ({where}) has no '{name}'.{nearest(name, there)}"
+        ) from None
+    except (Exception, SystemExit) as error:  # a module may do anything while it is imported
+        raise ConfigError(
+            f"{kind.word}: the module '{module}' of '{module}:{name}' cannot be imported: {type(error).__name__}: "
+            f"{error}. It must be installed, or lie in {os.getcwd()}"
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"{kind.word}: '{module}:{name}' is no function, but {shown(found)}")
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,187 @@
+"""The rewards that ship with alignkit and need no model: each is a class of options whose objects are functions.
+
+All give 1 for a good answer and 0 for a bad one, except `length` (from 1 to 0) and `brevity` (from 0 to -1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import regex
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from alignkit.rewards.answers import text_of
+from alignkit.rewards.functions import RowError, Values
+from alignkit.rewards.numeric import final_number
+from alignkit.rows import Content, shown
+
+_SECONDS = 5.0  # for a pattern on one completion
+
+
+class Options(BaseModel):
+    """Options of a reward or a judge that ships with alignkit; unknown ones are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Exact(Options):
+    """1 where the completion is the row's answer, white space around both left out."""
+
+    column: str = Field("answer", description="the rows' column that holds the answer")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The column of the answer."""
+        return (self.column,)
+
+    def __call__(self, completions: Sequence[Content], **columns: list[Any]) -> Values:
+        """Score each completion; a row without an answer is left out."""
+        pairs = zip(completions, columns[self.column], strict=True)
+        return [None if a is None else float(text_of(c).strip() == str(a).strip()) for c, a in pairs]
+
+
+class Numeric(Options):
+    """1 where the completion's answer is the row's number, see `final_number`.
+
+    The row's answer may be worked, as in GSM8K: it is read as the completion is.
+    """
+
+    column: str = Field("answer", description="the rows' column that holds the answer")
+    verify: Literal["number", "math"] = Field("number", description="math: expressions too, by math-verify")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The column of the answer."""
+        return (self.column,)
+
+    @field_validator("verify")
+    @classmethod
+    def _is_installed(cls, verify: str) -> str:
+        if verify == "math":
+            try:
+                import math_verify  # noqa: F401
+            except ImportError:
+                raise ValueError('math-verify is not installed: pip install "alignkit[math]"') from None
+        return verify
+
+    def __call__(self, completions: Sequence[Content], **columns: list[Any]) -> Values:
+        """Score each completion; a row without an answer is left out, one without a number is an error."""
+        same = _same_expression if self.verify == "math" else _same_number
+        answers = columns[self.column]
+        return [
+            None if a is None else float(same(text_of(c), str(a), i))
+            for i, (c, a) in enumerate(zip(completions, answers, strict=True))
+        ]
+
+
+def _same_number(completion: str, answer: str, index: int) -> bool:
+    wanted = final_number(answer)
+    if wanted is None:
+        raise RowError(index, f"the answer {shown(answer)} holds no number")
+    return final_number(completion) == wanted
+
+
+def _same_expression(completion: str, answer: str, index: int) -> bool:
+    from math_verify import parse, verify
+
+    wanted = parse(answer.rpartition("####")[2])
+    if not wanted:
+        raise RowError(index, f"math-verify finds nothing in the answer {shown(answer)}")
+    return bool(verify(wanted, parse(completion.rpartition("####")[2])))
+
+
+class Format(Options):
+    """1 where a regular expression fits the completion."""
+
+    pattern: str = Field(description="regular expression; (?s) at its beginning lets a dot stand for line breaks")
+    match: Literal["full", "search"] = Field("full", description="all of the completion, or any part of it")
+    _compiled: Any = PrivateAttr()
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            regex.compile(pattern)
+        except regex.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return pattern
+
+    def model_post_init(self, _: object) -> None:
+        """Compile the pattern once."""
+        self._compiled = regex.compile(self.pattern)
+
+    def __call__(self, completions: Sequence[Content]) -> list[float]:
+        """Score each completion; a pattern that does not come to an end is an error."""
+        fits = self._compiled.fullmatch if self.match == "full" else self._compiled.search
+        scores = []
+        for i, completion in enumerate(completions):
+            try:
+                scores.append(float(fits(text_of(completion), timeout=_SECONDS) is not None))
+            except TimeoutError:
+                raise RowError(
+                    i, f"the pattern {shown(self.pattern)} takes over {_SECONDS:g} s on {shown(text_of(completion))}"
+                ) from None
+        return scores
+
+
+class Json(Options):
+    """1 where the completion is one JSON value, and an object with all of `keys` where those are given."""
+
+    keys: list[str] = Field([], description="keys that the object must have")
+
+    def __call__(self, completions: Sequence[Content]) -> list[float]:
+        """Score each completion."""
+        return [float(self._is_good(text_of(completion))) for completion in completions]
+
+    def _is_good(self, text: str) -> bool:
+        try:
+            value = json.loads(text, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            return False
+        return not self.keys or (isinstance(value, dict) and value.keys() >= set(self.keys))
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")  # Python reads NaN and Infinity, JSON has neither
+
+
+class Length(Options):
+    """1 for completions of `min` to `max` tokens, falling in a straight line to 0 over `slack` tokens outside."""
+
+    min: int = Field(0, ge=0, description="tokens")
+    max: int = Field(ge=0, description="tokens")
+    slack: int = Field(0, ge=0, description="tokens outside of the window until the reward is 0")
+
+    @model_validator(mode="after")
+    def _is_a_window(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max {self.max}; no completion is that long")
+        return self
+
+    def __call__(self, lengths: Sequence[int]) -> list[float]:
+        """Score each completion by its tokens."""
+        outside = [max(self.min - n, n - self.max, 0) for n in lengths]
+        return [1.0 if k == 0 else max(0.0, 1 - k / self.slack) if self.slack else 0.0 for k in outside]
+
+
+class Brevity(Options):
+    """A penalty of length: 0 up to `free` tokens, then falling in a straight line to -1 at `limit` and beyond.
+
+    With free = L_max - L_cache and limit = L_max this is DAPO's soft overlong punishment (2503.14476, eq. 13).
+    """
+
+    free: int = Field(0, ge=0, description="tokens that cost nothing")
+    limit: int = Field(gt=0, description="tokens at which the penalty is whole")
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.free >= self.limit:
+            raise ValueError(f"free is {self.free} and limit {self.limit}; give a limit above free")
+        return self
+
+    def __call__(self, lengths: Sequence[int]) -> list[float]:
+        """Score each completion by its tokens."""
+        span = self.limit - self.free
+        return [0.0 - min(max(n - self.free, 0) / span, 1.0) for n in lengths]

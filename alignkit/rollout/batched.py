@@ -1,0 +1,192 @@
+"""Padded batches through transformers' `generate`, with randomness of our own and each prompt computed once.
+
+P prompts, R rows (a prompt has as many as it has completions), T tokens of the longest prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.config import Sampling
+from alignkit.loading import causal_lm
+from alignkit.models import _without_flex
+from alignkit.rollout.mixture import MixedLogits, Mixture
+from alignkit.rollout.noise import GumbelNoise
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A sampled completion.
+
+    tokens: with the token that ended it where one came, or up to the one that completed a stop string.
+    ended: whether one of these came, and it was not cut off.
+    """
+
+    tokens: list[int]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Batched:
+    """What all batches of a call of `sample` share. ends: the tokens that end a sequence."""
+
+    model: nn.Module
+    tokenizer: Any
+    sampling: Sampling
+    ends: list[int]
+    seed: int
+    mixture: Mixture | None
+
+    def sample(self, prompts: Sequence[Sequence[int]], n: int, numbers: Sequence[int]) -> list[list[Sampled]]:
+        """Return n completions of each prompt, [prompt][completion]."""
+        found: list[list[Sampled]] = [[] for _ in prompts]
+        models = [self.model] if self.mixture is None else [self.model, self.mixture.reference]
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(sampling_mode(model))
+            for at, completions in _batches([len(p) for p in prompts], n, self.sampling.batch_size):
+                rows = [(i, k) for i in range(len(at)) for k in completions]
+                made = self._batch([prompts[i] for i in at], rows, [numbers[i] for i in at])
+                for (i, _), one in zip(rows, made, strict=True):
+                    found[at[i]].append(one)
+        return found
+
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]
+    ) -> list[Sampled]:
+        """Sample rows of (place in `prompts`, completion)."""
+        from transformers import GenerationConfig
+
+        lm = causal_lm(self.model)
+        device = next(lm.parameters()).device
+        ids_PT, mask_PT = _padded(prompts, self.ends[0], device)
+        width, at_R = ids_PT.shape[1], torch.tensor([i for i, _ in rows], device=device)
+        noise = GumbelNoise(self.seed, [numbers[i] for i, _ in rows], [k for _, k in rows], width, device)
+        stops = Stops(self.tokenizer, self.sampling.stop, width)
+        shared = _prefix(lm, ids_PT, mask_PT, at_R) if len(rows) > len(prompts) else None
+        done = lm.generate(
+            ids_PT[at_R],
+            attention_mask=mask_PT[at_R],
+            generation_config=GenerationConfig(
+                max_new_tokens=self.sampling.max_new_tokens, eos_token_id=self.ends, pad_token_id=self.ends[0]
+            ),
+            logits_processor=[*self._mixed(ids_PT, mask_PT, at_R), *self._warpers(width, device), noise],
+            stopping_criteria=[stops] if self.sampling.stop else [],
+            **({} if shared is None else {"past_key_values": shared}),
+        )
+        return [self._cut(tokens, stops.lengths.get(row)) for row, tokens in enumerate(done[:, width:].tolist())]
+
+    def _mixed(self, ids_PT: Tensor, mask_PT: Tensor, at_R: Tensor) -> list[MixedLogits]:
+        if self.mixture is None or self.mixture.weight == 0:
+            return []
+        lm = causal_lm(self.mixture.reference)
+        with self.mixture.context():
+            cache = _prefix(lm, ids_PT, mask_PT, at_R)
+        return [MixedLogits(lm, self.mixture, cache, mask_PT[at_R])]
+
+    def _warpers(self, width: int, device: torch.device) -> list[Any]:
+        # handed over, since `generate` adds its own only where it draws, and these come after the mixture
+        from transformers.generation import logits_process as known
+
+        s, warpers = self.sampling, list[Any]()
+        if s.min_new_tokens:
+            ends = torch.tensor(self.ends, device=device)
+            warpers.append(known.MinNewTokensLengthLogitsProcessor(width, s.min_new_tokens, ends, device=str(device)))
+        if s.temperature != 1:
+            warpers.append(known.TemperatureLogitsWarper(s.temperature))
+        if s.top_k:
+            warpers.append(known.TopKLogitsWarper(s.top_k))
+        if s.top_p < 1:
+            warpers.append(known.TopPLogitsWarper(s.top_p))
+        return warpers
+
+    def _cut(self, tokens: list[int], stopped_at: int | None) -> Sampled:
+        tokens = tokens[:stopped_at]
+        last = next((i for i, token in enumerate(tokens) if token in self.ends), None)
+        return Sampled(tokens if last is None else tokens[: last + 1], last is not None or stopped_at is not None)
+
+
+class Stops:
+    """A stopping criterion of transformers' `generate`: a row ends with the token that completes a stop string.
+
+    Only completions are read; transformers' own criterion also finds strings that begin in the prompt.
+    lengths: row -> tokens of its completion up to there.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int) -> None:
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+        # a token has a byte at least; one token more, because decoders drop a space before the first
+        self.reach = max((len(s.encode()) for s in stop), default=0) + 1
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
+        """Return which rows have come to a stop string, bool [R]."""
+        tails = input_ids[:, max(self.width, input_ids.shape[1] - self.reach) :]
+        texts = self.tokenizer.batch_decode(tails, clean_up_tokenization_spaces=False)
+        hits = [any(s in text for s in self.stop) for text in texts]
+        for row, hit in enumerate(hits):
+            if hit:
+                self.lengths.setdefault(row, input_ids.shape[1] - self.width)
+        return torch.tensor(hits, device=input_ids.device)
+
+
+def _batches(lengths: Sequence[int], n: int, size: int) -> Iterator[tuple[list[int], range]]:
+    """Yield prompts and which of their completions to sample together: `size` rows at most, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    together = max(1, size // n)
+    for start in range(0, len(order), together):
+        for first in range(0, n, size):
+            yield order[start : start + together], range(first, min(n, first + size))
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids and mask [P, T], padded on the left; the mask from lengths, for the pad may be any token."""
+    width = max(len(p) for p in prompts)
+    ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _prefix(lm: Any, ids_PT: Tensor, mask_PT: Tensor, at_R: Tensor) -> Any | None:
+    """Return keys and values of all but the prompts' last tokens, computed once a prompt and copied for its rows.
+
+    None where there are none, or a model keeps something that cannot be copied so (recurrent states): each row then
+    reads its whole prompt.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    if ids_PT.shape[1] == 1:
+        return None
+    read = lm.generate(
+        ids_PT[:, :-1], attention_mask=mask_PT[:, :-1], max_new_tokens=1, return_dict_in_generate=True
+    )
+    cache = read.get("past_key_values")
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None])):
+        return None
+    cache.batch_select_indices(at_R)
+    return cache
+
+
+@contextmanager
+def sampling_mode(model: nn.Module) -> Iterator[None]:
+    """Have the model in evaluation, with none of the settings that its folder brought for `generate`; then undo it."""
+    from transformers import GenerationConfig
+
+    lm = causal_lm(model)
+    training = [module for module in model.modules() if module.training]
+    settings = lm.generation_config
+    try:
+        model.eval()
+        lm.generation_config = GenerationConfig()  # a repetition penalty, say, is no part of the policy
+        with _without_flex(lm):
+            yield
+    finally:
+        lm.generation_config = settings
+        for module in training:
+            module.training = True

@@ -1,0 +1,58 @@
+"""The geometric mixture of a policy and its reference, from which Nash-MD samples the policy's opponent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """policy^(1 - weight) * reference^weight, normalised token by token, both at the sampling temperature.
+
+    reference: a causal language model, or the policy itself. weight: in [0, 1]; 0 is the policy, 1 the reference.
+    context: entered around each pass of the reference, such as peft's `disable_adapter`. Raises ConfigError for a
+    weight outside. Source: Nash-MD, 2312.00886, section 4.2 and appendix.
+    """
+
+    reference: nn.Module
+    weight: float
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ConfigError(f"a mixture of policy and reference weighs the reference from 0 to 1, not {self.weight}")
+
+
+class MixedLogits:
+    """A logits processor of transformers' `generate`, the first one: it asks the reference about the same tokens.
+
+    lm: the reference. cache: what it has kept of the prompts, None where it keeps nothing. mask: of the prompts [R, T].
+    """
+
+    def __init__(self, lm: Any, mixture: Mixture, cache: Any | None, mask: Tensor) -> None:
+        self.lm, self.mixture, self.cache, self.mask = lm, mixture, cache, mask
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return (1 - weight) * scores + weight * the reference's, [R, V]."""
+        new = self.mask.new_ones(len(self.mask), input_ids.shape[1] - self.mask.shape[1])
+        kept = {} if self.cache is None else {"past_key_values": self.cache}
+        with self.mixture.context():
+            # one step of its own loop, which knows what of the tokens lies in the cache already
+            out = self.lm.generate(
+                input_ids,
+                attention_mask=torch.cat([self.mask, new], 1),
+                max_new_tokens=1,
+                output_logits=True,
+                return_dict_in_generate=True,
+                **kept,
+            )
+        weight = self.mixture.weight
+        return out.logits[0].float() if weight == 1 else (1 - weight) * scores + weight * out.logits[0]

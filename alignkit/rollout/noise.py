@@ -1,0 +1,56 @@
+"""The randomness of a sequence: Gumbel noise that is counted, not drawn, so that nothing else moves it.
+
+A token is argmax(logits + Gumbel noise), which is a draw from softmax(logits) (Maddison, Tarlow and Minka, 1411.0030,
+eq. 2). The noise is a function of (seed, number of the prompt, completion, position, token), through SplitMix64 (Steele,
+Lea and Flood, 2014) in int64 arithmetic that wraps: the bits are the same on every device. R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GAMMA, _FIRST, _SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def splitmix(state: Tensor, at: Tensor) -> Tensor:
+    """Return the `at`-th output (from 0) of SplitMix64 generators that start at `state`: int64, of 64 random bits."""
+    # in place, since with a token's worth of bits for a whole vocabulary, memory is what takes the time
+    z = state + (at + 1) * _GAMMA
+    z.bitwise_xor_(_shifted(z, 30)).mul_(_FIRST)
+    z.bitwise_xor_(_shifted(z, 27)).mul_(_SECOND)
+    return z.bitwise_xor_(_shifted(z, 31))
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    return (z >> by).bitwise_and_(2 ** (64 - by) - 1)  # int64's own shift draws copies of the sign in
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """Return standard Gumbel numbers of 64 random bits each, float32: from -2.8 to 37."""
+    # large numbers come from fractions near 0, where float32 tells 2^-54 from nothing; at 1 they would be -infinity
+    fraction = _shifted(bits, 11).float().add_(0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-24)
+    return fraction.neg_().log1p_().neg_().log_().neg_()
+
+
+class GumbelNoise:
+    """A logits processor of transformers' `generate`, the last one: its argmax is a sample.
+
+    numbers, completions: of each row, which prompt and which of its completions it is. width: of the padded prompts.
+    """
+
+    def __init__(
+        self, seed: int, numbers: Sequence[int], completions: Sequence[int], width: int, device: torch.device
+    ) -> None:
+        start = torch.tensor([seed], device=device)
+        of_prompt_R = splitmix(start, torch.tensor(numbers, device=device))
+        self.state_R = splitmix(of_prompt_R, torch.tensor(completions, device=device))
+        self.width = width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Add the noise of the next position to scores [R, V]."""
+        here_R = splitmix(self.state_R, torch.full_like(self.state_R, input_ids.shape[1] - self.width))
+        tokens_V = torch.arange(scores.shape[1], device=scores.device)
+        return scores + gumbel(splitmix(here_R[:, None], tokens_V))

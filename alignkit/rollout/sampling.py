@@ -1,0 +1,74 @@
+"""sample(): what may be asked for, and who does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from alignkit.config import Sampling
+from alignkit.errors import ConfigError, DataError, ModelError
+from alignkit.loading import causal_lm
+from alignkit.rollout.batched import Batched, Sampled
+from alignkit.rollout.continuous import sample_continuously
+from alignkit.rollout.mixture import Mixture
+
+
+def sample(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor],
+    sampling: Sampling = Sampling(),
+    *,
+    n: int = 1,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+    mixture: Mixture | None = None,
+) -> list[list[Sampled]]:
+    """Return n sampled completions of each prompt, [prompt][completion].
+
+    prompts: text, tokenised as it stands, or tokens; none is ever cut. seed: from 0 to 2^63 - 1. numbers: what each
+    prompt is called, its place by default. mixture: sample from it instead of from the model.
+    With backend "generate" a completion depends on the weights, the prompt, `seed`, its prompt's number and its own:
+    not on batches, ranks or order, but for rounding. With "continuous" the same call on the same machine has given the
+    same samples, but they depend on everything that is sampled in it, and `numbers` are not read.
+    The model is given back as it was, and the global generators too.
+    Raises ConfigError (no end-of-sequence token, or what the backend cannot do), DataError (an empty prompt) and
+    ModelError (more tokens than the model has positions).
+    """
+    lm = causal_lm(model)
+    ends = _ends(lm, tokenizer)
+    tokens = [list(tokenizer(p)["input_ids"] if isinstance(p, str) else map(int, p)) for p in prompts]
+    _check(lm, tokens, sampling.max_new_tokens)
+    if sampling.backend == "continuous":
+        if mixture is not None:
+            raise ConfigError("backend: continuous cannot sample from a mixture of two models; use backend: generate")
+        return sample_continuously(model, tokens, sampling, ends, n, seed)
+    work = Batched(model, tokenizer, sampling, ends, seed, mixture)
+    return work.sample(tokens, n, range(len(tokens)) if numbers is None else numbers)
+
+
+def _ends(lm: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a sequence, the tokenizer's first. A chat model's folder may name others that end a turn; those
+    that are ordinary tokens to the tokenizer are a configuration's defaults, meant for another vocabulary."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token and save it again")
+    named = lm.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [tokenizer.eos_token_id, *(i for i in named if i in special and i != tokenizer.eos_token_id)]
+
+
+def _check(lm: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    config = lm.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) is not None  # goes on for ever
+    limit = None if rotary else getattr(config, "max_position_embeddings", None)
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise DataError(f"prompt {number} of {len(prompts)} is empty; nothing can be sampled after nothing")
+        if limit and len(prompt) + max_new_tokens > limit:
+            raise ModelError(
+                f"prompt {number} of {len(prompts)} has {len(prompt)} tokens, and with max_new_tokens {max_new_tokens} "
+                f"needs more than the model's {limit} positions; lower max_new_tokens or max_prompt_tokens"
+            )

@@ -1,0 +1,77 @@
+"""Checks of methods that sample: ratios, advantages and estimators of the KL."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from alignkit.testing.bench import Bench
+from alignkit.testing.suite import Suite
+from alignkit.testing.world import VOCABULARY
+from alignkit.types import Batch, Completion, Example
+
+
+class OnlineChecks(Suite):
+    """The part of the suite for methods with `data = "prompts"`; others skip it."""
+
+    def _online(self, config: dict[str, Any]) -> Bench:
+        if self.method.data != "prompts":
+            pytest.skip("the method samples nothing")
+        return Bench(self.made(config))
+
+    def test_ratio_is_one_on_policy(self, config: dict[str, Any]) -> None:
+        """In the first update of a batch policy and old policy are one function, and nothing is clipped."""
+        metrics = self._online(config).step(self.examples()).metrics
+        assert abs(metrics["ratio/max"] - 1) < 1e-6, f"the ratio is {metrics['ratio/max']!r} before any update"
+        assert metrics["clip_fraction"] == 0
+
+    def test_nothing_flows_through_rewards(self, config: dict[str, Any]) -> None:
+        """The gradient is that of fixed advantages: a change of the rewards scales it, and none leaves nothing."""
+        bench = self._online(config)
+        (batch,) = bench.collect(self.examples())
+        assert not [n for n in _numbers(batch) if batch[n].requires_grad]
+        with torch.enable_grad():
+            terms = bench.method.loss(batch, bench.models)
+        assert any(t.coef and t.value.requires_grad for t in terms.values()), "no term has a gradient"
+        assert not [n for n, t in terms.items() if not t.coef and t.value.requires_grad], "a metric has a gradient"
+
+    def test_groups_stay_whole(self, config: dict[str, Any]) -> None:
+        """Each example's own numbers are those that it has when the step holds nobody after it."""
+        bench = self._online(config)
+        examples = self.examples()
+        whole = bench.step(examples).metrics
+        assert all(math.isfinite(v) for v in whole.values()), f"not finite: {whole}"
+        bench.method.load_state_dict(self.made(config).state_dict())
+        again = bench.step(examples).metrics
+        assert again == whole, "a second step over the same samples, from the same state, logs other numbers"
+
+    def test_kl_is_unbiased(self, config: dict[str, Any]) -> None:
+        """The metric "kl", averaged over what the policy may sample, is KL(policy || reference)."""
+        bench = self._online(config)
+        prompt = self.examples()[1]
+        if "reference" not in bench.method.roles():
+            pytest.skip("these settings have no reference")
+        policy, reference = (
+            s.model(input_ids=prompt.prompt[None].long()).logits[0, -1].double().log_softmax(-1).detach()
+            for s in (bench.models.policy_scorer, bench.models.reference_scorer)
+        )
+        want = float((policy.exp() * (policy - reference)).sum())
+
+        def only(token: int) -> float:
+            def sampled(example: Example, n: int) -> Example:
+                one = Completion(torch.tensor([token], dtype=torch.int32))
+                return replace(example, completions=(one,) * n)
+
+            bench.scripted = sampled
+            return bench.step([prompt]).metrics["kl"]
+
+        got = sum(float(policy[token].exp()) * only(token) for token in range(VOCABULARY))
+        assert math.isclose(got, want, rel_tol=1e-5), f"the mean of the estimates is {got}, the KL {want}"
+
+
+def _numbers(batch: Batch) -> list[str]:
+    return [*batch.per_example, *batch.per_completion, *batch.per_token]

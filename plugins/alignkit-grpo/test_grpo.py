@@ -1,0 +1,171 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from alignkit.testing import *
+from alignkit.testing.bench import Bench
+from alignkit.types import Completion
+from alignkit_grpo import GRPO, RLOO
+
+
+def deviation(values, mean):
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def kl_of(kind, r):
+    return {"k1": r, "k2": r * r / 2, "k3": math.exp(-r) - 1 + r}[kind]
+
+
+class TestGRPO(Conformance):
+    method = GRPO
+    configs = (
+        {},
+        {"group_size": 3, "beta": 0.0},
+        {"variant": "dr_grpo", "group_size": 4, "kl": "k3"},
+        {"variant": "dapo", "group_size": 4, "mask_truncated": True},
+        {"variant": "bnpo", "group_size": 4, "kl": "k1"},
+        {"variant": "cispo", "group_size": 4, "scale": "batch"},
+        {"ratio": "sequence", "group_size": 4},
+    )
+
+    def expected_step(self, config, rows, bench):
+        """At ratio 1: -A + beta KL a token, then the variant's average."""
+        every = [a.reward for row in rows for a in row.answers]
+        batch_mean = sum(every) / len(every)
+        batch_std = math.sqrt(sum((r - batch_mean) ** 2 for r in every) / len(every))
+        by_completion, by_token, n_completions = [], [], 0
+        for row in rows:
+            rewards = [a.reward for a in row.answers]
+            mean = sum(rewards) / len(rewards)
+            scale = config.scale or ("none" if config.variant == "dr_grpo" else "group")
+            divisor = {"group": deviation(rewards, mean) + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}[scale]
+            for answer, completion in zip(row.answers, row.example.completions, strict=True):
+                if config.mask_truncated and int(completion.tokens[-1]) != 2:
+                    continue
+                n_completions += 1
+                advantage = (answer.reward - mean) / divisor if max(rewards) > min(rewards) else 0.0
+                tokens = []
+                for p, q in zip(answer.policy, answer.reference, strict=True):
+                    weight = -p if config.variant == "cispo" else -1.0
+                    tokens.append(weight * advantage + config.beta * kl_of(config.kl, p - q))
+                by_token += tokens
+                by_completion.append(sum(tokens) / (256 if config.variant == "dr_grpo" else len(tokens)))
+        if config.variant in ("dapo", "bnpo", "cispo"):
+            return sum(by_token) / len(by_token)
+        return sum(by_completion) / n_completions
+
+
+class TestRLOO(Conformance):
+    method = RLOO
+    configs = ({}, {"group_size": 2, "beta": 0.0}, {"group_size": 3, "beta": 0.5})
+
+    def expected_step(self, config, rows, bench):
+        """At ratio 1 the surrogate's value is -A a token, summed over a completion."""
+        losses = []
+        for row in rows:
+            scores = [a.reward - config.beta * a.h for a in row.answers]
+            for i, (score, answer) in enumerate(zip(scores, row.answers, strict=True)):
+                others = scores[:i] + scores[i + 1 :]
+                losses.append(-(score - sum(others) / len(others)) * answer.n)
+        return sum(losses) / len(losses)
+
+
+def group(*lengths):
+    """Sample these lengths, every completion of other tokens."""
+
+    def sampled(example, n):
+        assert n == len(lengths)
+        return replace(
+            example,
+            completions=tuple(
+                Completion(torch.arange(5 + 7 * k, 5 + 7 * k + length, dtype=torch.int32))
+                for k, length in enumerate(lengths)
+            ),
+        )
+
+    return sampled
+
+
+def metrics(config, *lengths, rows=(1, 2)):
+    bench = Bench(GRPO(GRPO.Config(group_size=len(lengths), **config)), scripted=group(*lengths))
+    return bench.step([e for e in TestGRPO().examples() if e.row in rows])
+
+
+def test_equal_rewards_teach_nothing_and_are_counted():
+    def same(example, n):
+        return replace(example, completions=(Completion(torch.tensor([7, 8, 2], dtype=torch.int32)),) * n)
+
+    bench = Bench(GRPO(GRPO.Config(beta=0.0)), scripted=same)
+    examples = TestGRPO().examples()[:3]
+    ctx = bench.context(examples)
+    with torch.no_grad():
+        batch = bench.method.collect(ctx.shard(examples), ctx)
+    assert ctx.logged["advantage/zero_variance_groups"] == 3
+    assert not batch["advantages"].any()
+    measured = bench.step(examples)
+    assert measured.loss == 0
+    assert all(not g.any() for g in measured.gradients.values())
+
+
+def test_without_a_kl_no_reference_is_needed():
+    assert "reference" not in GRPO(GRPO.Config(beta=0.0)).roles()
+    assert "reference" not in RLOO(RLOO.Config(beta=0.0)).roles()
+    assert "reference" in GRPO(GRPO.Config()).roles()
+
+
+@pytest.mark.parametrize("variant", ["grpo", "dapo", "cispo"])
+def test_stale_samples_are_clipped(variant):
+    """By hand from old = policy - 0.5 sin(token), over every token of a step."""
+    config = GRPO.Config(group_size=4, beta=0.0, variant=variant)
+    bench = Bench(GRPO(config), stale=0.5)
+    examples = TestGRPO().examples()
+    (batch,) = bench.collect(examples)
+    rows = bench.score(batch.examples)
+    high = {"grpo": 0.2, "dapo": 0.28, "cispo": 4.0}[variant]
+    sums, lengths, clipped = [], [], 0
+    for row in rows:
+        rewards = [a.reward for a in row.answers]
+        mean = sum(rewards) / 4
+        for answer, completion in zip(row.answers, row.example.completions, strict=True):
+            spread = max(rewards) > min(rewards)
+            advantage = (answer.reward - mean) / (deviation(rewards, mean) + 1e-4) if spread else 0.0
+            tokens = []
+            for logp, token in zip(answer.policy, completion.tokens.tolist(), strict=True):
+                ratio = math.exp(0.5 * math.sin(token))
+                if variant == "cispo":
+                    tokens.append(-min(ratio, 1 + high) * advantage * logp)
+                    continue
+                tokens.append(-min(ratio * advantage, min(max(ratio, 0.8), 1 + high) * advantage))
+                clipped += (ratio > 1 + high and advantage > 0) or (ratio < 0.8 and advantage < 0)
+            sums.append(sum(tokens))
+            lengths.append(len(tokens))
+    want = (
+        sum(s / n for s, n in zip(sums, lengths, strict=True)) / len(sums)
+        if variant == "grpo"
+        else (sum(sums) / sum(lengths))
+    )
+    got = bench.step(examples)
+    assert got.loss == pytest.approx(want, abs=1e-6)
+    if variant != "cispo":
+        assert got.metrics["clip_fraction"] == pytest.approx(clipped / sum(lengths))
+        assert clipped
+
+
+def test_k2_has_the_gradient_of_the_kl():
+    """Over all that may be sampled, the gradient of the default estimator is that of KL(policy || reference)."""
+    logits = torch.randn(9, generator=torch.Generator().manual_seed(3), dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(9, generator=torch.Generator().manual_seed(4), dtype=torch.float64).log_softmax(0)
+    policy = logits.log_softmax(0)
+    (want,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
+    from alignkit_kernels import policy_loss
+
+    borders = torch.arange(10)
+    for kind, right in (("k2", True), ("k3", False), ("k1", False)):
+        out = policy_loss(
+            policy, policy.detach(), torch.zeros(9), borders, reference_logps=reference, kl=kind, kl_coef=1.0
+        )
+        (got,) = torch.autograd.grad((policy.detach().exp() * out.losses).sum(), logits, retain_graph=True)
+        assert torch.allclose(got, want) == right, kind
+    assert GRPO.Config().kl == "k2"

@@ -1,0 +1,347 @@
+"""Methods that sample: what a run writes, what its result depends on, and that it survives any end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_data_parallel import torchrun
+from test_engine import close, same
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import alignkit
+from alignkit.engine import Loop
+from alignkit.errors import ConfigError, RewardError
+from alignkit.online import Online
+from alignkit.runfolder import read_metrics
+from helpers import make_rows
+
+METHODS = ["ppo", "grpo", "rloo", "nash"]
+LOGGED = {
+    "loss", "kl", "entropy", "clip_fraction", "ratio/max", "completion/length", "completion/eos_rate",
+    "completion/distinct_2", "seconds/sampling", "seconds/scoring", "seconds/learning",
+}  # fmt: skip
+
+
+def reds(completions: list[str], **_: Any) -> list[float]:
+    """How often a completion says red, less a little for every character."""
+    return [text.count("red") - 0.01 * len(text) for text in completions]
+
+
+def redder(first: list[str], second: list[str], **_: Any) -> list[float]:
+    """P(the first says red more often)."""
+    return [0.5 + 0.5 * (a > b) - 0.5 * (a < b) for a, b in zip(reds(first), reds(second), strict=True)]
+
+
+@pytest.fixture
+def online(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a short run of a method that samples."""
+    rows = [{"prompt": r["prompt"], "tag": i} for i, r in enumerate(make_rows("text", 10))]
+    sampling = {"max_new_tokens": 12, "batch_size": 8}
+    return settings | {"data": rows, "max_steps": 4, "sampling": sampling, "save_every": 1, "learning_rate": 3e-3}
+
+
+def asks(method: str) -> dict[str, Any]:
+    """Who scores, and a group size that keeps tests small."""
+    return {
+        "nash": {"judge": redder},
+        "ppo": {"reward": reds, "epochs_per_batch": 2, "minibatches": 2},
+        "grpo": {"reward": reds, "group_size": 4, "epochs_per_batch": 2},
+        "rloo": {"reward": reds, "group_size": 3},
+    }[method]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    timed = ("tokens_per_second", "seconds/")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in read_metrics(folder)]
+
+
+def completions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_logs_what_it_sampled_and_where_its_time_went(method: str, online: dict[str, Any]) -> None:
+    result = alignkit.run(method, eval_fraction=0.2, **online | asks(method))
+    written = read_metrics(result.folder)
+    assert [line["step"] for line in written] == [0, 1, 2, 3, 4, 4]
+    for line in written[1:-1]:
+        assert line.keys() >= LOGGED
+        assert line["kl"] >= 0
+        assert line["entropy"] > 0
+    said = completions(result.folder)
+    size = {"ppo": 1, "grpo": 4, "rloo": 3, "nash": 1}[method]
+    training = [s for s in said if s["training"]]
+    assert [s["step"] for s in training] == sorted(4 * [*range(1, 5)] * size)
+    assert [s["step"] for s in said if not s["training"]] == [0] * 2 * size + [4] * 2 * size
+    score = "wins" if method == "nash" else "reward"
+    for step in range(1, 5):
+        own = [s[score] for s in training if s["step"] == step]
+        assert written[step][f"{score}/mean"] == pytest.approx(sum(own) / len(own), abs=1e-6)
+    if method != "nash":
+        assert [s["reward"] for s in said] == pytest.approx(reds([s["completion"] for s in said]))
+    texts = {r["prompt"] for r in online["data"]}
+    assert {s["prompt"] for s in said} <= texts
+    tokenizer = AutoTokenizer.from_pretrained(online["model"])
+    for s in said:
+        assert s["tokens"] <= 12
+        assert s["ended"] == (len(tokenizer(s["completion"])["input_ids"]) < s["tokens"] or s["ended"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("changed", [{"max_tokens": 60}, {"layout": "padded"}, {"sampling": {"batch_size": 3}}])
+def test_the_result_does_not_depend_on_how_a_step_is_cut(
+    method: str, changed: dict[str, Any], online: dict[str, Any]
+) -> None:
+    online |= asks(method) | {"max_steps": 2, "learning_rate": 1e-4}
+    if "sampling" in changed:
+        changed = {"sampling": online["sampling"] | changed["sampling"]}
+    whole = alignkit.run(method, **online)
+    cut = alignkit.run(method, **online | changed)
+    texts = [[s["completion"] for s in completions(r.folder)] for r in (whole, cut)]
+    assert texts[0] == texts[1]
+    for a, b in zip(lines(whole.folder), lines(cut.folder), strict=True):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], abs=5e-5, rel=5e-5), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_update_has_a_ratio_of_one(method: str, online: dict[str, Any]) -> None:
+    own = asks(method) | {"epochs_per_batch": 1, "minibatches": 1, "max_steps": 1}
+    line = read_metrics(alignkit.run(method, **online | own).folder)[0]
+    assert line["ratio/max"] == pytest.approx(1.0, abs=1e-5 if method == "ppo" else 0)
+    assert line["clip_fraction"] == 0
+
+
+class _KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@contextmanager
+def killed(point: str, step: int) -> Iterator[None]:
+    """End the process at a point of a step: before it, while it samples or scores, or between two of its updates."""
+    places = {"sampling": "sample", "scoring": "_asked", "update": "_update", "step": "step"}
+    owner: Any = Online if point in ("sampling", "scoring") else Loop
+    original, begin = getattr(owner, places[point]), Loop.step
+    now = {"step": -1, "updates": 0}
+
+    def begun(self: Loop, number: int, total: int) -> Any:
+        now["step"], now["updates"] = number, 0
+        if point == "step" and number == step:
+            raise _KilledError
+        return begin(self, number, total)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        now["updates"] += point == "update"
+        if now["step"] == step and now["updates"] in (0, 2):
+            raise _KilledError
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if point != "step":
+            patch.setattr(owner, places[point], dying)
+        patch.setattr(Loop, "step", begun)
+        with pytest.raises(_KilledError):
+            yield
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.parametrize("point", ["step", "sampling", "scoring", "update"])
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_anywhere_and_resumed_it_equals_the_uninterrupted_run(
+    method: str, point: str, lora: int | None, online: dict[str, Any]
+) -> None:
+    online |= asks(method) | {"lora": lora, "max_steps": 3, "eval_fraction": 0.2}
+    if method in ("nash", "rloo"):
+        online["epochs_per_batch"] = 2
+    whole = alignkit.run(method, **online, name="whole")
+    with killed(point, 1):
+        alignkit.run(method, **online, name="parts")
+    parts = alignkit.run(method, **online, name="parts", resume=True)
+    assert same(whole.model, parts.model)
+    assert lines(whole.folder) == lines(parts.folder)
+    assert completions(whole.folder) == completions(parts.folder)
+
+
+def test_a_dead_reward_stops_the_run_with_a_checkpoint_and_it_goes_on(online: dict[str, Any]) -> None:
+    def dying(prompts: list[str], completions: list[str], tag: list[int]) -> list[float]:
+        calls.append(tag)
+        if len(calls) == 3:
+            raise ConnectionError("nobody listens")
+        return reds(completions)
+
+    calls: list[Any] = []
+    own = asks("grpo") | {"save_every": None}
+    whole = alignkit.run("grpo", **online | own | {"reward": reds}, name="whole")
+    with pytest.raises(RewardError, match=r"(?s)dying.*nobody listens.*Stopped after step 2; go on with: alignkit run"):
+        alignkit.run("grpo", **online | own | {"reward": dying}, name="parts")
+    assert [p.name for p in (online["output"] / "parts/checkpoints").iterdir()] == ["step-00000002"]
+    assert [len(tags) for tags in calls] == [16, 16, 8]  # the column `tag`, once a completion
+    parts = alignkit.run("grpo", **online | own | {"reward": dying}, name="parts", resume=True)
+    assert same(whole.model, parts.model)
+
+
+def test_without_a_kl_no_reference_is_loaded(online: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a reference was made")
+
+    monkeypatch.setattr("alignkit.assemble.Reference", refused)
+    line = read_metrics(alignkit.run("grpo", **online | asks("grpo") | {"beta": 0.0}).folder)[-1]
+    assert "kl" not in line
+    with pytest.raises(AssertionError, match="a reference was made"):
+        alignkit.run("grpo", **online | asks("grpo"))
+
+
+def test_equal_rewards_change_nothing_and_are_counted(online: dict[str, Any], tiny: str) -> None:
+    own = {"reward": lambda completions, **_: [1.0] * len(completions), "group_size": 4, "beta": 0.0}
+    result = alignkit.run("grpo", **online | own)
+    assert [line["advantage/zero_variance_groups"] for line in read_metrics(result.folder)] == [4, 4, 2, 4]
+    from transformers import AutoModelForCausalLM
+
+    assert same(result.model, AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
+
+
+@pytest.fixture
+def reward_folder(online: dict[str, Any]) -> str:
+    rows = make_rows("pairs", 16)
+    settings = {k: v for k, v in online.items() if k not in ("data", "sampling")}
+    return str(alignkit.run("reward", data=rows, name="reward", **settings).folder / "model")
+
+
+def test_a_reward_model_is_a_plain_classifier_and_scores_as_it_did_in_training(
+    online: dict[str, Any], reward_folder: str
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32)
+    assert model.config.num_labels == 1
+    result = alignkit.run("grpo", **online | asks("grpo") | {"reward": reward_folder, "max_steps": 1})
+    tokenizer = AutoTokenizer.from_pretrained(reward_folder)
+    for said in completions(result.folder):
+        ids = tokenizer(said["prompt"] + said["completion"])["input_ids"]
+        ids += [tokenizer.eos_token_id] * said["ended"]
+        with torch.no_grad():
+            want = float(model(input_ids=torch.tensor([ids])).logits[0, 0])
+        if tokenizer.decode(ids) == said["prompt"] + said["completion"] + tokenizer.eos_token * said["ended"]:
+            assert said["reward"] == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.parametrize("critic", ["policy", "shared", "reward", "auto"])
+@pytest.mark.parametrize("lora", [None, 4])
+def test_the_critic_learns_wherever_it_begins(
+    critic: str, lora: int | None, online: dict[str, Any], reward_folder: str
+) -> None:
+    own = asks("ppo") | {"reward": reward_folder, "critic": critic, "lora": lora, "max_steps": 3}
+    own |= {"critic_warmup_steps": 1, "critic_learning_rate": 1e-2, "name": f"ppo-{critic}"}
+    written = read_metrics(alignkit.run("ppo", **online | own).folder)
+    assert all(line["value"] > 0 for line in written)
+    assert written[0]["ratio/max"] == pytest.approx(1.0, abs=1e-5)  # warming up: the policy has not moved
+    assert written[-1]["ratio/max"] > 1.0001
+
+
+def test_a_critic_that_reads_other_tokens_is_refused(online: dict[str, Any], tmp_path: Path) -> None:
+    from helpers import write_tiny
+
+    write_tiny(tmp_path / "other", hidden_size=16)
+    other = tmp_path / "other"
+    model = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1)
+    model.resize_token_embeddings(400)
+    model.save_pretrained(other)
+    with pytest.raises(ConfigError, match="the critic reads 400 different tokens and the policy"):
+        alignkit.run("ppo", **online | asks("ppo") | {"critic": str(other)})
+    with pytest.raises(ConfigError, match="critic: no folder 'nowhere'"):
+        alignkit.run("ppo", **online | asks("ppo") | {"critic": "nowhere"})
+
+
+def test_what_a_method_needs_is_said_before_anything_is_loaded(online: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="'grpo' needs a reward: give `reward`"):
+        alignkit.run("grpo", **online)
+    with pytest.raises(ConfigError, match="'nash' needs a judge: give `judge`"):
+        alignkit.run("nash", **online)
+    with pytest.raises(ConfigError, match="'nash' asks no reward; leave out `reward`"):
+        alignkit.run("nash", **online, judge=redder, reward=reds)
+    with pytest.raises(ConfigError, match="samples, which a policy sharded by fsdp cannot do yet"):
+        alignkit.run("rloo", **online, reward=reds, fsdp=True)
+    assert not (online["output"]).exists()
+
+
+def test_training_ends_where_held_out_rows_no_longer_gain_with_the_best_weights(settings: dict[str, Any]) -> None:
+    rows = make_rows("pairs", 24)
+    given = settings | {"max_steps": 60, "eval_every": 2, "patience": 3, "eval_fraction": 0.3, "learning_rate": 2e-2}
+    result = alignkit.run("reward", data=rows, **given)
+    losses = {line["step"]: line["eval/loss"] for line in read_metrics(result.folder) if "eval/loss" in line}
+    best = min(losses, key=lambda step: losses[step])
+    assert max(losses) < 60
+    assert max(losses) == best + 6
+    assert result.metrics["eval/loss"] == losses[best]
+    # resumed from before its end, it ends in the same place
+    parts = given | {"save_every": 1, "keep_checkpoints": 100}
+    whole = alignkit.run("reward", data=rows, name="whole", **parts)
+    with killed("step", best + 3):
+        alignkit.run("reward", data=rows, name="parts", **parts)
+    again = alignkit.run("reward", data=rows, name="parts", resume=True, **parts)
+    assert same(whole.model, again.model)
+    assert same(whole.model, result.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one(method: str, online: dict[str, Any], write_rows: Any) -> None:
+    data = write_rows(online.pop("data"))
+    judged = "judge={bradley_terry: {use: length, max: 5}}" if method == "nash" else "reward={use: length, max: 5}"
+    own = [f"{k}={v}" for k, v in asks(method).items() if k not in ("reward", "judge")]
+    sets = [judged, *own, "sampling={max_new_tokens: 12}", "device=cpu", "learning_rate=1e-4", "max_tokens=200"]
+    sets += [f"cache_file={online['cache_file']}"]
+    flags = ["--output", str(online["output"]), "--batch-size", "4", "--max-steps", "3", "--model", online["model"]]
+    flags += ["--data", data, "--eval-fraction", "0.2", *[word for pair in sets for word in ("--set", pair)]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "alignkit", "run", method, *flags, "--name", "one"]
+    alone = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    both = torchrun(["run", method, *flags, "--name", "two"])
+    assert both.returncode == 0, both.stderr[-3000:]
+    one, two = online["output"] / "one", online["output"] / "two"
+    for x, y in zip(lines(one), lines(two), strict=True):
+        for name in set(x) - {"completion/distinct_2", "eval/completion/distinct_2"}:  # counted on each rank
+            assert x[name] == pytest.approx(y[name], abs=1e-5, rel=1e-5), name
+    others = [json.loads(line) for line in (two / "completions-1.jsonl").read_text().splitlines()]
+    key = lambda s: (s["step"], s["training"], s["row"], s["completion"])  # noqa: E731
+    assert sorted(map(key, completions(one))) == sorted(map(key, [*completions(two), *others]))
+    from transformers import AutoModelForCausalLM
+
+    close(*(AutoModelForCausalLM.from_pretrained(f / "model", dtype=torch.float32) for f in (one, two)), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_real_sigkill_inside_a_step_is_survived(online: dict[str, Any], write_rows: Any) -> None:
+    data = write_rows(online.pop("data"))
+    sets = ["reward={use: length, max: 5}", "group_size=4", "epochs_per_batch=2", "sampling={max_new_tokens: 12}"]
+    sets += ["device=cpu", "save_every=2", f"cache_file={online['cache_file']}"]
+    flags = ["--output", str(online["output"]), "--batch-size", "4", "--max-steps", "30", "--model", online["model"]]
+    flags += ["--data", data, *[word for pair in sets for word in ("--set", pair)]]
+    command = [sys.executable, "-m", "alignkit", "run", "grpo", *flags, "--name"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.run([*command, "whole"], capture_output=True, env=env, timeout=240).returncode == 0
+    folder = online["output"] / "parts"
+    process = subprocess.Popen([*command, "parts"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints/step-00000004").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run([*command, "parts", "--resume"], capture_output=True, text=True, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert lines(folder) == lines(online["output"] / "whole")
+    assert completions(folder) == completions(online["output"] / "whole")
+    files = [f / "model/model.safetensors" for f in (folder, online["output"] / "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
