@@ -179,8 +179,8 @@ def build(config: RunConfig, method: Method[Any], rows: Rows, tokenizer: Any, ac
     prepared = accelerator.prepare_optimizer(optimizer)
     temperature = config.sampling.temperature if online else 1.0
     roles = Roles(method, policy, trained, reference, config.max_tokens, temperature)
-    roles.autocast = accelerator.autocast
     ranks, eos = Ranks(accelerator), int(tokenizer.eos_token_id)
+    roles.autocast, roles.most = accelerator.autocast, ranks.most
     return Parts(accelerator, ranks, plain, policy, prepared, roles, reference, online, layout, stream, rate, eos)
 
 

@@ -19,27 +19,27 @@ logger = logging.getLogger(__name__)
 class EarlyStop:
     """Watches eval/loss. `patience` evaluations in a row that are no better than the best one end the run."""
 
-    def __init__(self, patience: int | None) -> None:
-        self.patience, self.best, self.best_step, self.waited = patience, float("inf"), -1, 0
+    def __init__(self) -> None:
+        self.best, self.best_step, self.waited = float("inf"), -1, 0
 
     def over(self, loop: Loop, step: int, values: Mapping[str, float]) -> bool:
         """Look at an evaluation and keep the weights where it is the best so far; True where patience has ended."""
-        if self.patience is None or "eval/loss" not in values:
+        if loop.config.patience is None or "eval/loss" not in values:
             return False
         if values["eval/loss"] < self.best:
             self.best, self.best_step, self.waited = values["eval/loss"], step, 0
             options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-            weights = get_model_state_dict(loop.parts.policy, options=options)
+            weights: dict[str, Any] = dict(get_model_state_dict(loop.parts.policy, options=options))
             if loop.parts.accelerator.is_main_process:
                 checkpoint.save(loop.folder / "best", step, {"model": weights}, {}, keep=1)
         else:
             self.waited += 1
-        return self.waited >= self.patience
+        return self.waited >= loop.config.patience
 
     def take_best(self, loop: Loop, step: int) -> bool:
         """Go back to the best weights, and say so, where they are not the present ones."""
         loop.parts.accelerator.wait_for_everyone()
-        if self.patience is None or self.best_step in (-1, step):
+        if loop.config.patience is None or self.best_step in (-1, step):
             return False
         found = checkpoint.load(loop.folder / "best", logger.warning)
         if found is None:

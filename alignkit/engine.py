@@ -93,12 +93,8 @@ class Loop:
     written: Mapping[str, Any]
     skipped: int = 0
     extra: dict[str, float] = field(default_factory=dict)
-    early: EarlyStop = field(init=False)
+    early: EarlyStop = field(default_factory=EarlyStop)
     _saved_at: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.early = EarlyStop(self.config.patience)
-        self.parts.roles.most = self.parts.ranks.most
 
     def train(self) -> dict[str, float]:
         """Run all steps that are not done yet; return the last metrics, evaluation included."""
@@ -139,8 +135,8 @@ class Loop:
         rate = self.parts.peak_rate * learning_rate(self.config.schedule, self.config.warmup_fraction, step, total)
         for group in self.parts.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
-        for minibatch in self._minibatches(batch, ctx):
-            values = self._update(minibatch, step)
+        for minibatch, weight in self._minibatches(batch, ctx):
+            values = self._update(minibatch, weight, step)
             if self.method.enough(values):
                 break
         self.method.after_update(ctx, values)
@@ -150,15 +146,16 @@ class Loop:
         spent = self.parts.online.took(seconds) if self.parts.online else {}
         return values | self.extra | {"tokens_per_second": n_tokens / seconds} | spent
 
-    def _minibatches(self, batch: Batch, ctx: StepContext) -> Iterator[Batch]:
+    def _minibatches(self, batch: Batch, ctx: StepContext) -> Iterator[tuple[Batch, float]]:
+        ranks, total = self.parts.ranks, len(ctx.step_examples)
         for _ in range(self.config.epochs_per_batch or self.method.epochs_per_batch):
-            yield from batch.minibatches(self.config.minibatches, ctx.generator)
+            yield from batch.minibatches(self.config.minibatches, ctx.generator, ranks.own, ranks.n, total)
 
-    def _update(self, minibatch: Batch, step: int) -> dict[str, float]:
+    def _update(self, minibatch: Batch, share: float, step: int) -> dict[str, float]:
         """One optimiser step; halves the token budget and starts again where memory runs out."""
         while True:
             try:
-                values, norm, micros = self._backward(minibatch)
+                values, norm, micros = self._backward(minibatch, share)
                 break
             except torch.OutOfMemoryError:
                 largest = max(minibatch.cost(i) for i in range(len(minibatch)))
@@ -175,14 +172,14 @@ class Loop:
         self.parts.optimizer.zero_grad()
         return {**values, "grad_norm": norm}
 
-    def _backward(self, minibatch: Batch) -> tuple[dict[str, float], float, list[Batch]]:
+    def _backward(self, minibatch: Batch, share: float) -> tuple[dict[str, float], float, list[Batch]]:
         """Gradients of one update over all micro-batches and ranks: (metrics, gradient norm, micro-batches)."""
         accelerator, world = self.parts.accelerator, self.parts.ranks.n
-        denominators = meter.counts(minibatch, self.parts.ranks.sum)
+        denominators = meter.counts(minibatch, self.parts.ranks.sum, share)
         metrics = meter.Meter()
         metrics.expect(denominators)
         micros = minibatch.micro_batches(self.parts.roles.max_tokens)
-        passes = list(in_step(micros, self.parts.ranks.most))
+        passes = [(micro, weight * share) for micro, weight in in_step(micros, self.parts.ranks.most)]
         for i, (micro, weight) in enumerate(passes):
             last = i == len(passes) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.parts.policy):

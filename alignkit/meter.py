@@ -6,6 +6,7 @@ before the first forward pass, so each micro-batch's backward is already its exa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -19,11 +20,14 @@ Reduce = Callable[[Tensor], Tensor]
 """Sum a tensor over the ranks."""
 
 
-def counts(batch: Batch, reduce: Reduce) -> dict[str, float]:
-    """Return what each possible `over` of a Term is divided by: the count in this step over all ranks."""
+def counts(batch: Batch, reduce: Reduce, share: float = 1.0) -> dict[str, float]:
+    """Return what each possible `over` of a Term is divided by: the count in this step over all ranks.
+
+    share: 0 where this rank's batch is a stand-in that does not count.
+    """
     names = [*EXTENTS, *_masks(batch)]
     local = torch.tensor([batch.count(n) for n in names], dtype=torch.float64)
-    return dict(zip(names, reduce(local).tolist(), strict=True))
+    return dict(zip(names, reduce(local * share).tolist(), strict=True))
 
 
 def sums(terms: Mapping[str, Term], batch: Batch, method: str) -> dict[str, Tensor]:
@@ -87,6 +91,7 @@ class Meter:
         for name, term in terms.items():
             if term.largest:
                 value = term.value.detach().max().double()
+                value = value if weight else torch.full_like(value, -math.inf)
                 self._largest[name] = torch.maximum(self._largest.get(name, value), value)
                 continue
             self._terms[name] = (term.over, term.coef)

@@ -27,7 +27,7 @@ def create(config: RunConfig, accelerator: Any) -> Path:
 
     Raises ConfigError: taken, or not there.
     """
-    name = _create(config).name if accelerator.is_main_process else ""
+    name = find_or_make(config).name if accelerator.is_main_process else ""
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast
 
@@ -37,20 +37,24 @@ def create(config: RunConfig, accelerator: Any) -> Path:
     return config.output / name
 
 
-def _create(config: RunConfig) -> Path:
+def find_or_make(config: RunConfig, file: str = "config.yaml") -> Path:
+    """Return the folder of `config.name` (else of its method and a number); of one process. Raises as `create`.
+
+    file: what makes a folder one that can be resumed.
+    """
     try:
-        return _find_or_make(config)
+        return _find_or_make(config, file)
     except OSError as error:
         raise ConfigError(
             f"cannot make a folder in {config.output}: {error.strerror}; choose another --output"
         ) from error
 
 
-def _find_or_make(config: RunConfig) -> Path:
+def _find_or_make(config: RunConfig, file: str) -> Path:
     if config.name is not None:
         folder = config.output / config.name
-        if config.resume and not (folder / "config.yaml").is_file():
-            raise ConfigError(f"nothing to resume in {folder}; runs there: {_runs(config.output)}")
+        if config.resume and not (folder / file).is_file():
+            raise ConfigError(f"nothing to resume in {folder}; runs there: {_runs(config.output, file)}")
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file; choose another --name")
         if not config.resume and folder.exists() and any(folder.iterdir()):
@@ -83,8 +87,8 @@ def undone(folder: Path, made: bool) -> Iterator[None]:
         raise
 
 
-def _runs(output: Path) -> str:
-    names = sorted(p.parent.name for p in output.glob("*/config.yaml"))
+def _runs(output: Path, file: str) -> str:
+    names = sorted(p.parent.name for p in output.glob(f"*/{file}"))
     return ", ".join(names[-8:]) or "none"
 
 
@@ -92,14 +96,19 @@ def write_config(folder: Path, settings: Mapping[str, Any], resume: bool) -> Non
     """Write config.yaml; when resuming, compare it instead. Raises ConfigError naming what changed."""
     path = folder / "config.yaml"
     if resume:
-        before = {k: v for k, v in read_yaml(path).items() if k not in FREE}
-        now = json.loads(json.dumps({k: v for k, v in settings.items() if k not in FREE}))
-        changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-        if changed:
-            was = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed[:3])
-            raise ConfigError(f"{folder} was run with other settings: {was}. Resume with the same, or start a new run")
+        before, now = ({k: v for k, v in s.items() if k not in FREE} for s in (read_yaml(path), settings))
+        check_same(folder, before, now)
         return
     write_yaml(path, {k: v for k, v in settings.items() if k != "resume"})
+
+
+def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError naming what changed between the settings that a folder was begun with and those given now."""
+    now = json.loads(json.dumps(now))
+    changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    if changed:
+        was = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed[:3])
+        raise ConfigError(f"{folder} was run with other settings: {was}. Resume with the same, or start a new run")
 
 
 class StepLines:

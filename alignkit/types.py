@@ -217,14 +217,21 @@ class Batch:
             per_token={k: v[at_C] for k, v in self.per_token.items()},
         )
 
-    def minibatches(self, n: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield n shuffled parts of nearly equal size (fewer where there are fewer examples); n = 1 is the batch."""
+    def minibatches(
+        self, n: int, generator: torch.Generator, rank: int = 0, world: int = 1, total: int | None = None
+    ) -> Iterator[tuple[Batch, float]]:
+        """Yield this rank's share of n shuffled parts of nearly equal size of the step of all ranks; n = 1 is the batch.
+
+        total: examples of the step, of which this batch holds every world-th from `rank` on. The parts do not depend on
+        the ranks. With each comes its weight: 0 for a stand-in where this rank has no share of a part, else 1.
+        """
         if n == 1:
-            yield self
+            yield self, 1.0
             return
-        order = torch.randperm(len(self), generator=generator)
-        for part in order.tensor_split(min(n, len(self))):
-            yield self.select(part.tolist())
+        total = len(self) if total is None else total
+        for part in torch.randperm(total, generator=generator).tensor_split(min(n, total)):
+            own = [i // world for i in part.tolist() if i % world == rank]
+            yield self.select(own or [0]), float(bool(own))
 
     def micro_batches(self, max_tokens: int) -> list[Batch]:
         """Cut on tree borders into parts of at most `max_tokens` tokens (one tree at least), longest trees first."""

@@ -311,7 +311,7 @@ def test_a_batch_that_fits_the_budget_is_one_micro_batch_and_the_longest_trees_c
 @settings(max_examples=60, deadline=None)
 @given(forests(), st.integers(1, 7), st.integers(0, 2**31))
 def test_minibatches_split_the_batch_into_nearly_equal_parts(examples: list[Example], n: int, seed: int) -> None:
-    parts = list(numbered(examples).minibatches(n, torch.Generator().manual_seed(seed)))
+    parts = [p for p, _ in numbered(examples).minibatches(n, torch.Generator().manual_seed(seed))]
     at = [check_part(p, examples) for p in parts]
     assert sorted(i for part in at for i in part) == list(range(len(examples)))
     sizes = [len(p) for p in parts]
@@ -324,14 +324,31 @@ def test_minibatches_are_a_function_of_the_generator_and_differ_from_seed_to_see
 
     def order(seed: int) -> list[int]:
         return [
-            i for p in numbered(examples).minibatches(4, torch.Generator().manual_seed(seed)) for i in p["e"].tolist()
+            i
+            for p, _ in numbered(examples).minibatches(4, torch.Generator().manual_seed(seed))
+            for i in p["e"].tolist()
         ]
 
     assert order(0) == order(0)
     assert order(0) != order(1)
     assert order(0) != list(range(20))
     one = numbered(examples)
-    assert list(one.minibatches(1, torch.Generator())) == [one]
+    assert list(one.minibatches(1, torch.Generator())) == [(one, 1.0)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.integers(2, 7), st.integers(2, 4), st.integers(0, 2**31))
+def test_ranks_together_have_the_minibatches_that_one_has(total: int, n: int, world: int, seed: int) -> None:
+    examples = [example([i + 1], [2]) for i in range(total)]
+
+    def parts(rank: int, of: int) -> list[list[int]]:
+        batch = numbered(examples).select(range(rank, total, of))
+        made = batch.minibatches(n, torch.Generator().manual_seed(seed), rank, of, total) if len(batch) else []
+        return [part["e"].tolist() if weight else [] for part, weight in made]
+
+    alone = parts(0, 1)
+    shared = [found for rank in range(world) if (found := parts(rank, world))]
+    assert [sorted(i for found in shared for i in found[k]) for k in range(len(alone))] == [sorted(p) for p in alone]
 
 
 # ------------------------------------------------------------------------------------------- numbers and terms

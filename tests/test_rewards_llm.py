@@ -182,7 +182,7 @@ def test_an_endpoint_that_stays_dead(spec: dict[str, Any], waits: list[float]) -
         url = gone.url
     with pytest.raises(
         RewardError,
-        match=r"^reward 'llm': the language model at http://127.0.0.1:\d+/v1 is not to be had: ConnectError.*asked 3 times",
+        match=r"^reward 'llm': the language model at http://.*/v1 is not to be had: ConnectError.*asked 3 times",
     ):
         score(spec | {"url": url, "retries": 2, "backoff": 200}, answers("a", "b"))
     assert set(waits) <= {200.0, 300.0}  # the wait is bounded
@@ -224,7 +224,8 @@ def test_what_was_answered_is_not_asked_again(chat: ChatServer, spec: dict[str, 
     assert len(chat.requests) == 2
     assert score(spec, answers("a", "b", "c")) == [*first, 0.5]
     assert len(chat.requests) == 3
-    for change in ({"model": "other"}, {"temperature": 1.0}, {"body": {"seed": 1}}, {"template": "$completion"}):
+    again = {"url": chat.url.replace("127.0.0.1", "localhost")}
+    for change in (again, {"model": "other"}, {"temperature": 1.0}, {"body": {"seed": 1}}, {"template": "$completion"}):
         n = len(chat.requests)
         score(spec | change, answers("a"))
         assert len(chat.requests) == n + 1, change

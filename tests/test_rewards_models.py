@@ -15,6 +15,7 @@ from alignkit.data import load
 from alignkit.errors import ConfigError, ModelError, RewardError
 from alignkit.rewards import PAIRWISE, Answers, build_rewards, check_rewards, pairwise_ids
 from alignkit.rewards.models import RewardModel
+from alignkit.rewards.sequences import trees
 from alignkit.tokenise import tokenise
 
 
@@ -172,6 +173,14 @@ def test_the_folder_is_not_changed(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- two completions
+
+
+def test_equal_and_empty_answers_have_tokens_too() -> None:
+    (tree,) = trees(byte_tokenizer(), ["Who?"], [["owl", "owl", ""]])
+    assert tree.prompt == ids_of("Who?")
+    assert tree.completions == [[*ids_of("owl"), EOS], [*ids_of("owl"), EOS], [EOS]]
+    (tree,) = trees(byte_tokenizer(), ["Who?"], [["", " "]])
+    assert (tree.prompt, tree.completions) == (ids_of("Who?"), [[EOS], [EOS]])
 
 
 def test_what_a_pairwise_model_reads() -> None:

@@ -72,10 +72,10 @@ def questions(seed: int) -> tuple[list[Question], list[Question]]:
     return train, held_out
 
 
-def score(question: Question, answer: str) -> int:
+def score(fact: str, answer: str) -> int:
     """Judge an answer: 2 for the brief style with the right fact, 1 for the right fact otherwise, 0 for a wrong one."""
     text = answer.strip()
-    return 2 if text == question.fact else int(question.fact in text)
+    return 2 if text == fact else int(fact in text)
 
 
 def sft_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
@@ -86,6 +86,11 @@ def sft_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
 def pair_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
     """Preference pairs: brief over chatty."""
     return [{"prompt": q.prompt, "chosen": q.brief, "rejected": q.chatty} for q in asked]
+
+
+def prompt_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
+    """Rows for the methods that sample: the question, and what the verdict looks at."""
+    return [{"prompt": q.prompt, "fact": q.fact} for q in asked]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

@@ -71,7 +71,7 @@ class Endpoint(Options):
         found = {key: cache.get(key) for key in keys}
         missing = {key: q for key, q in zip(keys, questions, strict=True) if found[key] is None}
         slots = asyncio.Semaphore(self.concurrency)
-        limits = httpx2.Limits(max_connections=self.concurrency)
+        limits = httpx2.Limits(max_connections=None)  # the slots are: a wait for one is no time-out
 
         async def fill(client: httpx2.AsyncClient, key: str, question: Messages) -> None:
             async with slots:

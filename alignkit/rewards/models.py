@@ -137,8 +137,5 @@ class PairwiseModel(Classifier):
             a, b = tree.completions
             forwards.append(pairwise_ids(tree.prompt, a, b, eos))
             backwards.append(pairwise_ids(tree.prompt, b, a, eos))
-        try:
-            scores = torch.tensor(self.scores([*forwards, *backwards]), dtype=torch.float64)
-        except RowError as error:
-            raise RowError(error.index % n, str(error)) from None
+        scores = torch.tensor(self.scores([*forwards, *backwards]), dtype=torch.float64)
         return torch.sigmoid((scores[:n] - scores[n:]) / 2).tolist()  # type: ignore[no-any-return]

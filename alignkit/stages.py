@@ -1,0 +1,159 @@
+"""The stages of a pipeline: what each takes from the earlier ones, and what can be known to be wrong beforehand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignkit import data, registry
+from alignkit.config import RunConfig, split
+from alignkit.errors import AlignkitError, ConfigError, ModelError, nearest
+from alignkit.loading import load_tokenizer
+from alignkit.method import Method
+from alignkit.online import check_online
+from alignkit.rewards import PAIRWISE
+from alignkit.roles import check_reference
+from alignkit.rows import shown
+
+_EARLIER = re.compile(r"@([A-Za-z0-9_.+=-]+)")
+_OF_THE_PIPELINE = ("output", "resume")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. settings: all that it is run with; models of earlier stages stand as "@name". given: their keys."""
+
+    name: str
+    method: Method[Any]
+    config: RunConfig
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def written(self) -> dict[str, Any]:
+        """Return the settings as plain YAML values."""
+        every = {**self.config.describe(), **self.method.config.model_dump(mode="json")}
+        return {k: v for k, v in every.items() if k in self.settings or k.removesuffix("_") in self.settings}
+
+    @property
+    def judges(self) -> bool:
+        """Whether what it trains compares two answers, instead of scoring one."""
+        return bool(self.method.model_settings().get(PAIRWISE))
+
+
+def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
+    """Give every stage the shared settings and what it takes from earlier ones. Raises ConfigError naming the stage.
+
+    A method's own settings cannot be shared. `reward` and `judge` go to the stages whose method needs them.
+    """
+    if not isinstance(stages, Sequence) or isinstance(stages, str) or not stages:
+        raise ConfigError(f"`stages` is a list of settings, each with its `method`; given: {shown(stages)}")
+    common = [k for k in RunConfig.model_fields if k != "method"]
+    if unknown := [k for k in shared if k not in common]:
+        raise ConfigError(
+            f"unknown setting '{unknown[0]}' beside `stages`.{nearest(unknown[0], [*common, 'stages'])} "
+            f"The settings of a method stand in its stage"
+        )
+    resolved: list[Stage] = []
+    for number, one in enumerate(stages, 1):
+        if not isinstance(one, Mapping) or not isinstance(one.get("method"), str):
+            raise ConfigError(f"stage {number} has no `method`; installed: {', '.join(registry.names())}")
+        name = str(one.get("name", one["method"]))
+        if name in [s.name for s in resolved]:
+            raise ConfigError(f"two stages are called '{name}'; give each a `name` of its own")
+        with named(name):
+            resolved.append(_resolved(name, number, dict(one), dict(shared), resolved))
+    return resolved
+
+
+def check(stages: Sequence[Stage]) -> None:
+    """Look at rewards, data and models of all stages, without loading any model. Raises AlignkitError."""
+    for stage in stages:
+        with named(stage.name):
+            known = {s.name: _stand_in for s in stages}
+            roles = {role: replaced(getattr(stage.config, role), known) for role in ("reward", "judge")}
+            check_online(stage.config.model_copy(update=roles), stage.method)
+            check_reference(stage.config, stage.method)
+        for key in ("data", "eval_data"):
+            with named(stage.name, key):
+                if (source := getattr(stage.config, key)) is not None:
+                    data.load(source, stage.method.data, stage.config.columns)
+        with named(stage.name, "model"):
+            _check_model(stage)
+
+
+@contextmanager
+def named(stage: str, key: str | None = None) -> Iterator[None]:
+    """Put the stage's name, and the setting's, in front of an error's message."""
+    try:
+        yield
+    except AlignkitError as error:
+        error.args = (f"stage '{stage}': {f'{key}: ' if key else ''}{error}",)
+        raise
+
+
+def replaced(value: Any, by: Mapping[str, Any]) -> Any:
+    """Return a setting with every "@name" replaced. Raises ConfigError where `by` has no such name."""
+    if isinstance(value, Mapping):
+        return {k: replaced(v, by) for k, v in value.items()}
+    if isinstance(value, list | tuple) and not _is_rows(value):
+        return [replaced(v, by) for v in value]
+    if isinstance(value, str) and (match := _EARLIER.fullmatch(value)):
+        if match[1] not in by:
+            there = ", ".join(f"@{name}" for name in by) or "none"
+            raise ConfigError(f"'{value}' is no earlier stage.{nearest(match[1], by)} Earlier ones: {there}")
+        return by[match[1]]
+    return value
+
+
+def _is_rows(value: Sequence[Any]) -> bool:
+    return bool(value) and all(isinstance(row, Mapping) and "use" not in row and "ensemble" not in row for row in value)
+
+
+def _resolved(name: str, number: int, own: dict[str, Any], shared: dict[str, Any], earlier: list[Stage]) -> Stage:
+    if clash := [k for k in _OF_THE_PIPELINE if k in own]:
+        raise ConfigError(f"`{clash[0]}` is the whole pipeline's; it stands beside `stages`")
+    cls = registry.get(own["method"])
+    asked = {role: shared.pop(role) for role in ("reward", "judge") if role in shared}
+    policies = [s for s in earlier if "policy" in s.method.trains]
+    settings = {**shared, **({"model": f"@{policies[-1].name}"} if policies else {}), **own}
+    settings["name"] = f"{number}-{name}"
+    config, method_config = split(settings, cls.Config)
+    method = cls(method_config)
+    needs = method.roles() if method.data == "prompts" else frozenset[str]()
+    for role in ("reward", "judge"):
+        if role in needs and role not in own and (found := asked.get(role, _trained(role, earlier))) is not None:
+            settings[role] = found
+    if config.lora and not config.fsdp:  # the next stage begins with weights, not with an adapter on its base
+        settings.setdefault("merge_adapter", True)
+    for key, value in settings.items():
+        with named_key(key):
+            replaced(value, {s.name: "" for s in earlier})
+    config, _ = split(settings, cls.Config)
+    return Stage(name, method, config, settings)
+
+
+def _trained(role: str, earlier: Sequence[Stage]) -> Any:
+    """Return the latest earlier reward model as `role` takes it."""
+    models = [s for s in earlier if "reward" in s.method.trains and (role == "judge" or not s.judges)]
+    if not models:
+        return None
+    name = f"@{models[-1].name}"
+    return name if role == "reward" or models[-1].judges else {"bradley_terry": name}
+
+
+def _stand_in(**_: Any) -> list[float]:
+    """Stands for a model that is not trained yet, so that what is around it can be checked."""
+    return []
+
+
+def _check_model(stage: Stage) -> None:
+    model = stage.config.model
+    if not isinstance(model, str | Path) or _EARLIER.fullmatch(str(model)):
+        return
+    load_tokenizer(stage.config)
+    folder = Path(model)
+    if folder.is_dir() and not any((folder / f).is_file() for f in ("config.json", "adapter_config.json")):
+        raise ModelError(f"'{model}' holds no model: neither config.json nor adapter_config.json is there")
