@@ -112,14 +112,14 @@ def _by_rows(layer: Any, hidden_CH: Tensor, targets: Tensor, options: tuple[Any,
 def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
     """Return the log-probabilities of one sequence's tokens after the first `n_prompt`, by the model's own forward."""
     lm = causal_lm(model)
-    with _without_flex(lm):
+    with without_flex(lm):
         logits = lm(input_ids=sequence[None].long(), use_cache=False).logits[0].float()
     logps = logits[:-1].log_softmax(-1).gather(1, sequence[1:, None].long()).squeeze(1)
     return logps[n_prompt - 1 :]  # type: ignore[no-any-return]
 
 
 @contextmanager
-def _without_flex(lm: Any) -> Iterator[None]:
+def without_flex(lm: Any) -> Iterator[None]:
     # every other length would be compiled anew, and another implementation is the better witness
     flex = lm.config._attn_implementation == "flex_attention"
     if flex:

@@ -3,7 +3,7 @@
     runs/rlhf/
       pipeline.yaml                every stage with the settings that were given
       1-sft/  2-reward/  3-ppo/    runs, as `alignkit run` leaves them
-      summary.json                 a row for each finished stage
+      summary.json                 a row for each finished stage, and the settings that the pipeline was begun with
 
 A stage's model is that of the latest earlier stage that trained a policy; its reward or judge, where it needs one and
 none is given, the latest earlier reward model. "@name" as a value is the model folder of the earlier stage `name`.
@@ -24,7 +24,7 @@ from typing import Any
 from alignkit import runfolder
 from alignkit.config import RunConfig, read_yaml, write_yaml
 from alignkit.errors import ConfigError
-from alignkit.stages import Stage, check, named, replaced, resolve
+from alignkit.stages import Stage, check, named, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -72,21 +72,22 @@ def run_pipeline(run: Callable[..., Any], stages: Any, settings: Mapping[str, An
     anything is trained. Raises AlignkitError, which names the stage.
     """
     shared = dict(settings)
-    given = {k: shared.pop(k) for k in ("name", "output", "resume") if k in shared}
+    given: dict[str, Any] = {k: shared.pop(k) for k in ("name", "output", "resume") if k in shared}
     resolved = resolve(stages, shared)
     check(resolved)
     folder = _folder(resolved, given)
+    seconds = _known_seconds(folder)
     finished: list[StageResult] = []
     with _how_to_resume(folder):
         for number, stage in enumerate(resolved, 1):
             place = folder / f"{number}-{stage.name}"
-            seconds = None
             if not (place / "model").is_dir():
                 logger.info("stage %d of %d: %s", number, len(resolved), stage.name)
                 folders = {s.name: str(folder / f"{i}-{s.name}" / "model") for i, s in enumerate(resolved, 1)}
-                seconds = _run(run, stage, place, folders)
-            finished.append(_result(stage, place, seconds, folder))
-            _write_summary(folder, finished)
+                seconds[stage.name] = _run(run, stage, place, folders)
+            finished.append(_result(stage, place, seconds.get(stage.name)))
+            if not int(os.environ.get("RANK", "0")):
+                _write_summary(folder, _summary(folder) | {"stages": [asdict(s) for s in finished]})
     return PipelineResult(folder, tuple(finished))
 
 
@@ -106,7 +107,7 @@ def table(result: PipelineResult) -> Any:
 
 def _run(run: Callable[..., Any], stage: Stage, place: Path, folders: Mapping[str, str]) -> float:
     begun = (place / "config.yaml").is_file()
-    settings = replaced(stage.settings, folders)
+    settings = stage.filled(folders)
     started = time.perf_counter()
     with named(stage.name):
         run(**{**settings, "output": place.parent, "name": place.name, "resume": begun})
@@ -121,11 +122,11 @@ def _folder(stages: Sequence[Stage], given: Mapping[str, Any]) -> Path:
     if int(os.environ.get("RANK", "0")):
         return config.output / str(config.name)  # the first process makes it; a stage begins when all are there
     folder = runfolder.find_or_make(config, FILE)
-    written = [{"name": s.name, **s.written()} for s in stages]
-    if config.resume:
-        before = read_pipeline(folder / FILE)["stages"]
-        runfolder.check_same(folder, *_comparable(before, written))
+    written = [s.written() for s in stages]
+    if config.resume:  # pipeline.yaml itself may have been edited and given again
+        runfolder.check_same(folder, *_comparable(_summary(folder)["begun_with"], written))
     else:
+        _write_summary(folder, {"begun_with": written, "stages": []})
         write_yaml(folder / FILE, {"output": str(config.output), "name": folder.name, "stages": written})
     return folder
 
@@ -151,10 +152,7 @@ def _how_to_resume(folder: Path) -> Iterator[None]:
         raise
 
 
-def _result(stage: Stage, place: Path, seconds: float | None, folder: Path) -> StageResult:
-    if seconds is None:
-        earlier = _summary(folder)
-        seconds = next((row["seconds"] for row in earlier if row["stage"] == stage.name), None)
+def _result(stage: Stage, place: Path, seconds: float | None) -> StageResult:
     lines = runfolder.read_metrics(place)
     last = {k: v for line in lines for k, v in line.items() if v is not None}
     shown = {m if f"eval/{m}" not in last else f"eval/{m}" for m in MAIN}
@@ -162,14 +160,16 @@ def _result(stage: Stage, place: Path, seconds: float | None, folder: Path) -> S
     return StageResult(stage.name, stage.method.name, int(last["step"]), seconds, metrics, str(place))
 
 
-def _summary(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+def _known_seconds(folder: Path) -> dict[str, float]:
+    rows = _summary(folder)["stages"] if (folder / "summary.json").is_file() else []
+    return {row["stage"]: row["seconds"] for row in rows if row["seconds"] is not None}
 
 
-def _write_summary(folder: Path, finished: Sequence[StageResult]) -> None:
-    if int(os.environ.get("RANK", "0")):
-        return
+def _summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _write_summary(folder: Path, values: Mapping[str, Any]) -> None:
     temporary = folder / ".summary.json"
-    temporary.write_text(json.dumps([asdict(s) for s in finished], indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, folder / "summary.json")

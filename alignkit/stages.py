@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,26 @@ _OF_THE_PIPELINE = ("output", "resume")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. settings: all that it is run with; models of earlier stages stand as "@name". given: their keys."""
+    """One stage. config: the run's settings, checked. settings: all it is run with, earlier models as "@name"."""
 
     name: str
     method: Method[Any]
     config: RunConfig
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
 
     def written(self) -> dict[str, Any]:
-        """Return the settings as plain YAML values."""
+        """Return name and settings as plain YAML values."""
         every = {**self.config.describe(), **self.method.config.model_dump(mode="json")}
-        return {k: v for k, v in every.items() if k in self.settings or k.removesuffix("_") in self.settings}
+        given = {k: v for k, v in every.items() if k in self.settings or k.removesuffix("_") in self.settings}
+        return {"name": self.name, **{k: v for k, v in given.items() if k != "name"}}
+
+    def filled(self, by: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings with every "@name" replaced; rows of data are left alone. Raises ConfigError."""
+        filled = {}
+        for key, value in self.settings.items():
+            with named(self.name, key):
+                filled[key] = value if key in ("data", "eval_data") else replaced(value, by)
+        return filled
 
     @property
     def judges(self) -> bool:
@@ -64,7 +73,9 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
         if name in [s.name for s in resolved]:
             raise ConfigError(f"two stages are called '{name}'; give each a `name` of its own")
         with named(name):
-            resolved.append(_resolved(name, number, dict(one), dict(shared), resolved))
+            stage = _resolved(name, number, dict(one), dict(shared), resolved)
+        stage.filled({s.name: "" for s in resolved})  # refuses what no earlier stage makes
+        resolved.append(stage)
     return resolved
 
 
@@ -72,8 +83,8 @@ def check(stages: Sequence[Stage]) -> None:
     """Look at rewards, data and models of all stages, without loading any model. Raises AlignkitError."""
     for stage in stages:
         with named(stage.name):
-            known = {s.name: _stand_in for s in stages}
-            roles = {role: replaced(getattr(stage.config, role), known) for role in ("reward", "judge")}
+            stand_ins = dict.fromkeys((s.name for s in stages), _stand_in)
+            roles = {role: replaced(getattr(stage.config, role), stand_ins) for role in ("reward", "judge")}
             check_online(stage.config.model_copy(update=roles), stage.method)
             check_reference(stage.config, stage.method)
         for key in ("data", "eval_data"):
@@ -98,7 +109,7 @@ def replaced(value: Any, by: Mapping[str, Any]) -> Any:
     """Return a setting with every "@name" replaced. Raises ConfigError where `by` has no such name."""
     if isinstance(value, Mapping):
         return {k: replaced(v, by) for k, v in value.items()}
-    if isinstance(value, list | tuple) and not _is_rows(value):
+    if isinstance(value, list | tuple):
         return [replaced(v, by) for v in value]
     if isinstance(value, str) and (match := _EARLIER.fullmatch(value)):
         if match[1] not in by:
@@ -106,10 +117,6 @@ def replaced(value: Any, by: Mapping[str, Any]) -> Any:
             raise ConfigError(f"'{value}' is no earlier stage.{nearest(match[1], by)} Earlier ones: {there}")
         return by[match[1]]
     return value
-
-
-def _is_rows(value: Sequence[Any]) -> bool:
-    return bool(value) and all(isinstance(row, Mapping) and "use" not in row and "ensemble" not in row for row in value)
 
 
 def _resolved(name: str, number: int, own: dict[str, Any], shared: dict[str, Any], earlier: list[Stage]) -> Stage:
@@ -128,9 +135,6 @@ def _resolved(name: str, number: int, own: dict[str, Any], shared: dict[str, Any
             settings[role] = found
     if config.lora and not config.fsdp:  # the next stage begins with weights, not with an adapter on its base
         settings.setdefault("merge_adapter", True)
-    for key, value in settings.items():
-        with named_key(key):
-            replaced(value, {s.name: "" for s in earlier})
     config, _ = split(settings, cls.Config)
     return Stage(name, method, config, settings)
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/rollout.py --json rollout.json
 
-The 28 M-parameter Llama of engine.py, untrained, in float32 on the CPU: 8 prompts of 120 to 180 tokens, 8 completions
+The 28 M-parameter Llama of engine.py, untrained, in float32 on the CPU: 2 prompts of 120 to 180 tokens, 8 completions
 of 64 tokens each. The contenders take turns, the first turn warms up, and figures are medians of the others.
 """
 
@@ -25,7 +25,7 @@ from alignkit.config import Sampling
 from alignkit.demo.base import tokenizer_from
 from alignkit.rollout import sample
 
-PROMPTS, GROUP, TOKENS = 8, 8, 64
+PROMPTS, GROUP, TOKENS = 2, 8, 64
 
 
 def start() -> tuple[Any, Any, list[list[int]]]:

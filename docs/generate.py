@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from alignkit import Method, registry
-from alignkit.cli import described
+from alignkit.console import described
 from alignkit.config import LoraSettings, RunConfig
 
 DOCS = Path(__file__).resolve().parent

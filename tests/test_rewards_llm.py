@@ -207,10 +207,14 @@ def test_a_refusal_is_not_asked_again(chat: ChatServer, spec: dict[str, Any], wa
 
 
 def test_requests_at_once_are_bounded_and_come_back_in_order(chat: ChatServer, spec: dict[str, Any]) -> None:
-    together = threading.Barrier(3)
+    together, fourth = threading.Barrier(3), threading.Event()
 
     def respond(request: dict[str, Any]) -> Any:
+        if len(chat.requests) > 3:
+            fourth.set()
         together.wait(10)  # goes on when three are here, so fewer at once would fail
+        fourth.wait(0.3)  # the first three stay for a moment, so that a fourth would meet them
+        fourth.set()
         return says(f"Score: {request['messages'][0]['content']}")
 
     chat.respond = respond

@@ -56,7 +56,7 @@ def score(spec: Any, completions: list[Any], lengths: list[int] | None = None, *
         (r"\boxed{1} and \boxed{\frac{1}{2}} is last, not 9", "1/2"),
         (r"\boxed{6", "6"),
         (r"\boxed{3} #### 4", "4"),
-        (r"#### 4 \boxed{3}", "3"),
+        (r"#### 4 \boxed{3} of 5", "3"),
         ("10 apples #### none", None),
         (r"10 apples \boxed{x}", None),
         ("no number", None),

@@ -3,47 +3,64 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from alignkit.config import Sampling
+from alignkit import data, measures, registry, tokenise
 from alignkit.demo import world
 from alignkit.demo.base import write_start
+from alignkit.demo.recipes import LENGTH, SETTINGS, SFT, VERDICTS, recipe
 from alignkit.engine import Engine
 from alignkit.errors import ConfigError, nearest
-from alignkit.metrics import wins
-from alignkit.models import plain_logps
-from alignkit.rollout import sample
+from alignkit.rewards import Answers, Rewards, build_rewards
+from alignkit.rollout import Sampled, sample
+from alignkit.types import Example
 
-# A model of a million parameters wants rates a hundred times those of the billions that the defaults are for.
-SFT = {"learning_rate": 2e-3, "epochs": 24, "batch_size": 32, "warmup_fraction": 0.05}
-SHARED = {"batch_size": 16, "epochs": 2, "max_prompt_tokens": 64, "max_completion_tokens": 64}
-LENGTH = Sampling(max_new_tokens=64)
-SETTINGS: dict[str, dict[str, Any]] = {
-    "dpo": {"learning_rate": 1e-4},
-    "ipo": {"learning_rate": 1e-4},
-    "kto": {"learning_rate": 1e-4, "batch_size": 32},  # a pair is two examples
-    "orpo": {"learning_rate": 1e-3, "lambda_": 0.5},
-    "simpo": {"learning_rate": 1e-4},
-    "cpo": {"learning_rate": 5e-4},
-}
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out questions, and the same as pairs in tokens."""
+
+    questions: list[world.Question]
+    pairs: list[Example]
+
+    def sampled(self, model: Any, tokenizer: Any, seed: int) -> list[list[Sampled]]:
+        """Return one answer to each question, [question][0]."""
+        return sample(model, tokenizer, [e.prompt for e in self.pairs], LENGTH, seed=seed)
+
+    def scores(self, answers: Sequence[str]) -> list[int]:
+        """Return the world's own score of each answer."""
+        return [world.score(q.fact, a) for q, a in zip(self.questions, answers, strict=True)]
+
+    def rewarded(self, rewards: Rewards, sampled: Sequence[Sequence[Sampled]], answers: list[Any]) -> list[float]:
+        """Return what a run's reward says of each answer."""
+        return rewards.score(
+            Answers(
+                prompts=[q.prompt for q in self.questions],
+                completions=answers,
+                columns={"fact": [q.fact for q in self.questions]},
+                rows=[e.row for e in self.pairs],
+                lengths=[len(one.tokens) for (one,) in sampled],
+                ended=[one.ended for (one,) in sampled],
+            )
+        ).total
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What the demo measures on held-out questions. answers: one sample a question."""
+    """What the demo measures on held-out questions, with one sampled answer to each. reward: the run's, their mean."""
 
     answers: list[str]
-    brief: float
-    facts: float
+    scores: list[int]
     accuracy: float
     kl: float
+    reward: float | None
 
 
 def run_demo(method: str, output: Path, seed: int) -> str:
@@ -52,26 +69,27 @@ def run_demo(method: str, output: Path, seed: int) -> str:
         raise ConfigError(f"the demo has no '{method}'; it has {', '.join(SETTINGS)}.{nearest(method, SETTINGS)}")
     started = time.perf_counter()
     folder = _folder(output, method)
-    train, held_out = world.questions(seed)
+    train, test = world.questions(seed)
     rows = world.write_jsonl(folder / "data/sft.jsonl", world.sft_rows(train))
-    pairs = world.write_jsonl(folder / "data/pairs.jsonl", world.pair_rows(train))
-    test = world.write_jsonl(folder / "data/held-out.jsonl", world.pair_rows(held_out))
     texts = [q.prompt + answer for q in train for answer in (q.brief, q.chatty)]
     start = write_start(folder / "start", texts, seed)
 
     engine = Engine(output=folder, seed=seed, reference_cache=True, cache_file=folder / "reference.sqlite")
     base = engine.run("sft", model=str(start), data=str(rows), name="sft", **SFT)
-    before = measure(base.model, base.model, base.tokenizer, held_out, seed)
-    aligned = engine.run(
-        method,
-        model=str(folder / "sft/model"),
-        data=str(pairs),
-        eval_data=str(test),
-        name=method,
-        **{**SHARED, **SETTINGS[method]},
-    )
-    after = measure(aligned.model, base.model, base.tokenizer, held_out, seed + 1)
-    _print(method, held_out, before, after, _win_rates(base, held_out, before, after, seed))
+    settings = {**recipe(method), "model": str(folder / "sft/model")}
+    if method == "ppo":  # as it is known: with a reward model, from which its critic begins
+        pairs = _data(folder, "pairs", train, test)
+        engine.run("reward", **{**recipe("reward"), **pairs, "model": settings["model"]}, name="reward")
+        settings["reward"] = str(folder / "reward/model")
+    kind = registry.get(method).data
+    rewards = build_rewards(settings.get("reward", VERDICTS["reward"])) if kind == "prompts" else None
+    asked = HeldOut(test, tokenise.tokenise(data.load(world.pair_rows(test), "pairs"), base.tokenizer)[0])
+    before = measure(base.model, base.model, base.tokenizer, asked, seed, rewards)
+    aligned = engine.run(method, **settings, **_data(folder, kind, train, test), name=method)
+    after = measure(aligned.model, base.model, base.tokenizer, asked, seed + 1, rewards)
+    others = asked.sampled(base.model, base.tokenizer, seed + 2)
+    against = asked.scores(_texts(base.tokenizer, others))
+    _print(method, asked, (before, after), against)
     return (
         f"{time.perf_counter() - started:.0f} s. Model: {aligned.folder / 'model'}. "
         f"Metrics: {aligned.folder / 'metrics.jsonl'}. "
@@ -79,61 +97,50 @@ def run_demo(method: str, output: Path, seed: int) -> str:
     )
 
 
-def measure(model: Any, base: Any, tokenizer: Any, held_out: list[world.Question], seed: int) -> Measures:
-    """Sample an answer to every question, and compare what policy and base say about the brief and the chatty one.
-
-    accuracy: how often log policy - log base is higher for the brief answer, ties half; 50 % for the base itself.
-    kl: of the policy from the base in nats a sequence, the mean of log policy - log base over the policy's own samples.
-    """
-    answers = [one.tokens for (one,) in sample(model, tokenizer, [q.prompt for q in held_out], LENGTH, seed=seed)]
-    texts = [tokenizer.decode(a, skip_special_tokens=True) for a in answers]
-    scores = [world.score(q, t) for q, t in zip(held_out, texts, strict=True)]
-    prefers, kl = [], []
-    for q, answer in zip(held_out, answers, strict=True):
-        prompt = tokenizer(q.prompt)["input_ids"]
-        brief, chatty = (tokenizer(a)["input_ids"] + [tokenizer.eos_token_id] for a in (q.brief, q.chatty))
-        prefers.append(wins(_log_ratio(model, base, prompt, brief), _log_ratio(model, base, prompt, chatty)))
-        kl.append(_log_ratio(model, base, prompt, answer))
+def measure(model: Any, base: Any, tokenizer: Any, asked: HeldOut, seed: int, rewards: Rewards | None) -> Measures:
+    """Sample an answer to every question, and compare what policy and base say about the brief and the chatty one."""
+    sampled = asked.sampled(model, tokenizer, seed)
+    answers = _texts(tokenizer, sampled)
+    reward = None
+    if rewards is not None:
+        scored = asked.rewarded(rewards, sampled, answers)
+        reward = sum(scored) / len(scored)
     return Measures(
-        answers=texts,
-        brief=sum(s == 2 for s in scores) / len(scores),
-        facts=sum(s > 0 for s in scores) / len(scores),
-        accuracy=float(torch.stack(prefers).mean()),
-        kl=float(torch.stack(kl).mean()),
+        answers=answers,
+        scores=asked.scores(answers),
+        accuracy=measures.preference_accuracy(model, base, asked.pairs),
+        kl=measures.kl_of_samples(model, base, asked.pairs, sampled),
+        reward=reward,
     )
 
 
-def _log_ratio(model: Any, base: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        ids = torch.tensor(prompt + answer, device=next(model.parameters()).device)
-        return (plain_logps(model, ids, len(prompt)) - plain_logps(base, ids, len(prompt))).sum()
+def _texts(tokenizer: Any, sampled: Sequence[Sequence[Sampled]]) -> list[str]:
+    return [tokenizer.decode(one.tokens, skip_special_tokens=True) for (one,) in sampled]
 
 
-def _win_rates(base: Any, asked: list[world.Question], before: Measures, after: Measures, seed: int) -> list[float]:
-    """How often the judge prefers an answer to a fresh one of the base model, ties half: (before, after)."""
-    others = sample(base.model, base.tokenizer, [q.prompt for q in asked], LENGTH, seed=seed + 2)
-    against = [
-        world.score(q, base.tokenizer.decode(o.tokens, skip_special_tokens=True))
-        for q, (o,) in zip(asked, others, strict=True)
-    ]
-    rates = []
-    for m in (before, after):
-        mine = torch.tensor([world.score(q, a) for q, a in zip(asked, m.answers, strict=True)])
-        rates.append(float(wins(mine, torch.tensor(against)).mean()))
-    return rates
+def _data(folder: Path, kind: str, train: list[world.Question], test: list[world.Question]) -> dict[str, str]:
+    """Write the rows of a kind, and return the settings that name them."""
+    name, rows = ("prompts", world.prompt_rows) if kind == "prompts" else ("pairs", world.pair_rows)
+    return {
+        "data": str(world.write_jsonl(folder / f"data/{name}.jsonl", rows(train))),
+        "eval_data": str(world.write_jsonl(folder / f"data/held-out-{name}.jsonl", rows(test))),
+    }
 
 
-def _print(method: str, asked: list[world.Question], before: Measures, after: Measures, win_rates: list[float]) -> None:
+def _print(method: str, asked: HeldOut, both: tuple[Measures, Measures], against: list[int]) -> None:
     console = Console(width=None if Console().is_terminal else 120)
-    table = Table(f"{len(asked)} held-out questions", "base (SFT)", f"after {method}", box=None)
-    table.add_row("win rate against the base", *(f"{r:.1%}" for r in win_rates))
-    table.add_row("sampled answers in the preferred style", f"{before.brief:.1%}", f"{after.brief:.1%}")
-    table.add_row("sampled answers with the right fact", f"{before.facts:.1%}", f"{after.facts:.1%}")
-    table.add_row("preference accuracy", f"{before.accuracy:.1%}", f"{after.accuracy:.1%}")
-    table.add_row("KL to the base (nats a sequence)", f"{before.kl:.2f}", f"{after.kl:.2f}")
+    n = len(asked.questions)
+    table = Table(f"{n} held-out questions", "base (SFT)", f"after {method}", box=None)
+    if both[0].reward is not None:
+        table.add_row("mean reward", *(f"{m.reward:.2f}" for m in both))
+    table.add_row("win rate against the base", *(f"{measures.win_rate(m.scores, against):.1%}" for m in both))
+    table.add_row("sampled answers in the preferred style", *(f"{sum(s == 2 for s in m.scores) / n:.1%}" for m in both))
+    table.add_row("sampled answers with the right fact", *(f"{sum(s > 0 for s in m.scores) / n:.1%}" for m in both))
+    table.add_row("preference accuracy", *(f"{m.accuracy:.1%}" for m in both))
+    table.add_row("KL to the base (nats a sequence)", *(f"{m.kl:.2f}" for m in both))
     console.print(table)
     samples = Table("question", "base (SFT)", f"after {method}", box=None)
-    for q, a, b in list(zip(asked, before.answers, after.answers, strict=True))[:4]:
+    for q, a, b in list(zip(asked.questions, both[0].answers, both[1].answers, strict=True))[:4]:
         samples.add_row(*(escape(t) for t in (q.prompt.split("\n")[0].removeprefix("Question: "), a, b)))
     console.print(samples)
 

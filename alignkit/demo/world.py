@@ -88,6 +88,11 @@ def pair_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
     return [{"prompt": q.prompt, "chosen": q.brief, "rejected": q.chatty} for q in asked]
 
 
+def judged_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
+    """Preference pairs that serve every method: with what the verdict looks at."""
+    return [{**pair, "fact": q.fact} for q, pair in ((q, *pair_rows([q])) for q in asked)]
+
+
 def prompt_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
     """Rows for the methods that sample: the question, and what the verdict looks at."""
     return [{"prompt": q.prompt, "fact": q.fact} for q in asked]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alignkit.config import Sampling
 from alignkit.loading import causal_lm
-from alignkit.models import _without_flex
+from alignkit.models import without_flex
 from alignkit.rollout.mixture import MixedLogits, Mixture
 from alignkit.rollout.noise import GumbelNoise
 
@@ -184,7 +184,7 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
     try:
         model.eval()
         lm.generation_config = GenerationConfig()  # a repetition penalty, say, is no part of the policy
-        with _without_flex(lm):
+        with without_flex(lm):
             yield
     finally:
         lm.generation_config = settings

@@ -25,7 +25,7 @@ def sample_continuously(
     for name in ("stop", "min_new_tokens"):
         if getattr(sampling, name):
             raise ConfigError(f"backend: continuous cannot do `{name}`; leave it out, or use backend: generate")
-    longest = max(map(len, prompts)) + sampling.max_new_tokens
+    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     rows = min(len(prompts) * n, sampling.batch_size)
     # sized by the job: the defaults take most of the memory, and a pass reads all of it
     sizes = ContinuousBatchingConfig(

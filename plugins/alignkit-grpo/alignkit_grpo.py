@@ -3,8 +3,7 @@
     GRPO   A_i = (r_i - mean of the group) / (std of the group + 1e-4)      clipped surrogate + beta KL in the loss
     RLOO   A_i = R_i - mean of the others' R,  R = r - beta (log policy(y) - log reference(y))
 
-A group is one prompt with G sampled completions: one tree, whose prompt is computed once. Different from the paper: the
-KL in GRPO's loss is k2 by default, whose gradient is the KL's (k3, the paper's, can be had).
+A group is a prompt with G completions: one tree. Other than in the paper the KL is k2, whose gradient is the KL's.
 """
 
 from __future__ import annotations
@@ -93,12 +92,10 @@ class GRPO(Method["GRPO.Config"]):
         c = self.config
         high = c.clip_high or CLIP_HIGH.get(c.variant, c.clip)
         old = batch["old_logps"] if "old_logps" in batch else logps.detach()
-        reference = batch.reference_logps if c.beta else None
         cispo = c.variant == "cispo"
-        advantages = batch["advantages"] * (not cispo)
         out = policy_loss(
-            logps, old, advantages, batch.cu_seqlens,
-            ratio=c.ratio, clip=(c.clip, high), reference_logps=reference, kl=c.kl, kl_coef=c.beta,
+            logps, old, batch["advantages"] * (not cispo), batch.cu_seqlens, ratio=c.ratio, clip=(c.clip, high),
+            reference_logps=batch.reference_logps if c.beta else None, kl=c.kl, kl_coef=c.beta,
         )  # fmt: skip
         if not cispo:
             return out

@@ -4,8 +4,7 @@
     A, R      = GAE(gamma, lambda) over the completion's tokens        A whitened over all tokens of the batch
     loss      = clipped surrogate + c_v clipped value loss - c_e entropy, a mean over tokens
 
-The value V_t is the critic's at the position that predicts token t. Different from the papers: completions are never
-padded, so nothing is masked; a completion's end is terminal; the reward is normalised by running statistics.
+V_t is the critic's value at the position that predicts token t; a completion's end is terminal.
 """
 
 from __future__ import annotations
@@ -17,18 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from alignkit import (
-    Batch,
-    Context,
-    Method,
-    MethodConfig,
-    Models,
-    RunningMoments,
-    Term,
-    hookimpl,
-    metric,
-    rollout_metrics,
-)  # fmt: skip
+import alignkit
+from alignkit import Batch, Context, Method, MethodConfig, Models, RunningMoments, Term, metric, rollout_metrics
 from alignkit_kernels import gae, policy_loss, sequence_sum
 
 
@@ -62,19 +51,21 @@ class PPO(Method["PPO.Config"]):
         reward_clip: float = Field(10.0, gt=0, description="largest size of a reward after normalisation")
         missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the reward of completions that were cut")
         critic_warmup_steps: int = Field(0, ge=0, description="first steps, in which the critic alone learns")
-        max_update_kl: float | None = Field(
-            None, gt=0, description="nats a token from the sampling policy at which a batch is given up"
-        )
+        max_update_kl: float | None = Field(None, gt=0, description="nats a token at which a batch is given up")
 
     def __init__(self, config: PPO.Config) -> None:
         super().__init__(config)
         self.beta, self.kl, self.moments = config.beta, 0.0, RunningMoments()
 
+    def roles(self) -> frozenset[str]:
+        """Without a KL there is no reference."""
+        return self.uses if self.config.beta else self.uses - {"reference"}
+
     def collect(self, batch: Batch, ctx: Context) -> Batch:
         """Sample, score, and turn rewards into advantages and returns."""
         c = self.config
         batch = ctx.rollouts(batch)
-        log_ratios = batch["old_logps"] - batch.reference_logps
+        log_ratios = batch["old_logps"] - batch.reference_logps if c.beta else torch.zeros_like(batch["old_logps"])
         far = log_ratios.clamp(-20, 20)  # e^20 says enough
         kl = {"k1": log_ratios, "k2": log_ratios.square() / 2, "k3": torch.expm1(-far) + far}[c.kl]
         rewards = -self.beta * kl
@@ -84,8 +75,7 @@ class PPO(Method["PPO.Config"]):
         if c.whiten:
             advantages = (advantages - ctx.mean(advantages)) / (_variance(advantages, ctx).sqrt() + 1e-8)
         observed = float(ctx.mean(sequence_sum(log_ratios, batch.cu_seqlens)))
-        if ctx.training:
-            self.kl = observed
+        self.kl = observed if ctx.training else self.kl
         ctx.log(**{"beta": self.beta, "value/explained_variance": 1 - float(left)})
         warming = torch.full((len(batch),), ctx.step < c.critic_warmup_steps, device=batch.device)
         return batch.attach(per_token={"advantages": advantages, "returns": returns}, per_example={"warming": warming})
@@ -95,8 +85,6 @@ class PPO(Method["PPO.Config"]):
         c = self.config
         warming = bool(batch["warming"].any())
         said = models.policy(batch, entropy=True, values=True, frozen=warming)
-        assert said.values is not None
-        assert said.entropy is not None
         bonus = said.entropy if c.entropy_coef else None
         out = policy_loss(
             said.logps, batch["old_logps"], batch["advantages"], batch.cu_seqlens,
@@ -139,8 +127,7 @@ class PPO(Method["PPO.Config"]):
             count = int(ctx.sum(torch.tensor(len(rewards))))
             squares = count * float(ctx.mean((rewards.double() - mean).square()))
             self.moments.update(count, float(mean), squares)
-        limit = self.config.reward_clip
-        return self.moments.normalise(rewards).clamp(-limit, limit)
+        return self.moments.normalise(rewards).clamp(-self.config.reward_clip, self.config.reward_clip)
 
     def _value_losses(self, batch: Batch, values: Tensor) -> Tensor:
         old, clip = batch["values"], self.config.value_clip
@@ -152,7 +139,7 @@ def _variance(value: Tensor, ctx: Context) -> Tensor:
     return ctx.mean((value - ctx.mean(value)).square())
 
 
-@hookimpl
+@alignkit.hookimpl
 def register_methods() -> list[type[Method]]:
     """Bring "ppo"."""
     return [PPO]

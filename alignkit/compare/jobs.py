@@ -1,0 +1,168 @@
+"""Which methods a task's rows can serve, and what each of them is run with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignkit import data, registry, tokenise
+from alignkit.config import RunConfig, split, validated
+from alignkit.demo import recipes, world
+from alignkit.demo.base import write_start
+from alignkit.engine import Engine
+from alignkit.errors import ConfigError, DataError, nearest
+from alignkit.method import Method
+from alignkit.online import check_online
+from alignkit.rows import RawRows, read_rows
+from alignkit.stream import hold_out
+
+HELD_OUT = 0.1
+_OURS = ("method", "name", "output", "resume")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What methods are compared on.
+
+    model: the base's folder or hub name. data, eval_data: sources of rows; without eval_data HELD_OUT of the data is
+    held out, by prompt. settings: of a run, and of any method. recipes: settings of single methods. reward, judge:
+    specs (docs/rewards.md), for the methods that learn from them and for the win rate; the judge's verdict comes first.
+    """
+
+    model: str
+    data: str
+    eval_data: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    reward: Any = None
+    judge: Any = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process does. method: None measures the base. verdict: {"judge": spec}, {"reward": spec} or {}."""
+
+    method: str | None
+    folder: str
+    settings: Mapping[str, Any]
+    eval_data: str | None
+    verdict: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The method's name, or "base"."""
+        return self.method or "base"
+
+    def write(self, path: Path) -> Path:
+        """Write the job as JSON and return the path."""
+        path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """Read what `write` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def config(self) -> RunConfig:
+        """Return the run's part of the settings."""
+        known = {k: v for k, v in self.settings.items() if k in RunConfig.model_fields}
+        return validated(RunConfig, {**known, "method": self.name})
+
+
+def demo_task(folder: Path, seed: int) -> Task:
+    """Make the demo's world and its base in `folder`."""
+    train, test = world.questions(seed)
+    rows = world.write_jsonl(folder / "data/sft.jsonl", world.sft_rows(train))
+    texts = [q.prompt + answer for q in train for answer in (q.brief, q.chatty)]
+    start = write_start(folder / "data/start", texts, seed)
+    Engine(output=folder / "data", seed=seed).run("sft", model=str(start), data=str(rows), name="sft", **recipes.SFT)
+    return Task(
+        model=str(folder / "data/sft/model"),
+        data=str(world.write_jsonl(folder / "data/pairs.jsonl", world.judged_rows(train))),
+        eval_data=str(world.write_jsonl(folder / "data/held-out.jsonl", world.judged_rows(test))),
+        settings={"cache_file": str(folder / "reference.sqlite"), "sampling": recipes.LENGTH.model_dump()},
+        recipes={name: recipes.recipe(name) for name in _installed()},
+        **recipes.VERDICTS,
+    )
+
+
+def jobs_of(task: Task, methods: Sequence[str] | None, folder: Path, seed: int) -> tuple[list[Job], dict[str, str]]:
+    """Return a job for the base and for each method that can be compared, and why others cannot.
+
+    methods: names, or None for all that are installed. Raises PluginError for a name that is not installed, ConfigError
+    for a setting that nobody knows, and where no method is left.
+    """
+    found = {name: registry.get(name) for name in methods} if methods is not None else _installed()
+    _check_known(task.settings, found)
+    rows = read_rows(task.data)
+    verdict = {"judge": task.judge} if task.judge is not None else {"reward": task.reward} if task.reward else {}
+    jobs, left_out = [], {}
+    for name, cls in found.items():
+        settings = _settings(task, name, cls, seed)
+        if reason := _reason(cls, settings, rows):
+            left_out[name] = reason
+        else:
+            jobs.append(Job(name, str(folder), settings, task.eval_data, verdict))
+    if not jobs:
+        raise ConfigError("no method can be compared: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
+    base = {
+        k: v for k, v in jobs[0].settings.items() if k in {"model", "data", "columns", "sampling", "seed", "device"}
+    }
+    return [Job(None, str(folder), base, task.eval_data, verdict), *jobs], left_out
+
+
+def rows_of(job: Job, tokenizer: Any) -> tuple[RawRows, RawRows]:
+    """Return the job's rows: (to train on, held out); no prompt is on both sides. Raises DataError."""
+    config = job.config()
+    rows = read_rows(config.data)
+    if job.eval_data is not None:
+        return rows, read_rows(job.eval_data)
+    prompts, _ = tokenise.tokenise(data.load(rows, "prompts", config.columns), tokenizer, config.max_prompt_tokens)
+    _, held_out = hold_out(prompts, config.eval_fraction or HELD_OUT, config.seed)
+    numbers = {e.row for e in held_out}
+    sides = [[(n, cells) for n, cells in rows if (n in numbers) == held] for held in (False, True)]
+    return RawRows(rows.source, sides[0], rows.textual, rows.faults), RawRows(rows.source, sides[1], rows.textual)
+
+
+def _installed() -> dict[str, type[Method[Any]]]:
+    return {p.name: p.method for p in registry.plugins() if p.method is not None}
+
+
+def _check_known(settings: Mapping[str, Any], methods: Mapping[str, type[Method[Any]]]) -> None:
+    known = {k for cls in methods.values() for k in cls.Config.model_fields} | set(RunConfig.model_fields)
+    for key in settings:
+        if key in _OURS or key in ("reward", "judge", "eval_data", "model", "data"):
+            raise ConfigError(f"--set {key}: compare sets that itself; see `alignkit compare --help`")
+        if key not in known and f"{key}_" not in known:
+            raise ConfigError(f"unknown setting '{key}'.{nearest(key, known)} None of {', '.join(methods)} has it")
+
+
+def _settings(task: Task, name: str, cls: type[Method[Any]], seed: int) -> dict[str, Any]:
+    """The run's settings, the method's own among the shared ones, and what it learns from."""
+    own = {*RunConfig.model_fields, *cls.Config.model_fields}
+    shared = {k: v for k, v in task.settings.items() if k in own or f"{k}_" in own}
+    settings = {"model": task.model, "data": task.data, "seed": seed, **task.recipes.get(name, {}), **shared}
+    if cls.data != "prompts":
+        return settings
+    judge = task.judge if task.judge is not None or task.reward is None else {"bradley_terry": task.reward}
+    given = {"reward": task.reward, "judge": judge}
+    return {**settings, **{k: v for k, v in given.items() if k in cls.uses and v is not None}}
+
+
+def _reason(cls: type[Method[Any]], settings: Mapping[str, Any], rows: RawRows) -> str | None:
+    """Say why a method cannot be compared, None where it can. Raises ConfigError for a wrong value."""
+    if "policy" not in cls.trains:
+        return f"trains no policy, but {', '.join(cls.trains)}: it has no answers to compare"
+    config, method_config = split({**settings, "method": cls.name}, cls.Config)
+    method = cls(method_config)
+    if cls.data == "prompts" and (missing := [r for r in ("reward", "judge") if r in cls.uses and r not in settings]):
+        return f"needs a {missing[0]}: give --{missing[0]}"
+    check_online(config, method)
+    try:
+        data.load(rows, cls.data, config.columns)
+    except DataError as error:
+        return str(error).split("\n")[0]
+    return None

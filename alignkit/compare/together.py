@@ -1,0 +1,63 @@
+"""All methods of a comparison, one after the other, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignkit.compare.jobs import Job, Task, jobs_of
+
+logger = logging.getLogger(__name__)
+
+FIGURES = ("win_rate", "accuracy", "kl", "distinct_2", "seconds", "peak_mib")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one method, by the names of FIGURES; or why it failed."""
+
+    method: str
+    figures: dict[str, float | None]
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The base and every method, the folder that holds their runs, and which methods were left out and why."""
+
+    rows: tuple[Row, ...]
+    left_out: dict[str, str]
+    folder: Path
+
+
+def compare(task: Task, methods: Sequence[str] | None, folder: Path, seed: int = 0) -> Comparison:
+    """Run every method that the task's rows can serve; `folder` gets their runs, jobs and logs.
+
+    methods: names, or None for all that are installed. A method that fails gets a row that says why, and the others go
+    on. Raises AlignkitError for what is wrong with the task itself.
+    """
+    jobs, left_out = jobs_of(task, methods, folder, seed)
+    rows = []
+    for number, job in enumerate(jobs, 1):
+        logger.info("%d of %d: %s", number, len(jobs), job.name)
+        rows.append(_row(job, folder))
+    return Comparison(tuple(rows), left_out, folder)
+
+
+def _row(job: Job, folder: Path) -> Row:
+    path = job.write(folder / f"{job.name}.json")
+    log = folder / f"{job.name}.log"
+    with log.open("w", encoding="utf-8") as said:
+        command = [sys.executable, "-m", "alignkit.compare", str(path)]
+        code = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, check=False).returncode
+    if code == 0:
+        return Row(job.name, json.loads(path.with_suffix(".figures.json").read_text(encoding="utf-8")))
+    last = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()][-1:]
+    reason = f"killed by signal {-code}" if code < 0 else last[0][:200] if last else f"exit code {code}"
+    logger.warning("%s failed: %s; see %s", job.name, reason, log)
+    return Row(job.name, dict.fromkeys(FIGURES), reason)

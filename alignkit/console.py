@@ -1,0 +1,125 @@
+"""What the command line says: errors, the log, and the settings of a class in words. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+def described(cls: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (name, default, values, meaning) of every field of a settings class, as they are shown everywhere."""
+    import json
+    from pathlib import PurePath
+
+    for name, field in cls.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, PurePath | str):
+            shown = str(default)
+        else:
+            shown = "required" if field.is_required() else json.dumps(default)
+        limits = [f"{sign} {getattr(m, k)}" for m in field.metadata for k, sign in _SIGNS.items() if hasattr(m, k)]
+        yield name, shown, ", ".join([_values(field.annotation), *limits]), field.description or ""
+
+
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _values(annotation: Any) -> str:
+    """Say in a few words what a field takes."""
+    import types
+    from typing import Annotated, Literal, Union, get_args, get_origin
+
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _values(args[0])
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_values, args))
+    if origin is tuple:
+        return ", ".join(map(_values, args))
+    if origin is list:
+        return f"list of {_values(args[0])}"
+    if origin is dict:
+        return "mapping"
+    if annotation is types.NoneType:
+        return "null"
+    return "any" if annotation is Any else str(annotation.__name__).replace("LoraSettings", "mapping or rank").lower()
+
+
+def rank() -> int:
+    """Return this process's place among those of a run, 0 where it is alone."""
+    return int(os.environ.get("RANK", "0"))  # torchrun's
+
+
+def complain(message: str) -> None:
+    """Print an error; ranks that most likely say the same as rank 0 use one line."""
+    start = "error: "
+    if rank():
+        start, message = f"rank {rank()}: error: ", message.split("\n")[0]
+    print(start + message, file=sys.stderr)
+
+
+def unexpected(error: Exception) -> str:
+    """Say what happened and where, and write the whole traceback to a file."""
+    import tempfile
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    here = str(Path(__file__).parent)
+    cli = str(Path(__file__).with_name("cli.py"))
+    frame = next((f for f in reversed(frames) if f.filename.startswith(here) and f.filename != cli), frames[-1])
+    first = str(error).strip().split("\n")[0][:300]
+    lines = [f"{type(error).__name__}: {first}", f"  at {frame.filename}:{frame.lineno}, in {frame.name}"]
+    if type(error).__name__ == "OutOfMemoryError":
+        lines.append("  Less memory: lora, gradient_checkpointing, kept_logits_gib: 0, a smaller max_completion_tokens")
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="alignkit-error-", suffix=".txt", delete=False) as file:
+            file.write("".join(traceback.format_exception(error)))
+        lines.append(f"  The whole traceback: {file.name}")
+    except OSError:
+        traceback.print_exception(error)
+    return "\n".join(lines)
+
+
+def speak() -> None:
+    """Let alignkit's own log reach the terminal, once, and other libraries' only where it is news to a user."""
+    import logging
+    import warnings
+
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
+    from transformers.utils import logging as transformers_log
+
+    from alignkit.progress import PlainHandler
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logger = logging.getLogger("alignkit")
+    if not logger.handlers and rank() == 0:
+        logger.addHandler(PlainHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    transformers_log.disable_progress_bar()  # one for each save and load
+    if sys.stderr.isatty():
+        enable_progress_bars()  # a download is worth one
+    # a line for each try, a line for each layer, a table of missing weights (which are an error of ours)
+    for library in (
+        "huggingface_hub",
+        "bitsandbytes",
+        "transformers.modeling_utils",
+        "transformers.utils.loading_report",
+    ):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,372 @@
+"""Chains of methods: what a stage takes from the earlier ones, what is refused beforehand, and resuming anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from alignkit.engine import Engine, Loop
+from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
+from alignkit.pipeline import FILE, PipelineResult, read_pipeline, run_pipeline, table
+from alignkit.runfolder import read_metrics
+from alignkit.stages import resolve
+from helpers import make_rows
+
+TIMED = ("tokens_per_second", "seconds/")
+Stages = list[dict[str, Any]]
+SFT: dict[str, Any] = {"method": "sft"}
+DPO: dict[str, Any] = {"method": "dpo"}
+FAULTY = [{"prompt": "a", "chosen": None, "rejected": "b"}]
+
+
+@pytest.fixture
+def shared(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """What all stages of a short pipeline share."""
+    steps = {"max_steps": 3, "save_every": 1, "sampling": {"max_new_tokens": 6}}
+    return {**settings, **steps, "learning_rate": 1e-3, "data": make_rows("pairs", 12), "name": "rlhf"}
+
+
+@pytest.fixture
+def rlhf() -> Stages:
+    return [{"method": "sft"}, {"method": "reward"}, {"method": "ppo", "batch_size": 3, "epochs_per_batch": 2}]
+
+
+def chain(stages: Stages, shared: dict[str, Any], **more: Any) -> PipelineResult:
+    return run_pipeline(Engine().run, stages, {**shared, **more})
+
+
+def configs(result: PipelineResult) -> list[dict[str, Any]]:
+    return [yaml.safe_load((Path(s.folder) / "config.yaml").read_text()) for s in result.stages]
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Weights and metrics of every stage."""
+    found: dict[str, Any] = {}
+    for stage in sorted(p for p in folder.iterdir() if p.is_dir()):
+        found[stage.name] = load_file(stage / "model/model.safetensors")
+        lines = read_metrics(stage)
+        found[f"{stage.name} lines"] = [{k: v for k, v in x.items() if not k.startswith(TIMED)} for x in lines]
+    return found
+
+
+def same(one: Path, other: Path) -> None:
+    a, b = trained(one), trained(other)
+    assert a.keys() == b.keys()
+    for key in a:
+        if key.endswith("lines"):
+            assert a[key] == b[key]
+        else:
+            assert all(torch.equal(a[key][n], b[key][n]) for n in a[key]), key
+
+
+@contextmanager
+def interrupted(method: str, at: int) -> Iterator[None]:
+    """Fail where this method would begin its step `at`."""
+    original = Loop.step
+
+    def step(self: Loop, number: int, total: int) -> dict[str, float]:
+        if self.method.name == method and number == at:
+            raise OSError("the machine went away")
+        return original(self, number, total)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "step", step)
+        with pytest.raises(OSError, match="went away"):
+            yield
+
+
+# ------------------------------------------------------------------------------------------------------ what runs
+
+
+def test_sft_reward_model_ppo(shared: dict[str, Any], rlhf: Stages) -> None:
+    result = chain(rlhf, shared)
+    folder = shared["output"] / "rlhf"
+    assert result.folder == folder
+    assert [Path(s.folder).name for s in result.stages] == ["1-sft", "2-reward", "3-ppo"]
+    sft, reward, ppo = configs(result)
+    assert sft["model"] == shared["model"]
+    assert reward["model"] == ppo["model"] == str(folder / "1-sft/model")
+    assert ppo["reward"] == str(folder / "2-reward/model")
+    assert (ppo["batch_size"], sft["batch_size"]) == (3, 4)
+    assert AutoModelForSequenceClassification.from_pretrained(folder / "2-reward/model").config.num_labels == 1
+    # the stages are the runs that they would be alone
+    alone = {k: v for k, v in shared.items() if k not in ("name", "model")}
+    model = Engine().run("reward", **alone, model=reward["model"], name="alone").folder / "model/model.safetensors"
+    weights = load_file(folder / "2-reward/model/model.safetensors")
+    assert all(torch.equal(t, weights[n]) for n, t in load_file(model).items())
+
+
+def test_a_row_for_each_stage(shared: dict[str, Any], rlhf: Stages) -> None:
+    result = chain(rlhf, shared, eval_fraction=0.25)
+    kept = json.loads((result.folder / "summary.json").read_text())["stages"]
+    assert [(s["stage"], s["method"], s["steps"]) for s in kept] == [
+        ("sft", "sft", 3),
+        ("reward", "reward", 3),
+        ("ppo", "ppo", 3),
+    ]
+    last = read_metrics(Path(result.stages[1].folder))[-1]
+    assert result.stages[1].metrics == {k: last[k] for k in ("eval/loss", "eval/rewards/accuracy")}
+    assert {"eval/kl", "eval/reward/mean"} <= result.stages[2].metrics.keys()
+    assert all(s.seconds is not None and s.seconds > 0 for s in result.stages)
+    shown = table(result)
+    assert [c.header for c in shown.columns][:7] == [
+        "stage",
+        "method",
+        "steps",
+        "seconds",
+        "loss",
+        "rewards/accuracy",
+        "reward/mean",
+    ]
+    accuracy = list(shown.columns[5].cells)
+    assert accuracy == ["-", f"{last['eval/rewards/accuracy']:.4g}", "-"]
+
+
+def test_a_pairwise_reward_model_judges_and_another_one_by_bradley_terry(shared: dict[str, Any]) -> None:
+    stages = [
+        {"method": "reward", "name": "rm"},
+        {"method": "reward", "name": "pm", "pairwise": True},
+        {"method": "nash"},
+    ]
+    shared["max_steps"] = 1
+    folder = shared["output"] / "rlhf"
+    *_, nash = configs(chain(stages, shared))
+    assert nash["judge"] == str(folder / "2-pm/model")
+    assert nash["model"] == shared["model"]  # no policy was trained before
+    without = resolve([stages[0], stages[2]], {"model": shared["model"], "data": shared["data"]})
+    assert without[1].settings["judge"] == {"bradley_terry": "@rm"}
+    scored = resolve([*stages[:2], {"method": "grpo"}], {"model": shared["model"], "data": shared["data"]})
+    assert scored[2].settings["reward"] == "@rm"
+
+
+def test_a_name_stands_for_a_folder_anywhere() -> None:
+    stages = [
+        {"method": "sft"},
+        {"method": "dpo", "model": "base"},
+        {"method": "reward", "name": "a", "model": "@sft"},
+        {"method": "ppo", "reward": {"ensemble": ["@a", {"use": "@a", "name": "b"}], "combine": "min"}, "critic": "@a"},
+    ]
+    *_, ppo = resolve(stages, {"model": "base", "data": [{"prompt": "@nobody"}]})
+    filled = ppo.filled({"sft": "S", "dpo": "D", "a": "A"})
+    assert filled["model"] == "D"
+    assert filled["critic"] == "A"
+    assert filled["reward"] == {"ensemble": ["A", {"use": "A", "name": "b"}], "combine": "min"}
+    assert filled["data"] == [{"prompt": "@nobody"}]
+
+
+def test_a_shared_reward_goes_to_the_stages_that_need_one() -> None:
+    shared = {"model": "base", "data": [], "reward": "brevity", "judge": "llm"}
+    sft, grpo, nash = resolve([{"method": m} for m in ("sft", "grpo", "nash")], shared)
+    assert [s.config.reward for s in (sft, grpo, nash)] == [None, "brevity", None]
+    assert [s.config.judge for s in (sft, grpo, nash)] == [None, None, "llm"]
+
+
+def test_adapters_are_merged_unless_a_stage_says_otherwise() -> None:
+    stages = [{"method": "sft"}, {"method": "dpo", "merge_adapter": False}, {"method": "ipo", "lora": None}]
+    resolved = resolve(stages, {"model": "base", "data": [], "lora": 4})
+    assert [s.config.merge_adapter for s in resolved] == [True, False, False]
+
+
+@pytest.mark.slow
+def test_with_adapters(shared: dict[str, Any], rlhf: Stages) -> None:
+    result = chain(rlhf, shared, lora=2, max_steps=1)
+    assert all((Path(s.folder) / "model/model.safetensors").is_file() for s in result.stages)
+
+
+# --------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize(("method", "at"), [("sft", 2), ("reward", 0), ("reward", 1), ("ppo", 2)])
+def test_a_pipeline_that_was_interrupted_anywhere_ends_as_the_uninterrupted_one(
+    method: str, at: int, shared: dict[str, Any], rlhf: Stages
+) -> None:
+    whole = chain(rlhf, shared, name="whole")
+    with interrupted(method, at):
+        chain(rlhf, shared, name="parts")
+    torch.manual_seed(99)  # what the process drew meanwhile must not matter
+    parts = chain(rlhf, shared, name="parts", resume=True)
+    same(parts.folder, whole.folder)
+    assert [s.metrics for s in parts.stages] == [s.metrics for s in whole.stages]
+
+
+def test_a_finished_stage_is_not_done_again(shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [SFT, DPO]
+    first = chain(stages, shared)
+    monkeypatch.setattr(Loop, "train", lambda self: pytest.fail("a finished stage ran again"))
+    again = chain(stages, shared, resume=True)
+    assert again == first
+    (first.folder / "summary.json").write_text(
+        json.dumps(json.loads((first.folder / "summary.json").read_text()) | {"stages": []})
+    )
+    assert [s.seconds for s in chain(stages, shared, resume=True).stages] == [None, None]
+
+
+def test_how_to_go_on_is_said(shared: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    stages = [SFT, DPO]
+    with interrupted("dpo", 1):
+        chain(stages, shared)
+    path = shared["output"] / "rlhf" / FILE
+    assert f"go on with: alignkit pipeline {path} --resume" in caplog.text
+    with pytest.raises(ConfigError, match="exists; go on with it by --resume"):
+        chain(stages, shared)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ([{"method": "sft"}, {"method": "dpo", "beta": 0.2}], r"dpo: beta was 0\.1, is 0\.2"),
+        ([{"method": "sft", "seed": 3}, {"method": "dpo", "beta": 0.1}], r"sft: seed was None, is 3"),
+        ([{"method": "dpo", "beta": 0.1}], r"stages was 'sft, dpo', is 'dpo'"),
+        ([{"method": "sft"}, {"method": "simpo", "name": "dpo", "beta": 0.1}], r"dpo: method was 'dpo', is 'simpo'"),
+    ],
+)
+def test_other_stages_are_refused(changed: Stages, words: str, shared: dict[str, Any]) -> None:
+    shared["max_steps"] = 1
+    chain([{"method": "sft"}, {"method": "dpo", "beta": 0.1}], shared)
+    with pytest.raises(ConfigError, match=rf"rlhf was run with other settings: {words}"):
+        chain(changed, shared, resume=True)
+    chain([{"method": "sft"}, {"method": "dpo", "beta": 0.1, "log_every": 2}], shared, resume=True)  # changes no result
+
+
+def test_the_file_in_the_folder_runs_and_an_edit_of_it_is_noticed(shared: dict[str, Any], write_rows: Any) -> None:
+    shared |= {"max_steps": 1, "data": write_rows(make_rows("pairs", 12))}
+    stages = [{"method": "reward", "name": "rm"}, {"method": "orpo", "lambda": 0.3}]
+    first = chain(stages, shared)
+    written = read_pipeline(first.folder / FILE)
+    assert [s["name"] for s in written["stages"]] == ["rm", "orpo"]
+    assert written["stages"][1]["lambda_"] == 0.3
+    again = run_pipeline(Engine().run, written.pop("stages"), {**written, "name": "again"})
+    same(again.folder, first.folder)
+    edited = read_pipeline(first.folder / FILE)
+    edited["stages"][1]["lambda_"] = 0.4
+    (first.folder / FILE).write_text(yaml.safe_dump(edited))
+    with pytest.raises(ConfigError, match=r"orpo: lambda_ was 0\.3, is 0\.4"):
+        run_pipeline(Engine().run, edited.pop("stages"), {**edited, "resume": True})
+
+
+@pytest.mark.slow
+def test_a_real_sigkill_in_the_second_stage_is_survived(
+    shared: dict[str, Any], rlhf: Stages, write_rows: Any, tmp_path: Path
+) -> None:
+    output = shared.pop("output")
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in shared.items() if k != "name"}
+    values |= {"data": write_rows(shared["data"]), "max_steps": 30, "stages": rlhf, "save_every": 2}
+    values["stages"][2]["max_steps"] = 2
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(values))
+    command = [
+        sys.executable,
+        "-m",
+        "alignkit",
+        "pipeline",
+        str(tmp_path / "p.yaml"),
+        "--output",
+        str(output),
+        "--name",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.run([*command, "whole"], capture_output=True, text=True, env=env, timeout=240)
+    assert whole.returncode == 0, whole.stderr
+    assert "2-reward" in whole.stdout
+    process = subprocess.Popen([*command, "parts"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    deadline = time.monotonic() + 120
+    while not (output / "parts/2-reward/checkpoints/step-00000004").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "parts/2-reward/model").exists()
+    done = subprocess.run([*command, "parts", "--resume"], capture_output=True, text=True, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "1-sft" not in done.stderr
+    same(output / "parts", output / "whole")
+
+
+# -------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("stages", "error", "words"),
+    [
+        ([], ConfigError, "`stages` is a list of settings"),
+        ("sft", ConfigError, "`stages` is a list of settings"),
+        ([{"beta": 1}], ConfigError, "stage 1 has no `method`; installed: .*sft"),
+        ([{"method": "sft"}, {"method": "sft"}], ConfigError, "two stages are called 'sft'"),
+        ([{"method": "sft"}, {"method": "dop"}], AlignkitError, "stage 'dop': no method 'dop'.*Did you mean 'dpo'"),
+        ([{"method": "dpo", "bta": 1}], ConfigError, "stage 'dpo': unknown setting 'bta'. Did you mean 'beta'"),
+        ([{"method": "dpo", "name": "a/b"}], ConfigError, "stage 'a/b': name: letters"),
+        ([{"method": "dpo", "output": "x"}], ConfigError, "stage 'dpo': `output` is the whole pipeline's"),
+        ([SFT, DPO | {"model": "@stf"}], ConfigError, "stage 'dpo': model: '@stf' is no earlier .*Did you mean 'sft'"),
+        ([DPO | {"model": "@sft"}, SFT], ConfigError, "stage 'dpo': model: '@sft' is no .*Earlier ones: none"),
+        ([{"method": "ppo", "reward": {"use": "@rm"}}], ConfigError, "stage 'ppo': reward: '@rm' is no earlier stage"),
+        ([SFT, {"method": "ppo"}], ConfigError, "stage 'ppo': 'ppo' needs a reward"),
+        ([{"method": "ppo", "reward": "brevty"}], ConfigError, "stage 'ppo': no reward 'brevty'. Did you mean"),
+        ([SFT, DPO | {"data": "pref.jsonl"}], DataError, "stage 'dpo': data: .*pref.jsonl"),
+        ([SFT, DPO | {"eval_data": FAULTY}], DataError, "stage 'dpo': eval_data: .*(?s:.*)row 1, column 'chosen'"),
+        ([SFT, DPO | {"model": "runs/none/model"}], ModelError, "stage 'dpo': model: there is no folder 'runs/none/"),
+        ([SFT, DPO | {"reference": "adapter-off"}], ConfigError, "stage 'dpo': .*adapter-off needs"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_runs(
+    stages: Any, error: type[AlignkitError], words: str, shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shared["output"].parent)
+    with pytest.raises(error, match=words):
+        chain(stages, shared)
+    assert not shared["output"].exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"beta": 0.1}, "unknown setting 'beta' beside `stages`.*stand in its stage"),
+        ({"stagse": []}, "unknown setting 'stagse' beside `stages`. Did you mean 'stages'"),
+        ({"method": "dpo"}, "unknown setting 'method' beside `stages`"),
+    ],
+)
+def test_only_what_every_stage_knows_is_shared(setting: dict[str, Any], words: str, shared: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=words):
+        chain([{"method": "dpo"}], shared | setting)
+
+
+def test_a_folder_without_a_model_is_refused(shared: dict[str, Any], tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "half" / file).write_bytes((Path(tiny) / file).read_bytes())
+    with pytest.raises(ModelError, match=r"stage 'dpo': model: .*half' holds no model"):
+        chain([{"method": "sft"}, {"method": "dpo", "model": str(tmp_path / "half")}], shared)
+
+
+def test_a_stage_in_a_file_cannot_grant_trust(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("stages: [{method: sft, trust_remote_code: true}]\n")
+    with pytest.raises(ConfigError, match="asks for trust_remote_code"):
+        read_pipeline(path)
+
+
+def test_several_processes_need_a_name(shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="give the pipeline a `name`"):
+        chain([{"method": "dpo"}], {k: v for k, v in shared.items() if k != "name"})
+
+
+def test_an_error_of_a_run_names_its_stage(shared: dict[str, Any]) -> None:
+    def broken(completions: list[str]) -> list[float]:
+        raise ValueError("no verdict today")
+
+    with pytest.raises(AlignkitError, match=r"stage 'grpo': reward 'broken' failed on row .*no verdict today"):
+        chain([{"method": "sft"}, {"method": "grpo", "reward": broken, "group_size": 2}], shared)
