@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from alignkit.hookspecs import hookimpl
     from alignkit.method import Context, Method, MethodConfig, Models
     from alignkit.metrics import kl_metric, pair_metrics, rollout_metrics, wins
-    from alignkit.rewards import RunningMoments, pairwise_ids
+    from alignkit.rewards import RunningStats, pairwise_ids
     from alignkit.types import Batch, Completion, Example, Outputs, Term, metric
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ _HOMES = {
     "alignkit.hookspecs": ("hookimpl",),
     "alignkit.method": ("Context", "Method", "MethodConfig", "Models"),
     "alignkit.metrics": ("kl_metric", "pair_metrics", "rollout_metrics", "wins"),
-    "alignkit.rewards": ("RunningMoments", "pairwise_ids"),
+    "alignkit.rewards": ("RunningStats", "pairwise_ids"),
     "alignkit.types": ("Batch", "Completion", "Example", "Outputs", "Term", "metric"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -43,7 +43,7 @@ __all__ = [
     "Models",
     "Outputs",
     "Result",
-    "RunningMoments",
+    "RunningStats",
     "Term",
     "hookimpl",
     "kl_metric",

@@ -1,7 +1,7 @@
-"""The command line: run, demo, methods, settings, validate, cache, bench. Heavy imports wait until they are needed.
+"""The command line: run, pipeline, compare, demo, methods, settings, ... Heavy imports wait until they are needed.
 
-Exit codes: 0 done; 1 an unexpected error, or damaged values that `cache verify` removed; 2 something that was given
-cannot be used; 130 and 143 stopped by Ctrl-C or SIGTERM.
+Exit codes: 0 done; 1 an unexpected error, damaged values that `cache verify` removed, or a method of `compare` that
+failed; 2 something that was given cannot be used; 130 and 143 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -116,9 +116,70 @@ def run(
         typer.echo(f"model: {result.folder / 'model'}")
 
 
+@app.command(no_args_is_help=True)
+def pipeline(
+    file: Annotated[Path, typer.Argument(help="A YAML file with `stages`, see docs/pipeline.md", metavar="PIPELINE")],
+    output: Annotated[Text, typer.Option(help="Folder that holds the pipeline's  [default: runs]")] = None,
+    name: Annotated[Text, typer.Option(help="Folder of this pipeline in it  [default: pipeline-001, ...]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with it where it stopped")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that came with the model")
+    ] = False,
+) -> None:
+    """Run a chain of methods, such as SFT, reward model, PPO: each begins with what the earlier ones trained."""
+    given = {k: v for k, v in locals().items() if k != "file" and v is not None and v is not False}
+    console.speak()
+    from alignkit.engine import Engine
+    from alignkit.pipeline import read_pipeline, run_pipeline, table
+
+    settings = read_pipeline(file) | given
+    result = run_pipeline(Engine().run, settings.pop("stages", None), settings)
+    if console.rank() == 0:
+        _print(table(result))
+
+
+@app.command()
+def compare(
+    methods: Annotated[str, typer.Option(help="all, or names, comma-separated")] = "all",
+    model: Annotated[Text, typer.Option(help="Folder or hub name of the base  [default: the demo's]")] = None,
+    data: Annotated[Text, typer.Option(help="Rows, a tenth of which is held out  [default: the demo's]")] = None,
+    eval_data: Annotated[Text, typer.Option(help="Held-out rows instead, in the same forms")] = None,
+    reward: Annotated[Text, typer.Option(help="What scores answers, see docs/rewards.md")] = None,
+    judge: Annotated[Text, typer.Option(help="What compares two answers, see docs/rewards.md")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the runs and the samples")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder that holds the runs")] = Path("runs"),
+    json: Annotated[Path | None, typer.Option(help="File for all numbers")] = None,
+    png: Annotated[Path | None, typer.Option(help="File for a picture of win rate against KL")] = None,
+    more: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, for the methods that have it")
+    ] = None,
+) -> None:
+    """Train a base by every method that the rows can serve, and show what each has made of it."""
+    given = {"model": model, "data": data, "eval_data": eval_data, "reward": reward, "judge": judge}
+    given = {k: _yaml(v) if k in ("reward", "judge") else v for k, v in given.items() if v is not None}
+    _check_compared(given)
+    if not given:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo
+    console.speak()
+    from alignkit import compare as room
+
+    if png:
+        room.check_picture()
+    names = None if methods == "all" else [m.strip() for m in methods.split(",") if m.strip()]
+    found = room.compare(given, _pairs(more or []), names, output, seed)
+    _print(room.table(found))
+    for name, reason in found.left_out.items():
+        typer.echo(f"left out: {name}: {reason}")
+    if json:
+        room.write_json(found, json)
+    if png:
+        room.draw(found, png)
+    raise typer.Exit(1 if any(row.failed for row in found.rows) else 0)
+
+
 @app.command()
 def demo(
-    method: Annotated[str, typer.Option(help="dpo, ipo, kto, orpo, simpo or cpo")] = "dpo",
+    method: Annotated[str, typer.Option(help="dpo, ipo, kto, orpo, simpo, cpo, ppo, grpo, rloo or nash")] = "dpo",
     output: Annotated[Path, typer.Option(help="Folder that holds the runs")] = Path("runs"),
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the task, the models and the samples")] = 0,
 ) -> None:
@@ -154,11 +215,11 @@ def methods() -> None:
             table.add_row(p.name, "broken", "", p.distribution, p.version)
         else:
             table.add_row(p.name, p.method.data, ", ".join(sorted(p.method.uses)), p.distribution, p.version)
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-    console.print(table if found else "no method is installed; try: pip install alignkit-dpo")
+    shown = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    shown.print(table if found else "no method is installed; try: pip install alignkit-dpo")
     for p in found:
         if p.problem:
-            console.print(f"broken: {escape(p.problem)}")
+            shown.print(f"broken: {escape(p.problem)}")
 
 
 @app.command()
@@ -269,8 +330,6 @@ def _size(n_bytes: int) -> str:
 
 def _settings(what: str, given: dict[str, Any], pairs: list[str], only_file: bool = False) -> dict[str, Any]:
     """Flat settings from a method's name or a YAML file, then options, then --set."""
-    import yaml
-
     from alignkit.config import read_yaml
     from alignkit.errors import ConfigError
 
@@ -280,16 +339,45 @@ def _settings(what: str, given: dict[str, Any], pairs: list[str], only_file: boo
             f"'{what}' is no {'config' if only_file else 'method'}; a file of settings is named .yaml or .yml"
         )
     settings = read_yaml(what) if from_file else {"method": what}
-    settings |= given
+    return settings | given | _pairs(pairs)
+
+
+def _pairs(pairs: list[str]) -> dict[str, Any]:
+    """Read the values of --set."""
+    from alignkit.errors import ConfigError
+
+    settings = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign or not key.strip():
             raise ConfigError(f"--set wants KEY=VALUE, such as --set beta=0.2; given: '{pair}'")
-        try:
-            settings[key.strip().replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            settings[key.strip().replace("-", "_")] = value
+        settings[key.strip().replace("-", "_")] = _yaml(value)
     return settings
+
+
+def _yaml(text: str) -> Any:
+    """Read a value as YAML, or as text where it is none."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _check_compared(given: dict[str, Any]) -> None:
+    """Raise ConfigError where only a part of a task is given."""
+    from alignkit.errors import ConfigError
+
+    missing = [f"--{name}" for name in ("model", "data") if given and name not in given]
+    if missing:
+        raise ConfigError(f"no {' and no '.join(missing)} given; leave out all of them to compare on the demo's task")
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _checked(settings: dict[str, Any]) -> tuple[RunConfig, Any]:

@@ -13,18 +13,29 @@ if TYPE_CHECKING:
 
 
 def described(cls: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (name, default, values, meaning) of every field of a settings class, as they are shown everywhere."""
+    """Yield (name, default, values, meaning) of every field of a settings class, as they are shown everywhere.
+
+    The fields of a mapping follow it as "mapping.field".
+    """
     import json
     from pathlib import PurePath
+    from typing import get_args
+
+    from pydantic import BaseModel
 
     for name, field in cls.model_fields.items():
         default = field.get_default(call_default_factory=True)
         if isinstance(default, PurePath | str):
             shown = str(default)
+        elif isinstance(default, BaseModel):
+            shown = "{}"
         else:
             shown = "required" if field.is_required() else json.dumps(default)
         limits = [f"{sign} {getattr(m, k)}" for m in field.metadata for k, sign in _SIGNS.items() if hasattr(m, k)]
         yield name, shown, ", ".join([_values(field.annotation), *limits]), field.description or ""
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from ((f"{name}.{own}", *rest) for own, *rest in described(inner))
 
 
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -50,7 +61,9 @@ def _values(annotation: Any) -> str:
         return "mapping"
     if annotation is types.NoneType:
         return "null"
-    return "any" if annotation is Any else str(annotation.__name__).replace("LoraSettings", "mapping or rank").lower()
+    known = {"Any": "any", "Sampling": "mapping", "LoraSettings": "mapping or rank"}
+    name = "Any" if annotation is Any else str(annotation.__name__)
+    return known.get(name, name.lower())
 
 
 def rank() -> int:

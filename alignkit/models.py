@@ -120,7 +120,7 @@ def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
 
 @contextmanager
 def without_flex(lm: Any) -> Iterator[None]:
-    # every other length would be compiled anew, and another implementation is the better witness
+    """Have the model attend without FlexAttention, which compiles every other length anew; then put it back."""
     flex = lm.config._attn_implementation == "flex_attention"
     if flex:
         lm.set_attn_implementation(dense_attention(lm))

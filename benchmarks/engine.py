@@ -132,10 +132,16 @@ def run_trl(work: Path, checkpointing: bool, models: dict[str, Any] | None = Non
     return {"seconds": seconds, "fill_seconds": 0.0, "losses": losses, "pairs": len(rows)}
 
 
+def hide_scripts() -> None:
+    """Take this folder off the import path, or transformers takes our kernels.py for the package `kernels`."""
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+
 def contend(name: str, work: Path, cache: Path) -> dict[str, Any]:
     """Run one contender in this process and return its figures."""
     import resource
 
+    hide_scripts()
     if name.startswith("trl"):
         figures = run_trl(work, name == "trl-checkpointing")
     else:

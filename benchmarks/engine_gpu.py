@@ -174,6 +174,7 @@ def contend(name: str, work: Path) -> dict[str, Any]:
 
     import torch
 
+    engine.hide_scripts()
     model, mode, contender = name.split(":")
     tiny = (work / "tiny").exists()
     if contender == "alignkit":

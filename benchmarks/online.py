@@ -44,7 +44,7 @@ def run_alignkit(method: str, work: Path, steps: int) -> dict[str, Any]:
     import alignkit
 
     result = alignkit.run(
-        method, model=str(work / "start"), data=str(work / "rows.jsonl"), reward="online:reward", output=work / "runs",
+        method, model=str(work / "start"), data=str(work / "rows.jsonl"), reward=reward, output=work / "runs",
         batch_size=PROMPTS, group_size=GROUP, beta=BETA, max_steps=steps, learning_rate=RATE, schedule="constant",
         warmup_fraction=0.0, eval_fraction=0.0, max_prompt_tokens=None, device="cpu",
         sampling={"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}, **({"kl": "k3"} if method == "grpo" else {}),
@@ -141,6 +141,7 @@ def contend(name: str, work: Path) -> dict[str, Any]:
     """Run one contender, METHOD:CONTENDER, in this process and return its figures."""
     import resource
 
+    engine.hide_scripts()
     method, contender = name.split(":")
     steps = json.loads((work / "steps.json").read_text())
     if contender == "alignkit":

@@ -78,7 +78,9 @@ def main() -> None:
     medians = {name: statistics.median(s[1:]) for name, s in seconds.items()}
     for name, median in medians.items():
         rate = PROMPTS * GROUP * TOKENS / median
-        print(f"{name:24}{median:8.2f} s{rate:8.0f} tokens/s{median / medians['alignkit, generate']:8.2f} times the time")
+        print(
+            f"{name:24}{median:8.2f} s{rate:8.0f} tokens/s{median / medians['alignkit, generate']:8.2f} times the time"
+        )
     if args.json:
         args.json.write_text(json.dumps({"threads": torch.get_num_threads(), "medians": medians, "seconds": seconds}))
 

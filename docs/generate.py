@@ -15,8 +15,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from alignkit import Method, registry
-from alignkit.console import described
 from alignkit.config import LoraSettings, RunConfig
+from alignkit.console import described
 
 DOCS = Path(__file__).resolve().parent
 _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignkit.errors import AlignkitError, ConfigError, RewardError
-from alignkit.rewards import Answers, RunningMoments, build_rewards, check_rewards
+from alignkit.rewards import Answers, RunningStats, build_rewards, check_rewards
 
 
 def answers(n: int = 3, **columns: list[Any]) -> Answers:
@@ -315,7 +315,7 @@ def test_no_spec_raises_anything_else(spec: Any) -> None:
 
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), max_size=6), min_size=1, max_size=6))
 def test_running_moments_are_those_of_all_values(parts: list[list[float]]) -> None:
-    moments = RunningMoments()
+    moments = RunningStats()
     for part in parts:
         mean = float(np.mean(part)) if part else 0.0
         moments.update(len(part), mean, float(np.sum((np.array(part) - mean) ** 2)))
@@ -329,13 +329,13 @@ def test_running_moments_are_those_of_all_values(parts: list[list[float]]) -> No
 
 
 def test_running_moments_by_hand() -> None:
-    moments = RunningMoments()
+    moments = RunningStats()
     assert (moments.std, moments.normalise(3.0)) == (1.0, pytest.approx(3.0))
     moments.update(2, 2.0, 2.0)  # 1 and 3
     moments.update(2, 6.0, 2.0)  # 5 and 7
     assert (moments.mean, moments.std) == (4.0, pytest.approx(math.sqrt(5)))
     assert moments.normalise(6.0) == pytest.approx(2 / math.sqrt(5))
-    equal = RunningMoments()
+    equal = RunningStats()
     equal.update(4, 0.5, 0.0)
     assert equal.normalise(torch.tensor([0.5])).tolist() == [0.0]
 
@@ -343,7 +343,7 @@ def test_running_moments_by_hand() -> None:
 def test_running_moments_survive_json() -> None:
     import json
 
-    moments, again = RunningMoments(), RunningMoments()
+    moments, again = RunningStats(), RunningStats()
     moments.update(3, 1 / 3, 0.1)
     again.load_state_dict(json.loads(json.dumps(moments.state_dict())))
     assert (again.count, again.mean, again.m2) == (3, 1 / 3, 0.1)

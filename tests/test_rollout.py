@@ -126,7 +126,9 @@ def test_the_noise_is_gumbel_in_each_of_the_things_that_it_counts(varied: str) -
 
 
 @hypothesis_settings(max_examples=20, deadline=None)
-@given(order=st.permutations(range(4)), size=st.integers(1, 14), parts=st.integers(1, 4), seed=st.integers(0, 2**63 - 1))
+@given(
+    order=st.permutations(range(4)), size=st.integers(1, 14), parts=st.integers(1, 4), seed=st.integers(0, 2**63 - 1)
+)
 def test_a_sequence_is_the_same_whatever_is_sampled_beside_it(
     model: Any, order: list[int], size: int, parts: int, seed: int
 ) -> None:

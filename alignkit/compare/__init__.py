@@ -6,8 +6,7 @@ together.py  all of them, one after the other
 shown.py     the table, the JSON and the picture
 """
 
-from alignkit.compare.jobs import Task, demo_task
 from alignkit.compare.shown import check_picture, draw, table, write_json
 from alignkit.compare.together import Comparison, compare
 
-__all__ = ["Comparison", "Task", "check_picture", "compare", "demo_task", "draw", "table", "write_json"]
+__all__ = ["Comparison", "check_picture", "compare", "draw", "table", "write_json"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,23 +84,22 @@ def demo_task(folder: Path, seed: int) -> Task:
         data=str(world.write_jsonl(folder / "data/pairs.jsonl", world.judged_rows(train))),
         eval_data=str(world.write_jsonl(folder / "data/held-out.jsonl", world.judged_rows(test))),
         settings={"cache_file": str(folder / "reference.sqlite"), "sampling": recipes.LENGTH.model_dump()},
-        recipes={name: recipes.recipe(name) for name in _installed()},
+        recipes={name: recipes.recipe(name) for name in installed()},
         **recipes.VERDICTS,
     )
 
 
-def jobs_of(task: Task, methods: Sequence[str] | None, folder: Path, seed: int) -> tuple[list[Job], dict[str, str]]:
+def jobs_of(
+    task: Task, methods: Mapping[str, type[Method[Any]]], folder: Path, seed: int
+) -> tuple[list[Job], dict[str, str]]:
     """Return a job for the base and for each method that can be compared, and why others cannot.
 
-    methods: names, or None for all that are installed. Raises PluginError for a name that is not installed, ConfigError
-    for a setting that nobody knows, and where no method is left.
+    Raises ConfigError where none can, or a value is wrong.
     """
-    found = {name: registry.get(name) for name in methods} if methods is not None else _installed()
-    _check_known(task.settings, found)
     rows = read_rows(task.data)
     verdict = {"judge": task.judge} if task.judge is not None else {"reward": task.reward} if task.reward else {}
     jobs, left_out = [], {}
-    for name, cls in found.items():
+    for name, cls in methods.items():
         settings = _settings(task, name, cls, seed)
         if reason := _reason(cls, settings, rows):
             left_out[name] = reason
@@ -127,11 +126,13 @@ def rows_of(job: Job, tokenizer: Any) -> tuple[RawRows, RawRows]:
     return RawRows(rows.source, sides[0], rows.textual, rows.faults), RawRows(rows.source, sides[1], rows.textual)
 
 
-def _installed() -> dict[str, type[Method[Any]]]:
+def installed() -> dict[str, type[Method[Any]]]:
+    """Return all methods that can be loaded."""
     return {p.name: p.method for p in registry.plugins() if p.method is not None}
 
 
-def _check_known(settings: Mapping[str, Any], methods: Mapping[str, type[Method[Any]]]) -> None:
+def check_settings(settings: Mapping[str, Any], methods: Mapping[str, type[Method[Any]]]) -> None:
+    """Raise ConfigError for a setting that no method has, or that is not for --set."""
     known = {k for cls in methods.values() for k in cls.Config.model_fields} | set(RunConfig.model_fields)
     for key in settings:
         if key in _OURS or key in ("reward", "judge", "eval_data", "model", "data"):

@@ -6,11 +6,15 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from alignkit.compare.jobs import Job, Task, jobs_of
+from alignkit import registry
+from alignkit.compare.jobs import Job, Task, check_settings, demo_task, installed, jobs_of
+from alignkit.config import RunConfig
+from alignkit.runfolder import find_or_make
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +39,20 @@ class Comparison:
     folder: Path
 
 
-def compare(task: Task, methods: Sequence[str] | None, folder: Path, seed: int = 0) -> Comparison:
-    """Run every method that the task's rows can serve; `folder` gets their runs, jobs and logs.
+def compare(
+    given: Mapping[str, Any], settings: Mapping[str, Any], methods: Sequence[str] | None, output: Path, seed: int = 0
+) -> Comparison:
+    """Run every method that a task's rows can serve, in a new folder of `output`, which gets their runs and logs.
 
-    methods: names, or None for all that are installed. A method that fails gets a row that says why, and the others go
-    on. Raises AlignkitError for what is wrong with the task itself.
+    given: fields of `Task` besides its settings; without any the demo's task is made. settings: of a run, and of any
+    method. methods: names, or None for all that are installed. A method that fails gets a row that says why, and the
+    others go on. Raises AlignkitError for what is wrong with the task itself.
     """
-    jobs, left_out = jobs_of(task, methods, folder, seed)
+    found = installed() if methods is None else {name: registry.get(name) for name in methods}
+    check_settings(settings, found)
+    folder = find_or_make(RunConfig(method="compare", model="-", data="-", output=output))
+    task = Task(**given) if given else demo_task(folder, seed)
+    jobs, left_out = jobs_of(replace(task, settings={**task.settings, **settings}), found, folder, seed)
     rows = []
     for number, job in enumerate(jobs, 1):
         logger.info("%d of %d: %s", number, len(jobs), job.name)

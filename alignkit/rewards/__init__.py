@@ -10,10 +10,10 @@ from alignkit.rewards.answers import Answers, Scores
 from alignkit.rewards.combine import Rewards, build_rewards, check_rewards
 from alignkit.rewards.judges import Judge, build_judge, check_judge
 from alignkit.rewards.models import PAIRWISE
-from alignkit.rewards.moments import RunningMoments
+from alignkit.rewards.moments import RunningStats
 from alignkit.rewards.sequences import pairwise_ids
 
 __all__ = [
-    "PAIRWISE", "Answers", "Judge", "Rewards", "RunningMoments", "Scores", "build_judge", "build_rewards",
+    "PAIRWISE", "Answers", "Judge", "Rewards", "RunningStats", "Scores", "build_judge", "build_rewards",
     "check_judge", "check_rewards", "pairwise_ids",
 ]  # fmt: skip

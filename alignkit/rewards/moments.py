@@ -12,7 +12,7 @@ V = TypeVar("V", float, Tensor)
 _TINY = 1e-8  # keeps equal rewards finite
 
 
-class RunningMoments:
+class RunningStats:
     """Mean and population standard deviation of all values so far, merged part by part (Chan, Golub, LeVeque 1979).
 
     count, mean, m2: how many values, their mean, and the sum of their squared deviations from it.

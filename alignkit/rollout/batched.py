@@ -163,9 +163,7 @@ def _prefix(lm: Any, ids_PT: Tensor, mask_PT: Tensor, at_R: Tensor) -> Any | Non
 
     if ids_PT.shape[1] == 1:
         return None
-    read = lm.generate(
-        ids_PT[:, :-1], attention_mask=mask_PT[:, :-1], max_new_tokens=1, return_dict_in_generate=True
-    )
+    read = lm.generate(ids_PT[:, :-1], attention_mask=mask_PT[:, :-1], max_new_tokens=1, return_dict_in_generate=True)
     cache = read.get("past_key_values")
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None])):
         return None

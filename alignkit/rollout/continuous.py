@@ -27,12 +27,13 @@ def sample_continuously(
             raise ConfigError(f"backend: continuous cannot do `{name}`; leave it out, or use backend: generate")
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     rows = min(len(prompts) * n, sampling.batch_size)
-    # sized by the job: the defaults take most of the memory, and a pass reads all of it
+    # sized by the job: the defaults take most of the memory. The blocks alone limit how many rows run at once, since
+    # transformers 5.23 breaks where a prompt's completions begin together and are more than max_requests_per_batch
     sizes = ContinuousBatchingConfig(
         page_size=PAGE,
         num_blocks=rows * (math.ceil(longest / PAGE) + 1),
         max_batch_tokens=rows + longest,
-        max_requests_per_batch=rows,
+        max_requests_per_batch=len(prompts) * n,
         seed=seed,
     )
     settings = GenerationConfig(

@@ -16,8 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-import alignkit
-from alignkit import Batch, Context, Method, MethodConfig, Models, RunningMoments, Term, metric, rollout_metrics
+from alignkit import Batch, Context, Method, MethodConfig, Models, RunningStats, Term, hookimpl, metric, rollout_metrics
 from alignkit_kernels import gae, policy_loss, sequence_sum
 
 
@@ -55,7 +54,7 @@ class PPO(Method["PPO.Config"]):
 
     def __init__(self, config: PPO.Config) -> None:
         super().__init__(config)
-        self.beta, self.kl, self.moments = config.beta, 0.0, RunningMoments()
+        self.beta, self.kl, self.moments = config.beta, 0.0, RunningStats()
 
     def roles(self) -> frozenset[str]:
         """Without a KL there is no reference."""
@@ -139,7 +138,7 @@ def _variance(value: Tensor, ctx: Context) -> Tensor:
     return ctx.mean((value - ctx.mean(value)).square())
 
 
-@alignkit.hookimpl
+@hookimpl
 def register_methods() -> list[type[Method]]:
     """Bring "ppo"."""
     return [PPO]
