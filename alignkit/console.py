@@ -35,7 +35,8 @@ def described(cls: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
         yield name, shown, ", ".join([_values(field.annotation), *limits]), field.description or ""
         for inner in (field.annotation, *get_args(field.annotation)):
             if isinstance(inner, type) and issubclass(inner, BaseModel):
-                yield from ((f"{name}.{own}", *rest) for own, *rest in described(inner))
+                for of_field in described(inner):
+                    yield f"{name}.{of_field[0]}", *of_field[1:]
 
 
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}

@@ -1,9 +1,9 @@
-"""Online methods on real prompts: a small model made on GSM8K's training rows learns to be brief and to end in `#### number`.
+"""Online methods on real prompts: a small model made on GSM8K's rows learns to end in `#### number`, and soon.
 
     python benchmarks/gsm8k.py --data gsm8k_train.jsonl --json gsm8k.json
 
-A model of 2.8 M parameters that was fine-tuned for some minutes cannot solve these problems, so its reward is what it can
-learn: 1 for an answer that ends in `#### number`, less up to 1 for its length. Reward, its parts and the KL to the
+A model of 2.5 M parameters that was fine-tuned for some minutes cannot solve these problems, so its reward is what it
+can learn: 1 for an answer that ends in `#### number`, less up to 1 for its length. Reward, its parts and the KL to the
 fine-tuned model are measured on held-out questions before and after, with the same sampling seed.
 """
 
@@ -32,9 +32,9 @@ REWARD = [
 ]
 TOKENS = 96
 METHODS: dict[str, dict[str, Any]] = {
-    "grpo": {"group_size": 8, "batch_size": 8, "beta": 0.02},
-    "rloo": {"group_size": 8, "batch_size": 8, "beta": 0.02},
-    "ppo": {"batch_size": 64, "minibatches": 2, "epochs_per_batch": 2, "beta": 0.02, "critic_learning_rate": 1e-3},
+    "grpo": {"group_size": 8, "batch_size": 8, "beta": 0.05},
+    "rloo": {"group_size": 8, "batch_size": 8, "beta": 0.05},
+    "ppo": {"batch_size": 64, "minibatches": 2, "epochs_per_batch": 2, "beta": 0.05, "critic_learning_rate": 1e-3},
     "nash": {"batch_size": 64, "tau": 0.02},
 }
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="gsm8k_train.jsonl")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--sft-rows", type=int, default=4800)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--work", type=Path, help="folder that is kept")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -102,7 +102,7 @@ def main() -> None:
         who = {"judge": {"bradley_terry": REWARD, "scale": 4.0}} if method == "nash" else {"reward": REWARD}
         result = engine.run(
             method, model=str(work / "sft/model"), data=prompts, sampling={"max_new_tokens": TOKENS},
-            max_steps=given.steps, learning_rate=3e-4, max_prompt_tokens=256, **who, **METHODS[method],
+            max_steps=given.steps, learning_rate=1e-4, max_prompt_tokens=256, **who, **METHODS[method],
         )  # fmt: skip
         table[method] = measure(result.model, base, tokenizer, questions)
         table[method] |= {"seconds": time.perf_counter() - started}

@@ -11,11 +11,13 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel
 
 from alignkit import Method, registry
-from alignkit.config import LoraSettings, RunConfig
+from alignkit.config import RunConfig
+from alignkit.method import Role
 from alignkit.console import described
 
 DOCS = Path(__file__).resolve().parent
@@ -41,13 +43,17 @@ def facts(cls: type[Method]) -> str:
     reference = "none"
     if "reference" in cls.uses:
         reference = _NEEDS[cls(cls.Config()).reference_need()]
-    return "\n".join(
-        [
-            "| data | reference | learning rate, all weights | learning rate, LoRA | least `batch_size` |",
-            "|---|---|---|---|---|",
-            f"| {cls.data} | {reference} | {cls.learning_rate:g} | {cls.lora_learning_rate:g} | {cls.min_batch} |",
-        ]
-    )
+    columns = {
+        "data": cls.data,
+        "roles": ", ".join(role for role in get_args(Role) if role in cls.uses),
+        "reference": reference,
+        "learning rate, all weights": f"{cls.learning_rate:g}",
+        "learning rate, LoRA": f"{cls.lora_learning_rate:g}",
+        "`epochs_per_batch`": str(cls.epochs_per_batch),
+        "least `batch_size`": str(cls.min_batch),
+    }
+    head, values = (f"| {' | '.join(row)} |" for row in (columns.keys(), columns.values()))
+    return "\n".join([head, "|---" * len(columns) + "|", values])
 
 
 def _escape(text: str) -> str:
@@ -58,8 +64,6 @@ def part(page: Path, name: str) -> str:
     """Return what belongs into the part `name` of a page."""
     if name == "run-settings":
         return table(RunConfig)
-    if name == "lora-settings":
-        return table(LoraSettings)
     method = registry.get(page.stem)
     return {"facts": lambda: facts(method), "settings": lambda: table(method.Config)}[name]()
 

@@ -52,6 +52,10 @@ def changed(**changes: Any) -> Sampling:
     return SHORT.model_copy(update=changes)
 
 
+def flat(made: list[list[Sampled]]) -> list[Sampled]:
+    return [one for some in made for one in some]
+
+
 def build(name: str) -> Any:
     """A tiny model of an architecture, its weights drawn wide."""
     family, settings = ARCHITECTURES[name]
@@ -215,7 +219,7 @@ def test_what_a_models_folder_says_about_generation_is_no_part_of_its_distributi
 
 
 def test_samples_end_at_their_end_of_sequence_or_at_the_limit(model: Any) -> None:
-    made = [s for some in sample(model, TOKENIZER, PROMPTS, changed(max_new_tokens=40), n=20) for s in some]
+    made = flat(sample(model, TOKENIZER, PROMPTS, changed(max_new_tokens=40), n=20))
     assert {s.ended for s in made} == {True, False}
     for s in made:
         assert EOS not in s.tokens[:-1]
@@ -225,7 +229,7 @@ def test_samples_end_at_their_end_of_sequence_or_at_the_limit(model: Any) -> Non
 
 def test_no_sample_ends_before_the_smallest_number_of_tokens(model: Any) -> None:
     made = sample(model, TOKENIZER, PROMPTS, changed(max_new_tokens=40, min_new_tokens=20), n=20)
-    lengths = {len(s.tokens) for some in made for s in some if s.ended}
+    lengths = {len(s.tokens) for s in flat(made) if s.ended}
     assert min(lengths) > 20
     assert len(lengths) > 3
 
@@ -236,7 +240,7 @@ def test_a_stop_string_ends_the_sample_that_would_have_gone_on(model: Any, stop:
     plain = sample(model, TOKENIZER, PROMPTS, long, n=8)
     stopped = sample(model, TOKENIZER, PROMPTS, long.model_copy(update={"stop": stop}), n=8)
     n_stopped = 0
-    for before, after in zip(sum(plain, []), sum(stopped, []), strict=True):
+    for before, after in zip(flat(plain), flat(stopped), strict=True):
         texts = [TOKENIZER.decode(before.tokens[: i + 1]) for i in range(len(before.tokens))]
         at = next((i + 1 for i, text in enumerate(texts) if any(s in text for s in stop)), len(texts))
         found = any(s in texts[at - 1] for s in stop)
@@ -255,7 +259,7 @@ def test_a_special_token_that_a_chat_model_ends_its_turn_with_ends_a_sample(mode
     talker, tokenizer = copy.deepcopy(model), tiny_tokenizer()
     ordinary = tokenizer("e")["input_ids"][0]
     talker.generation_config.eos_token_id = [EOS, tokenizer.bos_token_id, ordinary]
-    made = [s for some in sample(talker, tokenizer, PROMPTS, changed(max_new_tokens=40), n=20) for s in some]
+    made = flat(sample(talker, tokenizer, PROMPTS, changed(max_new_tokens=40), n=20))
     assert {s.tokens[-1] for s in made if s.ended} == {EOS, tokenizer.bos_token_id}
     assert any(ordinary in s.tokens[:-1] for s in made)
 
@@ -440,7 +444,7 @@ def test_continuous_batching_keeps_the_order_of_the_prompts_and_the_limits(model
     how = changed(backend="continuous", max_new_tokens=30, batch_size=4)
     made = sample(model, TOKENIZER, prompts, how, n=3)
     assert [len(some) for some in made] == [3] * 9
-    for s in sum(made, []):
+    for s in flat(made):
         assert EOS not in s.tokens[:-1]
         assert s.ended == (s.tokens[-1] == EOS)
         assert s.ended or len(s.tokens) == 30

@@ -16,6 +16,7 @@ from alignkit.engine import Engine
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import Method
 from alignkit.online import check_online
+from alignkit.rewards import check_judge, check_rewards
 from alignkit.rows import RawRows, read_rows
 from alignkit.stream import hold_out
 
@@ -96,8 +97,12 @@ def jobs_of(
 
     Raises ConfigError where none can, or a value is wrong.
     """
+    for spec, check in ((task.reward, check_rewards), (task.judge, check_judge)):
+        if spec is not None:
+            check(spec)
     rows = read_rows(task.data)
-    verdict = {"judge": task.judge} if task.judge is not None else {"reward": task.reward} if task.reward else {}
+    verdict = {"judge": task.judge} if task.judge is not None else {"reward": task.reward}
+    verdict = {k: v for k, v in verdict.items() if v is not None}
     jobs, left_out = [], {}
     for name, cls in methods.items():
         settings = _settings(task, name, cls, seed)

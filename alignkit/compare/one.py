@@ -13,6 +13,7 @@ import torch
 
 from alignkit import data, measures, tokenise
 from alignkit.compare.jobs import Job, rows_of
+from alignkit.config import RunConfig
 from alignkit.engine import Engine
 from alignkit.errors import AlignkitError, DataError
 from alignkit.loading import from_pretrained, load_tokenizer
@@ -22,7 +23,7 @@ from alignkit.rollout import Sampled, sample
 from alignkit.rows import RawRows
 from alignkit.types import Example
 
-ASKED = 128  # held-out prompts and pairs that are looked at
+ASKED = 128  # held-out pairs that are looked at, and answers that are sampled
 
 
 def main(path: Path) -> None:
@@ -66,7 +67,7 @@ def measured(job: Job, model: Any, base: Any, tokenizer: Any, held_out: RawRows)
 
     prompts = examples("prompts")
     # the same noise for every method; the base meets itself with another
-    sampled = sample(model, tokenizer, [e.prompt for e in prompts], config.sampling, seed=config.seed + 1)
+    sampled = _sampled(model, tokenizer, prompts, config, config.seed + 1)
     n_different, n_all = distinct(sampled)
     try:
         accuracy = measures.preference_accuracy(model, base, examples("pairs"))
@@ -80,6 +81,11 @@ def measured(job: Job, model: Any, base: Any, tokenizer: Any, held_out: RawRows)
     }
 
 
+def _sampled(model: Any, tokenizer: Any, prompts: list[Example], config: RunConfig, seed: int) -> list[list[Sampled]]:
+    n = max(1, ASKED // len(prompts))  # few prompts are asked more than once
+    return sample(model, tokenizer, [e.prompt for e in prompts], config.sampling, n=n, seed=seed)
+
+
 def _win_rate(
     job: Job, base: Any, tokenizer: Any, prompts: list[Example], sampled: list[list[Sampled]]
 ) -> float | None:
@@ -87,7 +93,7 @@ def _win_rate(
     if not job.verdict:
         return None
     asked = Online(config, tokenizer, None, None)
-    opponent = sample(base, tokenizer, [e.prompt for e in prompts], config.sampling, seed=config.seed)
+    opponent = _sampled(base, tokenizer, prompts, config, config.seed)
     mine, theirs = asked.answers(prompts, sampled), asked.answers(prompts, opponent)
     if "judge" in job.verdict:
         judge = build_judge(job.verdict["judge"], device)

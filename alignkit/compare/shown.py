@@ -64,9 +64,11 @@ def draw(comparison: Comparison, path: Path) -> None:
     matplotlib.use("agg")
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(7, 5))
-    for name, kl, rate in points:
+    for i, (name, kl, rate) in enumerate(sorted(points, key=lambda point: point[1])):
+        right, above = i % 2 == 0, i % 4 < 2  # neighbours' labels stand on different sides
+        place = {"xytext": (6 if right else -6, 4 if above else -11), "ha": "left" if right else "right"}
         axes.plot(kl, 100 * rate, "o", color="#555555" if name == "base" else "#d62728")
-        axes.annotate(name, (kl, 100 * rate), xytext=(5, 4), textcoords="offset points", fontsize=9)
+        axes.annotate(name, (kl, 100 * rate), textcoords="offset points", fontsize=9, **place)
     axes.axhline(50, linestyle=":", linewidth=1, color="#555555")
     axes.set_xlabel("KL to the base, nats a sequence")
     axes.set_ylabel("win rate against the base, %")

@@ -54,5 +54,6 @@ class MixedLogits:
                 return_dict_in_generate=True,
                 **kept,
             )
-        weight = self.mixture.weight
-        return out.logits[0].float() if weight == 1 else (1 - weight) * scores + weight * out.logits[0]
+        weight, reference_RV = self.mixture.weight, torch.as_tensor(out.logits[0])
+        # a token that the policy rules out has -infinity, which times 0 is no number
+        return reference_RV if weight == 1 else (1 - weight) * scores + weight * reference_RV

@@ -1,8 +1,8 @@
 """The randomness of a sequence: Gumbel noise that is counted, not drawn, so that nothing else moves it.
 
 A token is argmax(logits + Gumbel noise), which is a draw from softmax(logits) (Maddison, Tarlow and Minka, 1411.0030,
-eq. 2). The noise is a function of (seed, number of the prompt, completion, position, token), through SplitMix64 (Steele,
-Lea and Flood, 2014) in int64 arithmetic that wraps: the bits are the same on every device. R rows, V vocabulary.
+eq. 2). The noise is a function of (seed, number of the prompt, completion, position, token), through SplitMix64
+(Steele, Lea and Flood, 2014) in int64 arithmetic that wraps: every device makes the same bits. R rows, V vocabulary.
 """
 
 from __future__ import annotations

@@ -14,12 +14,14 @@ from alignkit.rollout.batched import Batched, Sampled
 from alignkit.rollout.continuous import sample_continuously
 from alignkit.rollout.mixture import Mixture
 
+DEFAULTS = Sampling()
+
 
 def sample(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULTS,
     *,
     n: int = 1,
     seed: int = 0,
