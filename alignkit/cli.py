@@ -136,6 +136,7 @@ def pipeline(
     result = run_pipeline(Engine().run, settings.pop("stages", None), settings)
     if console.rank() == 0:
         _print(table(result))
+        typer.echo(f"folder: {result.folder}")
 
 
 @app.command()
@@ -377,7 +378,7 @@ def _check_compared(given: dict[str, Any]) -> None:
 def _print(table: Any) -> None:
     from rich.console import Console
 
-    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160).print(table)
+    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 240).print(table)
 
 
 def _checked(settings: dict[str, Any]) -> tuple[RunConfig, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from alignkit.models import Scorer
 from alignkit.online import Online
 from alignkit.scalars import ActorCritic, Valuer, number_head, value_head
 
+logger = logging.getLogger(__name__)
+
 
 def with_critic(policy: Scorer | Valuer, config: RunConfig, online: Online | None, device: torch.device) -> ActorCritic:
     """Return policy and critic as one module; under `lora` a critic of its own is trained by adapters too.
@@ -25,8 +28,11 @@ def with_critic(policy: Scorer | Valuer, config: RunConfig, online: Online | Non
         return ActorCritic(policy, value_head(policy.model))
     model = _begun(policy.model, config, online)
     number_head(model)
-    theirs, ours = (causal_lm(m).get_input_embeddings().weight.shape[0] for m in (model, policy.model))
-    if theirs != ours:
+    theirs, ours = _vocabulary(model), _vocabulary(policy.model)
+    if theirs != ours and config.critic == "auto":
+        logger.info("the reward model reads other tokens than the policy: the critic begins as the policy")
+        model = classifier_like(policy.model)
+    elif theirs != ours:
         raise ConfigError(
             f"the critic reads {theirs} different tokens and the policy {ours}: both need one tokenizer; "
             f"use critic: policy, or a reward model trained from the same base"
@@ -34,6 +40,10 @@ def with_critic(policy: Scorer | Valuer, config: RunConfig, online: Online | Non
     if config.lora:
         model = add_lora(model, config.lora, "classifier")
     return ActorCritic(policy, Valuer(readied(model, config, device)).train())
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(causal_lm(model).get_input_embeddings().weight.shape[0])
 
 
 def _begun(policy: nn.Module, config: RunConfig, online: Online | None) -> nn.Module:

@@ -44,7 +44,8 @@ def kl_metric(batch: Batch, logps_C: Tensor) -> dict[str, Term]:
 def rollout_metrics(batch: Batch, said: Outputs, out: PolicyLoss) -> dict[str, Term]:
     """Return the metrics that every method on sampled completions logs.
 
-    "kl" is the k3 estimate of KL(policy || reference) in nats a sequence, here on the policy's own samples.
+    "kl" is the k3 estimate of KL(policy || reference) in nats a sequence, of the policy that sampled: on its own samples
+    it is unbiased.
     """
     terms = {
         "clip_fraction": metric(out.clipped.float(), over="tokens"),
@@ -53,7 +54,8 @@ def rollout_metrics(batch: Batch, said: Outputs, out: PolicyLoss) -> dict[str, T
     if said.entropy is not None:
         terms["entropy"] = metric(said.entropy, over="tokens")
     if "reference_logps" in batch:
-        log_r = (batch.reference_logps - said.logps.detach()).clamp(max=20.0)
+        sampled_by = batch["old_logps"] if "old_logps" in batch else said.logps.detach()
+        log_r = (batch.reference_logps - sampled_by).clamp(max=20.0)
         terms["kl"] = metric(sequence_sum(log_r.expm1() - log_r, batch.cu_seqlens), over="completions")
     return terms
 

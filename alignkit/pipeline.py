@@ -92,7 +92,7 @@ def run_pipeline(run: Callable[..., Any], stages: Any, settings: Mapping[str, An
 
 
 def table(result: PipelineResult) -> Any:
-    """Return a rich table with a row for each stage."""
+    """Return a rich table with a row for each stage; folders are those in the pipeline's."""
     from rich.table import Table
 
     shown = [m for m in MAIN if any({m, f"eval/{m}"} & s.metrics.keys() for s in result.stages)]
@@ -101,7 +101,7 @@ def table(result: PipelineResult) -> Any:
         numbers = [s.metrics.get(f"eval/{m}", s.metrics.get(m)) for m in shown]
         seconds = "-" if s.seconds is None else f"{s.seconds:.0f}"
         cells = ["-" if n is None else f"{n:.4g}" for n in numbers]
-        made.add_row(s.stage, s.method, str(s.steps), seconds, *cells, s.folder)
+        made.add_row(s.stage, s.method, str(s.steps), seconds, *cells, Path(s.folder).name)
     return made
 
 

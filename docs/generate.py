@@ -17,8 +17,8 @@ from pydantic import BaseModel
 
 from alignkit import Method, registry
 from alignkit.config import RunConfig
-from alignkit.method import Role
 from alignkit.console import described
+from alignkit.method import Role
 
 DOCS = Path(__file__).resolve().parent
 _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

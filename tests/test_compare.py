@@ -17,7 +17,7 @@ from alignkit import cli, data, measures, registry, tokenise
 from alignkit.compare import Comparison, check_picture, draw, table, write_json
 from alignkit.compare.jobs import Job, Task, check_settings, jobs_of, rows_of
 from alignkit.compare.one import done
-from alignkit.compare.together import Row, compare
+from alignkit.compare.together import Row
 from alignkit.demo import recipes, world
 from alignkit.errors import ConfigError, PluginError
 from alignkit.rollout import Sampled
@@ -207,42 +207,31 @@ def test_one_method_is_trained_and_measured(tiny: str, pairs: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_method_that_fails_has_a_row_that_says_why_and_the_others_go_on(
-    tiny: str, pairs: str, tmp_path: Path
-) -> None:
-    settings = {"max_steps": 2, "batch_size": 1, "device": "cpu", "sampling": {"max_new_tokens": 5}}
-    given = {"model": tiny, "data": pairs, "judge": {"bradley_terry": BREVITY}}
-    found = compare(given, settings, ["kto", "dpo"], tmp_path / "runs")
-    assert [row.method for row in found.rows] == ["base", "kto", "dpo"]
-    assert found.folder == tmp_path / "runs/compare-001"
-    assert "batch_size 1 is too small: 'kto'" in str(found.rows[1].failed)
-    assert set(found.rows[1].figures.values()) == {None}
-    assert found.rows[2].failed is None
-    assert all(value is not None for value in found.rows[2].figures.values())
-    assert (found.folder / "dpo/model/model.safetensors").is_file()
-
-
-@pytest.mark.slow
-def test_the_demos_task_from_the_command_line(
+def test_the_demos_task_from_the_command_line_where_one_method_fails_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(recipes.SFT, "epochs", 2)
     monkeypatch.setitem(recipes.SHARED, "epochs", 1)
+    monkeypatch.setitem(recipes.SETTINGS, "kto", {"batch_size": 1})  # it needs two
     monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    runs = tmp_path / "compare-001"
     files = ["--json", str(tmp_path / "c.json"), "--png", str(tmp_path / "c.png")]
     monkeypatch.setattr(
-        sys, "argv", ["alignkit", "compare", "--methods", "dpo,grpo,reward", "--output", str(tmp_path), *files]
+        sys, "argv", ["alignkit", "compare", "--methods", "kto,dpo,grpo,reward", "--output", str(tmp_path), *files]
     )
     with pytest.raises(SystemExit) as ended:
         cli.main()
     printed = capsys.readouterr().out
-    assert ended.value.code == 0
+    assert ended.value.code == 1
     assert "left out: reward: trains no policy" in printed
+    assert "failed: batch_size 1 is too small: 'kto'" in printed
     written = json.loads((tmp_path / "c.json").read_text())
     rows = {row["method"]: row["figures"] for row in written["rows"]}
-    assert list(rows) == ["base", "dpo", "grpo"]
-    assert rows["grpo"]["accuracy"] is not None
+    assert list(rows) == ["base", "kto", "dpo", "grpo"]
+    assert set(rows["kto"].values()) == {None}
+    assert all(value is not None for name in ("dpo", "grpo") for value in rows[name].values())
+    assert (runs / "dpo/model/model.safetensors").is_file()
     assert f"{rows['grpo']['kl']:.2f}" in printed
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignkit.demo import show, world
+from alignkit import registry
+from alignkit.demo import recipes, show, verdict, world
 from alignkit.errors import ConfigError
 from alignkit.runfolder import read_metrics
 
@@ -25,11 +27,17 @@ def test_held_out_questions_are_new_and_their_facts_are_not(seed: int) -> None:
 
 
 def test_the_judge_wants_the_right_fact_and_then_the_brief_style() -> None:
-    question = world.Question("Question: What colour is the fox?\nAnswer:", "The fox is red.", " The fox is red.", "")
-    assert world.score(question, " The fox is red.") == 2
-    assert world.score(question, " What a lovely question! The fox is red. I hope that this helps!") == 1
-    assert world.score(question, " The fox is red. The fox is red.") == 1
-    assert world.score(question, " The fox is blue.") == 0
+    fact = "The fox is red."
+    answers = [
+        " The fox is red.",
+        " What a lovely question! The fox is red. I hope that this helps!",
+        " The fox is blue.",
+    ]
+    assert [world.score(fact, answer) for answer in answers] == [2, 1, 0]
+    assert world.score(fact, " The fox is red. The fox is red.") == 1
+    assert verdict.reward(answers, [fact] * 3) == [1, 0.5, 0]
+    assert verdict.judge([answers[0]] * 3, answers, [fact] * 3) == [0.5, 1, 1]
+    assert verdict.judge(answers, [answers[1]] * 3, [fact] * 3) == [1, 0.5, 0]
 
 
 def test_the_base_is_trained_on_both_styles_alike() -> None:
@@ -49,8 +57,9 @@ def test_a_method_that_the_demo_lacks_is_named_with_those_it_has(tmp_path: Path)
 def test_it_runs_from_nothing_to_a_table_and_leaves_what_it_promises(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(show.SFT, "epochs", 2)
-    monkeypatch.setitem(show.SHARED, "epochs", 1)
+    monkeypatch.setitem(recipes.SFT, "epochs", 2)
+    monkeypatch.setitem(recipes.SHARED, "epochs", 1)
+    monkeypatch.setitem(recipes.SETTINGS, method, recipes.SETTINGS[method] | {"epochs": 1})
     monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])
     last = show.run_demo(method, tmp_path, 0)
     table = capsys.readouterr().out
@@ -63,6 +72,17 @@ def test_it_runs_from_nothing_to_a_table_and_leaves_what_it_promises(
     model = AutoModelForCausalLM.from_pretrained(folder / method / "model")
     ids = AutoTokenizer.from_pretrained(folder / method / "model")("Question:", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
-    rows = [json.loads(line) for line in (folder / "data/pairs.jsonl").read_text().splitlines()]
-    assert rows
-    assert set(rows[0]) == {"prompt", "chosen", "rejected"}
+    online = registry.get(method).data == "prompts"
+    rows = [json.loads(line) for line in (folder / f"data/{'prompts' if online else 'pairs'}.jsonl").open()]
+    assert set(rows[0]) == ({"prompt", "fact"} if online else {"prompt", "chosen", "rejected"})
+    assert ("mean reward" in table) == online
+    assert (folder / "reward/model").is_dir() == (method == "ppo")
+
+
+@pytest.mark.slow
+def test_grpo_raises_the_reward_near_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show.run_demo("grpo", tmp_path, 0)
+    figures = dict(re.findall(r"^ (\w[^%\d]+?) +[\d.%-]+ +([\d.]+)", capsys.readouterr().out, re.MULTILINE))
+    assert float(figures["mean reward"]) > 0.85
+    assert float(figures["win rate against the base"]) > 60
+    assert 0.5 < float(figures["KL to the base (nats a sequence)"]) < 10

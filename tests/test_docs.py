@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,8 +54,8 @@ def test_generated_parts_are_up_to_date(generate: ModuleType) -> None:
 
 
 def test_every_first_party_method_has_a_page_and_a_row_in_the_readme() -> None:
-    first_party = sorted(p.name.removeprefix("alignkit-") for p in (ROOT / "plugins").glob("alignkit-*"))
-    assert first_party == METHODS
+    distributions = [tomllib.loads(p.read_text()) for p in (ROOT / "plugins").glob("*/pyproject.toml")]
+    assert sorted(name for d in distributions for name in d["project"]["entry-points"]["alignkit"]) == METHODS
     readme = (ROOT / "README.md").read_text()
     assert all(f"| [`{name}`](docs/methods/{name}.md) | " in readme for name in METHODS)
 
@@ -71,19 +72,34 @@ def test_rows_on_a_methods_page_are_rows_it_takes(name: str) -> None:
     assert all(len(data.load(rows, registry.get(name).data)) >= 1 for rows in blocks)
 
 
+def metrics_of_a_step(name: str, settings: dict[str, Any]) -> dict[str, float]:
+    method, given = registry.get(name), settings | {"max_steps": 1}
+    if method.data == "prompts":
+        short = {"use": "length", "max": 5, "name": "NAME"}
+        spec = {"judge": {"bradley_terry": short}} if "judge" in method.uses else {"reward": short}
+        given |= {"sampling": {"max_new_tokens": 8}, **spec}
+    return run(name, data=make_rows(method.data, 8), **given).metrics
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_metric_is_named_on_a_page(name: str, settings: dict[str, Any]) -> None:
-    metrics = run(name, **settings | {"data": make_rows(registry.get(name).data, 8), "max_steps": 1}).metrics
     text = page(f"methods/{name}") + page("run")
-    assert [m for m in metrics if f"`{m}`" not in text] == []
+    assert [m for m in metrics_of_a_step(name, settings) if f"`{m}`" not in text] == []
 
 
 @pytest.mark.parametrize(
     ("name", "first"), [("dpo", 0.6931), ("ipo", 25.0), ("kto", 0.5)]
 )  # what the pages say of the first step
 def test_the_loss_of_the_first_step(name: str, first: float, settings: dict[str, Any]) -> None:
-    metrics = run(name, **settings | {"data": make_rows(registry.get(name).data, 8), "max_steps": 1}).metrics
-    assert metrics["loss"] == pytest.approx(first, abs=1e-4)
+    assert metrics_of_a_step(name, settings)["loss"] == pytest.approx(first, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo", "nash"])
+def test_every_field_of_a_completion_is_named(name: str, settings: dict[str, Any]) -> None:
+    metrics_of_a_step(name, settings | {"name": "run", "epochs_per_batch": 2})
+    lines = (settings["output"] / "run/completions.jsonl").read_text().splitlines()
+    table = page("run").split("### completions.jsonl")[1].split("###")[0]
+    assert [field for line in lines for field in json.loads(line) if f"`{field}`" not in table] == []
 
 
 def test_the_forms_on_the_data_page_are_those_that_are_detected() -> None:

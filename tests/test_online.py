@@ -17,14 +17,15 @@ import pytest
 import torch
 from test_data_parallel import torchrun
 from test_engine import close, same
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import alignkit
 from alignkit.engine import Loop
 from alignkit.errors import ConfigError, RewardError
 from alignkit.online import Online
 from alignkit.runfolder import read_metrics
-from helpers import make_rows
+from alignkit.testing.world import tiny_model, tiny_rows, tiny_tokenizer
+from helpers import make_rows, write_tiny
 
 METHODS = ["ppo", "grpo", "rloo", "nash"]
 LOGGED = {
@@ -206,8 +207,6 @@ def test_equal_rewards_change_nothing_and_are_counted(online: dict[str, Any], ti
     own = {"reward": lambda completions, **_: [1.0] * len(completions), "group_size": 4, "beta": 0.0}
     result = alignkit.run("grpo", **online | own)
     assert [line["advantage/zero_variance_groups"] for line in read_metrics(result.folder)] == [4, 4, 2, 4]
-    from transformers import AutoModelForCausalLM
-
     assert same(result.model, AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
 
 
@@ -248,8 +247,6 @@ def test_the_critic_learns_wherever_it_begins(
 
 
 def test_a_critic_that_reads_other_tokens_is_refused(online: dict[str, Any], tmp_path: Path) -> None:
-    from helpers import write_tiny
-
     write_tiny(tmp_path / "other", hidden_size=16)
     other = tmp_path / "other"
     model = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1)
@@ -259,6 +256,40 @@ def test_a_critic_that_reads_other_tokens_is_refused(online: dict[str, Any], tmp
         alignkit.run("ppo", **online | asks("ppo") | {"critic": str(other)})
     with pytest.raises(ConfigError, match="critic: no folder 'nowhere'"):
         alignkit.run("ppo", **online | asks("ppo") | {"critic": "nowhere"})
+
+
+def test_a_reward_model_with_other_tokens_scores_and_the_critic_begins_as_the_policy(
+    online: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tiny(tmp_path / "other", hidden_size=16)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "other", num_labels=1)
+    model.resize_token_embeddings(400)
+    model.save_pretrained(tmp_path / "other")
+    caplog.set_level("INFO", "alignkit")
+    result = alignkit.run("ppo", **online | asks("ppo") | {"reward": str(tmp_path / "other"), "max_steps": 1})
+    assert "the critic begins as the policy" in caplog.text
+    assert "value" in result.metrics
+
+
+def test_samples_are_scored_at_their_temperature(online: dict[str, Any]) -> None:
+    """The logged log-probability of a sample, by the model's own forward in float64 at temperature 0.5."""
+    cold = online["sampling"] | {"temperature": 0.5}
+    tokenizer = tiny_tokenizer()  # of single characters, so that a text has one tokenisation
+    given = {"model": tiny_model(), "tokenizer": tokenizer, "data": tiny_rows("prompts"), "sampling": cold}
+    result = alignkit.run("ppo", **online | asks("ppo") | given | {"max_steps": 1})
+    model = tiny_model(dtype=torch.float64)
+    checked = 0
+    for said in completions(result.folder):
+        prompt = tokenizer(said["prompt"])["input_ids"]
+        ids = prompt + tokenizer(said["completion"])["input_ids"] + [tokenizer.eos_token_id] * said["ended"]
+        if len(ids) - len(prompt) != said["tokens"]:
+            continue  # a special token was sampled, which the text leaves out
+        with torch.no_grad():
+            logps = (model(input_ids=torch.tensor([ids])).logits[0] / 0.5).log_softmax(-1)
+        at = range(len(prompt), len(ids))
+        assert said["logp"] == pytest.approx(sum(float(logps[i - 1, ids[i]]) for i in at), abs=1e-3)
+        checked += 1
+    assert checked
 
 
 def test_what_a_method_needs_is_said_before_anything_is_loaded(online: dict[str, Any]) -> None:
@@ -315,8 +346,6 @@ def test_two_processes_equal_one(method: str, online: dict[str, Any], write_rows
     others = [json.loads(line) for line in (two / "completions-1.jsonl").read_text().splitlines()]
     key = lambda s: (s["step"], s["training"], s["row"], s["completion"])  # noqa: E731
     assert sorted(map(key, completions(one))) == sorted(map(key, [*completions(two), *others]))
-    from transformers import AutoModelForCausalLM
-
     close(*(AutoModelForCausalLM.from_pretrained(f / "model", dtype=torch.float32) for f in (one, two)), atol=1e-5)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -370,3 +372,30 @@ def test_an_error_of_a_run_names_its_stage(shared: dict[str, Any]) -> None:
 
     with pytest.raises(AlignkitError, match=r"stage 'grpo': reward 'broken' failed on row .*no verdict today"):
         chain([{"method": "sft"}, {"method": "grpo", "reward": broken, "group_size": 2}], shared)
+
+
+# ------------------------------------------------------------------------------------------------------- the page
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "pipeline.md").read_text(encoding="utf-8")
+
+
+def test_the_yaml_on_the_page_is_taken() -> None:
+    rlhf, ensemble = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+    stages = resolve(rlhf.pop("stages"), rlhf)
+    assert [s.settings["model"] for s in stages] == ["base", "@sft", "@sft"]
+    assert stages[2].config.reward == "@reward"
+    *_, grpo, dpo = resolve(ensemble.pop("stages"), ensemble)
+    assert (grpo.settings["model"], dpo.settings["model"]) == ("base", "base")
+
+
+def test_the_python_on_the_page_runs(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_rows: Any, settings: dict[str, Any]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    called = ast.parse(code).body[-2]
+    assert isinstance(called, ast.Assign)
+    assert isinstance(called.value, ast.Call)
+    assert ast.unparse(called.value.func) == "run_pipeline"
+    stages, given = ast.literal_eval(ast.parse(code).body[-3].value), ast.literal_eval(called.value.args[2])
+    more = {**settings, **given, "model": tiny, "data": make_rows("pairs", 8), "max_steps": 1}
+    assert [s.method for s in run_pipeline(Engine().run, stages, more).stages] == ["sft", "dpo"]

@@ -6,6 +6,7 @@ import logging
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,10 @@ from alignkit.cli import app
 from helpers import make_rows
 
 ROOT = Path(__file__).resolve().parents[1]
+FUNCTIONS = {
+    "my_rewards": "def right(completions, answer): return [float(a in t) for a, t in zip(answer, completions)]\n",
+    "my_judge": "def compare(first, second): return [float(len(a) < len(b)) for a, b in zip(first, second)]\n",
+}
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -29,12 +34,17 @@ def blocks(page: str) -> list[tuple[str, str]]:
 def place(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_rows: Callable[..., str]
 ) -> Iterator[SimpleNamespace]:
-    """A folder with the model `base` (also `MODEL`) and `prefs.jsonl`, and a cache of its own."""
+    """A folder with the model `base` (also `MODEL`), rows, a reward and a judge; and a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache.sqlite"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, text in FUNCTIONS.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("base", "MODEL"):
         shutil.copytree(tiny, tmp_path / name)
     write_rows(make_rows("pairs", 12), "prefs.jsonl")
+    write_rows([{"prompt": row["prompt"], "answer": "red"} for row in make_rows("text", 4)], "prompts.jsonl")
     logger = logging.getLogger("alignkit")
     before = logger.handlers[:], logger.level, logger.propagate
     yield SimpleNamespace(folder=tmp_path, runner=CliRunner())
@@ -42,13 +52,11 @@ def place(
 
 
 def execute(language: str, text: str, place: SimpleNamespace) -> None:
-    if language == "yaml":
-        named = re.match(r"# (\S+\.yaml)\n", text)
-        if named:
-            (place.folder / named[1]).write_text(text)
+    if named := re.match(r"# (\S+\.(?:yaml|py))\n", text):
+        (place.folder / named[1]).write_text(text)
     elif language == "python":
         exec(compile(text, "example", "exec"), {"__name__": "example"})
-    else:
+    elif language == "sh":
         for line in text.splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["alignkit"]:
@@ -62,7 +70,7 @@ def test_the_readmes_examples_run(place: SimpleNamespace) -> None:
     for language, text in found:
         execute(language, text, place)
     runs = {p.name for p in (place.folder / "runs").iterdir() if (p / "model").is_dir()}
-    assert runs == {"dpo-001", "dpo-002", "dpo-003", "ipo-001", "simpo-001", "kto-001", "first", "second"}
+    assert runs == {"dpo-001", "dpo-002", "dpo-003", "ipo-001", "simpo-001", "kto-001", "first", "second", "grpo-001"}
 
 
 def test_the_two_commands_stand_in_the_readme() -> None:

@@ -22,6 +22,8 @@ from alignkit.rewards import Answers, Rewards, build_rewards
 from alignkit.rollout import Sampled, sample
 from alignkit.types import Example
 
+SAMPLES = 4  # of each question: one alone would leave the base several points from 50 % against itself
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -31,32 +33,27 @@ class HeldOut:
     pairs: list[Example]
 
     def sampled(self, model: Any, tokenizer: Any, seed: int) -> list[list[Sampled]]:
-        """Return one answer to each question, [question][0]."""
-        return sample(model, tokenizer, [e.prompt for e in self.pairs], LENGTH, seed=seed)
+        """Return SAMPLES answers to each question."""
+        return sample(model, tokenizer, [e.prompt for e in self.pairs], LENGTH, n=SAMPLES, seed=seed)
 
-    def scores(self, answers: Sequence[str]) -> list[int]:
-        """Return the world's own score of each answer."""
-        return [world.score(q.fact, a) for q, a in zip(self.questions, answers, strict=True)]
-
-    def rewarded(self, rewards: Rewards, sampled: Sequence[Sequence[Sampled]], answers: list[Any]) -> list[float]:
-        """Return what a run's reward says of each answer."""
-        return rewards.score(
-            Answers(
-                prompts=[q.prompt for q in self.questions],
-                completions=answers,
-                columns={"fact": [q.fact for q in self.questions]},
-                rows=[e.row for e in self.pairs],
-                lengths=[len(one.tokens) for (one,) in sampled],
-                ended=[one.ended for (one,) in sampled],
-            )
-        ).total
+    def answers(self, tokenizer: Any, sampled: Sequence[Sequence[Sampled]]) -> Answers:
+        """Return the samples as rewards see them."""
+        flat = [(q, e, one) for q, e, some in zip(self.questions, self.pairs, sampled, strict=True) for one in some]
+        return Answers(
+            prompts=[q.prompt for q, _, _ in flat],
+            completions=[tokenizer.decode(one.tokens, skip_special_tokens=True) for _, _, one in flat],
+            columns={"fact": [q.fact for q, _, _ in flat]},
+            rows=[e.row for _, e, _ in flat],
+            lengths=[len(one.tokens) for _, _, one in flat],
+            ended=[one.ended for _, _, one in flat],
+        )
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What the demo measures on held-out questions, with one sampled answer to each. reward: the run's, their mean."""
+    """What the demo measures on held-out questions. scores: the world's own; reward: the run's, their mean."""
 
-    answers: list[str]
+    answers: list[Any]
     scores: list[int]
     accuracy: float
     kl: float
@@ -87,9 +84,8 @@ def run_demo(method: str, output: Path, seed: int) -> str:
     before = measure(base.model, base.model, base.tokenizer, asked, seed, rewards)
     aligned = engine.run(method, **settings, **_data(folder, kind, train, test), name=method)
     after = measure(aligned.model, base.model, base.tokenizer, asked, seed + 1, rewards)
-    others = asked.sampled(base.model, base.tokenizer, seed + 2)
-    against = asked.scores(_texts(base.tokenizer, others))
-    _print(method, asked, (before, after), against)
+    against = _scores(asked.answers(base.tokenizer, asked.sampled(base.model, base.tokenizer, seed + 2)))
+    _print(method, test, (before, after), against)
     return (
         f"{time.perf_counter() - started:.0f} s. Model: {aligned.folder / 'model'}. "
         f"Metrics: {aligned.folder / 'metrics.jsonl'}. "
@@ -98,24 +94,20 @@ def run_demo(method: str, output: Path, seed: int) -> str:
 
 
 def measure(model: Any, base: Any, tokenizer: Any, asked: HeldOut, seed: int, rewards: Rewards | None) -> Measures:
-    """Sample an answer to every question, and compare what policy and base say about the brief and the chatty one."""
+    """Sample answers to every question, and compare what policy and base say about the brief and the chatty one."""
     sampled = asked.sampled(model, tokenizer, seed)
-    answers = _texts(tokenizer, sampled)
-    reward = None
-    if rewards is not None:
-        scored = asked.rewarded(rewards, sampled, answers)
-        reward = sum(scored) / len(scored)
+    answers = asked.answers(tokenizer, sampled)
     return Measures(
-        answers=answers,
-        scores=asked.scores(answers),
+        answers=answers.completions[::SAMPLES],
+        scores=_scores(answers),
         accuracy=measures.preference_accuracy(model, base, asked.pairs),
         kl=measures.kl_of_samples(model, base, asked.pairs, sampled),
-        reward=reward,
+        reward=None if rewards is None else sum(rewards.score(answers).total) / len(answers),
     )
 
 
-def _texts(tokenizer: Any, sampled: Sequence[Sequence[Sampled]]) -> list[str]:
-    return [tokenizer.decode(one.tokens, skip_special_tokens=True) for (one,) in sampled]
+def _scores(answers: Answers) -> list[int]:
+    return [world.score(f, str(a)) for f, a in zip(answers.columns["fact"], answers.completions, strict=True)]
 
 
 def _data(folder: Path, kind: str, train: list[world.Question], test: list[world.Question]) -> dict[str, str]:
@@ -127,10 +119,10 @@ def _data(folder: Path, kind: str, train: list[world.Question], test: list[world
     }
 
 
-def _print(method: str, asked: HeldOut, both: tuple[Measures, Measures], against: list[int]) -> None:
+def _print(method: str, asked: list[world.Question], both: tuple[Measures, Measures], against: list[int]) -> None:
     console = Console(width=None if Console().is_terminal else 120)
-    n = len(asked.questions)
-    table = Table(f"{n} held-out questions", "base (SFT)", f"after {method}", box=None)
+    table = Table(f"{len(asked)} held-out questions", "base (SFT)", f"after {method}", box=None)
+    n = len(against)
     if both[0].reward is not None:
         table.add_row("mean reward", *(f"{m.reward:.2f}" for m in both))
     table.add_row("win rate against the base", *(f"{measures.win_rate(m.scores, against):.1%}" for m in both))
@@ -140,7 +132,7 @@ def _print(method: str, asked: HeldOut, both: tuple[Measures, Measures], against
     table.add_row("KL to the base (nats a sequence)", *(f"{m.kl:.2f}" for m in both))
     console.print(table)
     samples = Table("question", "base (SFT)", f"after {method}", box=None)
-    for q, a, b in list(zip(asked.questions, both[0].answers, both[1].answers, strict=True))[:4]:
+    for q, a, b in list(zip(asked, both[0].answers, both[1].answers, strict=True))[:4]:
         samples.add_row(*(escape(t) for t in (q.prompt.split("\n")[0].removeprefix("Question: "), a, b)))
     console.print(samples)
 

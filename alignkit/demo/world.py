@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,9 @@ def pair_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
     return [{"prompt": q.prompt, "chosen": q.brief, "rejected": q.chatty} for q in asked]
 
 
-def judged_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
+def judged_rows(asked: Sequence[Question]) -> list[dict[str, Any]]:
     """Preference pairs that serve every method: with what the verdict looks at."""
-    return [{**pair, "fact": q.fact} for q, pair in ((q, *pair_rows([q])) for q in asked)]
+    return [{**pair, "fact": q.fact} for q, pair in zip(asked, pair_rows(asked), strict=True)]
 
 
 def prompt_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
