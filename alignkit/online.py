@@ -105,7 +105,7 @@ class Online:
             grown = grown.attach(per_token={"old_logps": said.logps})
             if said.values is not None:
                 grown = grown.attach(per_token={"values": said.values})
-        lines: dict[str, Sequence[float]] = {}
+        lines: dict[str, Sequence[Any]] = {}
         if "reward" in roles:
             scores = self.score(parts, answers)
             lines = {"reward": scores.total, **{f"reward/{k}": v for k, v in scores.parts.items()}}
@@ -114,13 +114,15 @@ class Online:
         if mixture is not None:
             others = self.sample(parts, batch.examples, 1, self._seed(ctx, 1), mixture)
             against = self.answers(batch.examples, others)
-            lines |= {"wins": self.compare(parts, answers, against), "against": against.completions}  # type: ignore[dict-item]
+            lines |= {"wins": self.compare(parts, answers, against), "against": list(map(_text, against.completions))}
             wins = torch.tensor(lines["wins"], dtype=torch.float32, device=batch.device)
             grown = grown.attach(per_completion={"wins": wins})
         self._log(ctx, sampled, lines)
         if "old_logps" in grown:
             lines |= {"logp": sequence_sum(grown["old_logps"], grown.cu_seqlens).tolist()}
         self.write(ctx.step + ctx.training, ctx.training, answers, lines)
+        if not ctx.training:
+            self.took(0.0)  # an evaluation's seconds are no step's
         return grown
 
     def took(self, total: float) -> dict[str, float]:
@@ -179,14 +181,13 @@ class Online:
             ended=[s.ended for _, s in flat],
         )
 
-    def write(self, step: int, training: bool, answers: Answers, more: Mapping[str, Sequence[float]]) -> None:
+    def write(self, step: int, training: bool, answers: Answers, more: Mapping[str, Sequence[Any]]) -> None:
         """Write a line for each completion into completions.jsonl."""
         assert self.lines is not None
         for i, (row, prompt, completion) in enumerate(
             zip(answers.rows, answers.prompts, answers.completions, strict=True)
         ):
-            text = completion if isinstance(completion, str) else completion[-1]["content"]
-            about = {"training": training, "row": row, "prompt": prompt, "completion": text}
+            about = {"training": training, "row": row, "prompt": prompt, "completion": _text(completion)}
             about |= {"number": i, "tokens": answers.lengths[i], "ended": answers.ended[i]}
             self.lines.write(step, about | {k: v[i] for k, v in more.items()}, flush=False)
         self.lines.flush()
@@ -194,9 +195,7 @@ class Online:
     def _seed(self, ctx: StepContext, draw: int) -> int:
         return seed_of(self.config.seed, (4 if ctx.training else 6) + draw, ctx.number)
 
-    def _log(
-        self, ctx: StepContext, sampled: Sequence[Sequence[Sampled]], scored: Mapping[str, Sequence[float]]
-    ) -> None:
+    def _log(self, ctx: StepContext, sampled: Sequence[Sequence[Sampled]], scored: Mapping[str, Sequence[Any]]) -> None:
         flat = [s for some in sampled for s in some]
         numbers = {k: v for k, v in scored.items() if k == "wins" or k.startswith("reward")}
         sums: list[float] = [len(flat), sum(len(s.tokens) for s in flat), sum(s.ended for s in flat)]
@@ -238,6 +237,10 @@ def forest(examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], li
     ]
     ended = torch.tensor([s.ended for some in sampled for s in some], device=like.device)
     return batch_of(grown, like.layout, like.device).attach(per_completion={"ended": ended})
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def distinct(sampled: Sequence[Sequence[Sampled]], n: int = 2) -> tuple[int, int]:

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-SHOWN = ("loss", "rewards/accuracy", "rewards/margin", "kl", "lr", "tokens_per_second")
+SHOWN = ("loss", "reward/mean", "wins/mean", "rewards/accuracy", "rewards/margin", "kl", "lr", "tokens_per_second")
 
 
 def line(step: int, total: int, values: Mapping[str, Any], left: float | None = None) -> str:
     """Return one line about a step: its number and the metrics that matter most."""
     shown = [f"{_short(k)} {values[k]:.4g}" for k in SHOWN if k in values]
-    shown += [f"{k} {v:.4g}" for k, v in values.items() if k.startswith("eval/") and k[5:] in SHOWN[:4]]
+    shown += [f"{k} {v:.4g}" for k, v in values.items() if k.startswith("eval/") and k[5:] in SHOWN[:6]]
     tail = f" | {_clock(left)} left" if left is not None else ""
     return f"step {step}/{total} | " + " | ".join(shown) + tail
 

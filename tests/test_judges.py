@@ -109,7 +109,7 @@ def test_a_preference_model_in_both_orders(tmp_path: Path) -> None:
     def want(a: str, b: str) -> float:
         prompt, a_ids, b_ids = (ids_of(text) for text in ("Who? ", a, b))
         there = alone(folder, [*prompt, *a_ids, EOS, *b_ids, EOS])
-        return sigmoid((there - alone(folder, [*prompt, *b_ids, EOS, *a_ids, EOS])) / 2)
+        return sigmoid(there - alone(folder, [*prompt, *b_ids, EOS, *a_ids, EOS]))
 
     assert wins == pytest.approx(
         [want("An owl", "a fox"), want("x", "A much longer answer"), 0.5, want("", "y")], abs=1e-5
@@ -125,7 +125,7 @@ def test_a_chat_in_a_preference_model(tmp_path: Path) -> None:
     owl, fox = ([{"role": "assistant", "content": text}] for text in ("An owl", "a fox"))
     asked = [*ids_of("user:Who?"), EOS, *ids_of("assistant:")]
     a, b = [*ids_of("An owl"), EOS], [*ids_of("a fox"), EOS]
-    want = sigmoid((alone(folder, [*asked, *a, *b]) - alone(folder, [*asked, *b, *a])) / 2)
+    want = sigmoid(alone(folder, [*asked, *a, *b]) - alone(folder, [*asked, *b, *a]))
     wins = build_judge(folder).wins(answers(owl, prompts=[prompt]), answers(fox, prompts=[prompt]))
     assert wins == [pytest.approx(want, abs=1e-5)]
 

@@ -127,7 +127,7 @@ class RewardModel(Classifier):
 
 
 class PairwiseModel(Classifier):
-    """A judge: P(first wins) = sigmoid((s(first, second) - s(second, first)) / 2), so that order cannot matter."""
+    """A judge: P(first wins) = sigmoid(s(first, second) - s(second, first)), as it was trained; order cannot matter."""
 
     def __call__(self, prompts: Sequence[Content], first: Sequence[Content], second: Sequence[Content]) -> list[float]:
         """Compare each pair in both orders."""
@@ -138,4 +138,4 @@ class PairwiseModel(Classifier):
             forwards.append(pairwise_ids(tree.prompt, a, b, eos))
             backwards.append(pairwise_ids(tree.prompt, b, a, eos))
         scores = torch.tensor(self.scores([*forwards, *backwards]), dtype=torch.float64)
-        return torch.sigmoid((scores[:n] - scores[n:]) / 2).tolist()  # type: ignore[no-any-return]
+        return torch.sigmoid(scores[:n] - scores[n:]).tolist()  # type: ignore[no-any-return]

@@ -1,9 +1,9 @@
 """Reward model by Bradley-Terry (2203.02155), with margins (2307.09288) and centring (2312.09244).
 
-    loss = -log s(r_chosen - r_rejected - margin) + c (r_chosen + r_rejected)^2
+    loss = -log σ(r_chosen - r_rejected - margin) + c (r_chosen + r_rejected)^2
 
 r is the scalar head's value at an answer's last token. `pairwise` reads both answers at once instead, in both orders:
-s(A, B) says how much better A is, and a judge takes it as P(A wins) = s((s(A, B) - s(B, A)) / 2).
+s(A, B) says how much better A is, and a judge takes it as P(A wins) = σ(s(A, B) - s(B, A)).
 """
 
 from __future__ import annotations
