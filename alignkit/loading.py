@@ -110,6 +110,8 @@ def _whole(name: str, model: nn.Module, loading: Mapping[str, Any]) -> nn.Module
             f"the checkpoint in '{name}' lacks {len(missing)} weight{'s' * (len(missing) > 1)} of "
             f"{type(model).__name__}: {', '.join(missing[:4])}{more}"
         )
+    if "score.weight" in loading["missing_keys"]:
+        nn.init.zeros_(model.get_parameter("score.weight"))  # as in `classifier_like`
     return model
 
 

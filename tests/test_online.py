@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from test_data_parallel import torchrun
 from test_engine import close, same
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -321,6 +322,22 @@ def test_training_ends_where_held_out_rows_no_longer_gain_with_the_best_weights(
     again = alignkit.run("reward", data=rows, name="parts", resume=True, **parts)
     assert same(whole.model, again.model)
     assert same(whole.model, result.model)
+
+
+def test_dropout_is_for_training_alone(settings: dict[str, Any]) -> None:
+    """With weights that hardly move, a batch's training loss changes by its dropout, and an evaluation's does not."""
+    config = tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, num_labels=1)
+    model = tf.GPT2ForSequenceClassification(config)
+    torch.nn.init.normal_(model.score.weight)
+    given = settings | {"model": model, "learning_rate": 1e-12, "batch_size": 6, "max_steps": 3}
+    given |= {"tokenizer": settings["model"], "dtype": "float32", "eval_data": make_rows("pairs", 4, seed=1)}
+    written = read_metrics(alignkit.run("reward", data=make_rows("pairs", 6), dropout_rate=0.5, **given).folder)
+    losses = [line["loss"] for line in written if "loss" in line]
+    assert len({round(loss, 5) for loss in losses}) == 3
+    held_out = [line["eval/loss"] for line in written if "eval/loss" in line]
+    assert held_out[0] == pytest.approx(held_out[-1], abs=1e-6)
+    written = read_metrics(alignkit.run("reward", data=make_rows("pairs", 6), **given).folder)
+    assert len({round(line["loss"], 5) for line in written if "loss" in line}) == 1
 
 
 @pytest.mark.slow

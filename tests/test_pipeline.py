@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from alignkit import cli, console
 from alignkit.engine import Engine, Loop
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
 from alignkit.pipeline import FILE, PipelineResult, read_pipeline, run_pipeline, table
@@ -136,6 +138,23 @@ def test_a_row_for_each_stage(shared: dict[str, Any], rlhf: Stages) -> None:
     ]
     accuracy = list(shown.columns[5].cells)
     assert accuracy == ["-", f"{last['eval/rewards/accuracy']:.4g}", "-"]
+
+
+def test_from_the_command_line(
+    shared: dict[str, Any], write_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in shared.items() if k != "name"}
+    given |= {"data": write_rows(shared["data"]), "max_steps": 1, "stages": [SFT, DPO]}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(given))
+    monkeypatch.setattr(console, "speak", lambda: None)
+    command = typer.main.get_command(cli.app)
+    command(["pipeline", str(tmp_path / "p.yaml"), "--name", "two"], standalone_mode=False)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in said[1:3]] == [["sft", "sft", "1"], ["dpo", "dpo", "1"]]
+    assert [line.split()[-1] for line in said[1:]] == ["1-sft", "2-dpo", str(shared["output"] / "two")]
+    with pytest.raises(ConfigError, match="two exists; go on with it by --resume"):
+        command(["pipeline", str(tmp_path / "p.yaml"), "--name", "two"], standalone_mode=False)
+    command(["pipeline", str(shared["output"] / "two" / FILE), "--resume"], standalone_mode=False)
 
 
 def test_a_pairwise_reward_model_judges_and_another_one_by_bradley_terry(shared: dict[str, Any]) -> None:

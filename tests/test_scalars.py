@@ -136,6 +136,7 @@ def test_a_language_models_folder_becomes_a_classifier_with_a_new_head(tmp_path:
     assert not came_with_adapter
     assert torch.equal(model.model.embed_tokens.weight, tiny_model(2).model.embed_tokens.weight)
     assert number_head(model).weight.shape == (1, 32)
+    assert not number_head(model).weight.any()
     adapted, _ = load_model(config(model=str(tmp_path), lora=4), CPU, "classifier")
     trained = {n for n, p in adapted.named_parameters() if p.requires_grad}
     assert any("score" in n for n in trained)  # a new head that is not trained would stay noise
