@@ -89,6 +89,8 @@ def run(
     output: Annotated[Text, typer.Option(help="Folder that holds the runs  [default: runs]")] = None,
     name: Annotated[Text, typer.Option(help="Folder of this run in it  [default: METHOD-001, ...]")] = None,
     reference: Annotated[Text, typer.Option(help="auto, full, int8, adapter-off or cached  [default: auto]")] = None,
+    reward: Annotated[Text, typer.Option(help="What scores samples: a name, module:function, or folder")] = None,
+    judge: Annotated[Text, typer.Option(help="What compares two samples, in the same forms")] = None,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank instead of all weights")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data  [default: 1]")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps; wins over --epochs")] = None,
@@ -106,6 +108,7 @@ def run(
 ) -> None:
     """Train a model by a method, or by a YAML file of settings."""
     given = {k: v for k, v in locals().items() if k not in ("what", "more") and v is not None and v is not False}
+    given |= {name: _yaml(given[name]) for name in ("reward", "judge") if name in given}
     settings = _settings(what, given, more or [])
     _checked(settings)
     console.speak()
@@ -235,7 +238,7 @@ def settings(
     for title, cls in ((f"settings of {method}", own), ("settings of every run", RunConfig)):
         typer.echo(f"{title}:")
         for name, default, values, meaning in console.described(cls):
-            typer.echo(f"  {name:22} {default:12} {meaning} ({values})")
+            typer.echo(f"  {name:23} {default:12} {meaning} ({values})")
     typer.echo(f"\nIn YAML: `name: value`. As options: `alignkit run {method} ... --set name=value`.")
 
 
@@ -247,7 +250,9 @@ def validate(
     checked, method = _checked(_settings(str(config), {}, [], only_file=True))
     console.speak()
     from alignkit import assemble, loading
+    from alignkit.online import check_online
 
+    check_online(checked, method)
     assemble.read(checked, method, loading.load_tokenizer(checked))
     typer.echo(f"{config}: fine, ready to run with '{checked.method}'")
 

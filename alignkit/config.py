@@ -46,6 +46,13 @@ class Sampling(BaseModel):
     backend: Literal["generate", "continuous"] = Field("generate", description="continuous: transformers' batching")
     batch_size: int = Field(64, ge=1, description="sequences sampled at once")
 
+    @model_validator(mode="after")
+    def _backend_can(self) -> Sampling:
+        for name in ("stop", "min_new_tokens"):
+            if self.backend == "continuous" and getattr(self, name):
+                raise ValueError(f"backend: continuous cannot do `{name}`; leave it out, or use backend: generate")
+        return self
+
 
 class RunConfig(BaseModel):
     """Settings of a run, besides the method's own."""
@@ -194,6 +201,7 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
     Raises ConfigError: an unknown key with the nearest known one, or every value that is wrong.
     """
     known_run, known_method = RunConfig.model_fields, method_config.model_fields
+    settings = _gathered(settings)
     # a setting that is a word of Python's own, such as `lambda`, has an underscore in its class and none for users
     settings = {f"{k}_" if f"{k}_" in known_method else k: v for k, v in settings.items()}
     unknown = [k for k in settings if k not in known_run and k not in known_method]
@@ -209,6 +217,21 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
     if run is None or own is None:
         raise _refusal([*wrong, *also_wrong])
     return run, own
+
+
+def _gathered(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Put "sampling.temperature" and its like into the mapping `sampling`."""
+    gathered = {k: v for k, v in settings.items() if "." not in k}
+    for key, value in settings.items():
+        name, dot, inner = key.partition(".")
+        if not dot:
+            continue
+        group = gathered.get(name) or {}
+        group = group.model_dump() if isinstance(group, BaseModel) else group
+        if not isinstance(group, Mapping):
+            raise ConfigError(f"'{key}' is given beside '{name}: {group}'; give `{name}` as a mapping")
+        gathered[name] = {**group, inner: value}
+    return gathered
 
 
 def validated(cls: type[M], values: Mapping[str, Any]) -> M:

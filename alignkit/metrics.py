@@ -44,8 +44,8 @@ def kl_metric(batch: Batch, logps_C: Tensor) -> dict[str, Term]:
 def rollout_metrics(batch: Batch, said: Outputs, out: PolicyLoss) -> dict[str, Term]:
     """Return the metrics that every method on sampled completions logs.
 
-    "kl" is the k3 estimate of KL(policy || reference) in nats a sequence, of the policy that sampled: on its own samples
-    it is unbiased.
+    "kl" is the k3 estimate of KL(policy || reference) in nats a sequence, of the policy that sampled, on its own
+    samples.
     """
     terms = {
         "clip_fraction": metric(out.clipped.float(), over="tokens"),

@@ -47,6 +47,8 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
             raise ConfigError(f"'{method.name}' asks no {role}; leave out `{role}`")
         if given is not None:
             check(given)
+    if "judge" in needs and config.sampling.backend == "continuous":
+        raise ConfigError(f"'{method.name}' samples from a mixture, which backend: continuous cannot; use generate")
     if method.data == "prompts" and config.fsdp:
         raise ConfigError(f"'{method.name}' samples, which a policy sharded by fsdp cannot do yet; leave out fsdp")
 

@@ -220,7 +220,7 @@ class Batch:
     def minibatches(
         self, n: int, generator: torch.Generator, rank: int = 0, world: int = 1, total: int | None = None
     ) -> Iterator[tuple[Batch, float]]:
-        """Yield this rank's share of n shuffled parts of nearly equal size of the step of all ranks; n = 1 is the batch.
+        """Yield this rank's share of n shuffled parts of nearly equal size of a step; n = 1 is the batch itself.
 
         total: examples of the step, of which this batch holds every world-th from `rank` on. The parts do not depend on
         the ranks. With each comes its weight: 0 for a stand-in where this rank has no share of a part, else 1.

@@ -261,3 +261,13 @@ def test_no_installed_method_has_a_setting_that_the_run_has_and_all_say_what_the
         assert [n for n, f in fields.items() if not f.description] == [], plugin.name
         assert plugin.method.Config.model_config["extra"] == "forbid"
         assert plugin.method.Config.model_config["frozen"]
+
+
+def test_a_setting_of_a_mapping_may_be_named_alone() -> None:
+    given = {"method": "grpo", "model": "m", "data": "d", "sampling": {"top_p": 0.9}, "sampling.temperature": 0.7}
+    run, _ = split(given, MethodConfig)
+    assert (run.sampling.top_p, run.sampling.temperature, run.sampling.max_new_tokens) == (0.9, 0.7, 256)
+    with pytest.raises(ConfigError, match=r"sampling.temperatur"):
+        split({"method": "grpo", "model": "m", "data": "d", "sampling.temperatur": 0.7}, MethodConfig)
+    with pytest.raises(ConfigError, match=r"'lora.alpha' is given beside 'lora: 8'; give `lora` as a mapping"):
+        split({"method": "grpo", "model": "m", "data": "d", "lora": 8, "lora.alpha": 4}, MethodConfig)

@@ -302,6 +302,10 @@ def test_what_a_method_needs_is_said_before_anything_is_loaded(online: dict[str,
         alignkit.run("nash", **online, judge=redder, reward=reds)
     with pytest.raises(ConfigError, match="samples, which a policy sharded by fsdp cannot do yet"):
         alignkit.run("rloo", **online, reward=reds, fsdp=True)
+    with pytest.raises(ConfigError, match="samples from a mixture, which backend: continuous cannot"):
+        alignkit.run("nash", **online | {"judge": redder, "sampling": {"backend": "continuous"}})
+    with pytest.raises(ConfigError, match="backend: continuous cannot do `stop`"):
+        alignkit.run("grpo", **online | {"reward": reds, "sampling": {"backend": "continuous", "stop": ["."]}})
     assert not (online["output"]).exists()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from alignkit.config import Sampling
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import ModelError
 from alignkit.loading import causal_lm
 from alignkit.rollout.batched import Sampled, sampling_mode
 
@@ -22,9 +22,6 @@ def sample_continuously(
     """Return n completions of each prompt, see `alignkit.rollout.sample`."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    for name in ("stop", "min_new_tokens"):
-        if getattr(sampling, name):
-            raise ConfigError(f"backend: continuous cannot do `{name}`; leave it out, or use backend: generate")
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     rows = min(len(prompts) * n, sampling.batch_size)
     # sized by the job: the defaults take most of the memory. The blocks alone limit how many rows run at once, since
