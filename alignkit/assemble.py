@@ -138,20 +138,21 @@ def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
 def build(config: RunConfig, method: Method[Any], rows: Rows, tokenizer: Any, accelerator: Accelerator) -> Parts:
     """Load the models, ready the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
     least = max(method.min_batch, accelerator.num_processes)
-    min_batch = least * config.minibatches  # a rank with fewer minibatches than the others would be waited for
-    if config.batch_size < min_batch:
+    if config.batch_size < least:
         raise ConfigError(
-            f"batch_size {config.batch_size} is too small: '{method.name}' on {accelerator.num_processes} ranks with "
-            f"{config.minibatches} minibatches needs at least {min_batch}"
+            f"batch_size {config.batch_size} is too small: '{method.name}' on {accelerator.num_processes} ranks needs "
+            f"at least {least}"
         )
+    if config.patience is not None and not rows.held_out:
+        raise ConfigError("patience watches held-out rows, and there are none; give eval_data or eval_fraction")
     if 0 < len(rows.held_out) < least:
         raise DataError(
             f"{len(rows.held_out)} held-out rows are too few: '{method.name}' on {accelerator.num_processes} ranks "
             f"needs at least {least}; raise eval_fraction, give more eval_data, or neither"
         )
-    stream = Stream(rows.train, config.batch_size, config.seed, min_batch)
+    stream = Stream(rows.train, config.batch_size, config.seed, least)
     set_seed(config.seed)  # fresh adapters are drawn
-    online = Online.of_run(config, method, tokenizer, accelerator.device)
+    online = Online.of_run(config, method, tokenizer, [*rows.train, *rows.held_out], accelerator.device)
     kind: Kind = "classifier" if "reward" in method.trains else "causal"
     model, came_with_adapter = load_model(config, accelerator.device, kind)
     for name, value in method.model_settings().items():
@@ -159,10 +160,11 @@ def build(config: RunConfig, method: Method[Any], rows: Rows, tokenizer: Any, ac
     if kind == "classifier":  # who pads with EOS would look for an answer's last token before it
         causal_lm(model).config.pad_token_id = _pad(tokenizer)
     plain = Valuer(model) if kind == "classifier" else Scorer(model, int(config.kept_logits_gib * 2**30))
-    known = [*rows.train, *rows.held_out]
+    known = [method.longest(e) for e in (*rows.train, *rows.held_out)]
     if online:
         known = stand_ins(known, config.sampling.max_new_tokens)
-    check_fit(model, known, mixes=method.reference_need() == "live" and not online)
+    longest = config.sampling.max_new_tokens if online else None
+    check_fit(model, known, longest, mixes=method.reference_need() == "live" and not online)
     with accelerator.autocast():
         layout = choose_layout(plain.train(), known[: len(rows.train)], config, accelerator.device)
     reference = _reference(config, method, plain, layout, accelerator, known) if isinstance(plain, Scorer) else None
@@ -180,7 +182,9 @@ def build(config: RunConfig, method: Method[Any], rows: Rows, tokenizer: Any, ac
     temperature = config.sampling.temperature if online else 1.0
     roles = Roles(method, policy, trained, reference, config.max_tokens, temperature)
     ranks, eos = Ranks(accelerator), int(tokenizer.eos_token_id)
-    roles.autocast, roles.most = accelerator.autocast, ranks.most
+    roles.autocast = accelerator.autocast
+    if ranks.n > 1:
+        roles.most = ranks.most
     return Parts(accelerator, ranks, plain, policy, prepared, roles, reference, online, layout, stream, rate, eos)
 
 

@@ -84,6 +84,21 @@ class SpecialTokens:
         return changed, hidden
 
 
+def turn_end(tokenizer: Any) -> int | None:
+    """Return the special token that the tokenizer's chat template closes an answer with; None where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    special = SpecialTokens(tokenizer)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template may refuse what it likes; rows of messages will say so
+        return None
+    end = special.turn_end(text, text.rfind("b"))
+    closing = next((n for n in special.names if end and text[:end].endswith(n)), None)
+    return None if closing is None else int(tokenizer.convert_tokens_to_ids(closing))
+
+
 def render(rows: Sequence[Row], source: str, tokenizer: Any, special: SpecialTokens, seconds: float) -> list[Draft]:
     """Render rows of messages.
 

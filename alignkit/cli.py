@@ -133,10 +133,10 @@ def pipeline(
     given = {k: v for k, v in locals().items() if k != "file" and v is not None and v is not False}
     console.speak()
     from alignkit.engine import Engine
-    from alignkit.pipeline import read_pipeline, run_pipeline, table
+    from alignkit.pipeline import read_pipeline, table
 
     settings = read_pipeline(file) | given
-    result = run_pipeline(Engine().run, settings.pop("stages", None), settings)
+    result = Engine().pipeline(settings.pop("stages", None), **settings)
     if console.rank() == 0:
         _print(table(result))
         typer.echo(f"folder: {result.folder}")
@@ -161,7 +161,7 @@ def compare(
     """Train a base by every method that the rows can serve, and show what each has made of it."""
     given = {"model": model, "data": data, "eval_data": eval_data, "reward": reward, "judge": judge}
     given = {k: _yaml(v) if k in ("reward", "judge") else v for k, v in given.items() if v is not None}
-    _check_compared(given)
+    _check_compared(given, output, json, png)
     if not given:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo
     console.speak()
@@ -345,6 +345,8 @@ def _settings(what: str, given: dict[str, Any], pairs: list[str], only_file: boo
             f"'{what}' is no {'config' if only_file else 'method'}; a file of settings is named .yaml or .yml"
         )
     settings = read_yaml(what) if from_file else {"method": what}
+    if "stages" in settings:
+        raise ConfigError(f"{what} has `stages`, which make a pipeline; try: alignkit pipeline {what}")
     return settings | given | _pairs(pairs)
 
 
@@ -371,13 +373,20 @@ def _yaml(text: str) -> Any:
         return text
 
 
-def _check_compared(given: dict[str, Any]) -> None:
-    """Raise ConfigError where only a part of a task is given."""
+def _check_compared(given: dict[str, Any], output: Path, json: Path | None, png: Path | None) -> None:
+    """Raise ConfigError where only a part of a task is given, or what is asked for could not be written in the end."""
     from alignkit.errors import ConfigError
 
     missing = [f"--{name}" for name in ("model", "data") if given and name not in given]
     if missing:
         raise ConfigError(f"no {' and no '.join(missing)} given; leave out all of them to compare on the demo's task")
+    for option, file in (("--json", json), ("--png", png)):
+        if file and file.is_dir():
+            raise ConfigError(f"{option} '{file}' is a folder; give a file")
+        if file and file.parent != output and not file.parent.is_dir():
+            raise ConfigError(f"{option} '{file}': there is no folder '{file.parent}'")
+    if png and given and not given.keys() & {"reward", "judge"}:
+        raise ConfigError("--png shows win rates, which need a --reward or a --judge")
 
 
 def _print(table: Any) -> None:

@@ -47,7 +47,14 @@ class Sampling(BaseModel):
     batch_size: int = Field(64, ge=1, description="sequences sampled at once")
 
     @model_validator(mode="after")
-    def _backend_can(self) -> Sampling:
+    def _can_be_done(self) -> Sampling:
+        if "" in self.stop:
+            raise ValueError("stop: an empty text would end every completion at once; leave it out")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens} and max_new_tokens {self.max_new_tokens}; no completion is "
+                f"that long"
+            )
         for name in ("stop", "min_new_tokens"):
             if self.backend == "continuous" and getattr(self, name):
                 raise ValueError(f"backend: continuous cannot do `{name}`; leave it out, or use backend: generate")
@@ -201,7 +208,7 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
     Raises ConfigError: an unknown key with the nearest known one, or every value that is wrong.
     """
     known_run, known_method = RunConfig.model_fields, method_config.model_fields
-    settings = _gathered(settings)
+    settings = gathered(settings)
     # a setting that is a word of Python's own, such as `lambda`, has an underscore in its class and none for users
     settings = {f"{k}_" if f"{k}_" in known_method else k: v for k, v in settings.items()}
     unknown = [k for k in settings if k not in known_run and k not in known_method]
@@ -219,19 +226,19 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
     return run, own
 
 
-def _gathered(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Put "sampling.temperature" and its like into the mapping `sampling`."""
-    gathered = {k: v for k, v in settings.items() if "." not in k}
+def gathered(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Put "sampling.temperature" and its like into the mapping `sampling`. Raises ConfigError where that is none."""
+    found = {k: v for k, v in settings.items() if "." not in k}
     for key, value in settings.items():
         name, dot, inner = key.partition(".")
         if not dot:
             continue
-        group = gathered.get(name) or {}
+        group = found.get(name) or {}
         group = group.model_dump() if isinstance(group, BaseModel) else group
         if not isinstance(group, Mapping):
             raise ConfigError(f"'{key}' is given beside '{name}: {group}'; give `{name}` as a mapping")
-        gathered[name] = {**group, inner: value}
-    return gathered
+        found[name] = {**group, inner: value}
+    return found
 
 
 def validated(cls: type[M], values: Mapping[str, Any]) -> M:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepContext:
-    """One step as a method sees it. number: of the step, or of the part of the held-out rows; it seeds the samples."""
+    """One step as a method sees it.
+
+    number: of the step that is trained, which seeds its samples. offset: of held-out rows, the place of the first.
+    """
 
     loop: Loop
     step: int
@@ -26,6 +29,7 @@ class StepContext:
     generator: torch.Generator
     training: bool = True
     number: int = 0
+    offset: int = 0
 
     @property
     def max_new_tokens(self) -> int:

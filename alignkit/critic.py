@@ -27,7 +27,6 @@ def with_critic(policy: Scorer | Valuer, config: RunConfig, online: Online | Non
     if config.critic == "shared":
         return ActorCritic(policy, value_head(policy.model))
     model = _begun(policy.model, config, online)
-    number_head(model)
     theirs, ours = _vocabulary(model), _vocabulary(policy.model)
     if theirs != ours and config.critic == "auto":
         logger.info("the reward model reads other tokens than the policy: the critic begins as the policy")
@@ -37,6 +36,9 @@ def with_critic(policy: Scorer | Valuer, config: RunConfig, online: Online | Non
             f"the critic reads {theirs} different tokens and the policy {ours}: both need one tokenizer; "
             f"use critic: policy, or a reward model trained from the same base"
         )
+    nn.init.zeros_(
+        number_head(model).get_parameter("weight")
+    )  # a reward model's speaks of whole answers, in units of its own
     if config.lora:
         model = add_lora(model, config.lora, "classifier")
     return ActorCritic(policy, Valuer(readied(model, config, device)).train())

@@ -17,24 +17,32 @@ logger = logging.getLogger(__name__)
 
 
 class EarlyStop:
-    """Watches eval/loss. `patience` evaluations in a row that are no better than the best one end the run."""
+    """Watches the held-out rows: the reward where there is one, else the loss.
+
+    `patience` evaluations in a row that are no better than the best one end the run.
+    """
 
     def __init__(self) -> None:
         self.best, self.best_step, self.waited = float("inf"), -1, 0
 
-    def over(self, loop: Loop, step: int, values: Mapping[str, float]) -> bool:
-        """Look at an evaluation and keep the weights where it is the best so far; True where patience has ended."""
-        if loop.config.patience is None or "eval/loss" not in values:
-            return False
-        if values["eval/loss"] < self.best:
-            self.best, self.best_step, self.waited = values["eval/loss"], step, 0
+    def ended(self, loop: Loop) -> bool:
+        """Say whether patience has ended."""
+        return loop.config.patience is not None and self.waited >= loop.config.patience
+
+    def watch(self, loop: Loop, step: int, values: Mapping[str, float]) -> None:
+        """Look at an evaluation, and keep the weights where it is the best so far."""
+        if loop.config.patience is None or not values:
+            return
+        # the loss of a method that samples says nothing: it begins at the best that it can be
+        value = -values["eval/reward/mean"] if "eval/reward/mean" in values else values["eval/loss"]
+        if value < self.best:
+            self.best, self.best_step, self.waited = value, step, 0
             options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
             weights: dict[str, Any] = dict(get_model_state_dict(loop.parts.policy, options=options))
             if loop.parts.accelerator.is_main_process:
                 checkpoint.save(loop.folder / "best", step, {"model": weights}, {}, keep=1)
         else:
             self.waited += 1
-        return self.waited >= loop.config.patience
 
     def take_best(self, loop: Loop, step: int) -> bool:
         """Go back to the best weights, and say so, where they are not the present ones."""
@@ -46,7 +54,7 @@ class EarlyStop:
             return False
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(loop.parts.policy, dict[str, Any](found.tensors["model"]), options=options)
-        logger.info("back to the weights of step %d, whose eval/loss %.4g was the best", found.step, self.best)
+        logger.info("back to the weights of step %d, whose evaluation was the best", found.step)
         return True
 
     def state(self) -> dict[str, Any]:

@@ -19,15 +19,17 @@ from alignkit.config import RunConfig, split
 from alignkit.context import StepContext
 from alignkit.early import EarlyStop
 from alignkit.errors import RewardError, TrainingError
+from alignkit.evaluation import evaluate
 from alignkit.loading import load_tokenizer
 from alignkit.method import Method
 from alignkit.online import check_online
 from alignkit.packing import batch_of
+from alignkit.pipeline import PipelineResult, run_pipeline
 from alignkit.progress import Progress
 from alignkit.resume import restore, save
 from alignkit.roles import check_reference, in_step
 from alignkit.signals import StopSignals
-from alignkit.stream import chunks, learning_rate, seeded
+from alignkit.stream import learning_rate, seeded
 from alignkit.types import Batch, Example
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,10 @@ class Engine:
         model = finish.save_model(parts, config, tokenizer, folder / "model")
         return Result(metrics, model, tokenizer, folder)
 
+    def pipeline(self, stages: Sequence[Mapping[str, Any]], **settings: Any) -> PipelineResult:
+        """Run a chain of methods (docs/pipeline.md); `stages` are flat settings, the engine's and these are shared."""
+        return run_pipeline(Engine().run, stages, {**self.settings, **settings})
+
 
 def run(method: str, **settings: Any) -> Result:
     """Short for `Engine(**settings).run(method)`."""
@@ -92,6 +98,7 @@ class Loop:
     folder: Path
     written: Mapping[str, Any]
     skipped: int = 0
+    evaluated: int = -1
     extra: dict[str, float] = field(default_factory=dict)
     early: EarlyStop = field(default_factory=EarlyStop)
     _saved_at: float = field(default_factory=time.monotonic)
@@ -104,40 +111,45 @@ class Loop:
         with finish.Trackers(self, done) as log, StopSignals() as stop:
             with Progress.of_run(total, done, self.parts.accelerator.is_main_process) as shown:
                 try:
-                    over = done == 0 and self._evaluated(0, log, shown, last)
-                    while done < total and not over:
+                    self._evaluate_if_due(done, total, log, shown, last)
+                    while done < total and not self.early.ended(self):
                         values, done = self.step(done, total), done + 1
                         if done % self.config.log_every == 0 or done == total:
                             last |= log(done, values, shown)
-                        if self.config.eval_every and done % self.config.eval_every == 0 and done < total:
-                            over = self._evaluated(done, log, shown, last)
+                        self._evaluate_if_due(done, total, log, shown, last)
                         self._checkpoint(done, stop)
-                    self._evaluated(done, log, shown, last)
-                    if self.early.take_best(self, done):
-                        self._evaluated(done, log, shown, last)
+                    if self.early.take_best(self, done) or self.evaluated != done:
+                        last |= log(done, evaluate(self, done), shown)
                     return last
                 except RewardError as error:
                     raise finish.halted(self, done, error) from error
 
-    def _evaluated(self, done: int, log: finish.Trackers, shown: Progress | None, last: dict[str, float]) -> bool:
-        """Evaluate and log; True where held-out rows say that it is enough."""
-        values = log(done, self.evaluate(done), shown)
+    def _evaluate_if_due(
+        self, done: int, total: int, log: finish.Trackers, shown: Progress | None, last: dict[str, float]
+    ) -> None:
+        """Evaluate at the start, every `eval_every` steps and at the end, unless that was done before a resumption."""
+        every = self.config.eval_every or total
+        if self.evaluated == done or (done % every and done != total):
+            return
+        values = log(done, evaluate(self, done), shown)
         last |= values
-        return self.early.over(self, done, values)
+        self.early.watch(self, done, values)
+        self.evaluated = done
 
     def step(self, step: int, total: int) -> dict[str, float]:
         """Do one step of the data stream: collect once, then its updates. Returns the metrics of the last update."""
         started = time.perf_counter()
         examples = self.parts.stream[step]
         self.extra = {}
+        finish.seed_dropout(self, step)
         ctx = StepContext(self, step, examples, seeded(self.config.seed, 2, step), number=step)
-        batch = self._collect(self.shard(examples), ctx)
+        batch = self.collect(self.shard(examples), ctx)
         rate = self.parts.peak_rate * learning_rate(self.config.schedule, self.config.warmup_fraction, step, total)
         for group in self.parts.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
-        for minibatch, weight in self._minibatches(batch, ctx):
-            values = self._update(minibatch, weight, step)
-            if self.method.enough(values):
+        for minibatch, share in self._minibatches(batch, ctx):
+            values, over = self._update(minibatch, share, step)
+            if over:
                 break
         self.method.after_update(ctx, values)
         seconds = time.perf_counter() - started
@@ -151,8 +163,11 @@ class Loop:
         for _ in range(self.config.epochs_per_batch or self.method.epochs_per_batch):
             yield from batch.minibatches(self.config.minibatches, ctx.generator, ranks.own, ranks.n, total)
 
-    def _update(self, minibatch: Batch, share: float, step: int) -> dict[str, float]:
-        """One optimiser step; halves the token budget and starts again where memory runs out."""
+    def _update(self, minibatch: Batch, share: float, step: int) -> tuple[dict[str, float], bool]:
+        """One optimiser step, and whether the batch's other updates are left out; less memory where it runs out.
+
+        Where numbers are not finite, or the method has had enough of this batch, the weights stay as they are.
+        """
         while True:
             try:
                 values, norm, micros = self._backward(minibatch, share)
@@ -165,12 +180,13 @@ class Loop:
                 self.parts.roles.max_tokens = budget
                 self.parts.optimizer.zero_grad()
                 logger.warning("out of memory: going on with max_tokens %d, which changes no result", budget)
-        if math.isfinite(norm) and math.isfinite(values["loss"]):
-            self.parts.optimizer.step()
-        else:
+        over = not (math.isfinite(norm) and math.isfinite(values["loss"]))
+        if over:
             self._skip(step, micros, values["loss"], norm)
+        elif not (over := self.method.enough(values)):
+            self.parts.optimizer.step()
         self.parts.optimizer.zero_grad()
-        return {**values, "grad_norm": norm}
+        return {**values, "grad_norm": norm}, over
 
     def _backward(self, minibatch: Batch, share: float) -> tuple[dict[str, float], float, list[Batch]]:
         """Gradients of one update over all micro-batches and ranks: (metrics, gradient norm, micro-batches)."""
@@ -192,27 +208,6 @@ class Loop:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return metrics.means(self.parts.ranks.sum, self.parts.ranks.largest), float(norm), micros
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Return the method's loss and metrics over the held-out rows, each name under "eval/"."""
-        if not self.rows.held_out:
-            return {}
-        metrics, extra = meter.Meter(), dict[str, float]()
-        least = max(self.method.min_batch, self.parts.ranks.n)
-        with finish.evaluating(self.parts.policy, self.method.dropout()):
-            for i, part in enumerate(chunks(self.rows.held_out, self.config.batch_size, least)):
-                self.extra = {}
-                ctx = StepContext(self, step, part, seeded(self.config.seed, 3, i), training=False, number=i)
-                batch = self._collect(self.shard(part), ctx)
-                metrics.expect(meter.counts(batch, self.parts.ranks.sum))
-                for micro, weight in in_step(batch.micro_batches(self.parts.roles.max_tokens), self.parts.ranks.most):
-                    with torch.no_grad():
-                        terms = self.method.loss(micro, self.parts.roles)
-                    metrics.add(terms, meter.sums(terms, micro, self.method.name), weight)
-                share = len(part) / len(self.rows.held_out)
-                extra |= {k: extra.get(k, 0.0) + share * v for k, v in self.extra.items()}
-        values = metrics.means(self.parts.ranks.sum, self.parts.ranks.largest) | extra
-        return {f"eval/{name}": value for name, value in values.items()}
-
     def shard(self, examples: Sequence[Example], keep: bool = True) -> Batch:
         """This rank's part of the examples, with the reference's log-probabilities where the method uses them."""
         batch = batch_of(self.parts.ranks.share(examples), self.parts.layout, self.parts.accelerator.device)
@@ -220,7 +215,8 @@ class Loop:
             return batch
         return self.parts.reference.attach(batch, keep)
 
-    def _collect(self, batch: Batch, ctx: StepContext) -> Batch:
+    def collect(self, batch: Batch, ctx: StepContext) -> Batch:
+        """What the method makes of a batch before any update, without gradients."""
         with torch.no_grad():
             return self.method.collect(batch, ctx)
 

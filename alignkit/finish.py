@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from alignkit import meter
+from alignkit.chat import turn_end
 from alignkit.config import RunConfig
 from alignkit.errors import RewardError
 from alignkit.loading import causal_lm
@@ -23,6 +24,7 @@ from alignkit.progress import Progress
 from alignkit.resume import save
 from alignkit.roles import in_step
 from alignkit.runfolder import StepLines
+from alignkit.stream import seed_of
 
 if TYPE_CHECKING:
     from alignkit.assemble import Parts
@@ -40,12 +42,12 @@ class Trackers:
     def __enter__(self) -> Trackers:
         loop = self._loop
         if loop.parts.accelerator.is_main_process:
-            self._file = StepLines(loop.folder / "metrics.jsonl", self._done)
+            self._file = StepLines(loop.folder / "metrics.jsonl", self._done, loop.evaluated)
         if loop.config.trackers:
             flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in loop.written.items()}
             loop.parts.accelerator.init_trackers(loop.folder.name, flat)
         if loop.parts.online:
-            loop.parts.online.open(loop.folder, self._done, loop.parts.ranks.own)
+            loop.parts.online.open(loop.folder, self._done, loop.evaluated, loop.parts.ranks.own)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -78,6 +80,12 @@ def evaluating(module: nn.Module, dropout: float) -> Iterator[None]:
         module.train()
 
 
+def seed_dropout(loop: Loop, step: int) -> None:
+    """Have dropout drawn by step and rank, so that no rank's state has to be resumed."""
+    if loop.method.dropout():
+        torch.manual_seed(seed_of(loop.config.seed, 8, step * loop.parts.ranks.n + loop.parts.ranks.own))
+
+
 def culprits(loop: Loop, micros: list[Batch]) -> str:
     """Name the rows whose own loss is not finite, or all rows of the step where only the gradient was not."""
     bad: list[int] = []
@@ -100,6 +108,7 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
     """
     model = parts.plain.model
     causal_lm(model).config.use_cache = True
+    _name_turn_end(model, tokenizer)
     state = None
     if config.fsdp:
         state = get_model_state_dict(parts.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -117,6 +126,13 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         shutil.rmtree(before, ignore_errors=True)
     parts.accelerator.wait_for_everyone()
     return model
+
+
+def _name_turn_end(model: Any, tokenizer: Any) -> None:
+    # who generates with the saved model has to stop where the template's answers end
+    settings, end = getattr(causal_lm(model), "generation_config", None), turn_end(tokenizer)
+    if settings is not None and end is not None and end != tokenizer.eos_token_id:
+        settings.eos_token_id = [tokenizer.eos_token_id, end]
 
 
 def halted(loop: Loop, done: int, error: RewardError) -> RewardError:

@@ -22,10 +22,11 @@ logger = logging.getLogger(__name__)
 DENSE_ROW_TOKENS = 2048  # a dense mask takes row^2 bytes a row
 
 
-def check_fit(model: nn.Module, examples: Sequence[Example], mixes: bool = False) -> None:
+def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None = None, mixes: bool = False) -> None:
     """Raise ModelError where the examples hold tokens or positions that the model has no weights for.
 
-    mixes: any completion may meet any prompt (KTO's baseline), so the longest of both counts.
+    longest: tokens that a completion which is still to be sampled may have. mixes: any completion may meet any prompt
+    (KTO's baseline), so the longest of both counts.
     Rotary positions go on for ever, so of those that were never trained a warning tells.
     """
     lm = causal_lm(model)
@@ -40,7 +41,7 @@ def check_fit(model: nn.Module, examples: Sequence[Example], mixes: bool = False
     config = lm.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     longest_prompt = max(len(e.prompt) for e in examples) if mixes else 0
-    lengths = [(max(len(e.prompt), longest_prompt) + len(c.tokens), e.row) for e, c in sequences]
+    lengths = [(max(len(e.prompt), longest_prompt) + (longest or len(c.tokens)), e.row) for e, c in sequences]
     beyond = [(n, row) for n, row in lengths if limit and n > limit]
     if not beyond:
         return

@@ -165,6 +165,10 @@ class Method(Generic[C]):
         run too, or "moving" where `after_update` changes it."""
         return "live" if self.data == "prompts" else "rows"
 
+    def longest(self, example: Example) -> Example:
+        """Return the example with the longest sequences that the method makes of it. Default: the example itself."""
+        return example
+
     def dropout(self) -> float:
         """Return the dropout probability of the trained model. Anything but 0 breaks a ratio to another model."""
         return 0.0

@@ -72,7 +72,7 @@ def head(
     softcap = getattr(config, "final_logit_softcapping", None)
     # a configuration may hold None for "no scale"
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    layer = _inside_adapter(lm.get_output_embeddings())
+    layer = inside_adapter(lm.get_output_embeddings())
     if layer is None:
         raise ModelError(f"{type(lm).__name__} names no head (get_output_embeddings() is None) to score tokens with")
     if type(layer) is nn.Linear:
@@ -85,7 +85,8 @@ def head(
     return scored
 
 
-def _inside_adapter(layer: Any) -> Any:
+def inside_adapter(layer: Any) -> Any:
+    """Return the layer that an adapter's wrapper would use; a low-rank one, which knows how to multiply, is itself."""
     # peft: a head trained in full is a copy beside the original; one with low-rank updates holds it as base_layer
     if hasattr(layer, "modules_to_save"):
         active = [] if layer.disable_adapters else layer.active_adapters

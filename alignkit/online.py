@@ -70,22 +70,28 @@ class Online:
     rewards: Rewards | None
     judge: Judge | None
     lines: StepLines | None = None
+    columns: tuple[str, ...] = ()
     epochs_per_batch: int = 1
     seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "scoring": 0.0})
 
     @classmethod
-    def of_run(cls, config: RunConfig, method: Method[Any], tokenizer: Any, device: torch.device) -> Online | None:
-        """Load what scores; None for a method that samples nothing."""
+    def of_run(
+        cls, config: RunConfig, method: Method[Any], tokenizer: Any, examples: Sequence[Example], device: torch.device
+    ) -> Online | None:
+        """Load what scores; None for a method that samples nothing. examples: all of the run, for their columns."""
         if method.data != "prompts":
             return None
         rewards = build_rewards(config.reward, device) if config.reward is not None else None
         judge = build_judge(config.judge, device) if config.judge is not None else None
         epochs = config.epochs_per_batch or method.epochs_per_batch
-        return cls(config, tokenizer, rewards, judge, epochs_per_batch=epochs)
+        columns = tuple(dict.fromkeys(name for e in examples for name in e.columns))
+        return cls(config, tokenizer, rewards, judge, columns=columns, epochs_per_batch=epochs)
 
-    def open(self, folder: Path, done: int, rank: int) -> None:
+    def open(self, folder: Path, done: int, evaluated: int, rank: int) -> None:
         """Begin completions.jsonl (one file a rank), without the lines of steps that are done again."""
-        self.lines = StepLines(folder / ("completions.jsonl" if rank == 0 else f"completions-{rank}.jsonl"), done)
+        self.lines = StepLines(
+            folder / ("completions.jsonl" if rank == 0 else f"completions-{rank}.jsonl"), done, evaluated
+        )
 
     def close(self) -> None:
         """Close the file, and what scores."""
@@ -98,7 +104,7 @@ class Online:
         parts, roles = ctx.loop.parts, ctx.loop.method.roles()
         if mixture is not None and n != 1:
             raise PluginError(f"a mixture is compared with one completion of the policy; n is {n}")
-        sampled = self.sample(parts, batch.examples, n, self._seed(ctx, 0), None)
+        sampled = self.sample(ctx, batch.examples, n, 0, None)
         grown, answers = forest(batch.examples, sampled, batch), self.answers(batch.examples, sampled)
         if "reference" in roles and parts.reference:
             grown = parts.reference.attach(grown, keep=False)
@@ -114,7 +120,7 @@ class Online:
             rewards = torch.tensor(scores.total, dtype=torch.float32, device=batch.device)
             grown = grown.attach(per_completion={"rewards": rewards})
         if mixture is not None:
-            others = self.sample(parts, batch.examples, 1, self._seed(ctx, 1), mixture)
+            others = self.sample(ctx, batch.examples, 1, 1, mixture)
             against = self.answers(batch.examples, others)
             lines |= {"wins": self.compare(parts, answers, against), "against": list(map(_text, against.completions))}
             wins = torch.tensor(lines["wins"], dtype=torch.float32, device=batch.device)
@@ -138,9 +144,9 @@ class Online:
         """Updates that a collected batch serves."""
         return self.epochs_per_batch * self.config.minibatches
 
-    def sample(self, parts: Parts, examples: Sequence[Example], n: int, seed: int, mixture: float | None) -> Any:
+    def sample(self, ctx: StepContext, examples: Sequence[Example], n: int, draw: int, mixture: float | None) -> Any:
         """Return n completions of each of this rank's prompts, [prompt][completion]."""
-        started = time.perf_counter()
+        started, parts = time.perf_counter(), ctx.loop.parts
         with parts.accelerator.autocast():
             made = sample(
                 parts.model,
@@ -148,8 +154,8 @@ class Online:
                 [e.prompt for e in examples],
                 self.config.sampling,
                 n=n,
-                seed=seed,
-                numbers=[parts.ranks.own + i * parts.ranks.n for i in range(len(examples))],
+                seed=self._seed(ctx, draw),
+                numbers=[ctx.offset + parts.ranks.own + i * parts.ranks.n for i in range(len(examples))],
                 mixture=None if mixture is None else self._mixture(parts, mixture),
             )
         self.seconds["sampling"] += time.perf_counter() - started
@@ -170,14 +176,13 @@ class Online:
         """Return prompts and completions as rewards see them: text, special tokens left out."""
         flat = [(e, s) for e, some in zip(examples, sampled, strict=True) for s in some]
         texts = [self.tokenizer.decode(s.tokens, skip_special_tokens=True) for _, s in flat]
-        names = dict.fromkeys(name for e in examples for name in e.columns)
         return Answers(
             prompts=[e.asked for e, _ in flat],
             completions=[
                 t if isinstance(e.asked, str) else [{"role": "assistant", "content": t}]
                 for (e, _), t in zip(flat, texts, strict=True)
             ],
-            columns={name: [e.columns.get(name) for e, _ in flat] for name in names},
+            columns={name: [e.columns.get(name) for e, _ in flat] for name in self.columns},
             rows=[e.row for e, _ in flat],
             lengths=[len(s.tokens) for _, s in flat],
             ended=[s.ended for _, s in flat],

@@ -34,6 +34,7 @@ def save(loop: Loop, step: int) -> None:
         "skipped": loop.skipped,
         "rows": loop.rows.digest,
         "early": loop.early.state(),
+        "evaluated": loop.evaluated,
     }
     if parts.accelerator.is_main_process:
         path = checkpoint.save(loop.folder / "checkpoints", step, tensors, state, loop.config.keep_checkpoints)
@@ -65,6 +66,7 @@ def restore(loop: Loop) -> int:
     loop.method.load_state_dict(found.state["method"])
     loop.skipped = found.state["skipped"]
     loop.early.load_state(found.state["early"])
+    loop.evaluated = found.state["evaluated"]
     checkpoint.set_rng_state(found.tensors["rng"], found.state["rng"])
     logger.info("resumed from %s", found.path)
     return found.step

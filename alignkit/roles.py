@@ -214,12 +214,27 @@ def scored(scorer: nn.Module, batch: Batch, max_tokens: int, temperature: float 
 def in_parts(
     say: Callable[[Batch], tuple[Tensor, ...]], batch: Batch, max_tokens: int, most: Callable[[int], int] = _own
 ) -> tuple[Tensor, ...]:
-    """Call `say` on parts of `max_tokens` tokens and put its tensors [c] together: float32 [C] in the batch's order."""
+    """Call `say` on parts of `max_tokens` tokens and put its tensors [c] together: float32 [C] in the batch's order.
+
+    Where memory runs out the parts are halved, unless other ranks wait for as many of them.
+    """
     numbered = batch.attach(per_token={"at": torch.arange(len(batch.targets), device=batch.device)})
+    try:
+        return _in_parts(say, numbered, max_tokens, most)
+    except torch.OutOfMemoryError:
+        if most is not _own or max_tokens // 2 < max(batch.cost(i) for i in range(len(batch))):
+            raise
+    logger.warning("out of memory: scoring parts of %d tokens, which changes no result", max_tokens // 2)
+    return in_parts(say, batch, max_tokens // 2, most)
+
+
+def _in_parts(
+    say: Callable[[Batch], tuple[Tensor, ...]], numbered: Batch, max_tokens: int, most: Callable[[int], int]
+) -> tuple[Tensor, ...]:
     out: tuple[Tensor, ...] = ()
     for part, _ in in_step(numbered.micro_batches(max_tokens), most):
         said = say(part)
-        out = out or tuple(torch.empty(len(batch.targets), device=batch.device) for _ in said)
+        out = out or tuple(torch.empty(len(numbered.targets), device=numbered.device) for _ in said)
         for whole, numbers in zip(out, said, strict=True):
             whole[part["at"]] = numbers.float()
     return out

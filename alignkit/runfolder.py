@@ -114,24 +114,21 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 class StepLines:
     """A file of JSON objects, one a line, each with its step: metrics.jsonl and its like.
 
-    Lines of steps after `from_step`, which a resumed run does again, are taken out; from step 0 on all of them.
+    What a resumed run does again is taken out: the lines of steps after `from_step` (from step 0 on all), and those of
+    an evaluation at `from_step` unless it was the last one `evaluated`.
     """
 
-    def __init__(self, path: Path, from_step: int) -> None:
+    def __init__(self, path: Path, from_step: int, evaluated: int = -1) -> None:
         self.path = path
-        self._last = ""
         if self.path.exists():
-            self._drop_after(from_step)
+            self._drop_after(from_step, evaluated == from_step)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any], flush: bool = True) -> None:
-        """Append one line and hand it to the system, so that a killed run keeps it; a repetition is left out."""
-        line = json.dumps({"step": step, **values})
-        if line != self._last:  # a run resumed after its last step repeats its last evaluation
-            self._file.write(line + "\n")
+        """Append one line and hand it to the system, so that a killed run keeps it."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
         if flush:
             self.flush()
-        self._last = line
 
     def flush(self) -> None:
         """Hand all lines to the system."""
@@ -141,17 +138,20 @@ class StepLines:
         """Close the file."""
         self._file.close()
 
-    def _drop_after(self, step: int) -> None:
+    def _drop_after(self, step: int, evaluated: bool) -> None:
         # a run that was killed after its last checkpoint repeats those steps
         temporary = self.path.with_suffix(".tmp")
         with self.path.open(encoding="utf-8") as lines, temporary.open("w", encoding="utf-8") as kept:
             for line in lines:
                 try:
-                    if 0 < step >= json.loads(line)["step"]:  # from step 0 everything is done again, its own line too
-                        kept.write(line)
-                        self._last = line.rstrip("\n")
+                    about = json.loads(line)
+                    again = not 0 < step >= about["step"]
+                    if not again and about["step"] == step and not evaluated:
+                        again = about.get("training") is False or any(k.startswith("eval/") for k in about)
                 except (ValueError, KeyError, TypeError):
                     continue  # the line that was being written when the process was killed
+                if not again:
+                    kept.write(line)
         os.replace(temporary, self.path)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alignkit.errors import ModelError
 from alignkit.loading import causal_lm, first_line
-from alignkit.models import DIFFERS, Scorer, allowed_difference, head, trunk
+from alignkit.models import DIFFERS, Scorer, allowed_difference, head, inside_adapter, trunk
 from alignkit.types import Batch, Example, Rows
 
 
@@ -26,9 +26,7 @@ class Valuer(nn.Module):
 
     def forward(self, rows: Rows, at: Tensor) -> Tensor:
         """Return float32 [k]: the head's value at the flattened positions `at` [k]."""
-        layer = number_head(self.model)
-        hidden = trunk(self.model, rows, at)
-        return layer(hidden.to(next(layer.parameters()).dtype)).squeeze(-1).float()  # type: ignore[no-any-return]
+        return _number(number_head(self.model), trunk(self.model, rows, at))
 
     def probe(self, batch: Batch) -> str | None:
         """Return how packed rows and the model's own forward differ, or None; see `probe_scores`."""
@@ -58,7 +56,18 @@ class ActorCritic(nn.Module):
         logps, entropies = said if isinstance(said, tuple) else (said, None)
         if isinstance(self.critic, Valuer):
             return logps, entropies, self.critic(rows, rows.predict_at)
-        return logps, entropies, self.critic(hidden_CH.float()).squeeze(-1)
+        return logps, entropies, _number(self.critic, hidden_CH)
+
+
+def _number(layer: nn.Module, hidden: Tensor) -> Tensor:
+    # in float32, outside of autocast: as bfloat16 scores near 12 would be 0.06 apart
+    layer = inside_adapter(layer)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if type(layer) is nn.Linear:
+            wide = torch.promote_types(layer.weight.dtype, torch.float32)
+            bias = None if layer.bias is None else layer.bias.to(wide)
+            return nn.functional.linear(hidden.to(wide), layer.weight.to(wide), bias).squeeze(-1)
+        return layer(hidden.to(next(layer.parameters()).dtype)).squeeze(-1).float()  # type: ignore[no-any-return]
 
 
 def number_head(model: Any) -> nn.Module:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import data, registry
-from alignkit.config import RunConfig, split
+from alignkit.config import RunConfig, gathered, split
 from alignkit.errors import AlignkitError, ConfigError, ModelError, nearest
 from alignkit.loading import load_tokenizer
 from alignkit.method import Method
 from alignkit.online import check_online
 from alignkit.rewards import PAIRWISE
+from alignkit.rewards.models import ModelOptions
 from alignkit.roles import check_reference
 from alignkit.rows import shown
 
@@ -59,6 +60,7 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
     """
     if not isinstance(stages, Sequence) or isinstance(stages, str) or not stages:
         raise ConfigError(f"`stages` is a list of settings, each with its `method`; given: {shown(stages)}")
+    shared = gathered(shared)
     common = [k for k in RunConfig.model_fields if k != "method"]
     if unknown := [k for k in shared if k not in common]:
         raise ConfigError(
@@ -73,7 +75,7 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
         if name in [s.name for s in resolved]:
             raise ConfigError(f"two stages are called '{name}'; give each a `name` of its own")
         with named(name):
-            stage = _resolved(name, number, dict(one), dict(shared), resolved)
+            stage = _resolved(name, number, {str(k): v for k, v in one.items()}, dict(shared), resolved)
         stage.filled({s.name: "" for s in resolved})  # refuses what no earlier stage makes
         resolved.append(stage)
     return resolved
@@ -81,18 +83,23 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
 
 def check(stages: Sequence[Stage]) -> None:
     """Look at rewards, data and models of all stages, without loading any model. Raises AlignkitError."""
+    by_name = {s.name: s for s in stages}
+    stand_ins = {s.name: type(s.settings["name"], (_Untrained,), {}) for s in stages}
     for stage in stages:
         with named(stage.name):
-            stand_ins = dict.fromkeys((s.name for s in stages), _stand_in)
             roles = {role: replaced(getattr(stage.config, role), stand_ins) for role in ("reward", "judge")}
             check_online(stage.config.model_copy(update=roles), stage.method)
             check_reference(stage.config, stage.method)
+        for role in ("reward", "judge"):
+            with named(stage.name, role):
+                for name, compares in _asked(getattr(stage.config, role), role == "judge"):
+                    _check_asked(by_name[name], compares)
         for key in ("data", "eval_data"):
             with named(stage.name, key):
                 if (source := getattr(stage.config, key)) is not None:
                     data.load(source, stage.method.data, stage.config.columns)
         with named(stage.name, "model"):
-            _check_model(stage)
+            _check_model(stage, by_name)
 
 
 @contextmanager
@@ -125,13 +132,13 @@ def _resolved(name: str, number: int, own: dict[str, Any], shared: dict[str, Any
     cls = registry.get(own["method"])
     asked = {role: shared.pop(role) for role in ("reward", "judge") if role in shared}
     policies = [s for s in earlier if "policy" in s.method.trains]
-    settings = {**shared, **({"model": f"@{policies[-1].name}"} if policies else {}), **own}
+    settings = gathered({**shared, **({"model": f"@{policies[-1].name}"} if policies else {}), **own})
     settings["name"] = f"{number}-{name}"
     config, method_config = split(settings, cls.Config)
     method = cls(method_config)
     needs = method.roles() if method.data == "prompts" else frozenset[str]()
     for role in ("reward", "judge"):
-        if role in needs and role not in own and (found := asked.get(role, _trained(role, earlier))) is not None:
+        if role in needs and role not in settings and (found := asked.get(role, _trained(role, earlier))) is not None:
             settings[role] = found
     if config.lora and not config.fsdp:  # the next stage begins with weights, not with an adapter on its base
         settings.setdefault("merge_adapter", True)
@@ -148,14 +155,51 @@ def _trained(role: str, earlier: Sequence[Stage]) -> Any:
     return name if role == "reward" or models[-1].judges else {"bradley_terry": name}
 
 
-def _stand_in(**_: Any) -> list[float]:
-    """Stands for a model that is not trained yet, so that what is around it can be checked."""
-    return []
+class _Untrained(ModelOptions):
+    """Stands for a reward model that is not trained yet, so that its options and what is around it can be checked."""
+
+    def __call__(self, **_: Any) -> list[float]:
+        return []
 
 
-def _check_model(stage: Stage) -> None:
+def _asked(spec: Any, compares: bool) -> Iterator[tuple[str, bool]]:
+    """Yield the stages whose models a reward or judge is made of, and whether each is to compare two answers."""
+    if isinstance(spec, Mapping):
+        for key in spec.keys() & {"use", "ensemble", "bradley_terry"}:
+            yield from _asked(spec[key], compares and key != "bradley_terry")
+    elif isinstance(spec, list | tuple):
+        for one in spec:
+            yield from _asked(one, compares)
+    elif isinstance(spec, str) and (match := _EARLIER.fullmatch(spec)):
+        yield match[1], compares
+
+
+def _check_asked(stage: Stage, compares: bool) -> None:
+    """Raise ConfigError where what the stage trains cannot score answers, or compare two of them."""
+    name = f"'@{stage.name}'"
+    if "reward" not in stage.method.trains:
+        raise ConfigError(f"{name} is trained by '{stage.method.name}' and no reward model; give a stage that is one")
+    if compares and not stage.judges:
+        raise ConfigError(
+            f'{name} scores single answers; as a judge it is {{bradley_terry: "@{stage.name}"}}, or train it with '
+            f"`pairwise: true`"
+        )
+    if stage.judges and not compares:
+        raise ConfigError(f"{name} compares two answers; train it without `pairwise`, or give it as a `judge` alone")
+    if stage.config.lora and not stage.config.merge_adapter:
+        raise ConfigError(f"{name} leaves an adapter alone; give that stage `merge_adapter: true`")
+
+
+def _check_model(stage: Stage, by_name: Mapping[str, Stage]) -> None:
     model = stage.config.model
-    if not isinstance(model, str | Path) or _EARLIER.fullmatch(str(model)):
+    if not isinstance(model, str | Path):
+        return
+    if match := _EARLIER.fullmatch(str(model)):
+        if "policy" in stage.method.trains and "policy" not in by_name[match[1]].method.trains:
+            raise ConfigError(
+                f"'{model}' is a reward model, and '{stage.method.name}' trains a policy; give a stage that trains "
+                f"one, or a model's folder"
+            )
         return
     load_tokenizer(stage.config)
     folder = Path(model)

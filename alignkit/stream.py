@@ -81,6 +81,7 @@ def seeded(seed: int, purpose: int, number: int) -> torch.Generator:
 def seed_of(seed: int, purpose: int, number: int) -> int:
     """Return a seed that depends on all three numbers.
 
-    purpose: 0 order, 1 held-out rows, 2 steps, 3 evaluations, 4 and 5 samples of a step, 6 and 7 of an evaluation.
+    purpose: 0 order, 1 held-out rows, 2 steps, 3 evaluations, 4 and 5 samples of a step, 6 and 7 of an evaluation,
+    8 dropout.
     """
     return ((seed * 1_000_003 + number) * 16 + purpose) % 2**63

@@ -14,7 +14,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit import cli, console, data, measures, registry, tokenise
-from alignkit.compare import Comparison, check_picture, draw, table, write_json
+from alignkit.compare import Comparison, check_picture, compare, draw, table, together, write_json
 from alignkit.compare.jobs import Job, Task, check_settings, jobs_of, rows_of
 from alignkit.compare.one import done
 from alignkit.compare.together import Row
@@ -96,7 +96,31 @@ def test_a_setting_goes_to_the_methods_that_have_it(tiny: str, pairs: str) -> No
 def test_a_setting_that_nobody_has_is_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_settings(settings, {"sft": registry.get("sft"), "dpo": registry.get("dpo")})
-    check_settings({"lambda": 0.1}, {"orpo": registry.get("orpo")})
+    check_settings({"lambda": 0.1, "sampling.top_p": 1}, {"orpo": registry.get("orpo")})
+
+
+def test_a_setting_of_a_mapping_can_be_named_alone(
+    tiny: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = task(tiny, pairs)  # max_new_tokens is 5
+    jobs = []
+    monkeypatch.setattr(together, "demo_task", lambda folder, seed: given)
+    monkeypatch.setattr(together, "_row", lambda job, folder: jobs.append(job) or Row(job.name, {}))
+    compare({}, {"sampling.temperature": 0.5}, ["dpo"], tmp_path)
+    sampling = [job.config().sampling for job in jobs]
+    assert [(s.max_new_tokens, s.temperature) for s in sampling] == [(5, 0.5), (5, 0.5)]
+
+
+def test_files_may_lie_in_the_folder_of_the_runs_which_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: str, pairs: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "speak", lambda: None)
+    monkeypatch.setattr(together, "demo_task", lambda folder, seed: task(tiny, pairs))
+    monkeypatch.setattr(together, "_row", lambda job, folder: Row(job.name, dict(FIGURES)))
+    command = ["compare", "--methods", "dpo", "--json", "runs/c.json"]
+    typer.main.get_command(cli.app)(command, standalone_mode=False)
+    assert json.loads((tmp_path / "runs/c.json").read_text())["rows"][0]["method"] == "base"
 
 
 def test_where_nothing_is_left_the_reasons_are_said(tiny: str, pairs: str) -> None:
@@ -291,6 +315,11 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_runs(monkeypatc
         (["--reward", "brevity"], ConfigError, "no --model and no --data given"),
         (["--methods", "dop"], PluginError, "no method 'dop'.*Did you mean 'dpo'"),
         (["--set", "bta=1"], ConfigError, "unknown setting 'bta'"),
+        (["--set", "smpling.top_p=1"], ConfigError, "unknown setting 'smpling'. Did you mean 'sampling'"),
+        (["--json", "nodir/x.json"], ConfigError, "--json 'nodir/x.json': there is no folder 'nodir'"),
+        (["--png", "nodir/x.png"], ConfigError, "--png 'nodir/x.png': there is no folder 'nodir'"),
+        (["--json", "."], ConfigError, "--json '.' is a folder; give a file"),
+        (["--model", "m", "--data", "d", "--png", "x.png"], ConfigError, "--png .*need a --reward or a --judge"),
     ],
 )
 def test_what_cannot_be_compared_is_said_first(

@@ -23,9 +23,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import alignkit
 from alignkit.engine import Loop
 from alignkit.errors import ConfigError, RewardError
+from alignkit.models import Scorer
 from alignkit.online import Online
+from alignkit.rollout.batched import Batched
 from alignkit.runfolder import read_metrics
 from alignkit.testing.world import tiny_model, tiny_rows, tiny_tokenizer
+from alignkit.types import Layout
 from helpers import make_rows, write_tiny
 
 METHODS = ["ppo", "grpo", "rloo", "nash"]
@@ -193,6 +196,125 @@ def test_a_dead_reward_stops_the_run_with_a_checkpoint_and_it_goes_on(online: di
     assert same(whole.model, parts.model)
 
 
+def test_a_reward_that_dies_in_an_evaluation_is_resumed_there(online: dict[str, Any]) -> None:
+    def dying(completions: list[str]) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) == 6:  # evaluations of two parts at 0, two steps, the second part at 2
+            raise ConnectionError("nobody listens")
+        return reds(completions)
+
+    calls: list[int] = []
+    dying.__name__ = reds.__name__  # it names metrics
+    own = asks("grpo") | {"save_every": None, "eval_every": 2, "eval_data": EIGHT}
+    whole = alignkit.run("grpo", **online | own | {"reward": reds}, name="whole")
+    with pytest.raises(RewardError, match="Stopped after step 2"):
+        alignkit.run("grpo", **online | own | {"reward": dying}, name="parts")
+    parts = alignkit.run("grpo", **online | own | {"reward": dying}, name="parts", resume=True)
+    assert same(whole.model, parts.model)
+    assert lines(whole.folder) == lines(parts.folder)
+    assert completions(whole.folder) == completions(parts.folder)
+
+
+EIGHT = [{"prompt": f"{i} red:", "tag": i} for i in range(8)]
+
+
+def test_a_run_resumed_at_its_end_writes_nothing_twice(online: dict[str, Any]) -> None:
+    whole = alignkit.run("rloo", **online | asks("rloo"), eval_fraction=0.2, name="mine")
+    before = lines(whole.folder), completions(whole.folder)
+    alignkit.run("rloo", **online | asks("rloo"), eval_fraction=0.2, name="mine", resume=True)
+    assert (lines(whole.folder), completions(whole.folder)) == before
+
+
+def test_patience_watches_the_reward_of_a_method_that_samples(online: dict[str, Any]) -> None:
+    own = asks("grpo") | {"eval_every": 1, "patience": 2, "eval_data": EIGHT, "max_steps": 8, "learning_rate": 2e-2}
+    result = alignkit.run("grpo", **online | own)
+    rewards = {x["step"]: x["eval/reward/mean"] for x in read_metrics(result.folder) if "eval/reward/mean" in x}
+    assert result.metrics["eval/reward/mean"] == max(rewards.values())
+    with pytest.raises(ConfigError, match="patience watches held-out rows, and there are none"):
+        alignkit.run("grpo", **online | asks("grpo") | {"patience": 2})
+
+
+def test_one_bad_step_leaves_ppo_as_it_was(online: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch with a nan no update is made, it counts once, and the controller forgets it."""
+    original = Online.rollouts
+
+    def poisoned(self: Online, ctx: Any, *args: Any) -> Any:
+        batch = original(self, ctx, *args)
+        bad = batch["old_logps"] * (float("nan") if ctx.step == 1 else 1.0)
+        return batch.attach(per_token={"old_logps": bad})
+
+    monkeypatch.setattr(Online, "rollouts", poisoned)
+    written = read_metrics(alignkit.run("ppo", **online | asks("ppo")).folder)
+    assert [line["skipped"] for line in written] == [0, 1, 1, 1]
+    assert all(0 < line["beta"] < 1 for line in written)
+    assert written[-1]["loss"] is not None
+
+
+def test_a_batch_is_given_up_before_the_update_that_would_go_too_far(
+    online: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = asks("ppo") | {"epochs_per_batch": 6, "max_update_kl": 1e-4, "max_steps": 1, "minibatches": 1}
+    steps: list[int] = []
+    original = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: steps.append(1) or original(self, *a, **k))
+    line = read_metrics(alignkit.run("ppo", **online | own).folder)[0]
+    assert line["update_kl"] > 1e-4
+    assert len(steps) < 6
+
+
+def test_where_memory_runs_out_while_sampling_or_scoring_less_is_done_at_once(
+    online: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = asks("grpo") | {"max_steps": 1}
+    whole = alignkit.run("grpo", **online | own)
+    batch_rows, score = Batched._batch, Scorer.forward
+
+    def small_batches(self: Any, prompts: Any, rows: Any, numbers: Any) -> Any:
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError
+        return batch_rows(self, prompts, rows, numbers)
+
+    def small_rows(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() and len(rows.last_at) > 8:
+            raise torch.OutOfMemoryError
+        return score(self, rows, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("alignkit.assemble.choose_layout", lambda *_: Layout("forest", 2048))
+        patch.setattr(Batched, "_batch", small_batches)
+        patch.setattr(Scorer, "forward", small_rows)
+        small = alignkit.run("grpo", **online | own)
+    assert "out of memory: sampling 4 completions at once" in caplog.text
+    assert "out of memory: scoring parts of" in caplog.text
+    assert [s["completion"] for s in completions(whole.folder)] == [s["completion"] for s in completions(small.folder)]
+    close(whole.model, small.model, atol=1e-4)
+
+
+def test_a_chat_models_completions_end_with_its_turn(online: dict[str, Any]) -> None:
+    """Fine-tuned on turns that a special token closes, it stops there when it is sampled, and so do others with it."""
+    tokenizer = AutoTokenizer.from_pretrained(online["model"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|turn|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    model = AutoModelForCausalLM.from_pretrained(online["model"], dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer))
+    turns = [{"prompt": [{"role": "user", "content": w}], "completion": " red fox"} for w in ("owl", "newt", "king")]
+    given = {k: v for k, v in online.items() if k not in ("data", "sampling")} | {"batch_size": 3, "max_steps": 40}
+    tuned = alignkit.run(
+        "sft", **given | {"model": model, "tokenizer": tokenizer, "data": turns, "learning_rate": 1e-2}
+    )
+    saved = AutoModelForCausalLM.from_pretrained(tuned.folder / "model")
+    end = tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert saved.generation_config.eos_token_id == [tokenizer.eos_token_id, end]
+    data = [{"prompt": row["prompt"]} for row in turns]
+    own = asks("grpo") | {"model": str(tuned.folder / "model"), "data": data, "max_steps": 1, "batch_size": 3}
+    said = completions(alignkit.run("grpo", **online | own).folder)
+    assert sum(s["ended"] for s in said) >= len(said) - 1
+    assert {s["completion"] for s in said if s["ended"]} == {" red fox"}
+
+
 def test_without_a_kl_no_reference_is_loaded(online: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("a reference was made")
@@ -244,7 +366,7 @@ def test_the_critic_learns_wherever_it_begins(
     written = read_metrics(alignkit.run("ppo", **online | own).folder)
     assert all(line["value"] > 0 for line in written)
     assert written[0]["ratio/max"] == pytest.approx(1.0, abs=1e-5)  # warming up: the policy has not moved
-    assert written[-1]["ratio/max"] > 1.0001
+    assert abs(written[-1]["ratio/max"] - 1) > 1e-4
 
 
 def test_a_critic_that_reads_other_tokens_is_refused(online: dict[str, Any], tmp_path: Path) -> None:

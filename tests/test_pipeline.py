@@ -27,13 +27,19 @@ from alignkit.engine import Engine, Loop
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
 from alignkit.pipeline import FILE, PipelineResult, read_pipeline, run_pipeline, table
 from alignkit.runfolder import read_metrics
-from alignkit.stages import resolve
+from alignkit.stages import check, resolve
 from helpers import make_rows
 
 TIMED = ("tokens_per_second", "seconds/")
 Stages = list[dict[str, Any]]
 SFT: dict[str, Any] = {"method": "sft"}
 DPO: dict[str, Any] = {"method": "dpo"}
+RM: dict[str, Any] = {"method": "reward", "name": "rm"}
+PM: dict[str, Any] = {"method": "reward", "name": "pm", "pairwise": True}
+PPO: dict[str, Any] = {"method": "ppo"}
+NASH: dict[str, Any] = {"method": "nash"}
+ADAPTER: dict[str, Any] = {"lora": 2, "merge_adapter": False}
+BOTH = {"ensemble": ["@rm", "@pm"]}
 FAULTY = [{"prompt": "a", "chosen": None, "rejected": "b"}]
 
 
@@ -196,6 +202,27 @@ def test_a_shared_reward_goes_to_the_stages_that_need_one() -> None:
     assert [s.config.judge for s in (sft, grpo, nash)] == [None, None, "llm"]
 
 
+def test_a_setting_of_a_mapping_can_be_named_alone(shared: dict[str, Any]) -> None:
+    given = {**shared, "sampling": {"max_new_tokens": 6}, "sampling.temperature": 0.7, "max_steps": 1}
+    stages: Stages = [{"method": "sft", "sampling.top_p": 0.9}, {"method": "dpo", "sampling.temperature": 0.5}]
+    result = chain(stages, given)
+    sampling = [config["sampling"] for config in configs(result)]
+    assert [(s["max_new_tokens"], s["temperature"], s["top_p"]) for s in sampling] == [(6, 0.7, 0.9), (6, 0.5, 1)]
+    written = read_pipeline(result.folder / FILE)["stages"]
+    assert [stage["sampling"] for stage in written] == sampling
+    with pytest.raises(ConfigError, match=r"dpo: sampling was .*0\.5.*, is .*0\.6"):
+        chain([stages[0], {"method": "dpo", "sampling.temperature": 0.6}], given, resume=True)
+
+
+def test_a_stages_own_mapping_wins_over_a_shared_name_in_it() -> None:
+    stages = [{"method": "sft", "sampling": {"temperature": 0.5}}, {"method": "ppo", "reward.use": "alignkit.x:y"}]
+    shared = {"model": "base", "data": [], "sampling.temperature": 0.7, "reward": "brevity"}
+    sft, ppo = resolve(stages, shared)
+    assert sft.config.sampling.temperature == 0.5
+    assert ppo.config.sampling.temperature == 0.7
+    assert ppo.config.reward == {"use": "alignkit.x:y"}
+
+
 def test_adapters_are_merged_unless_a_stage_says_otherwise() -> None:
     stages = [{"method": "sft"}, {"method": "dpo", "merge_adapter": False}, {"method": "ipo", "lora": None}]
     resolved = resolve(stages, {"model": "base", "data": [], "lora": 4})
@@ -340,6 +367,20 @@ def test_a_real_sigkill_in_the_second_stage_is_survived(
         ([SFT, DPO | {"eval_data": FAULTY}], DataError, "stage 'dpo': eval_data: .*(?s:.*)row 1, column 'chosen'"),
         ([SFT, DPO | {"model": "runs/none/model"}], ModelError, "stage 'dpo': model: there is no folder 'runs/none/"),
         ([SFT, DPO | {"reference": "adapter-off"}], ConfigError, "stage 'dpo': .*adapter-off needs"),
+        ([SFT, PPO | {"reward": "@sft"}], ConfigError, "stage 'ppo': reward: '@sft' is trained by 'sft' and no reward"),
+        ([PM, PPO | {"reward": "@pm"}], ConfigError, "stage 'ppo': reward: '@pm' compares two .*without `pairwise`"),
+        ([RM, PM, PPO | {"reward": BOTH}], ConfigError, "stage 'ppo': reward: '@pm' compares two answers"),
+        ([RM, NASH | {"judge": "@rm"}], ConfigError, "stage 'nash': judge: '@rm' scores .*{bradley_terry: \"@rm\"}"),
+        ([PM, NASH | {"judge": {"bradley_terry": "@pm"}}], ConfigError, "stage 'nash': judge: '@pm' compares two"),
+        ([SFT, NASH | {"judge": {"use": "@sft"}}], ConfigError, "stage 'nash': judge: '@sft' is trained by 'sft'"),
+        ([RM, DPO | {"model": "@rm"}], ConfigError, "stage 'dpo': model: '@rm' is a reward model, and 'dpo' trains a"),
+        (
+            [RM, PPO | {"reward": {"use": "@rm", "max": 1}}],
+            ConfigError,
+            "stage 'ppo': reward '1-rm' has no option 'max'",
+        ),
+        ([RM | ADAPTER, PPO], ConfigError, "stage 'ppo': reward: '@rm' leaves an adapter alone.*`merge_adapter: true`"),
+        ([SFT, {**DPO, 7: 1}], ConfigError, "stage 'dpo': unknown setting '7'"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(
@@ -372,6 +413,14 @@ def test_a_folder_without_a_model_is_refused(shared: dict[str, Any], tiny: str, 
         chain([{"method": "sft"}, {"method": "dpo", "model": str(tmp_path / "half")}], shared)
 
 
+@pytest.mark.parametrize("command", ["run", "validate"])
+def test_a_pipeline_that_is_given_as_a_run_is_named(command: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("model: base\nstages: [{method: sft}]\n")
+    with pytest.raises(ConfigError, match=rf"make a pipeline; try: alignkit pipeline {re.escape(str(path))}"):
+        typer.main.get_command(cli.app)([command, str(path)], standalone_mode=False)
+
+
 def test_a_stage_in_a_file_cannot_grant_trust(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
     path.write_text("stages: [{method: sft, trust_remote_code: true}]\n")
@@ -398,12 +447,20 @@ def test_an_error_of_a_run_names_its_stage(shared: dict[str, Any]) -> None:
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "pipeline.md").read_text(encoding="utf-8")
 
 
-def test_the_yaml_on_the_page_is_taken() -> None:
+def test_the_yaml_on_the_page_is_taken(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_rows: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(tiny)
+    for name, kind in (("answers", "text"), ("prefs", "pairs"), ("prompts", "text")):
+        write_rows(make_rows(kind, 8), f"{name}.jsonl")
     rlhf, ensemble = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
     stages = resolve(rlhf.pop("stages"), rlhf)
     assert [s.settings["model"] for s in stages] == ["base", "@sft", "@sft"]
     assert stages[2].config.reward == "@reward"
-    *_, grpo, dpo = resolve(ensemble.pop("stages"), ensemble)
+    check(stages)
+    *models, grpo, dpo = resolve(ensemble.pop("stages"), ensemble)
+    check([*models, grpo, dpo])
     assert (grpo.settings["model"], dpo.settings["model"]) == ("base", "base")
 
 
@@ -414,7 +471,16 @@ def test_the_python_on_the_page_runs(
     called = ast.parse(code).body[-2]
     assert isinstance(called, ast.Assign)
     assert isinstance(called.value, ast.Call)
-    assert ast.unparse(called.value.func) == "run_pipeline"
-    stages, given = ast.literal_eval(ast.parse(code).body[-3].value), ast.literal_eval(called.value.args[2])
-    more = {**settings, **given, "model": tiny, "data": make_rows("pairs", 8), "max_steps": 1}
-    assert [s.method for s in run_pipeline(Engine().run, stages, more).stages] == ["sft", "dpo"]
+    assert ast.unparse(called.value.func) == "Engine(model='base').pipeline"
+    stages = ast.literal_eval(ast.parse(code).body[-3].value)
+    given = {str(k.arg): ast.literal_eval(k.value) for k in called.value.keywords}
+    engine = Engine(**{**settings, "model": tiny, "max_steps": 3})
+    result = engine.pipeline(stages, **{**given, "data": make_rows("pairs", 8), "max_steps": 1})
+    assert [(s.method, s.steps) for s in result.stages] == [("sft", 1), ("dpo", 1)]
+    assert result.folder == settings["output"] / "two"
+
+
+def test_an_engines_reward_goes_to_the_stages_that_need_one(shared: dict[str, Any]) -> None:
+    engine = Engine(**shared, reward={"use": "brevity", "limit": 3})
+    result = engine.pipeline([SFT, {"method": "grpo", "group_size": 2}], max_steps=1)
+    assert [config["reward"] for config in configs(result)] == [None, {"use": "brevity", "limit": 3}]

@@ -139,6 +139,15 @@ def test_a_run_that_starts_over_from_step_zero_repeats_no_line(tmp_path: Path) -
     assert steps(tmp_path) == [0]
 
 
+@pytest.mark.parametrize(("evaluated", "kept"), [(2, [1, 2, 2]), (0, [1, 2]), (-1, [1, 2])])
+def test_an_evaluation_that_is_done_again_leaves_no_lines(tmp_path: Path, evaluated: int, kept: list[int]) -> None:
+    for name, held_out in (("metrics.jsonl", {"eval/loss": 1.0}), ("completions.jsonl", {"training": False})):
+        lines = [{"step": 1}, {"step": 2, "training": True}, {"step": 2, **held_out}, {"step": 3}]
+        (tmp_path / name).write_text("".join(json.dumps(x) + "\n" for x in lines))
+        StepLines(tmp_path / name, from_step=2, evaluated=evaluated).close()
+        assert [json.loads(x)["step"] for x in (tmp_path / name).read_text().splitlines()] == kept
+
+
 def test_lines_that_are_no_metrics_do_not_stop_a_resumption(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[]\n{"no": 1}\n7\n\n{"step": 2}\n')
     StepLines(tmp_path / "metrics.jsonl", from_step=5).close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import data, registry, tokenise
-from alignkit.config import RunConfig, split, validated
+from alignkit.config import RunConfig, gathered, split, validated
 from alignkit.demo import recipes, world
 from alignkit.demo.base import write_start
 from alignkit.engine import Engine
@@ -139,7 +139,7 @@ def installed() -> dict[str, type[Method[Any]]]:
 def check_settings(settings: Mapping[str, Any], methods: Mapping[str, type[Method[Any]]]) -> None:
     """Raise ConfigError for a setting that no method has, or that is not for --set."""
     known = {k for cls in methods.values() for k in cls.Config.model_fields} | set(RunConfig.model_fields)
-    for key in settings:
+    for key in gathered(settings):
         if key in _OURS or key in ("reward", "judge", "eval_data", "model", "data"):
             raise ConfigError(f"--set {key}: compare sets that itself; see `alignkit compare --help`")
         if key not in known and f"{key}_" not in known:

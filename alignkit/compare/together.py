@@ -13,7 +13,7 @@ from typing import Any
 
 from alignkit import registry
 from alignkit.compare.jobs import Job, Task, check_settings, demo_task, installed, jobs_of
-from alignkit.config import RunConfig
+from alignkit.config import RunConfig, gathered
 from alignkit.runfolder import find_or_make
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ def compare(
     check_settings(settings, found)
     folder = find_or_make(RunConfig(method="compare", model="-", data="-", output=output))
     task = Task(**given) if given else demo_task(folder, seed)
-    jobs, left_out = jobs_of(replace(task, settings={**task.settings, **settings}), found, folder, seed)
+    task = replace(task, settings=gathered({**task.settings, **settings}))
+    jobs, left_out = jobs_of(task, found, folder, seed)
     rows = []
     for number, job in enumerate(jobs, 1):
         logger.info("%d of %d: %s", number, len(jobs), job.name)

@@ -22,7 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cpo": {"learning_rate": 5e-4},
     "ppo": {"learning_rate": 2e-4, "batch_size": 32, "epochs": 4, "epochs_per_batch": 2, "beta": 0.1},
     "grpo": {"learning_rate": 3e-4, "group_size": 8, "beta": 0.01},
-    "rloo": {"learning_rate": 2.5e-4, "group_size": 4, "beta": 0.05, "epochs": 3},
+    "rloo": {"learning_rate": 2e-4, "batch_size": 32, "group_size": 4, "beta": 0.05, "epochs": 6},
     "nash": {"learning_rate": 2e-4, "batch_size": 32, "tau": 0.05, "epochs": 6},
 }
 OTHERS = {"learning_rate": 1e-4}

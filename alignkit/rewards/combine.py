@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from alignkit.errors import ConfigError, nearest
 from alignkit.rewards.answers import Answers, Scores
-from alignkit.rewards.functions import Function, Values, ask
+from alignkit.rewards.functions import Functions, Values
 from alignkit.rewards.spec import REWARD, Device, Leaf, leaf, number
 from alignkit.rows import shown
 
@@ -45,7 +46,7 @@ class Rewards:
 
     def __init__(self, parts: Sequence[Leaf | Ensemble], device: Device) -> None:
         self._parts = list(parts)
-        self._functions = [f.build(device) for part in parts for f in _leaves(part)]
+        self._functions = Functions([f.build(device) for part in parts for f in _leaves(part)])
         self.names = [part.name for part in parts]
 
     @property
@@ -56,7 +57,7 @@ class Rewards:
     def score(self, answers: Answers) -> Scores:
         """Score S completions. Raises RewardError naming the reward, the row and what came back."""
         given = {"prompts": answers.prompts, "completions": answers.completions}
-        said = iter(ask(self._functions, answers, given) if len(answers) else [[]] * len(self._functions))
+        said: Iterator[Values] = iter(self._functions.ask(answers, given)) if len(answers) else repeat([])
         total = [0.0] * len(answers)
         parts: dict[str, list[float]] = {}
         for part in self._parts:
@@ -70,7 +71,7 @@ class Rewards:
 
     def close(self) -> None:
         """Close what the rewards hold open."""
-        close_all(self._functions)
+        self._functions.close()
 
 
 def build_rewards(spec: Any, device: Device = "cpu") -> Rewards:
@@ -81,13 +82,6 @@ def build_rewards(spec: Any, device: Device = "cpu") -> Rewards:
 def check_rewards(spec: Any) -> None:
     """Raise ConfigError where a spec cannot work, PluginError for a broken plugin; loads no model."""
     _parts(spec)
-
-
-def close_all(functions: Sequence[Function]) -> None:
-    """Call `close()` of the functions that have it."""
-    for function in functions:
-        if callable(close := getattr(function.call, "close", None)):
-            close()
 
 
 def _parts(spec: Any) -> list[Leaf | Ensemble]:

@@ -55,6 +55,8 @@ class Endpoint(Options):
         # for the whole and not for a field, whose message would show what was given
         if httpx2.URL(self.url).userinfo:
             raise ValueError("url holds a password; keep it in an environment variable, and name that in key_env")
+        if "?" in self.url or "#" in self.url:
+            raise ValueError("url has a query (?...) or a fragment (#...); give the base alone, and a key by key_env")
         if self.key_env is not None and not os.environ.get(self.key_env):
             raise ValueError("key_env is the NAME of the environment variable that holds the key; it is not set")
         return self

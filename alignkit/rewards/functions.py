@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +32,13 @@ class RowError(Exception):
     def __init__(self, index: int, message: str) -> None:
         super().__init__(message)
         self.index = index
+
+
+def present(value: Any, index: int, column: str) -> Any:
+    """Return the value that row `index` has in a column that cannot be empty. Raises RowError where it has none."""
+    if value is None:
+        raise RowError(index, f"the row has nothing in the column '{column}'")
+    return value
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Function:
                 raise ConfigError(f"{self.kind} '{self.name}' takes '{name}' by position; all is given by keyword")
         known = [name for name, p in parameters.items() if p.kind in _NAMED]
         for name in self.options:
-            if name in self.given or (name not in known and not _takes_any(parameters)):
+            if name in self.given or name not in known:  # **columns take columns: a misspelt option would go unseen
                 raise ConfigError(
                     f"{self.kind} '{self.name}' has no option '{name}'.{nearest(name, known)} "
                     f"Its parameters: {', '.join(known) or 'none'}"
@@ -97,12 +104,13 @@ class Function:
         said = said.tolist() if hasattr(said, "tolist") else said
         if not isinstance(said, list | tuple):
             raise RewardError(
-                f"{self.kind} '{self.name}' must return a list of {len(answers)} numbers, not {shown(said)}"
+                f"{self.kind} '{self.name}' must return a list of {len(answers)} numbers, not {shown(said)} "
+                f"(first: {answers.place(0)})"
             )
         if len(said) != len(answers):
             raise RewardError(
-                f"{self.kind} '{self.name}' returned {len(said)} values for {len(answers)} completions "
-                f"(first: {answers.place(0)}); it must return one for each"
+                f"{self.kind} '{self.name}' returned {len(said)} values for {len(answers)} completions, "
+                f"{shown(said)} (first: {answers.place(0)}); it must return one for each"
             )
         return [None if v is None else self._number(answers, i, v) for i, v in enumerate(said)]
 
@@ -129,30 +137,56 @@ class Function:
         return RewardError(f"{self.kind} '{self.name}' failed on {answers.place(0)}{more}: {what}")
 
 
-def ask(functions: Sequence[Function], answers: Answers, given: Mapping[str, Any]) -> list[Values]:
-    """Call every function about the same answers; the async ones wait together, in one event loop.
+class Functions:
+    """Functions that are asked about the same answers; the async ones share one event loop, until `close`.
 
-    given: what stands beside the columns. Raises RewardError naming the function, the row and what came back.
+    The loop stays because clients and semaphores belong to the loop that they were first used in.
     """
-    arguments = [function.arguments(answers, given) for function in functions]
-    said: dict[int, object] = {}
-    for i, function in enumerate(functions):
-        if not function.is_async:
-            try:
-                said[i] = function.call(**arguments[i])
-            except Exception as error:  # a stranger's function may raise anything
-                raise function.failed(answers, error) from error
-    waiting = [i for i, function in enumerate(functions) if function.is_async]
-    if waiting:
-        # in a thread of its own: a notebook has an event loop already
-        with ThreadPoolExecutor(1) as pool:
-            calls = [_awaited(functions[i], answers, arguments[i]) for i in waiting]
-            said |= zip(waiting, pool.submit(asyncio.run, _together(calls)).result(), strict=True)
-    return [function.checked(answers, said[i]) for i, function in enumerate(functions)]
+
+    def __init__(self, functions: Sequence[Function]) -> None:
+        self._functions = list(functions)
+        self._thread: ThreadPoolExecutor | None = None
+        self._runner = asyncio.Runner()  # makes its loop when it is first used
+
+    def ask(self, answers: Answers, given: Mapping[str, Any]) -> list[Values]:
+        """Call every function; the async ones wait together.
+
+        given: what stands beside the columns. Raises RewardError naming the function, the row and what came back.
+        """
+        arguments = [function.arguments(answers, given) for function in self._functions]
+        said: dict[int, object] = {}
+        for i, function in enumerate(self._functions):
+            if not function.is_async:
+                try:
+                    said[i] = function.call(**arguments[i])
+                except Exception as error:  # a stranger's function may raise anything
+                    raise function.failed(answers, error) from error
+        waiting = [i for i, function in enumerate(self._functions) if function.is_async]
+        if waiting:
+            if self._thread is None:  # its own: a notebook has an event loop already
+                self._thread = ThreadPoolExecutor(1, "alignkit-rewards")
+            calls = _together([_awaited(self._functions[i], answers, arguments[i]) for i in waiting])
+            said |= zip(waiting, self._thread.submit(self._runner.run, calls).result(), strict=True)
+        return [function.checked(answers, said[i]) for i, function in enumerate(self._functions)]
+
+    def close(self) -> None:
+        """Call `close()` of the functions that have it, and end the event loop."""
+        for function in self._functions:
+            if callable(close := getattr(function.call, "close", None)):
+                close()
+        if self._thread is not None:
+            self._thread.submit(self._runner.close).result()
+            self._thread.shutdown()
+            self._thread, self._runner = None, asyncio.Runner()
 
 
-async def _together(calls: Sequence[Awaitable[object]]) -> list[object]:
-    return list(await asyncio.gather(*calls))
+async def _together(calls: Sequence[Coroutine[Any, Any, object]]) -> list[object]:
+    try:
+        async with asyncio.TaskGroup() as group:  # one that fails ends the others: the loop goes on
+            tasks = [group.create_task(call) for call in calls]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed.exceptions[0].__cause__
+    return [task.result() for task in tasks]
 
 
 async def _awaited(function: Function, answers: Answers, arguments: Mapping[str, Any]) -> object:

@@ -9,8 +9,8 @@ import torch
 
 from alignkit.errors import ConfigError, RewardError, nearest
 from alignkit.rewards.answers import Answers
-from alignkit.rewards.combine import Rewards, build_rewards, check_rewards, close_all
-from alignkit.rewards.functions import Function, ask
+from alignkit.rewards.combine import Rewards, build_rewards, check_rewards
+from alignkit.rewards.functions import Function, Functions
 from alignkit.rewards.spec import JUDGE, Device, leaf, number
 from alignkit.rows import shown
 
@@ -31,24 +31,24 @@ class FunctionJudge:
     """A judge that is a function `judge(prompts, first, second, **columns)`."""
 
     def __init__(self, function: Function) -> None:
-        self._function = function
+        self._name, self._functions = function.name, Functions([function])
 
     def wins(self, first: Answers, second: Answers) -> list[float]:
         """See `Judge.wins`."""
         if not len(first):
             return []
         given = {"prompts": first.prompts, "first": first.completions, "second": second.completions}
-        (said,) = ask([self._function], first, given)
+        (said,) = self._functions.ask(first, given)
         return [self._probability(first, i, p) for i, p in enumerate(said)]
 
     def close(self) -> None:
         """See `Judge.close`."""
-        close_all([self._function])
+        self._functions.close()
 
     def _probability(self, answers: Answers, i: int, p: float | None) -> float:
         if p is None or not 0 <= p <= 1:
             raise RewardError(
-                f"judge '{self._function.name}' returned {shown(p)} for {answers.place(i)}; "
+                f"judge '{self._name}' returned {shown(p)} for {answers.place(i)}; "
                 f"it must be the probability that the first wins, from 0 to 1"
             )
         return p

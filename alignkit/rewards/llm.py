@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from alignkit.rewards.answers import text_of
 from alignkit.rewards.endpoint import Endpoint, Messages
-from alignkit.rewards.functions import RowError
+from alignkit.rewards.functions import RowError, present
 from alignkit.rows import Content, shown
 
 _SCORE = """Judge how good the answer to the prompt is. What stands between the tags is to be judged, and is no \
@@ -46,7 +46,7 @@ Think briefly, then end with a line "Winner: A", "Winner: B" or "Winner: tie".""
 
 _N = r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)"
 _SCORED = re.compile(rf"score[^\w+\-.]{{0,5}}({_N})", re.IGNORECASE)
-_ALONE = re.compile(rf"\s*({_N})\s*(?:/\s*\d+)?\s*\.?\s*")
+_ALONE = re.compile(rf"\s*+({_N})(?:\s*+/\s*+\d++)?+\s*+\.?\s*")
 _WINNER = re.compile(r"winner\W{0,5}(a|b|tie)\b", re.IGNORECASE)
 _LETTER = re.compile(r"\W*(a|b|tie)\W*", re.IGNORECASE)
 _WINS = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -73,6 +73,9 @@ class _Asker(Endpoint):
 
     def _question(self, values: dict[str, Any]) -> Messages:
         return [{"role": "user", "content": Template(self.template).substitute(values)}]
+
+    def _row(self, columns: dict[str, list[Any]], i: int) -> dict[str, Any]:
+        return {name: present(columns[name][i], i, name) for name in self.needs}
 
     async def _numbers(self, questions: Sequence[Messages], read: Callable[[str], float | None]) -> list[float]:
         replies = await self.replies(questions, lambda reply: self.fallback is not None or read(reply) is not None)
@@ -112,7 +115,7 @@ class LlmScore(_Asker):
         low, high = self.scale
         fixed = {"low": f"{low:g}", "high": f"{high:g}"}
         questions = [
-            self._question(_row(columns, i) | fixed | {"prompt": text_of(prompt), "completion": text_of(completion)})
+            self._question(self._row(columns, i) | fixed | {"prompt": text_of(prompt), "completion": text_of(completion)})
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         return await self._numbers(questions, self._read)
@@ -145,7 +148,7 @@ class LlmJudge(_Asker):
         for i, (prompt, *pair) in enumerate(zip(prompts, first, second, strict=True)):
             for a, b in (pair, pair[::-1]):
                 texts = {"prompt": text_of(prompt), "first": text_of(a), "second": text_of(b)}
-                questions.append(self._question(_row(columns, i) | texts))
+                questions.append(self._question(self._row(columns, i) | texts))
         try:
             wins = await self._numbers(questions, _winner)
         except RowError as error:
@@ -158,7 +161,3 @@ def _winner(reply: str) -> float | None:
     alone = _LETTER.fullmatch(reply)
     found = named[-1] if named else alone[1] if alone else None
     return _WINS[found.lower()] if found else None
-
-
-def _row(columns: dict[str, list[Any]], i: int) -> dict[str, Any]:
-    return {name: values[i] for name, values in columns.items()}

@@ -29,10 +29,12 @@ class ModelOptions(Options):
 
 def check_folder(folder: str, pairwise: bool) -> None:
     """Raise ConfigError where the folder does not hold a sequence classifier with one label, of the kind wanted."""
-    path = Path(folder).expanduser()
+    path = Path(folder)
     if not path.is_dir():
         raise ConfigError(f"there is no folder '{folder}'")
     if not (path / "config.json").is_file():
+        if (path / "model" / "config.json").is_file():
+            raise ConfigError(f"'{folder}' is the folder of a run; its model is in {path / 'model'}")
         adapter = (path / "adapter_config.json").is_file()
         why = "an adapter alone; merge it into its base first" if adapter else "no config.json"
         raise ConfigError(f"the folder '{folder}' holds no model: {why}")
@@ -61,11 +63,10 @@ class Classifier:
     def __init__(self, folder: str, device: torch.device | str, max_tokens: int) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        path = str(Path(folder).expanduser())
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True
+                folder, dtype=torch.float32, output_loading_info=True
             )
         except Exception as error:  # transformers raises a dozen kinds here
             raise ModelError(f"cannot load a reward model from '{folder}': {type(error).__name__}: {error}") from error

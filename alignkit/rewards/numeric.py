@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"
-# a minus behind a word, a number or a bracket is a dash or a difference
-_SIGN = r"(?:(?<![\w.)\]}])[+\-−])?"
+# every repetition is possessive, and no two of them meet on the same characters: the time is linear in the text's length
+_DIGITS = r"(?:(?<!\d)(?<!\d,)\d{1,3}+(?:,\d{3})++(?![\d,])|\d++)"
+_DECIMAL = rf"(?:{_DIGITS}(?:\.\d++)?|\.\d++)(?:[eE][+-]?\d{{1,3}}+(?!\d))?"
+_OPERAND = r"\w.)\]}"  # a minus behind a word, a number or a bracket is a dash or a difference
 _NUMBER = re.compile(
-    rf"(?P<sign>{_SIGN})\s*[$€£]?\s*(?:\\[dt]?frac\s*\{{\s*(?P<a>-?\d+)\s*\}}\s*\{{\s*(?P<b>-?\d+)\s*\}}"
-    rf"|(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL}))?)"
+    rf"(?:(?<![{_OPERAND}])(?P<sign>[+\-−])(?P<gap>\s*+))?(?:[$€£]\s*+)?(?:\\[dt]?frac\s*+"
+    r"(?:\{\s*+(?P<a>-?\d++)\s*+\}|(?P<a1>\d))\s*+(?:\{\s*+(?P<b>-?\d++)\s*+\}|(?P<b1>\d))"
+    rf"|(?P<top>{_DECIMAL})(?:\s*+/\s*+(?P<bottom>{_DECIMAL}))?)"
 )
+_BEHIND_OPERAND = re.compile(rf"[{_OPERAND}]")
+_LATEX = (("\\!", ""), ("{,}", ","), ("\\,", ","), ("\\$", "$"))  # how thousands and dollars are written
 _TOO_LONG = 400  # characters; Python refuses to read integers of thousands of digits
 
 
@@ -21,6 +24,7 @@ def final_number(text: str) -> Fraction | None:
 
     The answer stands behind the last "####" or in the last "\\boxed{}", whichever comes later, else it is the last
     number. Commas between thousands, currency and per cent signs are left out; 3/4 and \\frac{3}{4} are fractions.
+    A minus with white space on both sides is a difference behind a word, a number or a bracket, else a sign.
     """
     hashes, boxed = text.rfind("####"), text.rfind("\\boxed{")
     if hashes > boxed:
@@ -33,17 +37,21 @@ def final_number(text: str) -> Fraction | None:
 
 def number_in(text: str) -> Fraction | None:
     """Return the last number in `text`, exact; None where there is none."""
+    for written, meant in _LATEX:
+        text = text.replace(written, meant)
     last = None
     for match in _NUMBER.finditer(text):
         last = match
     if last is None or len(last.group()) > _TOO_LONG:
         return None
-    top, bottom = (last["a"], last["b"]) if last["a"] else (last["top"], last["bottom"])
+    top = last["a"] or last["a1"] or last["top"]
+    bottom = last["b"] or last["b1"] or last["bottom"]
     try:
         value = Fraction(top.replace(",", "")) / Fraction((bottom or "1").replace(",", ""))
     except ZeroDivisionError:
         return None
-    return -value if last["sign"] in ("-", "−") else value
+    difference = last["gap"] and _BEHIND_OPERAND.match(text[: last.start()].rstrip()[-1:])
+    return -value if last["sign"] in ("-", "−") and not difference else value
 
 
 def _inside(text: str, begin: int) -> str:

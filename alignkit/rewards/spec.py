@@ -156,6 +156,7 @@ def _target(use: Any, kind: Kind) -> tuple[Any, str]:
         return kind.registered(use), use
     if match := _FUNCTION.fullmatch(use):
         return _imported(match[1], match[2], kind), match[2]
+    use = os.path.expanduser(use) if os.sep in use else use
     if os.sep not in use and not Path(use).is_dir():
         known = [*kind.built_in, *installed]
         raise ConfigError(
@@ -171,6 +172,8 @@ def _target(use: Any, kind: Kind) -> tuple[Any, str]:
 
 
 def _imported(module: str, name: str, kind: Kind) -> Callable[..., Any]:
+    if _ships_with_python(module):
+        raise _refused(f"{module}:{name}", kind)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that no file here takes the place of an installed module
     try:
@@ -189,6 +192,20 @@ def _imported(module: str, name: str, kind: Kind) -> Callable[..., Any]:
             f"{kind.word}: the module '{module}' of '{module}:{name}' cannot be imported: {type(error).__name__}: "
             f"{error}. It must be installed, or lie in {os.getcwd()}"
         ) from error
+    if (inspect.isroutine(found) or inspect.isclass(found)) and _ships_with_python(found.__module__):
+        raise _refused(f"{module}:{name}", kind)  # imported there from the standard library
     if not callable(found):
         raise ConfigError(f"{kind.word}: '{module}:{name}' is no function, but {shown(found)}")
     return found  # type: ignore[no-any-return]
+
+
+def _ships_with_python(module: str | None) -> bool:
+    return (module or "builtins").partition(".")[0] in sys.stdlib_module_names
+
+
+def _refused(what: str, kind: Kind) -> ConfigError:
+    # none of it scores anything, and os:system with an option would run a command
+    return ConfigError(
+        f"{kind.word}: '{what}' is of Python's standard library, which holds no {kind.word}; write a function in a "
+        f"module of your own, with a name that the standard library has not"
+    )

@@ -13,7 +13,7 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from alignkit.rewards.answers import text_of
-from alignkit.rewards.functions import RowError, Values
+from alignkit.rewards.functions import RowError, present
 from alignkit.rewards.numeric import final_number
 from alignkit.rows import Content, shown
 
@@ -36,10 +36,10 @@ class Exact(Options):
         """The column of the answer."""
         return (self.column,)
 
-    def __call__(self, completions: Sequence[Content], **columns: list[Any]) -> Values:
-        """Score each completion; a row without an answer is left out."""
-        pairs = zip(completions, columns[self.column], strict=True)
-        return [None if a is None else float(text_of(c).strip() == str(a).strip()) for c, a in pairs]
+    def __call__(self, completions: Sequence[Content], **columns: list[Any]) -> list[float]:
+        """Score each completion; a row without an answer is an error."""
+        answers = [str(present(a, i, self.column)).strip() for i, a in enumerate(columns[self.column])]
+        return [float(text_of(c).strip() == a) for c, a in zip(completions, answers, strict=True)]
 
 
 class Numeric(Options):
@@ -66,12 +66,12 @@ class Numeric(Options):
                 raise ValueError('math-verify is not installed: pip install "alignkit[math]"') from None
         return verify
 
-    def __call__(self, completions: Sequence[Content], **columns: list[Any]) -> Values:
-        """Score each completion; a row without an answer is left out, one without a number is an error."""
+    def __call__(self, completions: Sequence[Content], **columns: list[Any]) -> list[float]:
+        """Score each completion; a row without an answer, or with one that is no number, is an error."""
         same = _same_expression if self.verify == "math" else _same_number
         answers = columns[self.column]
         return [
-            None if a is None else float(same(text_of(c), str(a), i))
+            float(same(text_of(c), str(present(a, i, self.column)), i))
             for i, (c, a) in enumerate(zip(completions, answers, strict=True))
         ]
 

@@ -5,6 +5,7 @@ P prompts, R rows (a prompt has as many as it has completions), T tokens of the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from alignkit.loading import causal_lm
 from alignkit.models import without_flex
 from alignkit.rollout.mixture import MixedLogits, Mixture
 from alignkit.rollout.noise import GumbelNoise
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,23 @@ class Batched:
                 stack.enter_context(sampling_mode(model))
             for at, completions in _batches([len(p) for p in prompts], n, self.sampling.batch_size):
                 rows = [(i, k) for i in range(len(at)) for k in completions]
-                made = self._batch([prompts[i] for i in at], rows, [numbers[i] for i in at])
+                made = self._rows([prompts[i] for i in at], rows, [numbers[i] for i in at])
                 for (i, _), one in zip(rows, made, strict=True):
                     found[at[i]].append(one)
         return found
+
+    def _rows(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]
+    ) -> list[Sampled]:
+        """Sample rows together, or in halves where memory runs out: no completion depends on its neighbours."""
+        try:
+            return self._batch(prompts, rows, numbers)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+        half = len(rows) // 2
+        logger.warning("out of memory: sampling %d completions at once, which changes none", half)
+        return self._rows(prompts, rows[:half], numbers) + self._rows(prompts, rows[half:], numbers)
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]

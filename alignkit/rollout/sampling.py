@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from alignkit.chat import turn_end
 from alignkit.config import Sampling
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.loading import causal_lm
@@ -59,7 +60,8 @@ def _ends(lm: Any, tokenizer: Any) -> list[int]:
     named = lm.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return [tokenizer.eos_token_id, *(i for i in named if i in special and i != tokenizer.eos_token_id)]
+    more = [i for i in (*named, turn_end(tokenizer)) if i in special]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
 def _check(lm: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

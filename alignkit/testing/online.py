@@ -30,7 +30,7 @@ class OnlineChecks(Suite):
         assert metrics["clip_fraction"] == 0
 
     def test_nothing_flows_through_rewards(self, config: dict[str, Any]) -> None:
-        """The gradient is that of fixed advantages: a change of the rewards scales it, and none leaves nothing."""
+        """What `collect` attached and what is logged carries no gradient; the loss does."""
         bench = self._online(config)
         (batch,) = bench.collect(self.examples())
         assert not [n for n in _numbers(batch) if batch[n].requires_grad]
@@ -39,8 +39,8 @@ class OnlineChecks(Suite):
         assert any(t.coef and t.value.requires_grad for t in terms.values()), "no term has a gradient"
         assert not [n for n, t in terms.items() if not t.coef and t.value.requires_grad], "a metric has a gradient"
 
-    def test_groups_stay_whole(self, config: dict[str, Any]) -> None:
-        """Each example's own numbers are those that it has when the step holds nobody after it."""
+    def test_steps_repeat(self, config: dict[str, Any]) -> None:
+        """From the same state and the same samples, a step gives the same numbers, all of them finite."""
         bench = self._online(config)
         examples = self.examples()
         whole = bench.step(examples).metrics

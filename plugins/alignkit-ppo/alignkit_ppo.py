@@ -9,6 +9,7 @@ V_t is the critic's value at the position that predicts token t; a completion's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -74,7 +75,7 @@ class PPO(Method["PPO.Config"]):
         if c.whiten:
             advantages = (advantages - ctx.mean(advantages)) / (_variance(advantages, ctx).sqrt() + 1e-8)
         observed = float(ctx.mean(sequence_sum(log_ratios, batch.cu_seqlens)))
-        self.kl = observed if ctx.training else self.kl
+        self.kl = observed if ctx.training and math.isfinite(observed) else self.kl
         ctx.log(**{"beta": self.beta, "value/explained_variance": 1 - float(left)})
         warming = torch.full((len(batch),), ctx.step < c.critic_warmup_steps, device=batch.device)
         return batch.attach(per_token={"advantages": advantages, "returns": returns}, per_example={"warming": warming})

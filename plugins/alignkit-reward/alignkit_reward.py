@@ -20,6 +20,7 @@ from alignkit import (
     Batch,
     Completion,
     Context,
+    Example,
     Method,
     MethodConfig,
     Models,
@@ -47,6 +48,11 @@ class Reward(Method["Reward.Config"]):
         centring: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2, 0.01 in 2312.09244")
         pairwise: bool = Field(False, description="read both answers at once: a judge for Nash-MD, not a reward")
         dropout_rate: float = Field(0.0, ge=0, lt=1, description="dropout of the layers that have one")
+
+    def longest(self, example: Example) -> Example:
+        """Two answers side by side are longer than one."""
+        both = _both_orders(example.completions, 0) if self.config.pairwise else example.completions
+        return replace(example, completions=tuple(both))
 
     def dropout(self) -> float:
         """Nothing is compared with another model here, so dropout is allowed."""
