@@ -137,19 +137,7 @@ def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
 
 def build(config: RunConfig, method: Method[Any], rows: Rows, tokenizer: Any, accelerator: Accelerator) -> Parts:
     """Load the models, ready the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
-    least = max(method.min_batch, accelerator.num_processes)
-    if config.batch_size < least:
-        raise ConfigError(
-            f"batch_size {config.batch_size} is too small: '{method.name}' on {accelerator.num_processes} ranks needs "
-            f"at least {least}"
-        )
-    if config.patience is not None and not rows.held_out:
-        raise ConfigError("patience watches held-out rows, and there are none; give eval_data or eval_fraction")
-    if 0 < len(rows.held_out) < least:
-        raise DataError(
-            f"{len(rows.held_out)} held-out rows are too few: '{method.name}' on {accelerator.num_processes} ranks "
-            f"needs at least {least}; raise eval_fraction, give more eval_data, or neither"
-        )
+    least = _least(config, method, rows, accelerator.num_processes)
     stream = Stream(rows.train, config.batch_size, config.seed, least)
     set_seed(config.seed)  # fresh adapters are drawn
     online = Online.of_run(config, method, tokenizer, [*rows.train, *rows.held_out], accelerator.device)
@@ -186,6 +174,23 @@ def build(config: RunConfig, method: Method[Any], rows: Rows, tokenizer: Any, ac
     if ranks.n > 1:
         roles.most = ranks.most
     return Parts(accelerator, ranks, plain, policy, prepared, roles, reference, online, layout, stream, rate, eos)
+
+
+def _least(config: RunConfig, method: Method[Any], rows: Rows, n_ranks: int) -> int:
+    """Return how many examples a step needs. Raises ConfigError or DataError where the run cannot have them."""
+    least = max(method.min_batch, n_ranks)
+    if config.batch_size < least:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is too small: '{method.name}' on {n_ranks} ranks needs at least {least}"
+        )
+    if config.patience is not None and not rows.held_out:
+        raise ConfigError("patience watches held-out rows, and there are none; give eval_data or eval_fraction")
+    if 0 < len(rows.held_out) < least:
+        raise DataError(
+            f"{len(rows.held_out)} held-out rows are too few: '{method.name}' on {n_ranks} ranks "
+            f"needs at least {least}; raise eval_fraction, give more eval_data, or neither"
+        )
+    return least
 
 
 def _pad(tokenizer: Any) -> int | None:

@@ -123,7 +123,7 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of the data's order and of everything drawn")
     log_every: int = Field(1, ge=1, description="steps between log lines")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: start and end")
-    patience: int | None = Field(None, ge=1, description="evaluations without a better eval/loss before it stops")
+    patience: int | None = Field(None, ge=1, description="evaluations without a better one before it stops")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides `save_minutes`")
     save_minutes: float = Field(30.0, gt=0, description="minutes between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")

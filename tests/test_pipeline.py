@@ -377,7 +377,7 @@ def test_a_real_sigkill_in_the_second_stage_is_survived(
         (
             [RM, PPO | {"reward": {"use": "@rm", "max": 1}}],
             ConfigError,
-            "stage 'ppo': reward '1-rm' has no option 'max'",
+            "stage 'ppo': reward '1-rm' has no option",
         ),
         ([RM | ADAPTER, PPO], ConfigError, "stage 'ppo': reward: '@rm' leaves an adapter alone.*`merge_adapter: true`"),
         ([SFT, {**DPO, 7: 1}], ConfigError, "stage 'dpo': unknown setting '7'"),

@@ -116,6 +116,47 @@ def test_async_functions_wait_together() -> None:
     assert list(scores.parts) == ["one", "plain", "two"]
 
 
+_ONE_AT_A_TIME = asyncio.Semaphore(1)  # belongs to the first event loop in which somebody waits for it
+
+
+async def _in_turn(completions: Any) -> list[float]:
+    async def one(_: Any) -> float:
+        async with _ONE_AT_A_TIME:
+            await asyncio.sleep(0)
+            return 1.0
+
+    return list(await asyncio.gather(*map(one, completions)))
+
+
+def test_every_call_has_the_same_event_loop() -> None:
+    rewards = build_rewards(_in_turn)
+    assert [rewards.score(answers()).total for _ in range(2)] == [[1.0, 1.0, 1.0]] * 2
+    rewards.close()
+
+
+def test_a_failure_ends_what_waits_beside_it() -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+    ended: list[str] = []
+
+    async def endless(completions: Any) -> list[float]:
+        loops.append(asyncio.get_running_loop())
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("endless")
+        return []
+
+    rewards = build_rewards([endless, _slow_failure])
+    with pytest.raises(RewardError, match="'_slow_failure' failed on row 10") as caught:
+        rewards.score(answers())
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert ended == ["endless"]
+    assert not loops[0].is_closed()
+    rewards.close()
+    rewards.close()
+    assert loops[0].is_closed()
+
+
 def test_nothing_is_asked_about_nothing() -> None:
     def never(completions: Any) -> list[float]:
         raise AssertionError
@@ -139,7 +180,7 @@ def _failure(completions: Any) -> list[float]:
     [
         (_failure, r"failed on row 10, prompt 'what is 0\?' and 2 more: ValueError: no luck"),
         (_slow_failure, r"failed on row 10, prompt 'what is 0\?' and 2 more: ValueError: no luck"),
-        (constant(1.0), r"returned 1 values for 3 completions \(first: row 10, .*one for each"),
+        (constant(1.0), r"returned 1 values for 3 completions, \[1.0\] \(first: row 10, prompt 'what .*one for each"),
         (constant(1, 2, 3, 4), "returned 4 values for 3 completions"),
         (constant(1.0, math.nan, 1.0), r"returned nan for row 20, prompt 'what is 1\?'; it must be a number"),
         (constant(1.0, 1.0, math.inf), r"returned inf for row 30, prompt 'what is 2\?'"),
@@ -147,8 +188,11 @@ def _failure(completions: Any) -> list[float]:
         (constant(torch.tensor([1.0, 2.0]), 1.0, 1.0), r"returned tensor\(\[1., 2.\]\) for row 10"),
         (constant("0.5", 1.0, 1.0), "returned '0.5' for row 10"),
         (constant([1.0], 1.0, 1.0), r"returned \[1.0\] for row 10"),
-        (lambda completions: 1.0, "must return a list of 3 numbers, not 1.0"),
-        (lambda completions: None, "must return a list of 3 numbers, not None"),
+        (lambda completions: 1.0, r"must return a list of 3 numbers, not 1.0 \(first: row 10, prompt 'what is 0\?'\)"),
+        (
+            lambda completions: None,
+            r"must return a list of 3 numbers, not None \(first: row 10, prompt 'what is 0\?'\)",
+        ),
         (lambda completions: (float(i) for i in range(3)), "must return a list of 3 numbers, not <generator"),
         (lambda answr: [0.0] * 3, r"asks for the column 'answr'; the rows have answer. Did you mean 'answer'\?"),
     ],
@@ -215,6 +259,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module beside the user's configuration, with a name of its own in every test."""
     name = f"rewards_of_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(
+        "from os import system\n"
         "not_a_function = 3\n"
         "def words(completions, **columns):\n    return [float(len(c.split())) for c in completions]\n"
         "class Weighted:\n"
@@ -262,6 +307,10 @@ def plain(completions: Sequence[str], scale: float = 1.0) -> list[float]:
     return [scale] * len(completions)
 
 
+def open_to_columns(completions: Sequence[str], scale: float = 1.0, **columns: Any) -> list[float]:
+    return [scale] * len(completions)
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
@@ -284,6 +333,12 @@ def plain(completions: Sequence[str], scale: float = 1.0) -> list[float]:
         ({"use": "length", "max": 3, "slck": 1}, r"no option 'slck'. Did you mean 'slack'\? Options: min, max, slack"),
         (by_position, "'by_position' takes 'completions' by position"),
         ({"use": plain, "scal": 2}, r"'plain' has no option 'scal'. Did you mean 'scale'\?"),
+        ({"use": open_to_columns, "wieght": 0.1}, r"'open_to_columns' has no option 'wieght'.*parameters: .*scale"),
+        ({"use": open_to_columns, "scal": 0.1}, r"has no option 'scal'. Did you mean 'scale'\?"),
+        ({"use": "os:system", "command": "exit 7"}, "'os:system' is of Python's standard library"),
+        ("os.path:exists", "'os.path:exists' is of Python's standard library"),
+        ("builtins:print", "'builtins:print' is of Python's standard library"),
+        ("MODULE:system", "system' is of Python's standard library"),
         ({"use": plain, "completions": 2}, "'plain' has no option 'completions'"),
         (["exact", "exact"], "two rewards are called 'exact'; give them names"),
         ({"ensemble": ["exact"]}, "an ensemble is a list of two rewards or more"),

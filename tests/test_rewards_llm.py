@@ -98,6 +98,18 @@ def test_a_reply_is_read(
     assert score(spec | {"scale": scale}, answers("a")) == [pytest.approx(want)]
 
 
+def test_a_reply_of_blanks_is_read_at_once(chat: ChatServer, spec: dict[str, Any]) -> None:
+    # with any backtracking across the repetitions this would take hours
+    chat.respond = lambda request: says("7" + " " * 200_000 + "x")
+    assert score(spec | {"fallback": 0.5}, answers("a")) == [0.5]
+
+
+def test_a_row_without_a_column_of_the_template_is_named(chat: ChatServer, spec: dict[str, Any]) -> None:
+    with pytest.raises(RewardError, match="'llm', row 12, prompt 'prompt 1': the row has nothing in the column 'gold'"):
+        score(spec | {"template": "$completion or $gold?"}, answers("a", "b", gold=["x", None], other=[None, None]))
+    assert not chat.requests
+
+
 @pytest.mark.parametrize("reply", ["I would rather not.", "Score: 11", "", "There are 3 apples.", "Score: high"])
 def test_a_reply_that_cannot_be_read(chat: ChatServer, spec: dict[str, Any], reply: str) -> None:
     chat.respond = lambda request: says(reply if "bad" in request["messages"][0]["content"] else "Score: 1")
@@ -294,6 +306,7 @@ def test_inside_of_a_running_event_loop(spec: dict[str, Any]) -> None:
     [
         ({"url": "localhost:8000"}, "url: give http:// or https://"),
         ({"url": "ftp://host/v1"}, "url: give http:// or https://"),
+        ({"url": "http://host/v1#part"}, r"url has a query \(\?...\) or a fragment"),
         ({"key_env": "NO_SUCH_VARIABLE"}, "key_env is the NAME of the environment variable"),
         ({"template": "costs $5"}, r"template: has a \$ that begins no name"),
         ({"scale": (5, 5)}, "scale: give the lowest score first"),
@@ -306,7 +319,10 @@ def test_wrong_options_are_refused_early(spec: dict[str, Any], change: dict[str,
         check_rewards(spec | change)
 
 
-@pytest.mark.parametrize("change", [{"url": "http://me:pa55word@host/v1"}, {"key_env": "sk-pa55word"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"url": "http://me:pa55word@host/v1"}, {"url": "http://host/v1?key=pa55word"}, {"key_env": "sk-pa55word"}],
+)
 def test_an_error_shows_no_secret(spec: dict[str, Any], change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         check_rewards(spec | change)

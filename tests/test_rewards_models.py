@@ -119,12 +119,14 @@ def test_folders_that_hold_no_reward_model(tmp_path: Path) -> None:
     (tmp_path / "odd" / "config.json").write_text("[1")
     (tmp_path / "causal").mkdir()
     (tmp_path / "causal" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    write_classifier(tmp_path / "run" / "model")
     three = write_classifier(tmp_path / "three", labels=3)
     two = write_classifier(tmp_path / "two", labels=2)
     pairwise = write_classifier(tmp_path / "pairwise", **{PAIRWISE: True})
     for given, says in (
         (tmp_path / "empty", "holds no model: no config.json"),
         (tmp_path / "adapter", "holds no model: an adapter alone"),
+        (tmp_path / "run", r"run' is the folder of a run; its model is in .*run/model$"),
         (tmp_path / "odd", "cannot read .*config.json"),
         (tmp_path / "missing", "there is no folder"),
         (tmp_path / "causal", "holds a LlamaForCausalLM, which is no reward model"),
@@ -137,6 +139,16 @@ def test_folders_that_hold_no_reward_model(tmp_path: Path) -> None:
             check_rewards(given)
     with pytest.raises(ConfigError, match=r"no option 'batch_size'. .*Options: max_tokens"):
         check_rewards({"use": write_classifier(tmp_path / "good"), "batch_size": 4})
+
+
+def test_the_home_folder_is_written_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    there = write_classifier(tmp_path / "rm")
+    rewards = build_rewards("~/rm")
+    assert rewards.model_folder == there  # where a critic is loaded from
+    assert rewards.names == ["rm"]
+    asked = answers([("Who? ", "An owl")])
+    assert rewards.score(asked).total == build_rewards(there).score(asked).total
 
 
 def test_a_model_without_its_head_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,20 @@ def score(spec: Any, completions: list[Any], lengths: list[int] | None = None, *
 @pytest.mark.parametrize(
     ("text", "number"),
     [
+        (r"\boxed{1{,}000}", "1000"),
+        (r"so 1{,}234{,}567 of them", "1234567"),
+        (r"1,\!000", "1000"),
+        (r"-\$5", "-5"),
+        (r"\boxed{\frac12}", "1/2"),
+        (r"\boxed{-\frac{1}2}", "-1/2"),
+        (r"\frac 3{10}", "3/10"),
+        ("2 -3", "-3"),
+        ("2 - 3", "3"),
+        ("x - 3", "3"),
+        ("(a) - 3", "3"),
+        ("= - 3", "-3"),
+        ("- 3", "-3"),
+        ("1,000,1", "1"),
         ("42", "42"),
         ("The answer is 42.", "42"),
         ("It costs $1,234.50 in all", "1234.5"),
@@ -84,6 +98,30 @@ def test_decimals_survive_with_and_without_commas(digits: int, places: int, fram
     assert final_number(frame.format("$" + grouped + after)) == want if digits >= 0 else True
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (" " * 1_000_000, None),
+        ("-" + " " * 1_000_000, None),
+        ("- $ " * 300_000, None),
+        ("7" + " " * 1_000_000, "7"),
+        (r"\frac{1}" + " " * 1_000_000 + "x", "1"),
+        ("111," * 200_000 + "8", "8"),
+        (r"\frac{" * 200_000, None),
+        ("\\boxed{" + " " * 1_000_000, None),
+    ],
+)
+def test_no_text_takes_more_than_linear_time(text: str, number: str | None) -> None:
+    # with any backtracking across the repetitions these would take hours
+    assert final_number(text) == (None if number is None else Fraction(number))
+
+
+@pytest.mark.parametrize("spec", ["exact", "numeric"])
+def test_a_row_without_an_answer_is_named(spec: str) -> None:
+    with pytest.raises(RewardError, match=f"'{spec}', row 2, prompt '.': the row has nothing in the column 'answer'"):
+        score(spec, ["4", "4"], answer=[4, None])
+
+
 @given(st.integers(-999, 999), st.integers(1, 999))
 def test_fractions_survive(top: int, bottom: int) -> None:
     assert final_number(f"it is {top}/{bottom}") == Fraction(top, bottom)
@@ -103,7 +141,6 @@ def test_numeric_reads_worked_answers_and_plain_numbers() -> None:
     completions = ["It is 72", "72.0 clips", "#### 73", "no idea", r"\boxed{144/2}"]
     assert score("numeric", completions, answer=[GSM8K] * 5) == [1, 1, 0, 0, 1]
     assert score({"use": "numeric", "column": "gold"}, ["0.1", "0.1"], gold=[0.1, "0.10000001"]) == [1, 0]
-    assert score("numeric", ["1"], answer=[None]) == [0]
 
 
 def test_an_answer_without_a_number_is_an_error() -> None:
@@ -132,7 +169,7 @@ def test_math_verify_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_exact() -> None:
     assert score("exact", ["Paris", " Paris\n", "paris", "Paris."], answer=["Paris"] * 4) == [1, 1, 0, 0]
-    assert score("exact", ["4", ""], answer=[4, None]) == [1, 0]
+    assert score("exact", ["4", ""], answer=[4, "none"]) == [1, 0]
     message = [{"role": "assistant", "content": "Paris"}]
     assert score({"use": "exact", "column": "capital"}, [message], capital=["Paris "]) == [1]
 

@@ -115,8 +115,8 @@ class LlmScore(_Asker):
         low, high = self.scale
         fixed = {"low": f"{low:g}", "high": f"{high:g}"}
         questions = [
-            self._question(self._row(columns, i) | fixed | {"prompt": text_of(prompt), "completion": text_of(completion)})
-            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+            self._question(self._row(columns, i) | fixed | {"prompt": text_of(p), "completion": text_of(c)})
+            for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
         ]
         return await self._numbers(questions, self._read)
 

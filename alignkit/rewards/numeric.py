@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-# every repetition is possessive, and no two of them meet on the same characters: the time is linear in the text's length
+# repetitions are possessive, and none begins where another one can end: the time is linear in the text's length
 _DIGITS = r"(?:(?<!\d)(?<!\d,)\d{1,3}+(?:,\d{3})++(?![\d,])|\d++)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d++)?|\.\d++)(?:[eE][+-]?\d{{1,3}}+(?!\d))?"
 _OPERAND = r"\w.)\]}"  # a minus behind a word, a number or a bracket is a dash or a difference

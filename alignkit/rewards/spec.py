@@ -192,7 +192,7 @@ def _imported(module: str, name: str, kind: Kind) -> Callable[..., Any]:
             f"{kind.word}: the module '{module}' of '{module}:{name}' cannot be imported: {type(error).__name__}: "
             f"{error}. It must be installed, or lie in {os.getcwd()}"
         ) from error
-    if (inspect.isroutine(found) or inspect.isclass(found)) and _ships_with_python(found.__module__):
+    if (inspect.isroutine(found) or inspect.isclass(found)) and _ships_with_python(getattr(found, "__module__", None)):
         raise _refused(f"{module}:{name}", kind)  # imported there from the standard library
     if not callable(found):
         raise ConfigError(f"{kind.word}: '{module}:{name}' is no function, but {shown(found)}")
