@@ -49,7 +49,7 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
             check(given)
     if "judge" in needs and config.patience is not None:
         raise ConfigError(
-            f"'{method.name}' is judged against an opponent that moves: patience cannot tell; leave it out"
+            f"'{method.name}' plays against an opponent that moves, so patience cannot tell; leave it out"
         )
     if "judge" in needs and config.sampling.backend == "continuous":
         raise ConfigError(f"'{method.name}' samples from a mixture, which backend: continuous cannot; use generate")
