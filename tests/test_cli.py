@@ -136,7 +136,7 @@ def test_methods_lists_all(call: Call) -> None:
 def test_settings_show_the_methods_and_the_runs(call: Call) -> None:
     said = call("settings", "dpo")
     assert said.code == 0
-    assert "beta                   0.1          how strongly" in said.out
+    assert "beta                    0.1          how strongly" in said.out
     assert "(sigmoid | robust | hinge)" in said.out
     assert "(float, >= 0, < 0.5)" in said.out
     assert "warmup_fraction" in said.out
