@@ -180,13 +180,14 @@ class Online:
         """Return prompts and completions as rewards see them: text, special tokens left out."""
         flat = [(e, s) for e, some in zip(examples, sampled, strict=True) for s in some]
         texts = [self.tokenizer.decode(s.tokens, skip_special_tokens=True) for _, s in flat]
+        names = dict.fromkeys([*self.columns, *(name for e in examples for name in e.columns)])
         return Answers(
             prompts=[e.asked for e, _ in flat],
             completions=[
                 t if isinstance(e.asked, str) else [{"role": "assistant", "content": t}]
                 for (e, _), t in zip(flat, texts, strict=True)
             ],
-            columns={name: [e.columns.get(name) for e, _ in flat] for name in self.columns},
+            columns={name: [e.columns.get(name) for e, _ in flat] for name in names},
             rows=[e.row for e, _ in flat],
             lengths=[len(s.tokens) for _, s in flat],
             ended=[s.ended for _, s in flat],
