@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignkit.branches import BRANCHES, branch_mask
 from alignkit.packing import dense_mask, tree_mask
 from alignkit.types import Rows
 
@@ -40,6 +41,8 @@ def _window(config: Any, layer_type: str | None) -> int | None:
 def _mask(rows: Rows, window: int | None, implementation: str, dtype: torch.dtype) -> Any:
     if implementation == "flex_attention":
         return _block_mask(rows, window)
+    if implementation == BRANCHES:
+        return branch_mask(rows, window)
     mask = dense_mask(rows, window)
     if implementation == "sdpa":
         return mask

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from alignkit.attention import BLOCK
+from alignkit.branches import BRANCHES
 from alignkit.config import RunConfig
 from alignkit.errors import ModelError
 from alignkit.loading import causal_lm
@@ -76,8 +77,11 @@ def choose_layout(scorer: Probed, examples: Sequence[Example], config: RunConfig
     """
     scorer.check_causal(max(examples, key=lambda e: e.n_tokens), device)
     lm = causal_lm(scorer.model)
-    flex = lm.config._attn_implementation == "flex_attention"
-    if flex:
+    attention = lm.config._attn_implementation
+    flex = attention == "flex_attention"
+    if attention == BRANCHES:
+        forest = Layout("forest", config.row_tokens or config.max_tokens, attention_cost=0.0)
+    elif flex:
         forest = Layout("forest", config.row_tokens or config.max_tokens, attention_cost=0.0, multiple_of=BLOCK)
     else:
         forest = Layout("forest", config.row_tokens or min(config.max_tokens, DENSE_ROW_TOKENS))
@@ -87,6 +91,9 @@ def choose_layout(scorer: Probed, examples: Sequence[Example], config: RunConfig
         problem = scorer.probe(batch_of(rows, forest, device))
         if problem is None:
             return forest
+        if attention == BRANCHES:  # a model that changes its mask, or adds a bias to it
+            lm.set_attn_implementation("sdpa")
+            return choose_layout(scorer, examples, config, device)
         if flex and config.attention == "auto" and DIFFERS not in problem:
             dense = dense_attention(lm)  # FlexAttention refuses heads of fewer than 16 dimensions, for one
             logger.warning("FlexAttention cannot be used with this model (%s); using %s", problem, dense)

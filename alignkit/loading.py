@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from alignkit.branches import attend_by_branches
 from alignkit.config import LoraSettings, RunConfig
 from alignkit.errors import ModelError
 
@@ -64,6 +65,8 @@ def readied(model: nn.Module, config: RunConfig, device: torch.device) -> nn.Mod
         lm.set_attn_implementation(config.attention)
     elif device.type == "cuda" and config.layout != "padded" and getattr(lm, "_supports_flex_attn", False):
         lm.set_attn_implementation("flex_attention")
+    elif device.type == "cpu" and config.layout != "padded" and lm.config._attn_implementation == "sdpa":
+        attend_by_branches(lm)
     return model.to(device)
 
 
