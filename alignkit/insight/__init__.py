@@ -1,0 +1,1 @@
+"""What looks at runs, data and models: it reads what they leave, and the engine never imports it."""

@@ -1,0 +1,47 @@
+"""Write the HTML pages of the insight tools: one look, one file, nothing loaded from elsewhere, no scripts."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from alignkit.errors import ConfigError
+
+
+def write(path: Path, template: str, title: str, **context: Any) -> None:
+    """Render a template of `templates/` into one HTML file; whatever was there before is replaced at once.
+
+    All that is put in is escaped, but for `markupsafe.Markup`. Raises ConfigError where the file cannot be written.
+    """
+    text = render(template, title, **context)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # text of a model may hold halves of characters, which no file can
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another --output") from error
+
+
+def render(template: str, title: str, **context: Any) -> str:
+    """Return the page as text. Raises jinja2.UndefinedError where the template asks for what is not given."""
+    return _environment().get_template(template).render(title=title, **context)
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("alignkit.insight"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
