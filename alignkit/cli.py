@@ -108,7 +108,7 @@ def run(
 ) -> None:
     """Train a model by a method, or by a YAML file of settings."""
     given = {k: v for k, v in locals().items() if k not in ("what", "more") and v is not None and v is not False}
-    given |= {name: _yaml(given[name]) for name in ("reward", "judge") if name in given}
+    given |= {name: console.value_of(given[name]) for name in ("reward", "judge") if name in given}
     settings = _settings(what, given, more or [])
     _checked(settings)
     console.speak()
@@ -138,7 +138,7 @@ def pipeline(
     settings = read_pipeline(file) | given
     result = Engine().pipeline(settings.pop("stages", None), **settings)
     if console.rank() == 0:
-        _print(table(result))
+        console.show(table(result))
         typer.echo(f"folder: {result.folder}")
 
 
@@ -160,7 +160,7 @@ def compare(
 ) -> None:
     """Train a base by every method that the rows can serve, and show what each has made of it."""
     given = {"model": model, "data": data, "eval_data": eval_data, "reward": reward, "judge": judge}
-    given = {k: _yaml(v) if k in ("reward", "judge") else v for k, v in given.items() if v is not None}
+    given = {k: console.value_of(v) if k in ("reward", "judge") else v for k, v in given.items() if v is not None}
     _check_compared(given, output, json, png)
     if not given:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo
@@ -171,7 +171,7 @@ def compare(
         room.check_picture()
     names = None if methods == "all" else [m.strip() for m in methods.split(",") if m.strip()]
     found = room.compare(given, _pairs(more or []), names, output, seed)
-    _print(room.table(found))
+    console.show(room.table(found))
     for name, reason in found.left_out.items():
         typer.echo(f"left out: {name}: {reason}")
     if json:
@@ -359,18 +359,8 @@ def _pairs(pairs: list[str]) -> dict[str, Any]:
         key, sign, value = pair.partition("=")
         if not sign or not key.strip():
             raise ConfigError(f"--set wants KEY=VALUE, such as --set beta=0.2; given: '{pair}'")
-        settings[key.strip().replace("-", "_")] = _yaml(value)
+        settings[key.strip().replace("-", "_")] = console.value_of(value)
     return settings
-
-
-def _yaml(text: str) -> Any:
-    """Read a value as YAML, or as text where it is none."""
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 def _check_compared(given: dict[str, Any], output: Path, json: Path | None, png: Path | None) -> None:
@@ -381,18 +371,9 @@ def _check_compared(given: dict[str, Any], output: Path, json: Path | None, png:
     if missing:
         raise ConfigError(f"no {' and no '.join(missing)} given; leave out all of them to compare on the demo's task")
     for option, file in (("--json", json), ("--png", png)):
-        if file and file.is_dir():
-            raise ConfigError(f"{option} '{file}' is a folder; give a file")
-        if file and file.parent != output and not file.parent.is_dir():
-            raise ConfigError(f"{option} '{file}': there is no folder '{file.parent}'")
+        console.check_target(option, file, output)
     if png and given and not given.keys() & {"reward", "judge"}:
         raise ConfigError("--png shows win rates, which need a --reward or a --judge")
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 240).print(table)
 
 
 def _checked(settings: dict[str, Any]) -> tuple[RunConfig, Any]:

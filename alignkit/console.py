@@ -1,4 +1,4 @@
-"""What the command line says: errors, the log, and the settings of a class in words. Imports nothing heavy."""
+"""What the command line reads and says: values, errors, the log, settings in words. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -65,6 +65,33 @@ def _values(annotation: Any) -> str:
     known = {"Any": "any", "Sampling": "mapping", "LoraSettings": "mapping or rank"}
     name = "Any" if annotation is Any else str(annotation.__name__)
     return known.get(name, name.lower())
+
+
+def value_of(text: str) -> Any:
+    """Read what an option says as YAML, or as text where it is none."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def check_target(option: str, file: Path | None, made: Path | None = None) -> None:
+    """Raise ConfigError where a file cannot be written in the end; `made`: a folder that will be there by then."""
+    from alignkit.errors import ConfigError
+
+    if file and file.is_dir():
+        raise ConfigError(f"{option} '{file}' is a folder; give a file")
+    if file and file.parent != made and not file.parent.is_dir():
+        raise ConfigError(f"{option} '{file}': there is no folder '{file.parent}'")
+
+
+def show(*shown: Any) -> None:
+    """Print what rich can print, tables for one, without breaking lines where nobody reads along."""
+    from rich.console import Console
+
+    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 240).print(*shown)
 
 
 def rank() -> int:
