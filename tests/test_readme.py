@@ -76,7 +76,7 @@ def test_the_readmes_examples_run(place: SimpleNamespace) -> None:
 def test_the_two_commands_stand_in_the_readme() -> None:
     first = blocks("README.md")[0][1]
     assert first.startswith("pip install -r requirements.txt && alignkit demo")
-    assert "\npip install -r requirements-dev.txt && pytest" in first
+    assert "\npip install -r requirements-dev.txt && pytest -n 2" in first
 
 
 def test_the_kernels_example_runs(place: SimpleNamespace) -> None:
