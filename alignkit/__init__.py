@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alignkit.alarms import Alarm, RunView
     from alignkit.engine import Engine, Result, run
     from alignkit.errors import AlignkitError
     from alignkit.hookspecs import hookimpl
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "alignkit.alarms": ("Alarm", "RunView"),
     "alignkit.engine": ("Engine", "Result", "run"),
     "alignkit.errors": ("AlignkitError",),
     "alignkit.hookspecs": ("hookimpl",),
@@ -32,6 +34,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Alarm",
     "AlignkitError",
     "Batch",
     "Completion",
@@ -43,6 +46,7 @@ __all__ = [
     "Models",
     "Outputs",
     "Result",
+    "RunView",
     "RunningStats",
     "Term",
     "hookimpl",

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from alignkit.alarms import ALARMS, Health
 from alignkit.errors import ConfigError, nearest
 from alignkit.method import MethodConfig
 
@@ -128,6 +129,8 @@ class RunConfig(BaseModel):
     save_minutes: float = Field(30.0, gt=0, description="minutes between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
     trackers: list[str] = Field([], description="tensorboard, wandb, mlflow, trackio, ...: Accelerate's names")
+    health: Health = Field(Health(), description="limits of the alarms that watch the run, see docs/health.md")
+    stop_on: list[str] = Field([], description="names of alarms that end the run, with a checkpoint")
 
     @field_validator("name")
     @classmethod
@@ -143,10 +146,17 @@ class RunConfig(BaseModel):
             raise ValueError("give a folder, a hub name, or a loaded object")
         return value
 
-    @field_validator("trackers", mode="before")
+    @field_validator("trackers", "stop_on", mode="before")
     @classmethod
-    def _one_tracker(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) else value
+    def _names_in_one_text(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("stop_on")
+    @classmethod
+    def _alarms_that_there_are(cls, names: list[str]) -> list[str]:
+        if unknown := next((n for n in names if n not in ALARMS), None):
+            raise ValueError(f"no alarm '{unknown}'.{nearest(unknown, ALARMS)} There are {', '.join(ALARMS)}")
+        return names
 
     @field_validator("lora", mode="before")
     @classmethod

@@ -62,7 +62,7 @@ def _values(annotation: Any) -> str:
         return "mapping"
     if annotation is types.NoneType:
         return "null"
-    known = {"Any": "any", "Sampling": "mapping", "LoraSettings": "mapping or rank"}
+    known = {"Any": "any", "Sampling": "mapping", "Health": "mapping", "LoraSettings": "mapping or rank"}
     name = "Any" if annotation is Any else str(annotation.__name__)
     return known.get(name, name.lower())
 

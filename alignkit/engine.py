@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from alignkit import assemble, finish, meter, registry, runfolder
+from alignkit.alarms import Alarm
 from alignkit.config import RunConfig, split
 from alignkit.context import StepContext
 from alignkit.early import EarlyStop
@@ -101,6 +102,7 @@ class Loop:
     evaluated: int = -1
     extra: dict[str, float] = field(default_factory=dict)
     early: EarlyStop = field(default_factory=EarlyStop)
+    alarm: Alarm | None = None
     _saved_at: float = field(default_factory=time.monotonic)
 
     def train(self) -> dict[str, float]:
@@ -108,7 +110,7 @@ class Loop:
         total = self.parts.stream.total_steps(self.config.epochs, self.config.max_steps)
         done = restore(self) if self.config.resume else 0
         last: dict[str, float] = {}
-        with finish.Trackers(self, done) as log, StopSignals() as stop:
+        with finish.Trackers(self, done, total) as log, StopSignals() as stop:
             with Progress.of_run(total, done, self.parts.accelerator.is_main_process) as shown:
                 try:
                     self._evaluate_if_due(done, total, log, shown, last)
@@ -232,10 +234,11 @@ class Loop:
             )
 
     def _checkpoint(self, step: int, stop: StopSignals) -> None:
-        """Save where it is time, or where a signal asks to leave; then leave."""
+        """Save where it is time, or where a signal or an alarm asks to leave; then leave."""
         accelerator = self.parts.accelerator
         due = time.monotonic() - self._saved_at > 60 * self.config.save_minutes
-        flags = self.parts.ranks.sum(torch.tensor([float(due), float(stop.received or 0)]))  # ranks decide together
+        asked = [float(due), float(stop.received or 0), float(self.alarm is not None)]
+        flags = self.parts.ranks.sum(torch.tensor(asked))  # ranks decide together
         if flags.sum() or (self.config.save_every and step % self.config.save_every == 0):
             save(self, step)
             self._saved_at = time.monotonic()
@@ -243,3 +246,5 @@ class Loop:
             if accelerator.is_main_process:
                 logger.warning("stopped after step %d; go on with: %s", step, finish.resume_command(self.folder))
             raise SystemExit(128 + (stop.received or 15))
+        if flags[2]:
+            raise finish.alarmed(self, step)

@@ -46,6 +46,10 @@ class TrainingError(AlignkitError):
     """Training cannot go on: too many non-finite steps, or a rank that no longer answers."""
 
 
+class AlarmError(AlignkitError):
+    """An alarm that `stop_on` names ended a run; what it had learned is saved."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return the sentence " Did you mean 'x'?" for the closest of `known`, or nothing; the space belongs to it."""
     close = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.5)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +16,11 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from alignkit import meter
+from alignkit.alarms import RunView
 from alignkit.chat import turn_end
 from alignkit.config import RunConfig
-from alignkit.errors import RewardError
+from alignkit.errors import AlarmError, RewardError
+from alignkit.listeners import Listeners
 from alignkit.loading import causal_lm
 from alignkit.progress import Progress
 from alignkit.resume import save
@@ -33,11 +35,12 @@ if TYPE_CHECKING:
 
 
 class Trackers:
-    """metrics.jsonl and Accelerate's trackers, open while a loop runs; the main process alone writes."""
+    """metrics.jsonl, Accelerate's trackers and the listeners, open while a loop runs; the main process alone writes."""
 
-    def __init__(self, loop: Loop, done: int) -> None:
-        self._loop, self._done = loop, done
+    def __init__(self, loop: Loop, done: int, total: int) -> None:
+        self._loop, self._done, self._total = loop, done, total
         self._file: StepLines | None = None
+        self._listeners: Listeners | None = None
 
     def __enter__(self) -> Trackers:
         loop = self._loop
@@ -48,18 +51,28 @@ class Trackers:
             loop.parts.accelerator.init_trackers(loop.folder.name, flat)
         if loop.parts.online:
             loop.parts.online.open(loop.folder, self._done, loop.evaluated, loop.parts.ranks.own)
+        if loop.parts.accelerator.is_main_process:
+            run = RunView(loop.folder, MappingProxyType(dict(loop.written)), self._total)
+            self._listeners = Listeners(run, self._done, loop.evaluated)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._file:
-            self._file.close()
+        for one in (self._file, self._listeners):
+            if one:
+                one.close()
         if self._loop.parts.online:
             self._loop.parts.online.close()
         if self._loop.config.trackers:
             self._loop.parts.accelerator.end_training()
 
     def __call__(self, step: int, values: Mapping[str, float], shown: Progress | None) -> dict[str, float]:
-        """Write one step's values everywhere and return them as a dict; nothing is written of no values."""
+        """Write one step's values, and what listeners say of them, and return both; of no values nothing is written."""
+        if values and self._listeners:
+            alarms = self._listeners.hear(step, values)
+            values = {**values, **{f"alarm/{alarm.name}": alarm.value for alarm in alarms}}
+            # the first that ends the run; the loop asks at the end of the step, together with all ranks
+            ends = (alarm for alarm in alarms if alarm.name in self._loop.config.stop_on)
+            self._loop.alarm = self._loop.alarm or next(ends, None)
         if values and self._file:
             # JSON has no nan: a step that was skipped is written with null
             self._file.write(step, {k: v if math.isfinite(v) else None for k, v in values.items()})
@@ -140,6 +153,14 @@ def halted(loop: Loop, done: int, error: RewardError) -> RewardError:
     if done:
         save(loop, done)
     return RewardError(f"{error}\nStopped after step {done}; go on with: {resume_command(loop.folder)}")
+
+
+def alarmed(loop: Loop, done: int) -> AlarmError:
+    """Return the error of a run that an alarm of `stop_on` ends; its checkpoint is written."""
+    said = "an alarm of stop_on ended the run; rank 0 says which"
+    if loop.alarm:
+        said = f"alarm {loop.alarm.name} ended the run (stop_on): {loop.alarm.message}. {loop.alarm.remedy}"
+    return AlarmError(f"{said}\nStopped after step {done}; go on all the same with: {resume_command(loop.folder)}")
 
 
 def resume_command(folder: Path) -> str:

@@ -13,9 +13,10 @@ SHOWN = ("loss", "reward/mean", "wins/mean", "rewards/accuracy", "rewards/margin
 
 
 def line(step: int, total: int, values: Mapping[str, Any], left: float | None = None) -> str:
-    """Return one line about a step: its number and the metrics that matter most."""
+    """Return one line about a step: its number, the metrics that matter most, and alarms."""
     shown = [f"{_short(k)} {values[k]:.4g}" for k in SHOWN if k in values]
     shown += [f"{k} {v:.4g}" for k, v in values.items() if k.startswith("eval/") and k[5:] in SHOWN[:6]]
+    shown += [f"ALARM {k[6:]}" for k in values if k.startswith("alarm/")]
     tail = f" | {_clock(left)} left" if left is not None else ""
     return f"step {step}/{total} | " + " | ".join(shown) + tail
 
@@ -36,6 +37,7 @@ class Progress:
         self._total, self._first, self._started = total, done, time.perf_counter()
         self._bar, self._task = bar, task
         self._last_line = 0.0
+        self._alarms: dict[str, Any] = {}
 
     @staticmethod
     @contextmanager
@@ -57,13 +59,16 @@ class Progress:
             yield Progress(total, done, bar, bar.add_task("", total=total, completed=done))
 
     def step(self, step: int, values: Mapping[str, Any], always: bool = False) -> None:
-        """Show a finished step. Plain lines come at most once a second, and always for the last step."""
+        """Show a finished step. Plain lines come at most once a second, and always for the last step and for alarms."""
+        alarms = {k: v for k, v in values.items() if k.startswith("alarm/")}
+        self._alarms |= alarms
         if self._bar is not None:
-            shown = line(step, self._total, values).split(" | ", 1)[1]
+            # a line scrolls by and stays; the bar has room for one, so alarms stay in it
+            shown = line(step, self._total, {**values, **self._alarms}).split(" | ", 1)[1]
             self._bar.update(self._task, completed=step, description=shown)
             return
         now = time.perf_counter()
-        if always or step == self._total or now - self._last_line >= 1.0:
+        if always or alarms or step == self._total or now - self._last_line >= 1.0:
             self._last_line = now
             done = step - self._first
             left = (now - self._started) / done * (self._total - step) if done else None

@@ -1,6 +1,7 @@
-"""Which methods, rewards and judges are installed: entry points, loaded one at a time and guarded.
+"""Which methods, rewards, judges and listeners are installed: entry points, loaded one at a time and guarded.
 
-A plugin is imported only when its name is asked for. A broken one is reported by name and never stops the others.
+A plugin is imported only when its name is asked for, a listener with every run. A broken one is reported by name and
+never stops the others.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from alignkit.config import RunConfig
 from alignkit.errors import PluginError, nearest
 from alignkit.method import Method, MethodConfig
 
-GROUP, REWARDS, JUDGES = "alignkit", "alignkit.rewards", "alignkit.judges"
-_WORDS = {GROUP: "method", REWARDS: "reward", JUDGES: "judge"}
+GROUP, REWARDS, JUDGES, LISTENERS = "alignkit", "alignkit.rewards", "alignkit.judges", "alignkit.listeners"
+_WORDS = {GROUP: "method", REWARDS: "reward", JUDGES: "judge", LISTENERS: "listener"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,17 @@ def reward(name: str) -> Callable[..., Any]:
 def judge(name: str) -> Callable[..., Any]:
     """Return the judge that a plugin registered under that name; see `alignkit.hookspecs`. Raises as `get` does."""
     return _guarded(JUDGES, name, _function)  # type: ignore[no-any-return]
+
+
+def listeners(warn: Callable[[str], Any]) -> dict[str, Any]:
+    """Load every installed listener: its hooks by its name; one that cannot be used is warned about and left out."""
+    found = {}
+    for name in names(LISTENERS):
+        try:
+            found[name] = _guarded(LISTENERS, name, _hooks)
+        except PluginError as error:
+            warn(f"{error}; runs go on without it")
+    return found
 
 
 def plugins() -> list[Plugin]:

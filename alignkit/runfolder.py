@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from alignkit.config import RunConfig, read_yaml, write_yaml
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, DataError
 
 # Settings that may change between a run and its resumption without changing what is computed.
 FREE = {
     "resume", "name", "output", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_tokens",
     "trackers", "device", "timeout_minutes", "trust_remote_code", "cache_file", "reference_cache", "kept_logits_gib",
+    "health", "stop_on",
 }  # fmt: skip
 
 
@@ -156,11 +157,27 @@ class StepLines:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; a last line that was cut off is left out."""
-    lines = []
-    for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+    """Return the lines of a run's metrics.jsonl. Raises as `read_lines`."""
+    return list(read_lines(Path(folder) / "metrics.jsonl"))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file that `StepLines` wrote; a last line that was cut off is left out.
+
+    Raises DataError: no such file, or a line that is no object with a step.
+    """
+    bad = 0
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if bad:
+                    raise DataError(f"{path}, line {bad}, is no JSON object with a step; take it out, or run again")
+                try:
+                    found = json.loads(line)
+                    bad = 0 if isinstance(found, dict) and isinstance(found["step"], int) else number
+                except (ValueError, KeyError):
+                    bad = number
+                if not bad:
+                    yield found
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None

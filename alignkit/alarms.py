@@ -1,0 +1,69 @@
+"""What a listener is told about a run and what it may say: the limits of health, the view of a run, alarms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something is wrong with a run.
+
+    name: of the cause, which is said once a run. value, limit: what was found and where it begins to be wrong, in the
+    same unit. message: what happened, with step, value and limit. remedy: what to change, by the names of settings.
+    """
+
+    name: str
+    value: float
+    limit: float
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, eq=False)
+class RunView:
+    """A run as a listener sees it. settings: of the run and of the method, as in config.yaml."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    total_steps: int
+
+
+Limit = float | None
+
+
+class Health(BaseModel):
+    """Limits of the alarms of `alignkit.insight.health`; null switches one off. "Start" is the first `window` lines."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    enabled: bool = Field(True, description="watch the run")
+    window: int = Field(8, ge=1, description="logged steps whose mean is looked at, and compared with the first ones")
+    reward_rise: float = Field(0.25, gt=0, description="standard deviations by which a reward has risen")
+
+    kl_high: Limit = Field(15.0, gt=0, description="nats a sequence: too far from the reference")
+    kl_low: Limit = Field(0.01, gt=0, description="nats a sequence, 20 steps after the warm-up: it does not learn")
+    reward_kl: Limit = Field(10.0, gt=0, description="nats a sequence, growing, while the reward has risen")
+    reward_length: Limit = Field(1.5, gt=1, description="times the length at the start, while the reward has risen")
+    reward_held_out: Limit = Field(
+        0.25, gt=0, description="standard deviations that a reward of weight 0 fell, while the reward has risen"
+    )
+    distinct: Limit = Field(0.5, gt=0, lt=1, description="part of the distinct-2 at the start that is left")
+    entropy: Limit = Field(0.05, gt=0, lt=1, description="part of the entropy at the start that is left")
+    repetition: Limit = Field(0.2, gt=0, lt=1, description="part of a completion's 4-grams that repeat others in it")
+    opening: Limit = Field(0.8, gt=0, le=1, description="part of the prompts answered with the same first words")
+    displacement: Limit = Field(0.1, gt=0, description="nats a token that the chosen answers lost, with the rejected")
+    zero_variance: Limit = Field(0.8, gt=0, le=1, description="part of the prompts whose completions all score alike")
+    clip_fraction: Limit = Field(0.3, gt=0, le=1, description="part of the tokens whose gradient was clipped")
+    value_loss: Limit = Field(10.0, gt=1, description="times its running median")
+    explained_variance: Limit = Field(-0.2, lt=1, description="the critic's, below which it only harms")
+    grad_spike: Limit = Field(10.0, gt=1, description="times the running median of the gradient's norm")
+    truncation: Limit = Field(0.1, gt=0, le=1, description="part of the completions that max_new_tokens cut")
+
+
+ALARMS = tuple(name for name, field in Health.model_fields.items() if field.annotation == Limit)

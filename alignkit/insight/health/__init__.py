@@ -1,0 +1,1 @@
+"""Alarms during a run: a listener that looks at every line of metrics."""
