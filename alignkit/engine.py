@@ -29,6 +29,7 @@ from alignkit.pipeline import PipelineResult, run_pipeline
 from alignkit.progress import Progress
 from alignkit.resume import restore, save
 from alignkit.roles import check_reference, in_step
+from alignkit.sessions import Session
 from alignkit.signals import StopSignals
 from alignkit.stream import learning_rate, seeded
 from alignkit.types import Batch, Example
@@ -57,6 +58,7 @@ class Engine:
 
     def run(self, method: str, **settings: Any) -> Result:
         """Train and return the Result; the folder holds metrics.jsonl, config.yaml and model/."""
+        session = Session()
         given = {**self.settings, **settings, "method": method}
         cls = registry.get(method)
         config, method_config = split(given, cls.Config)
@@ -74,7 +76,7 @@ class Engine:
                 runfolder.write_config(folder, written, config.resume)
             logger.info("run: %s", folder)
             parts = assemble.build(config, chosen, rows, tokenizer, accelerator)
-        metrics = Loop(config, chosen, parts, rows, folder, written).train()
+        metrics = Loop(config, chosen, parts, rows, folder, written, session).train()
         model = finish.save_model(parts, config, tokenizer, folder / "model")
         return Result(metrics, model, tokenizer, folder)
 
@@ -98,6 +100,7 @@ class Loop:
     rows: assemble.Rows
     folder: Path
     written: Mapping[str, Any]
+    session: Session
     skipped: int = 0
     evaluated: int = -1
     extra: dict[str, float] = field(default_factory=dict)
@@ -154,11 +157,8 @@ class Loop:
             if over:
                 break
         self.method.after_update(ctx, values)
-        seconds = time.perf_counter() - started
-        n_tokens = self.parts.ranks.sum(torch.tensor([float(batch.n_tokens)])).item()
         values |= {"lr": rate, "epoch": (step + 1) / self.parts.stream.steps_per_epoch, "skipped": self.skipped}
-        spent = self.parts.online.took(seconds) if self.parts.online else {}
-        return values | self.extra | {"tokens_per_second": n_tokens / seconds} | spent
+        return values | self.extra | self.session.took(self.parts, batch.n_tokens, started)
 
     def _minibatches(self, batch: Batch, ctx: StepContext) -> Iterator[tuple[Batch, float]]:
         ranks, total = self.parts.ranks, len(ctx.step_examples)

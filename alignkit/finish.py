@@ -54,12 +54,14 @@ class Trackers:
         if loop.parts.accelerator.is_main_process:
             run = RunView(loop.folder, MappingProxyType(dict(loop.written)), self._total)
             self._listeners = Listeners(run, self._done, loop.evaluated)
+            loop.session.open(loop, self._done)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for one in (self._file, self._listeners):
             if one:
                 one.close()
+        self._loop.session.close(kind)
         if self._loop.parts.online:
             self._loop.parts.online.close()
         if self._loop.config.trackers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from alignkit.online import Online, distinct
 from alignkit.rewards import build_judge, build_rewards
 from alignkit.rollout import Sampled, sample
 from alignkit.rows import RawRows
+from alignkit.sessions import peak_memory
 from alignkit.types import Example
 
 ASKED = 128  # held-out pairs that are looked at, and answers that are sampled
@@ -52,7 +52,7 @@ def done(job: Job) -> dict[str, float | None]:
         started = time.perf_counter()
         settings = {k: v for k, v in job.settings.items() if k != "eval_fraction"} | {"data": train}
         model = Engine().run(job.method, **settings, output=job.folder, name=job.method).model
-        figures = {"seconds": time.perf_counter() - started, "peak_mib": _peak_mib()}
+        figures = {"seconds": time.perf_counter() - started, "peak_mib": peak_memory(torch.cuda.is_available()) / 2**20}
     base = base.to(next(model.parameters()).device).eval()
     return measured(job, model, base, tokenizer, held_out) | figures
 
@@ -104,13 +104,3 @@ def _win_rate(
     scores = [rewards.score(answers).total for answers in (mine, theirs)]
     rewards.close()
     return measures.win_rate(*scores)
-
-
-def _peak_mib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage counts the process that started this one too
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,182 @@
+"""What each session of a run (its start, and every resumption) ran on and cost: sessions.json in the run's folder.
+
+    [{"started": "2026-11-21T13:22:01+00:00", "ended": "done", "from_step": 0, "to_step": 32,
+      "preparing_seconds": 2.1, "seconds": 24.0, "tokens": 61440, "peak_memory_bytes": 911212544,
+      "environment": {...}, "facts": {...}}]
+
+ended: done | stopped (a signal, an alarm) | failed | running, which a killed session stays. seconds: of the loop,
+evaluations included; preparing_seconds: before it. tokens: as in `tokens_per_second`, over all ranks and steps.
+peak_memory_bytes: of the first process since it began; on a GPU of what torch allocated there. A killed session's cost
+is known to within a minute. No host name, user name or folder is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alignkit.errors import AlarmError, ConfigError
+
+if TYPE_CHECKING:
+    from alignkit.assemble import Parts
+    from alignkit.engine import Loop
+
+FILE = "sessions.json"
+_LIBRARIES = ("alignkit", "alignkit-kernels", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "triton")
+_EVERY = 60.0  # seconds between two writes of the file while the loop runs
+
+
+class Session:
+    """The clock of one session: made when it starts, open while its loop runs, counted into by every step."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._tokens, self._step = 0.0, 0
+        self._path: Path | None = None
+        self._earlier: list[dict[str, Any]] = []
+        self._entry: dict[str, Any] = {}
+
+    def open(self, loop: Loop, done: int) -> None:
+        """Begin the file's entry; of the main process alone."""
+        self._path, self._earlier = loop.folder / FILE, read(loop.folder)
+        now = time.perf_counter()
+        self._loop_began, self._written, self._step = now, now, done
+        self._entry = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "from_step": done,
+            "preparing_seconds": round(now - self._began, 3),
+            "environment": environment(loop.parts),
+            "facts": _facts(loop),
+        }
+        self._reference = loop.parts.reference
+        self._write("running")
+
+    def took(self, parts: Parts, n_tokens: int, started: float) -> dict[str, float]:
+        """Count a step that began at `started` (perf_counter) and return its metrics of speed; every rank calls it."""
+        seconds = time.perf_counter() - started
+        tokens = parts.ranks.sum(torch.tensor([float(n_tokens)])).item()
+        self._tokens, self._step = self._tokens + tokens, self._step + 1
+        if self._path and time.perf_counter() - self._written > _EVERY:
+            self._write("running")
+        return {"tokens_per_second": tokens / seconds, **(parts.online.took(seconds) if parts.online else {})}
+
+    def close(self, error: type[BaseException] | None) -> None:
+        """Write how the session ended and what it cost; nothing where it was not opened."""
+        if self._path:
+            stopped = error is not None and (not issubclass(error, Exception) or issubclass(error, AlarmError))
+            self._write("done" if error is None else "stopped" if stopped else "failed")
+
+    def _write(self, ended: str) -> None:
+        assert self._path is not None
+        self._written = time.perf_counter()
+        self._entry |= {
+            "ended": ended,
+            "to_step": self._step,
+            "seconds": round(self._written - self._loop_began, 3),
+            "tokens": int(self._tokens),
+            "peak_memory_bytes": peak_memory(self._entry["environment"]["device"] == "cuda"),
+        }
+        if self._reference is not None and self._reference.cache is not None:
+            cache = self._reference.cache
+            self._entry["facts"]["reference"] |= {"values_read": cache.hits, "values_computed": cache.misses}
+        temporary = self._path.with_name(f".{FILE}")
+        temporary.write_text(json.dumps([*self._earlier, self._entry], indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self._path)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Return the sessions of a run, oldest first; none without the file. Raises ConfigError: it cannot be read."""
+    path = folder / FILE
+    if not path.is_file():
+        return []
+    try:
+        return [dict(one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}. Remove it; the run's cost so far is lost with it") from None
+
+
+def total(sessions: list[dict[str, Any]], key: str) -> float:
+    """Return what all sessions cost together: "seconds", "preparing_seconds" or "tokens"."""
+    return float(sum(one.get(key, 0) for one in sessions))
+
+
+def environment(parts: Parts) -> dict[str, Any]:
+    """Return versions and hardware as JSON values."""
+    device = parts.accelerator.device
+    about: dict[str, Any] = {name: found for name in _LIBRARIES if (found := _version(name))}
+    about |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    about |= {"processor": _processor(), "cores": _cores(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        about |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "cuda": torch.version.cuda}
+    return about | {"device": device.type, "ranks": parts.ranks.n, "precision": parts.accelerator.mixed_precision}
+
+
+def peak_memory(gpu: bool) -> int:
+    """Return the most memory that this process has held, in bytes; gpu: what torch allocated there instead."""
+    if gpu:
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts the process that started this one too
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def digest(source: object) -> str | None:
+    """Return the sha256 of a data file, None where the source is no file."""
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _facts(loop: Loop) -> dict[str, Any]:
+    parts, config = loop.parts, loop.config
+    numbers = [(p.numel(), p.requires_grad) for p in parts.plain.parameters()]
+    reference: Mapping[str, Any] | None = None
+    if parts.reference is not None:
+        reference = {"mode": parts.reference.mode, "fingerprint": parts.reference.fingerprint[:12]}
+        reference |= {"temperature": parts.reference.temperature}
+    return {
+        "parameters": sum(n for n, _ in numbers),
+        "trained_parameters": sum(n for n, trained in numbers if trained),
+        "rows": len(loop.rows.train),
+        "held_out_rows": len(loop.rows.held_out),
+        "data_sha256": digest(config.data),
+        "eval_data_sha256": digest(config.eval_data),
+        "learning_rate": parts.peak_rate,
+        "reference": reference,
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
