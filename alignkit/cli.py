@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alignkit import console
+from alignkit.commands import audit
 
 if TYPE_CHECKING:
     from alignkit.config import RunConfig
@@ -201,6 +202,9 @@ def demo(
     from alignkit.demo import run_demo
 
     typer.echo(run_demo(method, output, seed))
+
+
+app.command(no_args_is_help=True, epilog=audit.EXAMPLES)(audit.audit)
 
 
 @app.command()

@@ -77,6 +77,16 @@ def value_of(text: str) -> Any:
         return text
 
 
+def columns_of(text: str | None) -> dict[str, str] | None:
+    """Read the names of columns, {ours: theirs}. Raises ConfigError where it is no mapping of names."""
+    from alignkit.errors import ConfigError
+
+    names = None if text is None else value_of(text)
+    if names is not None and not (isinstance(names, dict) and all(isinstance(v, str) for v in names.values())):
+        raise ConfigError(f"--columns wants a mapping such as '{{prompt: question}}'; given: '{text}'")
+    return names
+
+
 def check_target(option: str, file: Path | None, made: Path | None = None) -> None:
     """Raise ConfigError where a file cannot be written in the end; `made`: a folder that will be there by then."""
     from alignkit.errors import ConfigError
@@ -91,7 +101,7 @@ def show(*shown: Any) -> None:
     """Print what rich can print, tables for one, without breaking lines where nobody reads along."""
     from rich.console import Console
 
-    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 240).print(*shown)
+    Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 240).print(*shown)
 
 
 def rank() -> int:

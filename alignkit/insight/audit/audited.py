@@ -1,0 +1,158 @@
+"""audit(): everything about a data set, and about a reward on it, that should be known before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from alignkit.config import RunConfig
+from alignkit.data import Dataset, load
+from alignkit.errors import ConfigError, DataError
+from alignkit.forms import FORMS, KINDS
+from alignkit.insight.audit.bias import Bias, biases, counted
+from alignkit.insight.audit.findings import Finding, of_preferences, of_reward, of_rows
+from alignkit.insight.audit.lengths import QUANTILES, Budgets, Length, budgets, measure, summaries
+from alignkit.insight.audit.repeats import Repeats, repeats, shared_prompts
+from alignkit.insight.audit.scored import Scored, Scorer, scored
+from alignkit.loading import load_tokenizer
+from alignkit.rewards import build_rewards
+from alignkit.rows import FaultyRowsError, read_rows
+
+_LIMITS = {name: RunConfig.model_fields[name].default for name in ("max_prompt_tokens", "max_completion_tokens")}
+_BEST = {form.name: form.kinds[0] for form in FORMS}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit` found.
+
+    kind: what the rows were read as, the most that their form can serve; serves: all that it can. total, kept: rows of
+    the source, and those that a method reads. dropped: reason -> rows. labels: of unpaired rows, how many are desirable
+    and undesirable. shared: held-out rows whose prompt is trained on, None without held-out rows. unit: of the lengths.
+    budgets: what a run would cut, None without a tokenizer. biases: of the preferences, empty without pairs.
+    """
+
+    source: str
+    form: str
+    kind: str
+    serves: tuple[str, ...]
+    total: int
+    kept: int
+    dropped: dict[str, list[int]]
+    labels: tuple[int, int] | None
+    repeats: Repeats
+    shared: tuple[int, ...] | None
+    unit: str
+    lengths: tuple[Length, ...]
+    budgets: Budgets | None
+    biases: tuple[Bias, ...]
+    reward: Scored | None
+    findings: tuple[Finding, ...]
+    lines: tuple[str, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything as it goes into JSON."""
+        return {
+            **asdict(self),
+            "quantiles": list(QUANTILES),
+            "findings": [finding._asdict() for finding in self.findings],
+        }
+
+
+def audit(
+    data: object,
+    *,
+    eval_data: object = None,
+    columns: Mapping[str, str] | None = None,
+    model: Any = None,
+    reward: Any = None,
+    max_prompt_tokens: int | None = _LIMITS["max_prompt_tokens"],
+    max_completion_tokens: int | None = _LIMITS["max_completion_tokens"],
+    asked: int = 500,
+) -> Audit:
+    """Look through a data set, and with a reward through what it makes of the data.
+
+    data, eval_data, columns: as of a run. model: folder, hub name or tokenizer, to count tokens and see what the
+    budgets cut. reward: a spec (docs/rewards.md), asked about at most `asked` rows, evenly spread. Raises DataError,
+    ConfigError, ModelError and RewardError for what cannot be read, loaded or scored.
+    """
+    if asked < 2:
+        raise ConfigError(f"asked is {asked}; a reward is looked at on 2 rows at least")
+    dataset = _read(data, columns)
+    held_out = None if eval_data is None else load(eval_data, "prompts", columns)
+    rewards = None if reward is None else build_rewards(reward)
+    tokenizer = _tokenizer(model if model is not None else getattr(rewards, "model_folder", None))
+    measured = measure(dataset, tokenizer)
+    if not measured.rows:
+        raise DataError(f"{dataset.source}: no row has a token to learn")
+    found = repeats(dataset.rows)
+    shared = None if held_out is None else shared_prompts(dataset.rows, held_out.rows)
+    both = (max_prompt_tokens, max_completion_tokens)
+    limits = None if model is None else budgets(dataset, measured, tokenizer, *both)
+    # a row that stands twice is one observation
+    once = [i for i, row in enumerate(measured.rows) if row.row not in set(found.duplicates)]
+    rows, answers = [measured.rows[i] for i in once], [measured.answers[i] for i in once]
+    counts = counted(rows, answers) if dataset.kind == "pairs" else None
+    preferences = biases(counts, np.ones(len(rows))) if counts else ()
+    scores = None if rewards is None else scored(Scorer(rewards, tokenizer), rows, counts, asked)
+    if rewards is not None:
+        rewards.close()
+    findings = [*of_rows(found, shared, limits), *of_preferences(preferences), *(of_reward(scores) if scores else ())]
+    return Audit(
+        **_about(dataset),
+        repeats=found,
+        shared=shared,
+        unit=measured.unit,
+        lengths=summaries(measured, dataset.kind),
+        budgets=limits,
+        biases=preferences,
+        reward=scores,
+        findings=tuple(findings),
+    )
+
+
+def _about(dataset: Dataset) -> dict[str, Any]:
+    """Return the fields that the rows alone say."""
+    report, labels = dataset.report, None
+    if dataset.kind == "unpaired":
+        good = sum(row.numbers["desirable"] == 1 for row in dataset.rows)
+        labels = (good, len(dataset) - good)
+    return {
+        "source": dataset.source,
+        "form": dataset.form,
+        "kind": dataset.kind,
+        "serves": next(form.kinds for form in FORMS if form.name == dataset.form),
+        "total": report.total,
+        "kept": len(dataset),
+        "dropped": report.dropped,
+        "labels": labels,
+        "lines": tuple(dataset.lines()),
+    }
+
+
+def _read(data: object, columns: Mapping[str, str] | None) -> Dataset:
+    """Read rows as the most that their form can serve."""
+    raw, problems = read_rows(data), list[DataError]()
+    for kind in KINDS:
+        try:
+            found = load(raw, kind, columns)
+        except FaultyRowsError:
+            raise
+        except DataError as error:
+            problems.append(error)
+            continue
+        if _BEST[found.form] == kind:
+            return found
+        raise problems[0]  # every row was dropped for the kind that the form is for
+    raise problems[-1]
+
+
+def _tokenizer(model: Any) -> Any | None:
+    if model is None:
+        return None
+    if callable(model):
+        return model
+    return load_tokenizer(RunConfig(method="audit", model=model, data="-"))

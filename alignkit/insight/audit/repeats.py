@@ -1,0 +1,50 @@
+"""Rows that stand twice, that say the opposite of each other, and prompts that stand on both sides of a split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from alignkit.rows import Content, Row
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """What occurs more than once; rows are 1-based rows of the source.
+
+    prompts: different ones. duplicates: rows that say what an earlier row says. contradictions: (earlier row, row) of
+    which one prefers the answer that the other rejects, or of which the label differs.
+    """
+
+    prompts: int
+    duplicates: tuple[int, ...]
+    contradictions: tuple[tuple[int, int], ...]
+
+
+def repeats(rows: Sequence[Row]) -> Repeats:
+    """Find repeated and contradictory rows; white space around texts is left out of the comparison."""
+    seen: dict[tuple[object, ...], int] = {}
+    duplicates, contradictions = [], []
+    for row in rows:
+        prompt, answers, label = key(row.prompt), tuple(map(key, row.completions)), row.numbers.get("desirable")
+        opposite = (prompt, answers, 1.0 - label) if label is not None else (prompt, answers[::-1], None)
+        if (prompt, answers, label) in seen:
+            duplicates.append(row.row)
+        elif opposite in seen:  # an answer of one row alone is its own reverse, and so a duplicate
+            contradictions.append((seen[opposite], row.row))
+        seen.setdefault((prompt, answers, label), row.row)
+    return Repeats(len({key(row.prompt) for row in rows}), tuple(duplicates), tuple(contradictions))
+
+
+def shared_prompts(rows: Sequence[Row], held_out: Sequence[Row]) -> tuple[int, ...]:
+    """Return the held-out rows whose prompt is one of those trained on."""
+    trained = {key(row.prompt) for row in rows}
+    return tuple(row.row for row in held_out if key(row.prompt) in trained)
+
+
+def key(content: Content) -> str:
+    """Return what two contents share that say the same."""
+    if isinstance(content, str):
+        return content.strip()
+    return json.dumps([[message["role"], message["content"].strip()] for message in content])
