@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from classifiers import write_classifier
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignkit.errors import ConfigError, DataError, RewardError
@@ -174,6 +174,7 @@ def test_biases_by_hand() -> None:
     assert not any(b.beyond_chance for b in found.values())
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from([-2.0, 0.0, 1.0])), min_size=1))
 def test_biases_are_those_of_a_plain_count(pairs: list[tuple[int, int, float]]) -> None:
     counts = {"length": np.array([p[:2] for p in pairs], dtype=float)}

@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignkit.insight.audit.features import FEATURES, FILLER, answer_text
@@ -87,6 +87,7 @@ def test_taking(name: str, text: str, taken: str | None) -> None:
     assert BY_NAME[name].taken(text) == taken
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_what_is_added_is_there_and_what_is_taken_is_less(text: str) -> None:
     for feature in FEATURES:
@@ -96,6 +97,7 @@ def test_what_is_added_is_there_and_what_is_taken_is_less(text: str) -> None:
         assert taken is None or (feature.count(taken) < before and taken.strip())
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="abcde fgh", min_size=4, max_size=40))
 def test_what_was_added_is_taken_away_again(words: str) -> None:
     text = f"It is {words.strip()} here. And so it is there."
@@ -118,6 +120,7 @@ def test_only_the_assistant_is_read() -> None:
     assert answer_text(" a ") == " a "
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.floats(0, 1))
 def test_wilson_bounds_are_the_shares_that_the_data_are_just_compatible_with(n: int, part: float) -> None:
     k = round(part * n)
