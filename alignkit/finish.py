@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -15,11 +16,11 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from alignkit import meter
+from alignkit import card, meter
 from alignkit.alarms import RunView
 from alignkit.chat import turn_end
 from alignkit.config import RunConfig
-from alignkit.errors import AlarmError, RewardError
+from alignkit.errors import AlarmError, AlignkitError, RewardError
 from alignkit.listeners import Listeners
 from alignkit.loading import causal_lm
 from alignkit.progress import Progress
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from alignkit.assemble import Parts
     from alignkit.engine import Loop
     from alignkit.types import Batch
+
+logger = logging.getLogger(__name__)
 
 
 class Trackers:
@@ -134,6 +137,10 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
         model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
         tokenizer.save_pretrained(temporary)
+        try:
+            card.write(temporary, folder.parent)
+        except (AlignkitError, OSError) as error:  # a model is worth more than its card
+            logger.warning("no model card is written: %s", error)
         before = folder.with_name(f".{folder.name}-before-{os.getpid()}")
         if folder.exists():
             folder.rename(before)

@@ -1,0 +1,15 @@
+"""What runs did, as one HTML file: curves, alarms, completions before and after, data, settings, environment, cost.
+
+read.py       what is in the folders of runs
+curves.py     which metrics are drawn, in which units
+svg.py        a chart; ticks.py its axes
+samples.py    completions before and after
+settings.py   what differs from the defaults, and between runs
+facts.py      reference, environment, cost
+audits.py     the data
+written.py    report(): all of it into a file
+"""
+
+from alignkit.insight.report.written import report
+
+__all__ = ["report"]

@@ -1,0 +1,129 @@
+"""Which metrics are shown as curves, in which order, in which units."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from alignkit.insight.report.read import Run
+from alignkit.insight.report.svg import Mark, Point, Series, chart, sample
+from alignkit.insight.report.ticks import number
+
+_HELD_OUT = "eval/"
+_GROUPS = (
+    ("Reward and loss", r"wins/.*|rewards?/.*|advantage/.*|loss"),
+    ("Distance from the reference", r"kl|kl/.*|entropy|clip_fraction|ratio/max|logps/.*"),
+    ("Completions", r"completion/.*|length/.*"),
+    ("Optimiser and speed", r"grad_norm|lr|skipped|tokens_per_second|seconds/.*"),
+)
+_FIRST = ("reward/mean", "wins/mean", "rewards/accuracy", "rewards/margin", "kl", "completion/length")
+_UNITS = (
+    (r"kl", "nats a sequence"),
+    (r"entropy", "nats a token"),
+    (r"logps/.*", "nats a completion"),
+    (r"wins/mean", "probability"),
+    (r"rewards/accuracy", "part of pairs"),
+    (r"rewards?/.*", "reward"),
+    (r"clip_fraction", "part of tokens"),
+    (r"completion/eos_rate", "part that ended"),
+    (r"completion/distinct_2", "part of pairs of tokens"),
+    (r"completion/length|length/.*", "tokens"),
+    (r"advantage/zero_variance_groups", "groups of a step"),
+    (r"ratio/max", "policy / policy that sampled"),
+    (r"grad_norm", "before clipping"),
+    (r"lr", "learning rate"),
+    (r"skipped", "updates left out so far"),
+    (r"tokens_per_second", "tokens a second"),
+    (r"seconds/.*", "seconds a step"),
+)
+_FEW = 4  # so many points are drawn even where they are equal
+_UNSEEN = re.compile(r"step|epoch|alarm/.*")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric's chart. same: other metrics with the same numbers, which are not drawn again."""
+
+    name: str
+    unit: str
+    same: list[str]
+    chart: Markup
+
+
+@dataclass
+class Group:
+    """Panels under one heading. constant: "name value" of metrics that never changed, which are not drawn."""
+
+    title: str
+    panels: list[Panel]
+    constant: list[str]
+
+
+def groups(runs: Sequence[Run], marks: Sequence[Mark]) -> list[Group]:
+    """Return the curves of all runs, one chart a metric; what no pattern names is a term of the loss."""
+    made = {title: Group(title, [], []) for title, _ in _GROUPS}
+    seen: dict[tuple[tuple[Point, ...], ...], Panel] = {}
+    for name in names(runs):
+        series = list(_series(runs, name))
+        group = made[next((t for t, pattern in _GROUPS if re.fullmatch(pattern, name)), _GROUPS[0][0])]
+        numbers = tuple(tuple(s.points) for s in series)
+        values = [v for s in series for _, v in s.points]
+        if len(values) > _FEW and len(set(values)) == 1:
+            group.constant.append(f"{name} {number(values[0])}")
+        elif numbers in seen:
+            seen[numbers].same.append(name)
+        else:
+            seen[numbers] = Panel(name, unit(name), [], chart(name, unit(name), series, marks))
+            group.panels.append(seen[numbers])
+    return [group for group in made.values() if group.panels or group.constant]
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+    """Return the metrics of all runs without "eval/", the most telling ones first, then as they are written."""
+    there: dict[str, None] = {}
+    for run in runs:
+        for line in run.lines:
+            there |= dict.fromkeys(key.removeprefix(_HELD_OUT) for key, v in line.items() if _number(v))
+    shown = [n for n in there if not _UNSEEN.fullmatch(n)]
+    return sorted(shown, key=lambda n: _FIRST.index(n) if n in _FIRST else len(_FIRST))
+
+
+def unit(name: str) -> str:
+    """Return the unit of a metric, as docs/run.md has it; empty for what is not known."""
+    return next((unit for pattern, unit in _UNITS if re.fullmatch(pattern, name)), "")
+
+
+def legend(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
+    """Return a sample of each line with its words: of one run training and held-out rows, else the runs."""
+    held_out = any(key.startswith(_HELD_OUT) for run in runs for line in run.lines for key in line)
+    if len(runs) == 1:
+        return [(sample(0, False), "training"), *([(sample(1, True), "held-out rows")] if held_out else [])]
+    lines = [(sample(i, False), run.label) for i, run in enumerate(runs)]
+    return [*lines, *([(sample(0, True), "with points: held-out rows")] if held_out else [])]
+
+
+def _series(runs: Sequence[Run], name: str) -> Iterator[Series]:
+    for i, run in enumerate(runs):
+        training = _points(run, name)
+        held_out = _points(run, _HELD_OUT + name)
+        if len(runs) == 1:
+            words, styles = ("training", "held-out rows"), (0, 1)
+        else:
+            words, styles = (run.label, f"{run.label}, held-out rows"), (i, i)
+        if training:
+            yield Series(words[0], training, styles[0])
+        if held_out:
+            yield Series(words[1], held_out, styles[1], held_out=True)
+
+
+def _points(run: Run, name: str) -> list[Point]:
+    found = [(float(line["step"]), line[name]) for line in run.lines if name in line]
+    return sorted(((x, float(v) if _number(v) else None) for x, v in found), key=lambda point: point[0])
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,115 @@
+"""What a run trained, where, and what it cost, as names and values in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from alignkit import sessions
+from alignkit.card import place
+from alignkit.insight.report.read import Run
+from alignkit.insight.report.ticks import number
+
+_GIB = 2**30
+_ENVIRONMENT = (
+    "device", "gpu", "gpu_memory_bytes", "cuda", "processor", "cores", "threads", "ranks", "precision", "system",
+    "python", "alignkit", "alignkit-kernels", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "triton",
+)  # fmt: skip
+_ENDED = {
+    "done": "done",
+    "stopped": "stopped by a signal or an alarm",
+    "failed": "ended by an error",
+    "running": "still running, or killed",
+}
+
+
+def summary(run: Run) -> list[tuple[str, str]]:
+    """Return what stands at the head: method, base, data, steps, cost."""
+    rows = [("method", run.method), ("base", place(run.settings["model"])), ("data", place(run.settings["data"]))]
+    rows.append(("steps", number(run.steps)))
+    if not run.sessions:
+        return rows
+    last = run.sessions[-1]
+    rows += [(name, value) for name, value in cost(run) if name not in ("ended", "sessions", "preparing")]
+    trained, whole = last["facts"]["trained_parameters"], last["facts"]["parameters"]
+    rows.append(("trained parameters", f"{count(trained)} of {count(whole)}" if trained < whole else count(whole)))
+    return rows
+
+
+def cost(run: Run) -> list[tuple[str, str]]:
+    """Return time, tokens and memory of all sessions together."""
+    if not run.sessions:
+        return []
+    rows = [
+        ("time", span(sessions.total(run.sessions, "seconds"))),
+        ("preparing", span(sessions.total(run.sessions, "preparing_seconds"))),
+        ("tokens", count(int(sessions.total(run.sessions, "tokens")))),
+        ("peak memory", memory(max(one.get("peak_memory_bytes", 0) for one in run.sessions))),
+        ("sessions", str(len(run.sessions))),
+    ]
+    return [*rows, ("ended", _ENDED.get(str(run.sessions[-1].get("ended")), "?"))]
+
+
+def reference(run: Run) -> list[tuple[str, str]]:
+    """Return how the reference was kept and what the cache gave; empty where the method asks none."""
+    about = run.sessions[-1]["facts"].get("reference") if run.sessions else None
+    if not about:
+        return []
+    rows = [("kept as", str(about["mode"]))]
+    if about.get("fingerprint"):
+        rows.append(("weights", f"{about['fingerprint']}…"))
+    every = [one["facts"]["reference"] for one in run.sessions if one["facts"].get("reference")]
+    if "values_read" in about:
+        read = sum(one.get("values_read", 0) for one in every)
+        computed = sum(one.get("values_computed", 0) for one in every)
+        rows += [("completions read from the cache", number(read)), ("completions computed", number(computed))]
+    else:
+        rows.append(("cache", "not used: completions are sampled anew" if run.answers[0] else "not used"))
+    return rows
+
+
+def environment(run: Run) -> list[tuple[str, str]]:
+    """Return versions and hardware of the run's last session."""
+    about = run.sessions[-1]["environment"] if run.sessions else {}
+    return [(_words(key), _value(key, about)) for key in _ENVIRONMENT if key in about]
+
+
+def moved(run: Run) -> list[str]:
+    """Say what the environments of a resumed run's sessions differ in."""
+    each = [one.get("environment", {}) for one in run.sessions]
+    keys = [key for key in _ENVIRONMENT if len({str(one.get(key)) for one in each}) > 1]
+    return [f"{_words(key)}: {', then '.join(dict.fromkeys(_value(key, one) for one in each))}" for key in keys]
+
+
+def span(seconds: float) -> str:
+    """Write a time for a reader: 42 s, 3 min 05 s, 2 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def memory(n_bytes: float) -> str:
+    """Write a size in GiB, a small one in MiB."""
+    return f"{n_bytes / _GIB:.1f} GiB" if n_bytes >= _GIB else f"{n_bytes / 2**20:.0f} MiB"
+
+
+def count(n: int) -> str:
+    """Write a large whole number with three digits and a letter: 1.24 B, 61.4 k."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if n >= size:
+            scaled = n / (1e3 if letter == "k" else size)
+            return f"{scaled:.{max(0, 3 - len(str(int(scaled))))}f} {letter}"
+    return number(n)
+
+
+def _words(key: str) -> str:
+    return "GPU memory" if key == "gpu_memory_bytes" else "GPU" if key == "gpu" else key
+
+
+def _value(key: str, about: Mapping[str, Any]) -> str:
+    if key not in about:
+        return "-"
+    return memory(about[key]) if key == "gpu_memory_bytes" else str(about[key])

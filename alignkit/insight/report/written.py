@@ -1,0 +1,105 @@
+"""report(): read the runs, put everything together, write the page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.insight import page
+from alignkit.insight.report import audits, curves, facts, samples, settings, tables
+from alignkit.insight.report.read import Chapter, Run, chapters
+from alignkit.insight.report.svg import Mark
+
+_LABELLED = 12  # steps with alarms whose numbers have room above a chart
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """An alarm as it is listed. number: as on the curves."""
+
+    number: int
+    run: str
+    step: int
+    name: str
+    message: str
+    remedy: str
+
+
+def report(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] = "report.html") -> Path:
+    """Write what the runs did into one HTML file that needs nothing else, and return its path.
+
+    runs: folders of runs, drawn over each other, or of pipelines, stage by stage. Raises ConfigError for a folder that
+    holds none, and DataError for a damaged file in it.
+    """
+    read = chapters([Path(run) for run in runs])
+    names = [Path(run).resolve().name for run in runs]
+    title = (
+        f"Run {names[0]}" if len(names) == 1 else f"{len(names)} runs: {', '.join(names[:4])}{' …' * (len(names) > 4)}"
+    )
+    page.write(
+        Path(output),
+        "report.html",
+        title,
+        chapters=[_shown(chapter, len(read)) for chapter in read],
+        side_by_side=tables.side_by_side,
+    )
+    return Path(output)
+
+
+def _shown(chapter: Chapter, n_chapters: int) -> dict[str, Any]:
+    """Return a chapter as the template reads it."""
+    runs, alarms = chapter.runs, _alarms(chapter.runs)
+    return {
+        "title": chapter.title if n_chapters > 1 else None,
+        "many": len(runs) > 1,
+        "notes": [(run.label, note) for run in runs for note in run.notes],
+        "summary": [(run.label, facts.summary(run)) for run in runs],
+        "results": tables.results(runs),
+        "alarms": alarms,
+        "unwatched": [run.label for run in runs if not _watched(run)],
+        "legend": curves.legend(runs),
+        "groups": curves.groups(runs, _marks(alarms)),
+        "samples": [(run.label, samples.samples(run), _why_not(run)) for run in runs],
+        "audits": audits.audited(runs),
+        "references": [(run.label, facts.reference(run)) for run in runs],
+        "changed": [(run.label, settings.changed(run), settings.everything(run)) for run in runs],
+        "between": settings.between(runs),
+        "labels": [run.label for run in runs],
+        "environment": tables.environment(runs),
+        "moved": [(run.label, note) for run in runs for note in facts.moved(run)],
+        "costs": [(run.label, facts.cost(run)) for run in runs],
+    }
+
+
+def _alarms(runs: Sequence[Run]) -> list[Alarm]:
+    every = [(run.label, alarm) for run in runs for alarm in run.alarms]
+    texts = [(label, a, {k: str(a.get(k, "")) for k in ("name", "message", "remedy")}) for label, a in every]
+    return [Alarm(i, label, int(a["step"]), **text) for i, (label, a, text) in enumerate(texts, 1)]
+
+
+def _marks(alarms: Sequence[Alarm]) -> list[Mark]:
+    """One mark a step; its label names the alarms where there is room."""
+    steps = sorted({a.step for a in alarms})
+    found = []
+    for step in steps:
+        there = [a for a in alarms if a.step == step]
+        label = ",".join(str(a.number) for a in there) if len(steps) <= _LABELLED else ""
+        found.append(Mark(step, label, "\n".join(f"{a.number}. {a.name}, step {a.step}: {a.message}" for a in there)))
+    return found
+
+
+def _watched(run: Run) -> bool:
+    health = run.settings.get("health")
+    return isinstance(health, dict) and bool(health.get("enabled", True))
+
+
+def _why_not(run: Run) -> str:
+    """Why a run has no completions to show."""
+    if not any("completion/length" in key for line in run.lines for key in line):
+        return f"'{run.method}' learns from answers that are given, and samples none."
+    if not any(run.answers):
+        return "No held-out prompts were sampled; give eval_data or eval_fraction to compare the same prompts."
+    return "Held-out prompts were sampled once only."

@@ -1,0 +1,72 @@
+"""How a saved model is loaded and asked, as code for its model card."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Speaks = Literal["text", "chat", "score", "preference"]
+"""What a model says: a continuation, an answer to messages, a number for an answer, or which of two is better."""
+
+
+def text(speaks: Speaks, adapter_of: str | None) -> str:
+    """Return Markdown with code that runs in the model's folder. adapter_of: the base, of an adapter alone."""
+    task = "SequenceClassification" if speaks in ("score", "preference") else "CausalLM"
+    kind = f"AutoModelFor{task}"
+    imports, options, note = f"from transformers import {kind}, AutoTokenizer", "", ""
+    if adapter_of is not None:
+        kind = f"AutoPeftModelFor{task}"
+        imports = f"from peft import {kind}\nfrom transformers import AutoTokenizer"
+        options = ", num_labels=1" if task != "CausalLM" else ""
+        note = f"This folder holds the adapter alone; its base is `{adapter_of}`.\n\n"
+    code = (
+        f'import torch\n{imports}\n\nfolder = "."  # of this file\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"model = {kind}.from_pretrained(folder{options}).eval()\n{_ASK[speaks]}"
+    )
+    return f"{note}```python\n{code}```{_WORDS.get(speaks, '')}"
+
+
+_TEXT = """\
+inputs = tokenizer("Your prompt", return_tensors="pt")
+with torch.no_grad():
+    output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+_CHAT = """\
+messages = [{"role": "user", "content": "Your prompt"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+with torch.no_grad():
+    output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+_SCORE = """\
+prompt, answer = "Your prompt", " An answer."
+ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
+with torch.no_grad():
+    print(model(torch.tensor([ids])).logits.item())
+"""
+_PAIRWISE = """\
+prompt, answers = "Your prompt", [" An answer.", " Another one."]
+eos = [tokenizer.eos_token_id]
+
+
+def score(first, second):
+    start = tokenizer(prompt)["input_ids"]
+    ends = [tokenizer(answer, add_special_tokens=False)["input_ids"] + eos for answer in (first, second)]
+    with torch.no_grad():
+        return model(torch.tensor([start + ends[0] + ends[1]])).logits[0, 0]
+
+
+print(torch.sigmoid(score(*answers) - score(*reversed(answers))).item())
+"""
+_OF_SCORES = """
+
+The score is that of the whole answer, its end-of-sequence token included; of two answers to one prompt the better one
+has the higher score, and σ of their difference is the probability that it is preferred. Messages go through the
+tokenizer's chat template first. In alignkit the folder is a `reward`."""
+_OF_PAIRS = """
+
+It prints the probability that the first answer is preferred; both orders are asked, so that the place does not count.
+In alignkit the folder is a `judge`."""
+_ASK: dict[Speaks, str] = {"text": _TEXT, "chat": _CHAT, "score": _SCORE, "preference": _PAIRWISE}
+_WORDS: dict[Speaks, str] = {"score": _OF_SCORES, "preference": _OF_PAIRS}
