@@ -120,7 +120,8 @@ def environment(parts: Parts) -> dict[str, Any]:
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         about |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "cuda": torch.version.cuda}
-    return about | {"device": device.type, "ranks": parts.ranks.n, "precision": parts.accelerator.mixed_precision}
+    mixed = parts.accelerator.mixed_precision
+    return about | {"device": device.type, "ranks": parts.ranks.n, "precision": "fp32" if mixed == "no" else mixed}
 
 
 def peak_memory(gpu: bool) -> int:

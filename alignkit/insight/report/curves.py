@@ -17,7 +17,7 @@ _HELD_OUT = "eval/"
 _GROUPS = (
     ("Reward and loss", r"wins/.*|rewards?/.*|advantage/.*|loss"),
     ("Distance from the reference", r"kl|kl/.*|entropy|clip_fraction|ratio/max|logps/.*"),
-    ("Completions", r"completion/.*|length/.*"),
+    ("Length and variety", r"completion/.*|length/.*"),
     ("Optimiser and speed", r"grad_norm|lr|skipped|tokens_per_second|seconds/.*"),
 )
 _FIRST = ("reward/mean", "wins/mean", "rewards/accuracy", "rewards/margin", "kl", "completion/length")

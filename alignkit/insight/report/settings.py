@@ -15,7 +15,7 @@ from alignkit.errors import PluginError
 from alignkit.insight.report.read import Run
 
 _PLACE = ("output", "name", "resume")  # where a run is, which its heading says
-_UNKNOWN = object()
+_NONE = object()
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,13 +30,13 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(run: Run) -> list[tuple[str, str, str]]:
-    """Return (name, value, default) of every setting that is not at its default; "?" for an unknown default."""
+    """Return (name, value, default) of every setting that is not at its default; "-" where it has none."""
     known = _defaults(run.method)
     rows = []
     for key, value in flat(run.settings).items():
-        default = known.get(key, _UNKNOWN)
-        if key not in _PLACE and (default is _UNKNOWN or default != value):
-            rows.append((key, shown(value), "?" if default is _UNKNOWN else shown(default)))
+        default = known.get(key, _NONE)
+        if key not in _PLACE and (default is _NONE or default != value):
+            rows.append((key, shown(value), "-" if default is _NONE else shown(default)))
     return rows
 
 

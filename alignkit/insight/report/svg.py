@@ -197,13 +197,12 @@ def _mark(frame: Frame, mark: Mark) -> Markup:
 def _strips(frame: Frame, series: Sequence[Series]) -> Markup:
     """Vertical strips that say on hover what is at their steps."""
     steps = sorted({x for s in series for x, _ in s.points})
-    groups = [steps[i * len(steps) // STRIPS : (i + 1) * len(steps) // STRIPS] for i in range(STRIPS)]
-    groups = [g for g in groups if g] if len(steps) > STRIPS else [[x] for x in steps]
-    edges = [frame.x(frame.steps[0])]
-    edges += [frame.x((a[-1] + b[0]) / 2) for a, b in pairwise(groups)]
-    edges.append(frame.x(frame.steps[1]))
+    n = min(STRIPS, len(steps))
+    groups = [steps[i * len(steps) // n : (i + 1) * len(steps) // n] for i in range(n)]
+    between = [frame.x((a[-1] + b[0]) / 2) for a, b in pairwise(groups)]
+    first, last = (frame.x(step) for step in frame.steps)
     parts = []
-    for group, (left, right) in zip(groups, pairwise(edges), strict=True):
+    for group, left, right in zip(groups, [first, *between], [*between, last], strict=False):
         words = "\n".join([_span(group), *_said(series, group[0], group[-1])])
         parts.append(
             Markup('<rect class="strip" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}</title></rect>').format(

@@ -20,11 +20,11 @@ def side_by_side(each: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> Table
     return ["run", *keys], rows
 
 
-def environment(runs: Sequence[Run]) -> Table:
-    """Return a row for each fact and a column for each run, one column where all ran on the same."""
+def environment(runs: Sequence[Run]) -> Table | None:
+    """Return a row for each fact and a column for each run, None where all ran on the same."""
     each = [facts.environment(run) for run in runs]
     if all(one == each[0] for one in each):
-        return ["", "all runs" if len(runs) > 1 else "this run"], [[name, value] for name, value in each[0]]
+        return None
     keys = dict.fromkeys(name for one in each for name, _ in one)
     return ["", *(run.label for run in runs)], [[key, *(dict(one).get(key, "-") for one in each)] for key in keys]
 

@@ -42,15 +42,17 @@ def ticks(low: float, high: float, most: int = 6, whole: bool = False) -> list[f
 
 
 def labels(at: Sequence[float]) -> list[str]:
-    """Write the numbers of an axis, all with the same decimals; very large and very small ones as 2e-5."""
+    """Write the numbers of an axis, all with the same decimals, and where they are very large or small one exponent."""
     if not at:
         return []
     step = at[1] - at[0] if len(at) > 1 else abs(at[0]) or 1.0
     largest = max(abs(v) for v in at)
-    if largest >= 1e5 or step < 1e-4:
-        return [number(v) for v in at]
-    decimals = next(d for d in range(8) if all(abs(round(v, d) - v) <= 1e-6 * step for v in at) or d == 7)
-    return ["0" if round(v, decimals) == 0 else f"{v:.{decimals}f}".replace("-", "−") for v in at]
+    plain = largest < 1e5 and step >= 1e-4
+    exponent = 0 if plain else math.floor(math.log10(largest) + 1e-9)
+    scaled, step = [v / 10.0**exponent for v in at], step / 10.0**exponent
+    decimals = next(d for d in range(9) if d == 8 or all(abs(round(v, d) - v) <= 1e-6 * step for v in scaled))
+    end = "" if plain else f"e{exponent}"
+    return ["0" if abs(v) < 1e-6 * step else f"{v:.{decimals}f}{end}".replace("-", "−") for v in scaled]
 
 
 def number(value: float | None) -> str:

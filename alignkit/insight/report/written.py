@@ -68,7 +68,8 @@ def _shown(chapter: Chapter, n_chapters: int) -> dict[str, Any]:
         "changed": [(run.label, settings.changed(run), settings.everything(run)) for run in runs],
         "between": settings.between(runs),
         "labels": [run.label for run in runs],
-        "environment": tables.environment(runs),
+        "environment": facts.environment(runs[0]),
+        "environments": tables.environment(runs),
         "moved": [(run.label, note) for run in runs for note in facts.moved(run)],
         "costs": [(run.label, facts.cost(run)) for run in runs],
     }
