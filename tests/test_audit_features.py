@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignkit.insight.audit.features import FEATURES, FILLER, answer_text
-from alignkit.insight.audit.intervals import of_mean, wilson
+from alignkit.insight.intervals import of_mean, wilson
 
 BY_NAME = {feature.name: feature for feature in FEATURES}
 PIECES = st.sampled_from(

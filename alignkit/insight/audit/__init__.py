@@ -6,7 +6,6 @@ lengths.py     lengths, and what budgets cut
 features.py    what an answer has besides content; how to add it and take it away
 bias.py        whether the preferred answer has more of it
 scored.py      the same of a reward's scores, and of the same answer changed
-intervals.py   how far from the truth a share or a mean may be
 findings.py    what is beyond chance, in words
 shown.py       terminal, JSON, HTML
 """

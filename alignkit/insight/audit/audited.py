@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from alignkit.insight.audit.findings import Finding, of_preferences, of_reward, 
 from alignkit.insight.audit.lengths import QUANTILES, Budgets, Length, budgets, measure, summaries
 from alignkit.insight.audit.repeats import Repeats, repeats, shared_prompts
 from alignkit.insight.audit.scored import Scored, Scorer, scored
+from alignkit.insight.places import device, model_folder
 from alignkit.loading import load_tokenizer
 from alignkit.rewards import build_rewards
 from alignkit.rows import FaultyRowsError, read_rows
@@ -83,7 +85,7 @@ def audit(
         raise ConfigError(f"asked is {asked}; a reward is looked at on 2 rows at least")
     dataset = _read(data, columns)
     held_out = None if eval_data is None else load(eval_data, "prompts", columns)
-    rewards = None if reward is None else build_rewards(reward)
+    rewards = None if reward is None else build_rewards(reward, device())
     tokenizer = _tokenizer(model if model is not None else getattr(rewards, "model_folder", None))
     measured = measure(dataset, tokenizer)
     if not measured.rows:
@@ -153,6 +155,6 @@ def _read(data: object, columns: Mapping[str, str] | None) -> Dataset:
 def _tokenizer(model: Any) -> Any | None:
     if model is None:
         return None
-    if callable(model):
+    if not isinstance(model, str | Path):
         return model
-    return load_tokenizer(RunConfig(method="audit", model=model, data="-"))
+    return load_tokenizer(RunConfig(method="audit", model=model_folder(str(model)), data="-"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignkit.insight.audit.features import FEATURES, LENGTH, Feature, answer_text
-from alignkit.insight.audit.intervals import LEVEL, wilson
+from alignkit.insight.intervals import LEVEL, wilson
 from alignkit.rows import Row
 
 # a finding has to stand against all features that were looked at (Bonferroni)

@@ -12,7 +12,7 @@ import numpy as np
 from alignkit.errors import DataError
 from alignkit.insight.audit.bias import STRICT, Bias, biases
 from alignkit.insight.audit.features import FEATURES
-from alignkit.insight.audit.intervals import of_mean, wilson
+from alignkit.insight.intervals import of_mean, wilson
 from alignkit.rewards import Answers, Rewards
 from alignkit.rewards.answers import text_of
 from alignkit.rows import Content, Row

@@ -1,0 +1,75 @@
+"""The expected best of k, without sampling again: an average over all subsets of size k of the n samples.
+
+The i-th smallest of n values is the largest of C(i - 1, k - 1) of the C(n, k) subsets. So the mean over subsets is
+sum_i C(i - 1, k - 1) / C(n, k) x_(i), the unbiased estimator of 2112.09332 (appendix I); 2210.10760 has the curves.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from alignkit.insight.intervals import of_mean
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over prompts, with its 95 % interval; None with a single prompt."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """The best of k by the proxy: its expected proxy and gold reward. kl: to the model, nats a sequence."""
+
+    k: int
+    kl: float
+    proxy: Mean
+    gold: Mean | None
+
+
+def kl(k: int) -> float:
+    """Return KL(best of k || model) = log k - (k - 1) / k, nats a sequence; where rewards tie, an upper bound."""
+    return math.log(k) - (k - 1) / k
+
+
+def curve(proxy: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] | None) -> tuple[Point, ...]:
+    """Return a point for every k from 1 to n; proxy, gold: of each prompt's n samples, [prompt][sample]."""
+    golds = gold if gold is not None else [None] * len(proxy)
+    orders = [ordered(p, g) for p, g in zip(proxy, golds, strict=True)]
+    return tuple(_point(k, orders) for k in range(1, len(proxy[0]) + 1))
+
+
+def ordered(proxy: Sequence[float], gold: Sequence[float] | None) -> tuple[list[float], list[float] | None]:
+    """Return both sorted by the proxy; gold is averaged over ties, of which any may be taken for the best."""
+    values = sorted(proxy)
+    if gold is None:
+        return values, None
+    ranked = sorted(zip(proxy, gold, strict=True), key=lambda pair: pair[0])
+    found: list[float] = []
+    for _, group in groupby(ranked, key=lambda pair: pair[0]):
+        tied = [g for _, g in group]
+        found += [statistics.fmean(tied)] * len(tied)
+    return values, found
+
+
+def best_of(k: int, ascending: Sequence[float]) -> float:
+    """Return the mean over all subsets of size k of the value that stands last in it."""
+    n = len(ascending)
+    return math.fsum(math.comb(i, k - 1) / math.comb(n, k) * x for i, x in enumerate(ascending) if i >= k - 1)
+
+
+def _point(k: int, orders: Sequence[tuple[list[float], list[float] | None]]) -> Point:
+    gold = [best_of(k, g) for _, g in orders if g is not None]
+    return Point(k, kl(k), _mean([best_of(k, p) for p, _ in orders]), _mean(gold) if gold else None)
+
+
+def _mean(values: Sequence[float]) -> Mean:
+    low, high = of_mean(values) if len(values) > 1 else (None, None)
+    return Mean(statistics.fmean(values), low, high)

@@ -1,0 +1,132 @@
+"""best_of_n(): samples of a model, their rewards, and the best of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.config import RunConfig, gathered, validated
+from alignkit.data import load
+from alignkit.errors import ConfigError
+from alignkit.insight.best_of_n.curve import Point, curve
+from alignkit.insight.places import device, model_folder
+from alignkit.loading import from_pretrained, load_tokenizer
+from alignkit.online import Online
+from alignkit.rewards import Answers, Rewards, build_rewards, check_rewards
+from alignkit.rollout import sample
+from alignkit.rows import Content
+from alignkit.tokenise import tokenise
+from alignkit.types import Example
+
+logger = logging.getLogger(__name__)
+
+TOGETHER = 32  # prompts between two lines of the log
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt with its n samples. golds: None without a gold reward. ended: False where max_new_tokens cut."""
+
+    row: int
+    prompt: Content
+    completions: tuple[Content, ...]
+    rewards: tuple[float, ...]
+    golds: tuple[float, ...] | None
+    ended: tuple[bool, ...]
+
+    @property
+    def best(self) -> int:
+        """The sample with the highest reward, the first of equals."""
+        return max(range(len(self.rewards)), key=lambda i: self.rewards[i])
+
+    @property
+    def worst(self) -> int:
+        """The sample with the lowest reward, the first of equals."""
+        return min(range(len(self.rewards)), key=lambda i: self.rewards[i])
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """All samples, and the curve of their best ones; reward, gold: what scored them."""
+
+    model: str
+    n: int
+    reward: str
+    gold: str | None
+    asked: tuple[Asked, ...]
+    curve: tuple[Point, ...]
+
+
+def best_of_n(
+    model: str,
+    data: object,
+    reward: Any,
+    *,
+    n: int = 16,
+    gold: Any = None,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> BestOfN:
+    """Sample n completions of each prompt, and score them.
+
+    model: folder or hub name of a model, an adapter, or a run. data: rows whose prompts are asked, `limit` of them at
+    most. reward, gold: specs (docs/rewards.md); samples are chosen by the reward, and the gold reward only looks on.
+    settings: of a run, such as {"sampling.temperature": 0.8, "seed": 1}. Raises AlignkitError for what cannot be done.
+    """
+    if n < 1:
+        raise ConfigError(f"n is {n}; give 1 or more")
+    for spec in (reward, gold):
+        if spec is not None:
+            check_rewards(spec)
+    folder = model_folder(model)
+    about = {**gathered(settings or {}), "method": "best-of-n", "model": folder, "data": "-", "columns": columns}
+    config = validated(RunConfig, about)
+    rows = load(data, "prompts", columns)
+    tokenizer = load_tokenizer(config)
+    prompts = tokenise(rows, tokenizer, config.max_prompt_tokens)[0][:limit]
+    judges = [build_rewards(spec, device()) for spec in (reward, gold) if spec is not None]
+    policy = from_pretrained(folder, config).to(device()).eval()
+    asked: list[Asked] = []
+    for start in range(0, len(prompts), TOGETHER):
+        asked += _asked(policy, tokenizer, config, prompts[start : start + TOGETHER], start, n, judges)
+        logger.info("sampled and scored %d of %d prompts", len(asked), len(prompts))
+    for judge in judges:
+        judge.close()
+    names = [" + ".join(judge.names) for judge in judges]
+    golds = [a.golds for a in asked if a.golds is not None]
+    found = curve([a.rewards for a in asked], golds or None)
+    return BestOfN(folder, n, names[0], names[1] if gold is not None else None, tuple(asked), found)
+
+
+def _asked(
+    policy: Any,
+    tokenizer: Any,
+    config: RunConfig,
+    prompts: Sequence[Example],
+    first: int,
+    n: int,
+    judges: Sequence[Rewards],
+) -> list[Asked]:
+    """Sample and score prompts whose numbers begin at `first`."""
+    numbers = range(first, first + len(prompts))
+    ids = [e.prompt for e in prompts]
+    sampled = sample(policy, tokenizer, ids, config.sampling, n=n, seed=config.seed, numbers=numbers)
+    answers: Answers = Online(config, tokenizer, None, None).answers(prompts, sampled)
+    scores = [judge.score(answers).total for judge in judges]
+    found = []
+    for i, example in enumerate(prompts):
+        own = slice(i * n, (i + 1) * n)
+        found.append(
+            Asked(
+                example.row,
+                answers.prompts[own][0],
+                tuple(answers.completions[own]),
+                tuple(scores[0][own]),
+                tuple(scores[1][own]) if len(scores) > 1 else None,
+                tuple(answers.ended[own]),
+            )
+        )
+    return found
