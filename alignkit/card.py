@@ -154,9 +154,9 @@ class _About:
         return "\n".join([*data, *self._cost(), "", "| hyper-parameter | value |", "|---|---|", *table])
 
     def _cost(self) -> list[str]:
-        if not self.sessions:
+        on = self.sessions[-1]["environment"] if self.sessions else {}
+        if not on:
             return []
-        on = self.sessions[-1]["environment"]
         seconds, tokens = (sessions.total(self.sessions, key) for key in ("seconds", "tokens"))
         versions = ", ".join(f"{k} {on[k]}" for k in ("alignkit", "torch", "transformers", "peft") if k in on)
         return [

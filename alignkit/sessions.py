@@ -101,7 +101,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return [dict(one) for one in json.loads(path.read_text(encoding="utf-8"))]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [{"environment": {}, "facts": {}, **one} for one in found]
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"cannot read {path}: {error}. Remove it; the run's cost so far is lost with it") from None
 

@@ -29,9 +29,8 @@ def summary(run: Run) -> list[tuple[str, str]]:
     rows.append(("steps", number(run.steps)))
     if not run.sessions:
         return rows
-    last = run.sessions[-1]
     rows += [(name, value) for name, value in cost(run) if name not in ("ended", "sessions", "preparing")]
-    trained, whole = last["facts"]["trained_parameters"], last["facts"]["parameters"]
+    trained, whole = (run.sessions[-1]["facts"].get(key, 0) for key in ("trained_parameters", "parameters"))
     rows.append(("trained parameters", f"{count(trained)} of {count(whole)}" if trained < whole else count(whole)))
     return rows
 
@@ -55,10 +54,10 @@ def reference(run: Run) -> list[tuple[str, str]]:
     about = run.sessions[-1]["facts"].get("reference") if run.sessions else None
     if not about:
         return []
-    rows = [("kept as", str(about["mode"]))]
+    rows = [("kept as", str(about.get("mode")))]
     if about.get("fingerprint"):
         rows.append(("weights", f"{about['fingerprint']}…"))
-    every = [one["facts"]["reference"] for one in run.sessions if one["facts"].get("reference")]
+    every = [one["facts"].get("reference") or {} for one in run.sessions]
     if "values_read" in about:
         read = sum(one.get("values_read", 0) for one in every)
         computed = sum(one.get("values_computed", 0) for one in every)
@@ -76,7 +75,7 @@ def environment(run: Run) -> list[tuple[str, str]]:
 
 def moved(run: Run) -> list[str]:
     """Say what the environments of a resumed run's sessions differ in."""
-    each = [one.get("environment", {}) for one in run.sessions]
+    each = [one["environment"] for one in run.sessions]
     keys = [key for key in _ENVIRONMENT if len({str(one.get(key)) for one in each}) > 1]
     return [f"{_words(key)}: {', then '.join(dict.fromkeys(_value(key, one) for one in each))}" for key in keys]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import sessions
-from alignkit.config import read_yaml
+from alignkit.config import RunConfig, read_yaml, validated
 from alignkit.errors import ConfigError
 from alignkit.pipeline import FILE as PIPELINE
 from alignkit.runfolder import read_lines
@@ -91,6 +91,8 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 def read(folder: Path, label: str) -> Run:
     """Read one run. Raises ConfigError as `chapters` does."""
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; give the run's folder, such as {folder.parent}")
     if not folder.is_dir():
         there = (
             sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))[-8:] if folder.parent.is_dir() else []
@@ -132,6 +134,10 @@ def _settings(folder: Path) -> dict[str, Any]:
     settings = read_yaml(path)
     if missing := [name for name in _OF_A_RUN if settings.get(name) is None]:
         raise ConfigError(f"{path} is not of a run: it has no `{missing[0]}`. Give a folder that `alignkit run` made")
+    try:
+        validated(RunConfig, {k: v for k, v in settings.items() if k in RunConfig.model_fields})
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not of a run: {error}") from None
     return settings
 
 

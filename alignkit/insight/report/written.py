@@ -36,9 +36,7 @@ def report(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str
     """
     read = chapters([Path(run) for run in runs])
     names = [Path(run).resolve().name for run in runs]
-    title = (
-        f"Run {names[0]}" if len(names) == 1 else f"{len(names)} runs: {', '.join(names[:4])}{' …' * (len(names) > 4)}"
-    )
+    title = f"Report on {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
     page.write(
         Path(output),
         "report.html",
