@@ -15,13 +15,13 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.forms import FORMS, KINDS
 from alignkit.insight.audit.bias import Bias, biases, counted
 from alignkit.insight.audit.findings import Finding, of_preferences, of_reward, of_rows
-from alignkit.insight.audit.lengths import QUANTILES, Budgets, Length, budgets, measure, summaries
+from alignkit.insight.audit.lengths import QUANTILES, Budgets, Length, Measured, budgets, measure, summaries
 from alignkit.insight.audit.repeats import Repeats, repeats, shared_prompts
 from alignkit.insight.audit.scored import Scored, Scorer, scored
 from alignkit.insight.places import device, model_folder
 from alignkit.loading import load_tokenizer
 from alignkit.rewards import build_rewards
-from alignkit.rows import FaultyRowsError, read_rows
+from alignkit.rows import FaultyRowsError, Row, read_rows
 
 _LIMITS = {name: RunConfig.model_fields[name].default for name in ("max_prompt_tokens", "max_completion_tokens")}
 _BEST = {form.name: form.kinds[0] for form in FORMS}
@@ -94,15 +94,14 @@ def audit(
     shared = None if held_out is None else shared_prompts(dataset.rows, held_out.rows)
     both = (max_prompt_tokens, max_completion_tokens)
     limits = None if model is None else budgets(dataset, measured, tokenizer, *both)
-    # a row that stands twice is one observation
-    once = [i for i, row in enumerate(measured.rows) if row.row not in set(found.duplicates)]
-    rows, answers = [measured.rows[i] for i in once], [measured.answers[i] for i in once]
+    rows, answers = _once(measured, found)
     counts = counted(rows, answers) if dataset.kind == "pairs" else None
     preferences = biases(counts, np.ones(len(rows))) if counts else ()
     scores = None if rewards is None else scored(Scorer(rewards, tokenizer), rows, counts, asked)
     if rewards is not None:
         rewards.close()
-    findings = [*of_rows(found, shared, limits), *of_preferences(preferences), *(of_reward(scores) if scores else ())]
+    findings = [*of_rows(found, shared, limits), *of_preferences(preferences)]
+    findings += of_reward(scores, preferences) if scores else ()
     return Audit(
         **_about(dataset),
         repeats=found,
@@ -114,6 +113,13 @@ def audit(
         reward=scores,
         findings=tuple(findings),
     )
+
+
+def _once(measured: Measured, found: Repeats) -> tuple[list[Row], list[tuple[int, ...]]]:
+    """Return rows and their answers' lengths without duplicates: what stands twice is one observation."""
+    again = set(found.duplicates)
+    kept = [(row, n) for row, n in zip(measured.rows, measured.answers, strict=True) if row.row not in again]
+    return [row for row, _ in kept], [n for _, n in kept]
 
 
 def _about(dataset: Dataset) -> dict[str, Any]:

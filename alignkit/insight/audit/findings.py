@@ -63,8 +63,8 @@ def of_preferences(biases: Sequence[Bias]) -> Iterator[Finding]:
             yield Finding(f"{_preferred(bias)} is chosen in {_share(bias)} of the pairs in which they differ", remedy)
 
 
-def of_reward(scored: Scored) -> Iterator[Finding]:
-    """Yield what a reward gets wrong, or pays for besides content."""
+def of_reward(scored: Scored, preferences: Sequence[Bias]) -> Iterator[Finding]:
+    """Yield what a reward gets wrong, or pays for besides content; preferences: the biases of the data."""
     name = f"the reward '{scored.reward}'"
     if scored.deviation == 0:
         yield Finding(f"{name} gives every answer the same score", "it teaches nothing here: check what it asks for")
@@ -75,11 +75,13 @@ def of_reward(scored: Scored) -> Iterator[Finding]:
             f"{name} agrees with {scored.accuracy:.0%} of the preferences, {better}",
             "do not optimise against it: train it on such data, or check that its answers have the form it knows",
         )
-    for bias in scored.biases:
-        if bias.beyond_chance:
+    for bias, own in zip(scored.biases, preferences, strict=False):  # a reward of nothing but ties has no biases
+        if bias.beyond_chance and bias.share is not None and own.share is not None:
+            people = own.share if bias.share > 0.5 else 1 - own.share
             yield Finding(
-                f"{_preferred(bias)} has the higher score in {_share(bias)} of the pairs in which they differ",
-                "compare with the share among the preferences: what is above it, the reward has added",
+                f"{_preferred(bias)} has the higher score in {_share(bias)} of the pairs in which they differ, and is "
+                f"chosen in {people:.0%}",
+                "what the reward has beyond the preferences, it has added: a policy will follow the reward",
             )
     for effect in scored.effects:
         if effect.beyond_chance and effect.mean is not None and abs(effect.mean) >= LARGE_EFFECT:

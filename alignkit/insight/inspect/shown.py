@@ -106,7 +106,8 @@ def _table(made: Sequence[Token], columns: Sequence[str]) -> Any:
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 1 else "right", no_wrap=True)
-    largest = sorted(made, key=lambda t: -abs(t["value"]))[:LISTED]
+    told = [t for t in made if abs(t["strength"]) >= _FAINT]
+    largest = sorted(told, key=lambda t: -abs(t["value"]))[:LISTED]
     for token in sorted(largest, key=lambda t: int(t["n"])):
         table.add_row(str(token["n"]), escape(repr(token["text"])), f"{token['value']:+.4f}", f"{token['score']:+.4f}")
     return table
