@@ -19,6 +19,7 @@ from alignkit import registry, sessions, usage
 from alignkit.config import RunConfig, read_yaml
 from alignkit.errors import PluginError
 from alignkit.method import Method
+from alignkit.rows import SUFFIXES
 from alignkit.runfolder import read_lines
 
 RESULTS = (
@@ -69,6 +70,12 @@ def place(value: object) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
+def papers(method: type[Method[Any]] | None) -> list[str]:
+    """Return the arXiv numbers that a method's module names in its first paragraph, else the first in all of it."""
+    said = _about(method)
+    return _ARXIV.findall(said.split("\n\n")[0]) or _ARXIV.findall(said)[:1]
+
+
 def write(model: Path, run: Path) -> None:
     """Write README.md into the folder of a saved model. run: the folder of the run that trained it."""
     about = _About(model, run)
@@ -89,6 +96,7 @@ class _About:
         self.method = _method(str(self.settings["method"]))
         self.adapter = (model / "adapter_config.json").is_file()
         self.name, self.base = str(self.settings["method"]), place(self.settings["model"])
+        self.data = _code(place(self.settings["data"]))
         self.scores = self.method is not None and "reward" in self.method.trains
         chat = (model / "chat_template.jinja").is_file()
         pairwise = bool(self.settings.get("pairwise"))
@@ -100,7 +108,7 @@ class _About:
     def title(self) -> str:
         """What it is, in a line."""
         what = {"preference": "Preference model", "score": "Reward model"}.get(self.speaks, "Language model")
-        return f"{what} by {self.name}, from {self.base}"
+        return " ".join(f"{what} by {self.name}, from {self.base}".split())
 
     def metadata(self) -> dict[str, Any]:
         """Return the front matter; data sets only where they are on the hub."""
@@ -118,15 +126,17 @@ class _About:
 
     def lead(self) -> str:
         """Say what was done, with the method's papers."""
-        doc = (sys.modules[self.method.__module__].__doc__ or "").strip() if self.method else ""
-        first = doc.split("\n\n")[0]
-        papers = _ARXIV.findall(first) or _ARXIV.findall(doc)[:1]
-        links = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in papers)
-        said = f"The method, `{self.name}`: {' '.join(first.split())}" if first else f"The method: `{self.name}`."
         steps = max((int(line["step"]) for line in self.lines), default=0)
+        first = _about(self.method).split("\n\n")[0]
+        said = (
+            f"The method, {_code(self.name)}: {' '.join(first.split())}"
+            if first
+            else f"The method: {_code(self.name)}."
+        )
+        links = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in papers(self.method))
         return (
-            f"`{self.base}`, trained {'by LoRA ' if self.settings.get('lora') else ''}for {steps} steps on "
-            f"`{place(self.settings['data'])}`.\n\n{said}{f' Papers: {links}.' if links else ''}"
+            f"{_code(self.base)}, trained {'by LoRA ' if self.settings.get('lora') else ''}for {steps} "
+            f"step{'s' * (steps != 1)} on {self.data}.\n\n{said}{f' Papers: {links}.' if links else ''}"
         )
 
     def results(self) -> str:
@@ -146,11 +156,11 @@ class _About:
         values = {k: self.settings.get(k) for k in _SHOWN}
         values |= {k: v for k, v in self.settings.items() if k in own or k not in known}
         values["learning_rate"] = values["learning_rate"] or facts.get("learning_rate")
-        table = [f"| `{k}` | {_cell(_public(v))} |" for k, v in values.items() if v is not None]
-        data = [f"- Data: `{place(self.settings['data'])}`" + (f", {facts['rows']} rows" if facts else "")]
+        table = [f"| `{k}` | {_code(_public(v))} |" for k, v in values.items() if v is not None]
+        data = [f"- Data: {self.data}" + (f", {facts['rows']} rows" if facts else "")]
         if facts.get("held_out_rows"):
             of = self.settings.get("eval_data")
-            data.append(f"- Held out: {facts['held_out_rows']} rows" + (f" of `{place(of)}`" if of else " of it"))
+            data.append(f"- Held out: {facts['held_out_rows']} rows of {_code(place(of)) if of else 'it'}")
         return "\n".join([*data, *self._cost(), "", "| hyper-parameter | value |", "|---|---|", *table])
 
     def _cost(self) -> list[str]:
@@ -196,7 +206,8 @@ def _local(value: object) -> bool:
     """Whether it is a path, and no name on the hub."""
     text = str(value)
     path = Path(text)
-    return path.exists() or path.is_absolute() or len(path.parts) > 2 or text.startswith((".", "~"))
+    far = path.is_absolute() or len(path.parts) > 2 or text.startswith((".", "~"))
+    return far or path.suffix in SUFFIXES or path.exists()
 
 
 def _public(value: Any) -> Any:
@@ -208,6 +219,12 @@ def _public(value: Any) -> Any:
     return place(value) if isinstance(value, str) and _local(value) else value
 
 
-def _cell(value: Any) -> str:
+def _about(method: type[Method[Any]] | None) -> str:
+    """What the module of a method says of it."""
+    return (sys.modules[method.__module__].__doc__ or "").strip() if method else ""
+
+
+def _code(value: Any) -> str:
+    """A value as code within a line or a table."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return "`" + text.replace("|", "\\|").replace("\n", " ") + "`"
+    return "`" + " ".join(text.replace("`", "'").replace("|", "\\|").split()) + "`"

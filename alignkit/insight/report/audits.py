@@ -13,6 +13,7 @@ from alignkit.errors import AlignkitError
 from alignkit.insight.audit import Audit, audit
 from alignkit.insight.audit.shown import Part, parts
 from alignkit.insight.report.read import Run
+from alignkit.rows import SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,8 @@ def _state(run: Run, name: str, value: object) -> str | None:
     """Say where a source is gone, is no file, or is not what the run read; None where it is the same."""
     before = run.sessions[-1]["facts"].get(f"{name}_sha256") if run.sessions else None
     if not _file(value):
-        gone = before is not None or (
-            isinstance(value, str) and Path(value).suffix in (".jsonl", ".json", ".csv", ".parquet")
-        )
-        return (
-            f"{name}: {value} is no longer there, so it is not audited."
-            if gone
-            else f"{name}: {value} is no file, so it is not audited."
-        )
+        gone = before is not None or Path(str(value)).suffix in SUFFIXES
+        return f"{name}: {value} is {'no longer there' if gone else 'no file'}, so it is not audited."
     if before is None:
         return f"{name}: the run kept no checksum, so {value} may have changed since."
     if sessions.digest(value) != before:
