@@ -20,7 +20,7 @@ from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError, R
 from alignkit.insight.inspect import pair_of, pair_ratios, reward_prefixes, write_html, write_json
 from alignkit.insight.inspect.pieces import pieces
 from alignkit.insight.inspect.prefixes import prefix_scores
-from alignkit.insight.inspect.shown import tokens
+from alignkit.insight.inspect.shown import _coloured, tokens
 from alignkit.rewards.models import RewardModel
 from helpers import write_tiny
 
@@ -268,6 +268,13 @@ def test_strengths_are_parts_of_the_largest_value() -> None:
     assert [t["strength"] for t in made] == [0.25, -1.0, 0.0]
     assert made[1]["text"] == "\ufffd[31mb"  # nothing may steer the terminal
     assert [t["strength"] for t in tokens(["a"], [0.0], [1])] == [0.0]
+
+
+def test_colours_of_the_terminal() -> None:
+    made = _coloured(tokens(["a", "[b]", "c"], [0.1, -2.0, 1.0], [0, 0, 0]))
+    assert made.plain == "a[b]c"
+    styles = {made.plain[s.start : s.end]: str(s.style) for s in made.spans}
+    assert styles == {"[b]": "black on #e08640", "c": "black on #9fcae2"}  # 75 % and 37.5 % of the way from white
 
 
 def test_html_is_inert_and_json_whole(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def print_audit(audit: Audit) -> None:
     for finding in audit.findings:
         console.show(f"- {escape(finding.what)}\n  [dim]{escape(finding.remedy)}[/dim]")
     if not audit.findings:
-        console.show("none: nothing here is beyond chance")
+        console.show("none")
 
 
 def write_json(audit: Audit, path: Path) -> None:

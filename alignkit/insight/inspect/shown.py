@@ -15,6 +15,7 @@ from alignkit.insight.inspect.ratios import PairRatios, Side
 LISTED = 10  # of the largest values
 _UP, _DOWN = (0, 114, 178), (213, 94, 0)  # blue and vermilion, which nearly everybody can tell apart
 _FAINT = 0.08  # of the largest value: left without colour
+_PALE = 0.2  # the same of a terminal, which may be dark, so that pale tints would stand out
 
 Token = dict[str, Any]
 
@@ -93,7 +94,7 @@ def _coloured(made: Sequence[Token]) -> Any:
 
 
 def _style(strength: float) -> str:
-    if abs(strength) < _FAINT:
+    if abs(strength) < _PALE:
         return ""
     tint = [round(255 + (c - 255) * abs(strength) * 0.75) for c in (_UP if strength > 0 else _DOWN)]
     return f"black on #{tint[0]:02x}{tint[1]:02x}{tint[2]:02x}"
