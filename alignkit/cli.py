@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alignkit import console
-from alignkit.commands import audit
+from alignkit.commands import audit, report
 
 if TYPE_CHECKING:
     from alignkit.config import RunConfig
@@ -205,6 +205,7 @@ def demo(
 
 
 app.command(no_args_is_help=True, epilog=audit.EXAMPLES)(audit.audit)
+app.command(no_args_is_help=True, epilog=report.EXAMPLES)(report.report)
 
 
 @app.command()
