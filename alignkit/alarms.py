@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from alignkit.errors import nearest
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ class Health(BaseModel):
     explained_variance: Limit = Field(-0.2, lt=1, description="the critic's, below which it only harms")
     grad_spike: Limit = Field(10.0, gt=1, description="times the running median of the gradient's norm")
     truncation: Limit = Field(0.1, gt=0, le=1, description="part of the completions that max_new_tokens cut")
+
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limits_that_there_are(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and (unknown := next((k for k in given if k not in cls.model_fields), None)):
+            raise ValueError(f"no limit '{unknown}'.{nearest(str(unknown), cls.model_fields)} See docs/health.md")
+        return given
 
 
 ALARMS = tuple(name for name, field in Health.model_fields.items() if field.annotation == Limit)

@@ -1,0 +1,136 @@
+"""What goes wrong in a run: for each alarm a pure function over the history.
+
+A function has its alarm's name. It gets the history, the alarm's limit and all limits, and returns the value that is
+beyond the limit, else None. Its words are in `words.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from alignkit.alarms import Health
+from alignkit.insight.health.history import History
+
+AFTER_WARMUP = 20  # steps at the full rate, after which a policy has moved
+GROWN = {"repetition": 0.1, "opening": 0.25}  # what the base does itself is its style, and no collapse
+
+
+def kl_high(h: History, limit: float, _: Health) -> float | None:
+    """The policy is far from its reference."""
+    return _above(h.now("kl"), limit)
+
+
+def kl_low(h: History, limit: float, _: Health) -> float | None:
+    """The policy is where it began although the learning rate has long been at its peak."""
+    kl = h.now("kl")
+    return kl if kl is not None and kl < limit and h.step - h.warm_at >= AFTER_WARMUP else None
+
+
+def reward_kl(h: History, limit: float, health: Health) -> float | None:
+    """The reward has risen, and the KL is large and still grows."""
+    return _above(h.now("kl"), limit) if _rose(h, health) and h.grows("kl") else None
+
+
+def reward_length(h: History, limit: float, health: Health) -> float | None:
+    """The reward has risen together with the length."""
+    return _above(h.ratio("completion/length"), limit) if _rose(h, health) else None
+
+
+def reward_held_out(h: History, limit: float, health: Health) -> float | None:
+    """The reward has risen, and one that is not trained on has fallen."""
+    falls = [fall for name in h.held_out if (fall := _fall(h, f"reward/{name}")) is not None]
+    return _above(max(falls, default=None), limit) if _rose(h, health) else None
+
+
+def distinct(h: History, limit: float, _: Health) -> float | None:
+    """Completions resemble each other."""
+    ratio, growth = h.ratio("completion/distinct_2"), h.ratio("completion/length")
+    if ratio is None:
+        return None
+    # longer texts repeat more of their pairs by themselves, about with the root of their length (Heaps' law)
+    return _below(ratio * math.sqrt(max(growth or 1.0, 1.0)), limit)
+
+
+def entropy(h: History, limit: float, _: Health) -> float | None:
+    """Nothing is left to be sampled."""
+    return _below(h.ratio("entropy"), limit)
+
+
+def repetition(h: History, limit: float, _: Health) -> float | None:
+    """Completions repeat themselves."""
+    return _grown(h, "text/repetition", limit, GROWN["repetition"])
+
+
+def opening(h: History, limit: float, _: Health) -> float | None:
+    """Most prompts are answered with the same first words."""
+    return _grown(h, "text/opening", limit, GROWN["opening"])
+
+
+def displacement(h: History, limit: float, _: Health) -> float | None:
+    """The margin grows although the chosen answers become less likely, because the rejected ones do so faster."""
+    chosen, rejected = h.change("logps/chosen/token"), h.change("logps/rejected")
+    margin = h.change("rewards/margin")
+    if chosen is None or rejected is None or margin is None or rejected >= 0 or margin <= 0:
+        return None
+    return _above(-chosen, limit)
+
+
+def zero_variance(h: History, limit: float, _: Health) -> float | None:
+    """Most groups have one reward, and so no advantage."""
+    return _above(h.now("text/dead_groups"), limit)
+
+
+def clip_fraction(h: History, limit: float, _: Health) -> float | None:
+    """Updates leave the policy that sampled too far behind."""
+    return _above(h.now("clip_fraction"), limit)
+
+
+def value_loss(h: History, limit: float, _: Health) -> float | None:
+    """The critic's loss explodes."""
+    start, middle = h.start("value"), h.middle("value")
+    return _above(middle / start, limit) if start and middle is not None else None
+
+
+def explained_variance(h: History, limit: float, _: Health) -> float | None:
+    """The critic is worse than a constant."""
+    return _below(h.middle("value/explained_variance"), limit)
+
+
+def grad_spike(h: History, limit: float, _: Health) -> float | None:
+    """One gradient is far larger than those before it."""
+    last, before = h.last("grad_norm"), [norm for norm in h.before("grad_norm") if norm > 0]
+    if last is None or len(before) < h.window or last <= 2 * max(before):  # norms that vary widely do not spike
+        return None
+    return _above(last / statistics.median(before), limit)
+
+
+def truncation(h: History, limit: float, _: Health) -> float | None:
+    """Completions are cut."""
+    ended = h.now("completion/eos_rate")
+    return None if ended is None else _above(1 - ended, limit)
+
+
+def _above(value: float | None, limit: float) -> float | None:
+    return value if value is not None and value > limit else None
+
+
+def _below(value: float | None, limit: float) -> float | None:
+    return value if value is not None and value < limit else None
+
+
+def _grown(h: History, name: str, limit: float, by: float) -> float | None:
+    change = h.change(name)
+    return _above(h.now(name), limit) if change is not None and change >= by else None
+
+
+def _rose(h: History, health: Health) -> bool:
+    change, spread = h.change("reward/mean"), h.start("reward/std")
+    return change is not None and spread is not None and change > health.reward_rise * spread
+
+
+def _fall(h: History, name: str) -> float | None:
+    change, spread = h.change(f"{name}/mean"), h.start(f"spread/{name}")
+    if change is None or spread is None or change >= 0:
+        return None
+    return -change / (spread or -change)  # where all were alike at the start, whatever falls has fallen by one of them

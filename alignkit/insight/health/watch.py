@@ -1,0 +1,86 @@
+"""A monitor over a run's folder: from its beginning, also where the run was killed and resumed, or is long over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignkit.alarms import Alarm, Health
+from alignkit.config import gathered, read_yaml, validated
+from alignkit.errors import ConfigError, DataError
+from alignkit.insight.health.monitor import Monitor, training
+from alignkit.insight.health.texts import Row
+from alignkit.runfolder import read_metrics
+
+
+class Watch:
+    """Feeds a monitor with lines of metrics, and with their completions (the first rank's) from the run's folder."""
+
+    def __init__(self, folder: Path, limits: Health, settings: Mapping[str, Any]) -> None:
+        self._monitor, self._enabled = Monitor(limits, settings), limits.enabled
+        self._path, self._read = folder / "completions.jsonl", 0
+
+    @classmethod
+    def of(cls, folder: Path, settings: Mapping[str, Any]) -> Watch:
+        """Watch a run by the limits in its settings; the lines that the folder holds already are history."""
+        watch = cls(folder, validated(Health, settings.get("health") or {}), settings)
+        for line in read_metrics(folder):
+            watch.see(line["step"], line)
+        return watch
+
+    def see(self, step: int, metrics: Mapping[str, Any]) -> list[Alarm]:
+        """Return what is wrong at a line."""
+        return self._monitor.see(step, metrics, self._rows(step, training(metrics))) if self._enabled else []
+
+    def _rows(self, step: int, trained: bool) -> list[Row]:
+        """The completions of a line. Those before it, of steps that were not logged, are passed over."""
+        rows: list[Row] = []
+        if not self._path.is_file():
+            return rows
+        with self._path.open("rb") as lines:
+            lines.seek(self._read)
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                    place = (row["step"], not row["training"])
+                except (ValueError, KeyError, TypeError):
+                    break  # cut off where a run was killed
+                if place > (step, not trained):
+                    break
+                self._read += len(line)
+                if place == (step, not trained):
+                    rows.append(row)
+        return rows
+
+
+def replay(folder: Path, changes: Mapping[str, Any] | None = None) -> list[tuple[int, Alarm]]:
+    """Return the alarms of a run's folder with their steps, each name once, as the run would have said them.
+
+    changes: other limits, such as {"kl_high": 20}. Raises DataError (no run, nothing in it), ConfigError (a limit).
+    """
+    settings = _settings(folder)
+    given = gathered({"health": settings.get("health") or {}, **{f"health.{k}": v for k, v in (changes or {}).items()}})
+    limits = validated(Health, {**given["health"], "enabled": True})
+    lines = read_metrics(folder)
+    if not lines:
+        raise DataError(f"{folder / 'metrics.jsonl'} is empty: the run made no step")
+    watch = Watch(folder, limits, settings)
+    found: dict[str, tuple[int, Alarm]] = {}
+    for line in lines:
+        for alarm in watch.see(line["step"], line):
+            found.setdefault(alarm.name, (line["step"], alarm))
+    return list(found.values())
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    if not (folder / "metrics.jsonl").is_file():
+        inside = sorted(p.parent.name for p in folder.glob("*/metrics.jsonl"))
+        hint = f"runs in it: {', '.join(inside[:8])}" if inside else "give the folder of a run, such as runs/dpo-001"
+        raise DataError(f"no run in {folder}: it has no metrics.jsonl; {hint}")
+    file = folder / "config.yaml"
+    settings = read_yaml(file) if file.is_file() else {}
+    if not isinstance(settings.get("health", {}), Mapping):
+        raise ConfigError(f"{file}: health is {settings['health']!r:.80}; it is a mapping, such as {{kl_high: 20}}")
+    return settings

@@ -1,0 +1,120 @@
+"""What alarms say and advise, and which of them look at evaluations too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.alarms import Health
+from alignkit.insight.health import detectors as d
+from alignkit.insight.health.history import History
+
+
+@dataclass(frozen=True)
+class Detector:
+    """One alarm. what: its message, of {value} and {limit}. remedies: a setting and what to do with it.
+
+    A remedy whose setting has a dot in front is a method's own, and is given where the run has it.
+    """
+
+    find: Callable[[History, float, Health], float | None]
+    what: str
+    remedies: tuple[tuple[str, str], ...]
+    evaluations: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of the alarm, and of its limit."""
+        return self.find.__name__
+
+    def advice(self, settings: Mapping[str, Any]) -> str:
+        """Return the remedies that the run's settings allow, as a sentence without its full stop."""
+        said = [what.format(f"`{name.removeprefix('.')}`") for name, what in self.remedies if _there(name, settings)]
+        text = " or ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
+        return text[:1].upper() + text[1:]
+
+
+def _there(name: str, settings: Mapping[str, Any]) -> bool:
+    return not name.startswith(".") or name[1:] in settings
+
+
+SLOWER = ("learning_rate", "lower {}")
+HELD = ((".beta", "raise {}"), (".tau", "raise {}"))
+OTHER_REWARD = ("reward", "mend {}: read what it likes in completions.jsonl")
+BOTH = ("reward", "add to {} what it forgets, or take an ensemble")
+SHORTER = ("max_steps", "stop earlier by {}")
+
+DETECTORS = (
+    Detector(
+        d.kl_high, "the KL to the reference is {value:.3g} nats a sequence, above {limit:g}", (SLOWER, *HELD, SHORTER)
+    ),
+    Detector(
+        d.kl_low, "the KL to the reference is {value:.2g} nats a sequence, below {limit:g}: the policy does not learn",
+        (("learning_rate", "raise {}"), (".beta", "lower {}"), (".tau", "lower {}")), evaluations=False,
+    ),
+    Detector(
+        d.reward_kl, "the reward has risen while the KL runs away, to {value:.3g} nats a sequence, above {limit:g}",
+        (OTHER_REWARD, SLOWER, *HELD),
+    ),
+    Detector(
+        d.reward_length,
+        "the reward has risen while completions grew to {value:.3g} times their length, above {limit:g}",
+        (("reward", "take length out of {}, or add brevity to it"), ("sampling.max_new_tokens", "lower {}")),
+    ),
+    Detector(
+        d.reward_held_out,
+        "the reward has risen while one of weight 0 fell by {value:.3g} standard deviations, more than {limit:g}",
+        (BOTH, SHORTER, *HELD),
+    ),
+    Detector(
+        d.distinct, "distinct-2 is {value:.2g} of what it was at the start, below {limit:g}: completions become alike",
+        (SLOWER, *HELD, (".entropy_coef", "raise {}"), OTHER_REWARD),
+    ),
+    Detector(
+        d.entropy, "the entropy is {value:.2g} of what it was at the start, below {limit:g}: nothing is left to sample",
+        (SLOWER, *HELD, (".entropy_coef", "raise {}"), SHORTER),
+    ),
+    Detector(
+        d.repetition, "{value:.0%} of a completion's 4-grams repeat others in it, above {limit:.0%}",
+        (OTHER_REWARD, SLOWER, *HELD),
+    ),
+    Detector(
+        d.opening, "{value:.0%} of the prompts are answered with the same first words, above {limit:.0%}",
+        (OTHER_REWARD, SLOWER, *HELD),
+    ),
+    Detector(
+        d.displacement,
+        "chosen answers lost {value:.2g} nats a token, more than {limit:g}, and rejected ones more: the probability "
+        "goes elsewhere (likelihood displacement)",
+        (SLOWER, (".rpo_alpha", "set {} to 1"), (".sft_weight", "set {} to 1"), (".alpha", "raise {}"), SHORTER),
+    ),
+    Detector(
+        d.zero_variance, "{value:.0%} of the prompts have completions that all score alike, above {limit:.0%}: they "
+        "teach nothing",
+        (("reward", "give a {} with finer steps"), ("data", "take other prompts in {}"), (".group_size", "raise {}")),
+        evaluations=False,
+    ),
+    Detector(
+        d.clip_fraction, "the gradient of {value:.0%} of the tokens is clipped away, above {limit:.0%}",
+        (SLOWER, ("epochs_per_batch", "lower {}"), ("minibatches", "lower {}")), evaluations=False,
+    ),
+    Detector(
+        d.value_loss, "the value loss is {value:.3g} times what it was at the start, above {limit:g}",
+        (("critic_learning_rate", "lower {}"), (".normalise_rewards", "set {} to true")), evaluations=False,
+    ),
+    Detector(
+        d.explained_variance, "the critic's explained variance is {value:.2g}, below {limit:g}: a constant is better",
+        (("critic_learning_rate", "lower {}"), (".critic_warmup_steps", "raise {}"), ("critic", "take another {}")),
+        evaluations=False,
+    ),
+    Detector(
+        d.grad_spike, "the gradient's norm is {value:.3g} times its running median, above {limit:g}",
+        (("data", "look at this step's rows of {}"), ("max_grad_norm", "lower {}"), SLOWER), evaluations=False,
+    ),
+    Detector(
+        d.truncation, "{value:.0%} of the completions were cut, above {limit:.0%}",
+        (("sampling.max_new_tokens", "raise {}"), ("sampling.stop", "name the end of an answer in {}"),
+         (".missing_eos_penalty", "raise {}")),
+    ),
+)  # fmt: skip
