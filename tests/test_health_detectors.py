@@ -7,6 +7,7 @@ import random
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,6 +161,13 @@ def test_a_planted_failure_raises_its_alarm_with_step_value_and_limit(name: str,
 def test_every_alarm_has_a_planted_failure_a_detector_and_a_limit() -> None:
     assert [d.name for d in DETECTORS] == list(ALARMS)
     assert {name for name, *_ in PLANTED} == set(ALARMS)
+
+
+def test_the_page_has_every_alarm_with_its_limit() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs/health.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([-\d.]+) \|$", page.split("## Alarms")[1].split("##")[0], re.MULTILINE)
+    assert {name: float(limit) for name, limit in rows} == {name: getattr(Health(), name) for name in ALARMS}
+    assert [name for name, _ in rows] == list(ALARMS)
 
 
 # -------------------------------------------------------------------------------------------- limits, by hand
