@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
 from alignkit import registry
 from alignkit.alarms import Alarm, RunView
@@ -43,10 +45,17 @@ class Listeners:
         for name, hooks in list(self._hooks.items()):
             try:
                 said = hooks.on_metrics(run=self._run, step=step, metrics=dict(metrics))
-                alarms = [alarm for some in said for alarm in some]
-                if wrong := next((a for a in alarms if not isinstance(a, Alarm)), None):
-                    raise TypeError(f"on_metrics returns a list of alignkit.Alarm, not of {type(wrong).__name__}")
-                yield from alarms
-            except Exception as error:
+                yield from [_checked(alarm) for some in said for alarm in some]
+            except (Exception, SystemExit) as error:  # a stranger's code may do anything
                 logger.warning("listener '%s' is left out: %s: %s", name, type(error).__name__, error)
                 del self._hooks[name]
+
+
+def _checked(alarm: Any) -> Alarm:
+    """Return the alarm with plain numbers and texts, as a line of JSON wants them."""
+    if not isinstance(alarm, Alarm):
+        raise TypeError(f"on_metrics returns a list of alignkit.Alarm, not of {type(alarm).__name__}")
+    value, limit = float(alarm.value), float(alarm.limit)
+    if not math.isfinite(value) or not math.isfinite(limit):
+        raise ValueError(f"alarm '{alarm.name}' has value {value} and limit {limit}; give finite numbers")
+    return Alarm(str(alarm.name), value, limit, str(alarm.message), str(alarm.remedy))

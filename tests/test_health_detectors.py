@@ -216,11 +216,13 @@ def test_a_gradient_spikes_against_the_median_and_not_where_norms_vary_anyway() 
     def norms(*values: float | None) -> list[dict[str, Any]]:
         return [{"grad_norm": v} for v in values]
 
-    assert alarms(norms(1, 2, 3, 20)) == []  # ten times the median exactly
-    assert alarms(norms(1, 2, 3, 21)) == [(4, "grad_spike", 10.5)]
-    assert alarms(norms(1, 1, 1, 20, 1, 1, 30)) == [(4, "grad_spike", 20.0)]  # the second is not twice the first
+    assert alarms(norms(1, 2, 3, 16)) == []  # eight times the median exactly
+    assert alarms(norms(1, 2, 3, 17)) == [(4, "grad_spike", 8.5)]
+    assert alarms(norms(10, 10, 1, 1, 1, 60)) == []  # sixty times the median, and six times the second largest
+    assert alarms(norms(10, 10, 1, 1, 1, 61)) == [(6, "grad_spike", 61.0)]
+    assert alarms(norms(1, 1, 1, 20, 1, 1, 30)) == [(4, "grad_spike", 20.0), (7, "grad_spike", 30.0)]
     assert alarms(norms(0, 0, 0, 0, 5)) == []  # steps that taught nothing are no measure
-    assert alarms(norms(1, 2, 3, None, 21)) == [(5, "grad_spike", 10.5)]
+    assert alarms(norms(1, 2, 3, None, 17)) == [(5, "grad_spike", 8.5)]
 
 
 def test_the_chosen_answers_may_fall_where_the_margin_or_the_rejected_ones_do_not() -> None:

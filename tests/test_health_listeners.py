@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
 import sys
 import textwrap
@@ -105,6 +106,9 @@ def test_after_a_resume_what_was_said_is_not_said_again_and_what_is_done_again_i
         (lambda *_: 1 / 0, "ZeroDivisionError: division by zero"),
         (lambda *_: ["kl_high"], r"TypeError: on_metrics returns a list of alignkit.Alarm, not of str"),
         (lambda *_: 5, "TypeError"),
+        (lambda *_: sys.exit(3), "SystemExit: 3"),
+        (lambda *_: [alarm("x", "much")], "ValueError: could not convert string to float: 'much'"),  # type: ignore[arg-type]
+        (lambda *_: [alarm("x", math.nan)], "ValueError: alarm 'x' has value nan and limit 1.0; give finite numbers"),
     ],
 )
 def test_a_listener_that_breaks_is_left_out_and_the_others_go_on(

@@ -13,6 +13,7 @@ from alignkit.alarms import Health
 from alignkit.insight.health.history import History
 
 AFTER_WARMUP = 20  # steps at the full rate, after which a policy has moved
+SPIKE = 6  # times the second largest of the norms before: where they vary widely, or one spiked, the median says little
 GROWN = {"repetition": 0.1, "opening": 0.25}  # what the base does itself is its style, and no collapse
 
 
@@ -99,8 +100,8 @@ def explained_variance(h: History, limit: float, _: Health) -> float | None:
 
 def grad_spike(h: History, limit: float, _: Health) -> float | None:
     """One gradient is far larger than those before it."""
-    last, before = h.last("grad_norm"), [norm for norm in h.before("grad_norm") if norm > 0]
-    if last is None or len(before) < h.window or last <= 2 * max(before):  # norms that vary widely do not spike
+    last, before = h.last("grad_norm"), sorted(norm for norm in h.before("grad_norm") if norm > 0)
+    if last is None or len(before) < max(h.window, 2) or last <= SPIKE * before[-2]:
         return None
     return _above(last / statistics.median(before), limit)
 
