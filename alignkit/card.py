@@ -187,7 +187,7 @@ class _About:
             points.append("It learned what its reward or judge likes, which is not the same as what people like.")
         if self.scores:
             points.append("It was made to compare answers to one prompt. Answers to different prompts do not compare.")
-        points += [f"Alarm `{a.get('name')}` at step {a['step']}: {a.get('message')}." for a in self.alarms]
+        points += [f"Alarm `{a.get('name')}`: {a.get('message')}." for a in self.alarms]
         return "\n".join(f"- {' '.join(p.split())}" for p in points)
 
 

@@ -202,14 +202,14 @@ def test_a_card_is_written_of_whatever_stands_in_the_settings(tmp_path: Path) ->
     (tmp_path / "model").mkdir()
     settings = {"method": "of-a-stranger", "model": "a: b\n# <b>|x|", "data": "d", "beta": "`|`", "lambda_": [1, None]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    alarm = {"step": 3, "name": "kl_high", "message": "kl 16\nis above 15"}
+    alarm = {"step": 3, "name": "kl_high", "message": "step 3: kl 16\nis above 15"}
     (tmp_path / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
     card.write(tmp_path / "model", tmp_path)
     text = (tmp_path / "model/README.md").read_text()
     assert metadata(tmp_path / "model")["base_model"] == "a: b\n# <b>|x|"
     assert "\n# <b>" not in text.split("---", 2)[2]
     assert "None were logged." in text
-    assert "- Alarm `kl_high` at step 3: kl 16 is above 15." in text
+    assert "- Alarm `kl_high`: step 3: kl 16 is above 15." in text
     assert "| `lambda_` | `[1, null]` |" in text
 
 

@@ -90,3 +90,16 @@ def test_a_table_escapes_and_puts_columns_of_numbers_to_the_right() -> None:
     assert '<td>b</td><td class="n">-</td><td>2</td>' in shown
     assert "<caption>all &lt;of&gt; them</caption>" in shown
     assert "<dt>&lt;a&gt;</dt><dd>&lt;b&gt;</dd>" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("raise `beta` or `tau`", "raise <code>beta</code> or <code>tau</code>"),
+        ("a `<b>` & <i>", "a <code>&lt;b&gt;</code> &amp; &lt;i&gt;"),
+        ("one ` alone <", "one ` alone &lt;"),
+        ("", ""),
+    ],
+)
+def test_names_between_backticks_are_code_and_all_is_escaped(text: str, made: str) -> None:
+    assert page.marked(text) == made

@@ -243,7 +243,7 @@ def test_alarms_are_on_the_curves_and_listed(tmp_path: Path) -> None:
     assert "1 3 kl_high too far" in text
     assert "2 3 other and that raise beta" in text
     assert "Made by alignkit" in text
-    assert len(re.findall(r'<g class="mark"><title>1\. kl_high, step 3: too far', page)) == page.count('class="chart"')
+    assert len(re.findall(r'<g class="mark"><title>1\. kl_high: too far', page)) == page.count('class="chart"')
     assert ">1,2</text>" in page
     assert "None was raised" not in text
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from alignkit.errors import ConfigError
 
@@ -38,10 +39,20 @@ def render(template: str, title: str, **context: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("alignkit.insight"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["marked"] = marked
+    return environment
+
+
+def marked(text: str) -> Markup:
+    """Return a text in which `names` between backticks are code; all else is escaped."""
+    pieces = str(text).split("`")
+    if len(pieces) % 2 == 0:  # one without a partner
+        return Markup("{}").format(text)
+    return Markup("").join(Markup("<code>{}</code>" if i % 2 else "{}").format(p) for i, p in enumerate(pieces))

@@ -86,7 +86,7 @@ def _marks(alarms: Sequence[Alarm]) -> list[Mark]:
     for step in steps:
         there = [a for a in alarms if a.step == step]
         label = ",".join(str(a.number) for a in there) if len(steps) <= _LABELLED else ""
-        found.append(Mark(step, label, "\n".join(f"{a.number}. {a.name}, step {a.step}: {a.message}" for a in there)))
+        found.append(Mark(step, label, "\n".join(f"{a.number}. {a.name}: {a.message}" for a in there)))
     return found
 
 
