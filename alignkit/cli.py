@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alignkit import console
-from alignkit.commands import audit, report
+from alignkit.commands import audit, best_of_n, health, inspect, plan, report
 
 if TYPE_CHECKING:
-    from alignkit.config import RunConfig
     from alignkit.logpcache import LogpCache
 
 app = typer.Typer(
@@ -36,6 +35,7 @@ cache_app = typer.Typer(help="The persistent cache of reference log-probabilitie
 app.add_typer(cache_app, name="cache")
 bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(inspect.app, name="inspect")
 
 Text = str | None
 CacheFile = Annotated[Path | None, typer.Option(help="The cache's file; default: $ALIGNKIT_CACHE or the home's")]
@@ -110,8 +110,8 @@ def run(
     """Train a model by a method, or by a YAML file of settings."""
     given = {k: v for k, v in locals().items() if k not in ("what", "more") and v is not None and v is not False}
     given |= {name: console.value_of(given[name]) for name in ("reward", "judge") if name in given}
-    settings = _settings(what, given, more or [])
-    _checked(settings)
+    settings = console.settings_of(what, given, more or [])
+    console.checked(settings)
     console.speak()
     from alignkit.engine import Engine
 
@@ -171,7 +171,7 @@ def compare(
     if png:
         room.check_picture()
     names = None if methods == "all" else [m.strip() for m in methods.split(",") if m.strip()]
-    found = room.compare(given, _pairs(more or []), names, output, seed)
+    found = room.compare(given, console.pairs_of(more or []), names, output, seed)
     console.show(room.table(found))
     for name, reason in found.left_out.items():
         typer.echo(f"left out: {name}: {reason}")
@@ -205,7 +205,10 @@ def demo(
 
 
 app.command(no_args_is_help=True, epilog=audit.EXAMPLES)(audit.audit)
+app.command(no_args_is_help=True, epilog=best_of_n.EXAMPLES)(best_of_n.best_of_n)
+app.command(no_args_is_help=True, epilog=plan.EXAMPLES)(plan.plan)
 app.command(no_args_is_help=True, epilog=report.EXAMPLES)(report.report)
+app.command(no_args_is_help=True, epilog=health.EXAMPLES)(health.health)
 
 
 @app.command()
@@ -252,7 +255,7 @@ def validate(
     config: Annotated[Path, typer.Argument(help="A YAML file of settings", metavar="CONFIG")],
 ) -> None:
     """Check a YAML file and every row of its data, without loading a model."""
-    checked, method = _checked(_settings(str(config), {}, [], only_file=True))
+    checked, method = console.checked(console.settings_of(str(config), {}, [], only_file=True))
     console.speak()
     from alignkit import assemble, loading
     from alignkit.online import check_online
@@ -269,11 +272,13 @@ def cache_info(file: CacheFile = None) -> None:
         about = cache.info()
         typer.echo(f"path: {about['path']}")
         typer.echo(f"values: {about['entries']}")
-        typer.echo(f"size: {_size(about['bytes'])}")
+        typer.echo(f"size: {console.size(about['bytes'])}")
         for r in about["references"]:
             label = f" {r['label']}," if r["label"] else ""
             used = f"first used {r['first_used'][:10]}, last used {r['last_used'][:10]}"
-            typer.echo(f"reference {r['fingerprint'][:12]}:{label} {r['entries']} values, {_size(r['bytes'])}, {used}")
+            typer.echo(
+                f"reference {r['fingerprint'][:12]}:{label} {r['entries']} values, {console.size(r['bytes'])}, {used}"
+            )
 
 
 @cache_app.command("verify")
@@ -332,42 +337,6 @@ def _cache(file: Path | None) -> Iterator[LogpCache]:
         yield cache
 
 
-def _size(n_bytes: int) -> str:
-    size, units = float(n_bytes), ["bytes", "KiB", "MiB", "GiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.3g} {units[0]}" if units[0] != "bytes" else f"{n_bytes} bytes"
-
-
-def _settings(what: str, given: dict[str, Any], pairs: list[str], only_file: bool = False) -> dict[str, Any]:
-    """Flat settings from a method's name or a YAML file, then options, then --set."""
-    from alignkit.config import read_yaml
-    from alignkit.errors import ConfigError
-
-    from_file = Path(what).suffix in (".yaml", ".yml")
-    if not from_file and (only_file or "/" in what or Path(what).is_file()):
-        raise ConfigError(
-            f"'{what}' is no {'config' if only_file else 'method'}; a file of settings is named .yaml or .yml"
-        )
-    settings = read_yaml(what) if from_file else {"method": what}
-    if "stages" in settings:
-        raise ConfigError(f"{what} has `stages`, which make a pipeline; try: alignkit pipeline {what}")
-    return settings | given | _pairs(pairs)
-
-
-def _pairs(pairs: list[str]) -> dict[str, Any]:
-    """Read the values of --set."""
-    from alignkit.errors import ConfigError
-
-    settings = {}
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not sign or not key.strip():
-            raise ConfigError(f"--set wants KEY=VALUE, such as --set beta=0.2; given: '{pair}'")
-        settings[key.strip().replace("-", "_")] = console.value_of(value)
-    return settings
-
-
 def _check_compared(given: dict[str, Any], output: Path, json: Path | None, png: Path | None) -> None:
     """Raise ConfigError where only a part of a task is given, or what is asked for could not be written in the end."""
     from alignkit.errors import ConfigError
@@ -379,23 +348,6 @@ def _check_compared(given: dict[str, Any], output: Path, json: Path | None, png:
         console.check_target(option, file, output)
     if png and given and not given.keys() & {"reward", "judge"}:
         raise ConfigError("--png shows win rates, which need a --reward or a --judge")
-
-
-def _checked(settings: dict[str, Any]) -> tuple[RunConfig, Any]:
-    """Find the method and check all settings; what is missing is named with what to type."""
-    from alignkit import registry
-    from alignkit.config import split
-    from alignkit.errors import ConfigError
-
-    if settings.get("method") is None:
-        raise ConfigError(f"no method given; add `method:` to the file. Installed: {', '.join(registry.names())}")
-    cls = registry.get(str(settings["method"]))
-    missing = [name for name in ("model", "data") if settings.get(name) is None]
-    if missing:
-        options = " and ".join(f"--{name}" for name in missing)
-        raise ConfigError(f"no {' and no '.join(missing)} given; add {options}, or the same in the YAML file")
-    config, method_config = split(settings, cls.Config)
-    return config, cls(method_config)
 
 
 if __name__ == "__main__":

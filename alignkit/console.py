@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from alignkit.config import RunConfig
+
 
 def described(cls: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     """Yield (name, default, values, meaning) of every field of a settings class, as they are shown everywhere.
@@ -77,6 +79,52 @@ def value_of(text: str) -> Any:
         return text
 
 
+def pairs_of(pairs: list[str]) -> dict[str, Any]:
+    """Read the values of --set."""
+    from alignkit.errors import ConfigError
+
+    settings = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"--set wants KEY=VALUE, such as --set beta=0.2; given: '{pair}'")
+        settings[key.strip().replace("-", "_")] = value_of(value)
+    return settings
+
+
+def settings_of(what: str, given: dict[str, Any], pairs: list[str], only_file: bool = False) -> dict[str, Any]:
+    """Flat settings from a method's name or a YAML file, then options, then --set."""
+    from alignkit.config import read_yaml
+    from alignkit.errors import ConfigError
+
+    from_file = Path(what).suffix in (".yaml", ".yml")
+    if not from_file and (only_file or "/" in what or Path(what).is_file()):
+        raise ConfigError(
+            f"'{what}' is no {'config' if only_file else 'method'}; a file of settings is named .yaml or .yml"
+        )
+    settings = read_yaml(what) if from_file else {"method": what}
+    if "stages" in settings:
+        raise ConfigError(f"{what} has `stages`, which make a pipeline; try: alignkit pipeline {what}")
+    return settings | given | pairs_of(pairs)
+
+
+def checked(settings: dict[str, Any]) -> tuple[RunConfig, Any]:
+    """Find the method and check all settings; what is missing is named with what to type."""
+    from alignkit import registry
+    from alignkit.config import split
+    from alignkit.errors import ConfigError
+
+    if settings.get("method") is None:
+        raise ConfigError(f"no method given; add `method:` to the file. Installed: {', '.join(registry.names())}")
+    cls = registry.get(str(settings["method"]))
+    missing = [name for name in ("model", "data") if settings.get(name) is None]
+    if missing:
+        options = " and ".join(f"--{name}" for name in missing)
+        raise ConfigError(f"no {' and no '.join(missing)} given; add {options}, or the same in the YAML file")
+    config, method_config = split(settings, cls.Config)
+    return config, cls(method_config)
+
+
 def columns_of(text: str | None) -> dict[str, str] | None:
     """Read the names of columns, {ours: theirs}. Raises ConfigError where it is no mapping of names."""
     from alignkit.errors import ConfigError
@@ -102,6 +150,14 @@ def show(*shown: Any) -> None:
     from rich.console import Console
 
     Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 240).print(*shown)
+
+
+def size(n_bytes: int) -> str:
+    """Return a number of bytes in words."""
+    shown, units = float(n_bytes), ["bytes", "KiB", "MiB", "GiB"]
+    while abs(shown) >= 1024 and len(units) > 1:
+        shown, units = shown / 1024, units[1:]
+    return f"{shown:.3g} {units[0]}" if units[0] != "bytes" else f"{n_bytes} bytes"
 
 
 def rank() -> int:
@@ -164,6 +220,7 @@ def speak() -> None:
         "bitsandbytes",
         "transformers.modeling_utils",
         "transformers.utils.loading_report",
+        "transformers.distributed.tensor_parallel",
     ):
         logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.warnoptions:

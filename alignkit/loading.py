@@ -55,7 +55,13 @@ def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -
 
 
 def readied(model: nn.Module, config: RunConfig, device: torch.device) -> nn.Module:
-    """Set up a model for training on `device`: no dropout, no cache, checkpointing and attention as configured."""
+    """Set up a model for training on `device`, and move it there."""
+    set_up(model, config, device)
+    return model.to(device)
+
+
+def set_up(model: nn.Module, config: RunConfig, device: torch.device) -> None:
+    """Have a model train as `config` says, on `device`: no dropout, no cache, checkpointing, attention."""
     drop_dropout(model)
     lm = causal_lm(model)
     if config.gradient_checkpointing:
@@ -67,42 +73,54 @@ def readied(model: nn.Module, config: RunConfig, device: torch.device) -> nn.Mod
         lm.set_attn_implementation("flex_attention")
     elif device.type == "cpu" and config.layout != "padded" and lm.config._attn_implementation == "sdpa":
         attend_by_branches(lm)
-    return model.to(device)
 
 
-def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal") -> nn.Module:
+def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights: bool = True) -> nn.Module:
     """Load a folder or hub name as a causal language model, or as a classifier with one label, whose head may be new.
 
+    weights: False reads configurations alone; the model has shapes and types and no numbers (on the meta device).
     Raises ModelError naming what is wrong with it.
     """
-    import transformers
     from transformers import AutoConfig
 
     what = "causal language model" if kind == "causal" else "sequence classifier"
-    auto: Any = getattr(transformers, _AUTO[kind])
     _look(name)
-    options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
-    options["output_loading_info"] = True
-    if kind == "classifier":
-        options["num_labels"] = 1
     adapter = Path(name) / "adapter_config.json"
     try:
         if adapter.is_file():
-            from peft import PeftModel
+            from peft import PeftConfig, PeftModel, get_peft_model
 
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
-            model = _whole(base, *auto.from_pretrained(base, **options))
-            return PeftModel.from_pretrained(model, name, is_trainable=True)  # type: ignore[no-any-return]
+            model = _made(base, config, kind, weights)
+            if weights:
+                return PeftModel.from_pretrained(model, name, is_trainable=True)  # type: ignore[no-any-return]
+            adapters = PeftConfig.from_pretrained(name)
+            adapters.inference_mode = False
+            return get_peft_model(model, adapters)  # type: ignore[no-any-return]
         about = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
         if getattr(about, "is_encoder_decoder", False):  # its decoder alone would load, with weights missing
             raise ModelError(f"'{name}' is an encoder and a decoder ({about.model_type}); give a causal language model")
         if kind == "classifier" and about.num_labels != 1 and "Classification" in str(about.architectures):
             raise ModelError(f"'{name}' is a classifier with {about.num_labels} labels; a reward model has 1")
-        return _whole(name, *auto.from_pretrained(name, **options))
+        return _made(name, config, kind, weights)
     except ModelError:
         raise
     except Exception as error:  # transformers raises a dozen kinds here
         raise ModelError(f"cannot load a {what} from '{name}'{_where(name)}: {first_line(error)}") from error
+
+
+def _made(name: str, config: RunConfig, kind: Kind, weights: bool) -> nn.Module:
+    import transformers
+
+    auto: Any = getattr(transformers, _AUTO[kind])
+    options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
+    labels = {"num_labels": 1} if kind == "classifier" else {}
+    if weights:
+        return _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
+    trusted = config.trust_remote_code
+    about = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted, **labels)
+    with torch.device("meta"):
+        return auto.from_config(about, **options)  # type: ignore[no-any-return]
 
 
 def _whole(name: str, model: nn.Module, loading: Mapping[str, Any]) -> nn.Module:

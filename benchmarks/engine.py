@@ -25,8 +25,8 @@ VOCABULARY, HIDDEN, LAYERS, BATCH, RATE = 8192, 512, 8, 8, 1e-5
 CONTENDERS = ("forest", "forest-warm", "padded", "trl", "trl-checkpointing")
 
 
-def write_start(folder: Path, texts: list[str]) -> None:
-    """Write the untrained Llama and a byte-level BPE tokenizer of the texts."""
+def write_start(folder: Path, texts: list[str], **changes: Any) -> None:
+    """Write the untrained Llama, changed where it is told, and a byte-level BPE tokenizer of the texts."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,14 +34,10 @@ def write_start(folder: Path, texts: list[str]) -> None:
 
     tokenizer = tokenizer_from(texts, VOCABULARY)
     torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 1280, "num_hidden_layers": LAYERS, "num_attention_heads": 8}
+    sizes |= {"vocab_size": VOCABULARY, "num_key_value_heads": 8, "max_position_embeddings": 4096} | changes
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=1280,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=4096,
+        **sizes,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -84,6 +84,11 @@ def check_rewards(spec: Any) -> None:
     _parts(spec)
 
 
+def reward_folders(spec: Any) -> list[str]:
+    """Return the folders of the models that a spec names; loads none. Raises as `check_rewards`."""
+    return [f.folder for part in _parts(spec) for f in _leaves(part) if f.folder]
+
+
 def _parts(spec: Any) -> list[Leaf | Ensemble]:
     specs = list(spec) if isinstance(spec, list | tuple) else [spec]
     if not specs:

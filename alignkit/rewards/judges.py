@@ -9,7 +9,7 @@ import torch
 
 from alignkit.errors import ConfigError, RewardError, nearest
 from alignkit.rewards.answers import Answers
-from alignkit.rewards.combine import Rewards, build_rewards, check_rewards
+from alignkit.rewards.combine import Rewards, build_rewards, check_rewards, reward_folders
 from alignkit.rewards.functions import Function, Functions
 from alignkit.rewards.spec import JUDGE, Device, leaf, number
 from alignkit.rows import shown
@@ -85,6 +85,13 @@ def check_judge(spec: Any) -> None:
         check_rewards(found[0])
     else:
         leaf(spec, JUDGE)
+
+
+def judge_folders(spec: Any) -> list[str]:
+    """Return the folders of the models that a spec names; loads none. Raises as `check_judge`."""
+    if (found := _bradley_terry(spec)) is not None:
+        return reward_folders(found[0])
+    return [folder] if (folder := leaf(spec, JUDGE).folder) else []
 
 
 def _bradley_terry(spec: Any) -> tuple[Any, float] | None:

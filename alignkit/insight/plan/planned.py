@@ -1,0 +1,196 @@
+"""What a run will do, before anything of it is loaded but settings, rows and the models' configurations."""
+
+from __future__ import annotations
+
+import importlib
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from alignkit import assemble, registry
+from alignkit.branches import BRANCHES
+from alignkit.config import LoraSettings, RunConfig, split
+from alignkit.errors import ConfigError
+from alignkit.insight.plan.memory import Memory, Work, memory
+from alignkit.layouts import DENSE_ROW_TOKENS
+from alignkit.loading import DTYPES, causal_lm, from_pretrained, load_model, load_tokenizer, set_up
+from alignkit.logpcache import LogpCache, default_path
+from alignkit.method import Method
+from alignkit.online import check_online
+from alignkit.reference import fingerprint, key
+from alignkit.roles import check_reference, resolve_reference
+from alignkit.stream import Stream
+from alignkit.types import Example, Layout
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Settings that need less memory: the peak with them, in bytes."""
+
+    settings: dict[str, Any]
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it begins. Tokens are those of the training rows, prompts counted once; bytes everywhere.
+
+    reference: its form, None without one. cache: values that the run will ask for, and those known already (None: not
+    looked up). limit: the memory that it has to fit into.
+    """
+
+    method: str
+    device: str
+    rows: int
+    held_out: int
+    steps: int
+    batch_size: int
+    tokens: int
+    reference: str | None
+    cache: tuple[int, int | None] | None
+    memory: Memory
+    remedies: tuple[Remedy, ...]
+    limit: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return all of it as JSON values."""
+        return asdict(self) | {"peak": self.memory.peak, "peak_phase": self.memory.peak_phase}
+
+
+def plan(settings: Mapping[str, Any], *, limit: int | None = None, gpu: bool | None = None, hits: bool = False) -> Plan:
+    """Reckon what a run with these flat settings will do and take.
+
+    limit: bytes that it has to fit into. gpu: plan for one, by default where there is one. hits: load the weights, and
+    count what the cache of reference values knows. Raises as a run does before its first step.
+    """
+    method_class = registry.get(str(settings.get("method")))
+    config, own = split(settings, method_class.Config)
+    method = method_class(own)
+    if not isinstance(config.model, str):
+        raise ConfigError("a plan needs the model's folder or hub name, not a loaded model")
+    check_reference(config, method)
+    check_online(config, method)
+    gpu = torch.cuda.is_available() and config.device == "auto" if gpu is None else gpu
+    rows = assemble.read(config, method, load_tokenizer(config))
+    known = [method.longest(e) for e in rows.train]
+    stream = Stream(rows.train, config.batch_size, config.seed, method.min_batch)
+    steps = stream.total_steps(config.epochs, config.max_steps)
+    program = 0 if gpu else _program(config)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu)
+    work = Work(config, method, _layout(config), heaviest(stream, steps, config.max_tokens), program, bf16)
+    found = memory(work)
+    return Plan(
+        config.method, "one GPU" if gpu else "the CPU", len(rows.train), len(rows.held_out), steps,
+        config.batch_size, sum(e.n_tokens for e in known), resolve_reference(config, method, CPU, 0),
+        _cache(config, method, [*known, *map(method.longest, rows.held_out)], bf16, hits), found,
+        tuple(_remedies(work, found, limit)), limit,
+    )  # fmt: skip
+
+
+def _program(config: RunConfig) -> int:
+    """Return the bytes of this process, which has imported what a run does and holds its rows."""
+    if config.lora:
+        importlib.import_module("peft")  # with all that it brings
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _layout(config: RunConfig) -> Layout:
+    """The layout that the probe finds fit for most models; see `alignkit.layouts`."""
+    if config.layout == "padded":
+        return Layout("padded")
+    model = from_pretrained(config.model, config, weights=False)
+    set_up(model, config, CPU)
+    if causal_lm(model).config._attn_implementation == BRANCHES:
+        return Layout("forest", config.row_tokens or config.max_tokens, attention_cost=0.0)
+    return Layout("forest", config.row_tokens or min(config.max_tokens, DENSE_ROW_TOKENS))
+
+
+def heaviest(stream: Stream, steps: int, max_tokens: int) -> tuple[Example, ...]:
+    """Return the examples of the step whose largest micro-batch has the most tokens, among the first thousand."""
+
+    def largest(examples: Sequence[Example]) -> int:
+        # as `Batch.micro_batches` cuts them: the longest trees first, until there is no room
+        sizes = accumulate(sorted((e.n_tokens for e in examples), reverse=True))
+        return max((n for i, n in enumerate(sizes) if n <= max_tokens or i == 0), default=0)
+
+    return max((stream[step] for step in range(min(steps, 1000))), key=largest)
+
+
+def _cache(
+    config: RunConfig, method: Method[Any], examples: Sequence[Example], bf16: bool, hits: bool
+) -> tuple[int, int | None] | None:
+    form = resolve_reference(config, method, CPU, 0)
+    serves = config.reference_cache and method.reference_need() != "moving" and method.data != "prompts"
+    if form is None or not serves:
+        return None
+    wanted = [(e.prompt, c.tokens, c.trained_at) for e in examples for c in e.completions]
+    if not hits:
+        return len(wanted), None
+    if not (config.cache_file or default_path()).is_file():
+        return len(wanted), 0
+    model, _ = load_model(config, CPU)
+    known_as = fingerprint(
+        model,
+        quantisation="llm.int8" if form == "int8" else "none",
+        dtype=torch.bfloat16 if bf16 else DTYPES[config.dtype],
+        adapters=form != "adapter-off",
+    )
+    with LogpCache(config.cache_file) as cache:
+        return len(wanted), len(cache.get([key(known_as, *parts) for parts in wanted]))
+
+
+def _remedies(work: Work, found: Memory, limit: int | None) -> Iterator[Remedy]:
+    """Yield what would need less, the greatest saving first; then together, where none alone fits into the limit."""
+    tried = []
+    for settings in _changes(work, found):
+        peak = memory(_changed(work, settings)).peak
+        if peak < 0.98 * found.peak:
+            tried.append(Remedy(settings, peak))
+    tried.sort(key=lambda r: r.peak)
+    yield from tried
+    if limit is None or found.peak <= limit or any(r.peak <= limit for r in tried):
+        return
+    together: dict[str, Any] = {}
+    for remedy in tried:
+        together |= remedy.settings
+        if len(together) > 1:
+            both = Remedy(dict(together), memory(_changed(work, together)).peak)
+            if both.peak <= limit or remedy is tried[-1]:
+                yield both
+                return
+
+
+def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
+    config, parts = work.config, found.phases[found.peak_phase]
+    adapter = "optimiser" in parts and parts["optimiser"] < parts["weights"]
+    if config.lora is None and not adapter:
+        yield {"lora": 16}
+    if not config.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+    longest = max(e.n_tokens for e in work.examples)
+    if work.method.data != "prompts" and longest <= config.max_tokens // 2 < found.tokens:
+        yield {"max_tokens": config.max_tokens // 2}
+    if config.kept_logits_gib and "head" in parts:
+        yield {"kept_logits_gib": 0.0}
+    if "reference" in parts and config.reference != "int8" and work.method.reference_need() != "moving":
+        yield {"reference": "int8"}
+    if "critic" in parts and config.critic != "shared":
+        yield {"critic": "shared"}
+    if "rollouts" in parts and config.sampling.batch_size > 1:
+        yield {"sampling.batch_size": config.sampling.batch_size // 2}
+
+
+def _changed(work: Work, settings: Mapping[str, Any]) -> Work:
+    given = dict(settings)
+    if "lora" in given:
+        given["lora"] = LoraSettings(r=given["lora"])
+    if size := given.pop("sampling.batch_size", None):
+        given["sampling"] = work.config.sampling.model_copy(update={"batch_size": size})
+    config = work.config.model_copy(update=given)
+    return Work(config, work.method, work.layout, work.examples, work.program, work.bf16)

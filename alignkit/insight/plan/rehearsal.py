@@ -1,0 +1,158 @@
+"""One step of a run with models that have no numbers: its own code collects, scores and updates, and memory is counted.
+
+What a run samples, scores or reads from its cache is made up here at random, in the shapes that it would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.config import RunConfig
+from alignkit.context import StepContext
+from alignkit.errors import ModelError
+from alignkit.insight.plan.ledger import Ledger
+from alignkit.loading import causal_lm
+from alignkit.method import Method
+from alignkit.models import Scorer
+from alignkit.online import Online
+from alignkit.packing import batch_of
+from alignkit.rewards import Answers, Scores
+from alignkit.roles import Roles
+from alignkit.rollout import Sampled
+from alignkit.scalars import ActorCritic, Valuer
+from alignkit.stream import seeded
+from alignkit.types import Batch, Example, Layout, Outputs
+
+
+class _Roles(Roles):
+    """Roles whose passes without a gradient are made, for their memory, and answered at random."""
+
+    def _by_parts(self, batch: Batch, said: Any) -> tuple[Tensor, ...]:
+        first = batch.micro_batches(self.max_tokens)[0]
+        return tuple(torch.rand(len(batch.targets)) - 1 for _ in said(first))
+
+    def reference(self, batch: Batch) -> Outputs:
+        self._declared("reference")
+        return Outputs(torch.rand(len(batch.targets)) - 1)
+
+
+class _Reference:
+    """Stands for a run's reference, whose own passes take less than an update does."""
+
+    def attach(self, batch: Batch, keep: bool = True) -> Batch:
+        return batch.attach(per_token={"reference_logps": torch.rand(len(batch.targets)) - 1})
+
+    def update(self, policy: nn.Module, alpha: float) -> None:
+        pass
+
+
+class _Online(Online):
+    """Completions of the greatest length, and scores, out of nothing."""
+
+    def sample(self, ctx: StepContext, examples: Sequence[Example], n: int, draw: int, mixture: float | None) -> Any:
+        tokens = [0] * self.config.sampling.max_new_tokens
+        return [[Sampled(tokens, True) for _ in range(n)] for _ in examples]
+
+    def answers(self, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]]) -> Answers:
+        flat = [(e, s) for e, some in zip(examples, sampled, strict=True) for s in some]
+        texts = ["" for _ in flat]
+        lengths = [len(s.tokens) for _, s in flat]
+        return Answers(list(texts), list(texts), {}, [e.row for e, _ in flat], lengths, [True] * len(flat))
+
+    def score(self, parts: Any, answers: Answers) -> Scores:
+        return Scores([float(i % 3) for i in range(len(answers))], {})
+
+    def compare(self, parts: Any, first: Answers, second: Answers) -> list[float]:
+        return [0.5] * len(first)
+
+    def write(self, *_: Any) -> None:
+        pass
+
+
+class _Loop:
+    """What a step's context asks of the loop around it."""
+
+    def __init__(self, config: RunConfig, method: Method[Any], module: nn.Module, layout: Layout, eos: int) -> None:
+        self.config, self.method, self.extra = config, method, dict[str, float]()
+        online = method.data == "prompts"
+        alone = SimpleNamespace(n=1, own=0, share=list, sum=lambda v: v, largest=lambda v: v, most=lambda n: n)
+        epochs = config.epochs_per_batch or method.epochs_per_batch
+        self.parts = SimpleNamespace(
+            roles=_Roles(method, module, module, None, config.max_tokens, config.sampling.temperature),  # type: ignore[arg-type]
+            reference=_Reference() if "reference" in method.roles() else None,
+            online=_Online(config, None, None, None, epochs_per_batch=epochs) if online else None,
+            plain=module, layout=layout, ranks=alone, eos=eos,
+        )  # fmt: skip
+
+    def shard(self, examples: Sequence[Example], keep: bool = True) -> Batch:
+        batch = batch_of(examples, self.parts.layout)
+        if self.parts.reference is None or self.parts.online:
+            return batch
+        return _Reference().attach(batch)
+
+
+def collected(
+    config: RunConfig, method: Method[Any], module: nn.Module, layout: Layout, examples: Sequence[Example]
+) -> tuple[list[Batch], Roles]:
+    """Collect a step of these examples; return the micro-batches of its first update, the largest first, and roles."""
+    loop = _Loop(config, method, module, layout, eos=0)
+    ctx = StepContext(loop, 0, tuple(examples), seeded(config.seed, 2, 0))  # type: ignore[arg-type]
+    with torch.no_grad():
+        batch = method.collect(loop.shard(examples), ctx)
+    minibatch, _ = next(iter(batch.minibatches(config.minibatches, ctx.generator, 0, 1, len(examples))))
+    micros = minibatch.micro_batches(config.max_tokens)
+    return sorted(micros, key=lambda m: -m.n_tokens), loop.parts.roles
+
+
+def learn(method: Method[Any], module: nn.Module, micro: Batch, roles: Roles, ledger: Ledger) -> dict[str, int]:
+    """Compute loss and gradients; return the bytes by label, weights left out, at the largest moment before the
+    first gradient of a layer is there: from then on activations go and gradients come."""
+    layers = [p for trunk in trunks(module) for p in layers_of(trunk).parameters() if p.requires_grad]
+    found: dict[str, int] = {}
+
+    def reached(_: Tensor) -> None:
+        found.update(found or ledger.peak)
+
+    handles = [p.register_post_accumulate_grad_hook(reached) for p in layers]
+    handles += [hook for trunk in trunks(module) for hook in _labelling(trunk, ledger)]
+    ledger.forget_peak()
+    with ledger.labelled("head"):
+        terms = method.loss(micro, roles)
+        loss = torch.stack([t.coef * t.value.mean() for t in terms.values() if t.coef]).sum()
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    module.zero_grad()
+    return found or dict(ledger.peak)
+
+
+def trunks(module: nn.Module) -> list[nn.Module]:
+    """Return the trunks of a policy and of its critic."""
+    models = [module.policy, module.critic] if isinstance(module, ActorCritic) else [module]
+    return [causal_lm(m.model).base_model for m in models if isinstance(m, Scorer | Valuer)]
+
+
+def layers_of(trunk: nn.Module) -> nn.ModuleList:
+    """Return the trunk's layers. Raises ModelError where it has no list of them."""
+    lists = [m for m in trunk.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(trunk).__name__} has no list of layers, so its memory cannot be planned")
+    return max(lists, key=len)
+
+
+def _labelling(trunk: nn.Module, ledger: Ledger) -> list[Any]:
+    inside: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        inside.append(ledger.labelled("activations"))
+        inside[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        inside.pop().__exit__(None, None, None)
+
+    return [trunk.register_forward_pre_hook(enter), trunk.register_forward_hook(leave)]
