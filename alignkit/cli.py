@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alignkit import console
-from alignkit.commands import audit, best_of_n, health, inspect, plan, report
+from alignkit.commands import audit, best_of_n, health, init, inspect, plan, recommend, report
 
 if TYPE_CHECKING:
     from alignkit.logpcache import LogpCache
@@ -206,6 +206,8 @@ def demo(
 
 app.command(no_args_is_help=True, epilog=audit.EXAMPLES)(audit.audit)
 app.command(no_args_is_help=True, epilog=best_of_n.EXAMPLES)(best_of_n.best_of_n)
+app.command(no_args_is_help=True, epilog=recommend.EXAMPLES)(recommend.recommend)
+app.command(no_args_is_help=True, epilog=init.EXAMPLES)(init.init)
 app.command(no_args_is_help=True, epilog=plan.EXAMPLES)(plan.plan)
 app.command(no_args_is_help=True, epilog=report.EXAMPLES)(report.report)
 app.command(no_args_is_help=True, epilog=health.EXAMPLES)(health.health)

@@ -1,0 +1,53 @@
+"""The YAML to begin from: settings with a line each that says why."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import ConfigError
+from alignkit.insight.recommend.recommended import Option, Recommendation
+from alignkit.insight.recommend.shown import setting
+
+_WIDTH = 100
+
+
+def write_config(
+    found: Recommendation, path: Path, *, model: str, data: str, columns: Mapping[str, str] | None = None
+) -> str:
+    """Write the settings of the first choice, and return its name. Raises ConfigError: no choice, cannot be written."""
+    if found.first is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.refused.items())
+        raise ConfigError(f"no installed method can be started with these rows. {reasons or 'None is installed'}")
+    text = config_text(found, found.first, path.name, {"model": model, "data": data, "columns": columns})
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another --output") from error
+    return found.first.method
+
+
+def config_text(found: Recommendation, first: Option, file: str, given: Mapping[str, Any]) -> str:
+    """Return the text of a file of settings. file: its name, for what to type next. given: model, data, columns."""
+    audit = found.facts.audit
+    why = {
+        "model": "folder or hub name; it is read, never changed",
+        "data": f"{audit.kept:,} rows of the form '{audit.form}'",
+        "columns": "our column names: yours",
+    }
+    settings = [(name, value, why[name]) for name, value in given.items() if value]
+    settings = [("method", first.method, first.reason), *settings, *found.settings]
+    head = (
+        f"Next: alignkit validate {file}, alignkit plan {file}, alignkit run {file}.",
+        f"All settings: alignkit settings {first.method}",
+    )
+    blocks = ["\n".join(map(_comment, head))]
+    blocks += [f"{_comment(reason)}\n{setting(name, value)}" for name, value, reason in settings]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _comment(text: str) -> str:
+    # white space is joined, so that no text can leave its comment
+    return "\n".join(f"# {line}" for line in textwrap.wrap(" ".join(text.split()), _WIDTH))

@@ -1,0 +1,540 @@
+"""`alignkit recommend` and `alignkit init`: what rows can serve, what is said of it, and a config that runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignkit import cli, registry
+from alignkit.config import split
+from alignkit.errors import ConfigError, ModelError
+from alignkit.insight.plan import Memory, Plan, Remedy
+from alignkit.insight.recommend import Recommendation, fit, recommend
+from alignkit.insight.recommend.advice import ADVICE, _weights
+from alignkit.insight.recommend.fit import fitted
+from helpers import make_rows, write_tiny
+
+Rows = list[dict[str, Any]]
+PAIRS = {"cpo", "dpo", "ipo", "orpo", "reward", "simpo"}
+SAMPLING = {"grpo", "nash", "ppo", "rloo"}
+
+
+def served(found: Recommendation) -> set[str]:
+    return {o.method for o in (found.first, *found.also) if o is not None}
+
+
+def values(found: Recommendation) -> dict[str, Any]:
+    return {choice.name: choice.value for choice in found.settings}
+
+
+def reason(found: Recommendation, method: str) -> str:
+    return next(o.reason for o in (found.first, *found.also) if o is not None and o.method == method)
+
+
+def noisy_rows(same: int, against: int, others: int = 0) -> Rows:
+    """Pairs that are judged twice, so many of them the same way and the other way round, and others judged once."""
+    rows = make_rows("pairs", same + against + others)
+    again = [dict(row) for row in rows[:same]]
+    again += [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[same : same + against]]
+    return rows + again
+
+
+# ------------------------------------------------------------------------------------------------- which methods
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "others"),
+    [
+        ("pairs", "dpo", PAIRS | {"kto", "sft"}),
+        ("unpaired", "kto", {"kto", "sft"}),
+        ("text", "sft", {"sft"}),
+    ],
+)
+def test_what_each_kind_of_rows_serves(kind: str, first: str, others: set[str]) -> None:
+    found = recommend(make_rows(kind, 60))
+    assert found.first is not None
+    assert found.first.method == first
+    assert served(found) == others
+    assert set(found.refused) == set(registry.names()) - others
+    assert all(o.reason for o in (found.first, *found.also))
+    assert "give --reward" in found.refused["grpo"]
+    assert "give --judge" in found.refused["nash"]
+
+
+def test_prompts_alone_serve_nothing_and_it_is_said_what_is_missing() -> None:
+    found = recommend([{"prompt": f"{i}?"} for i in range(30)])
+    assert found.first is None
+    assert served(found) == set()
+    assert "needs pairs" in found.refused["dpo"]
+    assert {name for name, why in found.refused.items() if "give --" in why} == SAMPLING
+
+
+@pytest.mark.parametrize(
+    ("answers", "reward"),
+    [
+        (["#### 72", "so 3", "1/2"], "numeric"),
+        (["Paris", "London", "Rome"], "exact"),
+        ([72, 3.5, 1], "numeric"),
+    ],
+)
+def test_an_answer_that_can_be_checked_is_a_reward(answers: list[Any], reward: str) -> None:
+    found = recommend([{"prompt": f"{i}?", "answer": a} for i, a in enumerate(answers * 10)])
+    assert found.first is not None
+    assert found.first.method == "grpo"
+    assert served(found) == SAMPLING - {"nash"}
+    assert values(found)["reward"] == reward
+
+
+@pytest.mark.parametrize("answer", [None, "", "words " * 20, ["a"]])
+def test_one_answer_that_cannot_be_checked_spoils_it(answer: Any) -> None:
+    rows = [{"prompt": f"{i}?", "answer": "Paris"} for i in range(20)]
+    assert recommend([*rows, {"prompt": "last?", "answer": answer}]).first is None
+
+
+def test_a_reward_decides_for_methods_that_sample() -> None:
+    found = recommend(make_rows("pairs", 60), reward="json")
+    assert [o.method for o in (found.first, *found.also) if o][:4] == ["grpo", "rloo", "ppo", "dpo"]
+    assert values(found)["reward"] == "json"
+
+
+@pytest.mark.parametrize("spec", [{"ensemble": ["json", {"use": "llm", "url": "http://localhost:1/v1", "model": "m"}]}])
+def test_a_reward_that_is_a_model_is_begun_with_rloo(spec: Any) -> None:
+    found = recommend(make_rows("pairs", 60), reward=spec)
+    assert found.first is not None
+    assert found.first.method == "rloo"
+
+
+def test_a_judge_decides_for_nash() -> None:
+    found = recommend(make_rows("pairs", 60), judge={"bradley_terry": "json"})
+    assert found.first is not None
+    assert found.first.method == "nash"
+    assert values(found)["judge"] == {"bradley_terry": "json"}
+
+
+def test_a_method_that_is_named_comes_first_and_one_that_cannot_be_served_is_refused() -> None:
+    rows = make_rows("pairs", 60)
+    found = recommend(rows, method="kto")
+    assert found.first is not None
+    assert found.first.method == "kto"
+    assert served(found) == PAIRS | {"kto", "sft"}
+    with pytest.raises(ConfigError, match=r"'grpo' cannot be served: .* give --reward"):
+        recommend(rows, method="grpo")
+    with pytest.raises(ConfigError, match="'dpo' cannot be served: it needs pairs"):
+        recommend(make_rows("unpaired", 60), method="dpo")
+
+
+STRANGER = """
+from pydantic import Field
+from alignkit import Method, MethodConfig, Term, hookimpl
+
+
+class Stranger(Method):
+    name = "stranger"
+    data = "{data}"
+    uses = frozenset({{"policy", "{role}"}})
+
+    class Config(MethodConfig):
+        tau: float = Field(0.7, description="how strange")
+
+    def loss(self, batch, models):
+        return {{}}
+
+
+@hookimpl
+def register_methods():
+    return [Stranger]
+"""
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, data: str, role: str, code: str = STRANGER) -> None:
+    info = folder / f"alignkit_stranger_{data}_{role}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (folder / f"stranger_{data}_{role}.py").write_text(code.format(data=data, role=role))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: alignkit-stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[alignkit]\nstranger = stranger_{data}_{role}\n")
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "role", "why"), [("pairs", "reference", None), ("prompts", "judge", "--judge"), ("unpaired", "policy", "")]
+)
+def test_a_strangers_method_is_judged_by_its_rows_and_roles(
+    data: str, role: str, why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "site", monkeypatch, data, role)
+    found = recommend(make_rows("pairs", 60))
+    if why == "--judge":
+        assert "--judge" in found.refused["stranger"]
+        return
+    assert found.also[-1].method == "stranger"  # of which nothing is known
+    chosen = recommend(make_rows("pairs", 60), method="stranger")
+    assert values(chosen)["tau"] == 0.7
+    assert next(c.why for c in chosen.settings if c.name == "tau") == "how strange"
+
+
+def test_a_broken_method_is_listed_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path / "site", monkeypatch, "text", "broken", "raise RuntimeError('oh')\n")
+    assert "broken" in recommend(make_rows("pairs", 60)).refused["stranger"]
+
+
+# -------------------------------------------------------------------------------------------- what the rows tell
+
+
+def test_noise_is_estimated_from_pairs_that_are_judged_twice() -> None:
+    found = recommend(noisy_rows(same=41, against=9))
+    # 2 e (1 - e) = 9 / 50, so e = (1 - sqrt(1 - 0.36)) / 2 = 0.1
+    assert found.facts.flipped == pytest.approx(0.1)
+    assert values(found)["label_smoothing"] == 0.1
+    assert values(found)["loss_type"] == "robust"
+    # and the other methods that were made for it move up
+    order = [o.method for o in (found.first, *found.also) if o]
+    assert order[:3] == ["dpo", "ipo", "kto"]
+    assert "noisy" in reason(found, "kto")
+
+
+@pytest.mark.parametrize(("same", "against", "smoothing"), [(10, 40, 0.4), (196, 4, 0.01)])
+def test_the_estimate_stays_where_smoothing_means_something(same: int, against: int, smoothing: float) -> None:
+    assert values(recommend(noisy_rows(same, against)))["label_smoothing"] == smoothing
+
+
+def test_noise_that_cannot_be_estimated_is_guessed_and_said_to_be() -> None:
+    found = recommend(noisy_rows(same=0, against=4, others=60))
+    assert found.facts.flipped is None
+    assert values(found)["label_smoothing"] == 0.1
+    assert "loss_type" not in values(found)  # robust wants to know the part
+    assert any("a tenth is a guess" in c.why for c in found.settings)
+
+
+def test_many_ties_count_as_noise_and_few_do_not() -> None:
+    def judged(n_ties: int) -> Rows:
+        winners = ["tie"] * n_ties + ["a"] * (40 - n_ties)
+        return [
+            {"prompt": f"{i}?", "winner": w, "response_a": "yes", "response_b": "no"} for i, w in enumerate(winners)
+        ]
+
+    assert "label_smoothing" in values(recommend(judged(4)))
+    assert "label_smoothing" not in values(recommend(judged(3)))
+
+
+def test_clean_pairs_get_no_smoothing() -> None:
+    found = recommend(make_rows("pairs", 60))
+    assert found.facts.noisy is None
+    assert not values(found).keys() & {"label_smoothing", "loss_type", "ld_alpha"}
+    assert "With clean pairs DPO comes first" in reason(found, "kto")
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "which"), [("a b c", "a", "longer"), ("a", "a b c", "shorter")])
+def test_a_lean_to_length_is_answered(chosen: str, rejected: str, which: str) -> None:
+    found = recommend([{"prompt": f"{i}?", "chosen": chosen, "rejected": rejected} for i in range(60)])
+    assert found.facts.lean == f"the {which} answer is chosen in 100% of the pairs that differ in length"
+    assert values(found)["ld_alpha"] == 0.5
+    assert found.also[0].method == "simpo"
+
+
+def test_a_lean_that_is_little_is_none() -> None:
+    # 54 % of 4,000: beyond chance, and below 55 %
+    rows = [
+        {"prompt": f"{i}?", "chosen": "aa" if i % 100 < 54 else "a", "rejected": "a" if i % 100 < 54 else "aa"}
+        for i in range(4000)
+    ]
+    found = recommend(rows)
+    assert found.facts.audit.biases[0].beyond_chance
+    assert found.facts.lean is None
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000))
+def test_ktos_weights_bring_the_counts_together(good: int, bad: int) -> None:
+    settings = {c.name: c.value for c in _weights(good, bad)}
+    ratio = settings.get("desirable_weight", 1.0) * good / (settings.get("undesirable_weight", 1.0) * bad)
+    assert 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9
+    assert all(value > 0 for value in settings.values())
+
+
+def test_ktos_weights_are_in_its_settings() -> None:
+    rows = [{"prompt": f"{i}?", "completion": "yes", "label": i % 5 == 0} for i in range(100)]
+    assert values(recommend(rows))["desirable_weight"] == 4.0  # 20 are good and 80 bad
+    alike = [{**row, "label": True} for row in rows]
+    found = recommend(alike)
+    assert found.first is not None
+    assert found.first.method == "sft"
+    assert "all rows are good" in reason(found, "kto")
+
+
+def test_few_rows_get_adapters_small_steps_and_their_rate() -> None:
+    found = recommend(make_rows("pairs", 200))
+    assert values(found)["lora"] == 16
+    assert values(found)["learning_rate"] == registry.get("dpo").lora_learning_rate
+    assert values(found)["batch_size"] == 8  # 200 / 20 = 10
+    assert values(recommend(make_rows("unpaired", 200)))["batch_size"] == 16  # KTO's baseline wants more
+    many = recommend(make_rows("pairs", 1000))
+    assert "lora" not in values(many)
+    assert values(many)["learning_rate"] == registry.get("dpo").learning_rate
+    assert values(many)["batch_size"] == 32
+
+
+def test_rows_are_held_out_where_there_are_enough_prompts(write_rows: Callable[..., str]) -> None:
+    assert values(recommend(make_rows("pairs", 300)))["eval_fraction"] == 0.05
+    assert values(recommend(make_rows("pairs", 100)))["eval_fraction"] == 0.1
+    assert "eval_fraction" not in values(recommend(make_rows("pairs", 19)))
+    held = write_rows(make_rows("pairs", 5, seed=9), "held.jsonl")
+    given = values(recommend(make_rows("pairs", 300), eval_data=held))
+    assert given["eval_data"] == held
+    assert "eval_fraction" not in given
+
+
+def test_a_model_without_a_chat_template_may_be_a_base_model(tiny: str) -> None:
+    assert "base model without SFT" in reason(recommend(make_rows("pairs", 60), model=tiny), "orpo")
+    assert "base model without SFT" not in reason(recommend(make_rows("pairs", 60)), "orpo")
+
+
+def test_answers_that_would_be_cut_raise_the_budget(tiny: str) -> None:
+    long = [{"prompt": f"{i}:", "chosen": "red fox " * 700, "rejected": "blue owl " * 600} for i in range(30)]
+    found = recommend(long, model=tiny)
+    assert found.facts.audit.budgets is not None
+    assert found.facts.audit.budgets.answers_cut == 60
+    chosen = next(length for length in found.facts.audit.lengths if length.part == "chosen")
+    assert values(found)["max_completion_tokens"] == 64 * math.ceil(chosen.longest / 64)
+
+
+# ----------------------------------------------------------------------------------------- settings that there are
+
+
+@pytest.mark.parametrize("rows", [noisy_rows(41, 9), noisy_rows(0, 4, 60), make_rows("pairs", 1200)], ids=len)
+@pytest.mark.parametrize("method", sorted(PAIRS | {"kto", "sft"} | SAMPLING))
+def test_what_is_advised_is_accepted(rows: Rows, method: str) -> None:
+    rows = [{**row, "chosen": row["chosen"] + " and more"} for row in rows]
+    given = {"reward": "json"} if method != "nash" else {"judge": {"bradley_terry": "json"}}
+    found = recommend(rows, method=method, **(given if method in SAMPLING else {}))
+    cls = registry.get(method)
+    run, own = split({"method": method, "model": "m", "data": "d", **values(found)}, cls.Config)
+    cls(own)
+    assert [c.name for c in found.settings if not c.why] == []
+    assert len({c.name for c in found.settings}) == len(found.settings)
+    assert run.batch_size >= cls.min_batch
+
+
+def test_there_is_advice_on_every_first_party_method() -> None:
+    pages = Path(__file__).parents[1] / "docs/methods"
+    assert sorted(ADVICE) == sorted(p.stem for p in pages.glob("*.md"))
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+GIB = 2**30
+
+
+def planned(peak: float, *remedies: tuple[dict[str, Any], float]) -> Callable[..., Plan]:
+    def made(settings: Any, *, limit: int, gpu: bool) -> Plan:
+        assert gpu
+        found = Memory({"learning": {"weights": int(peak * GIB)}}, 1, 1, 1)
+        tried = tuple(Remedy(change, int(size * GIB)) for change, size in remedies)
+        return Plan("dpo", "one GPU", 1, 0, 1, 1, 1, None, None, found, tried, limit)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("plan", "chosen", "said"),
+    [
+        (planned(17.9), {}, "17.9 GiB at its peak, fits into 20 GiB"),
+        (planned(18.1, ({"lora": 16}, 5), ({"max_tokens": 64}, 17)), {"max_tokens": 64}, "17 GiB, fits into it"),
+        (planned(30, ({"reference": "int8"}, 9), ({"lora": 16}, 10)), {"lora": 16}, "10 GiB, fits into it"),
+        (
+            planned(30, ({"lora": 16}, 25), ({"lora": 16, "reference": "int8"}, 17)),
+            {"lora": 16, "reference": "int8"},
+            "17 GiB, fits into it",
+        ),
+        (planned(30, ({"lora": 16}, 25), ({"max_tokens": 64}, 29)), {"lora": 16}, "25 GiB, still more"),
+        (planned(30), {}, "no setting that was tried needs less"),
+    ],
+)
+def test_the_gentlest_remedy_is_taken(
+    plan: Any, chosen: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "plan", plan)
+    found = fitted({}, 20 * GIB)  # of which a tenth is spared
+    assert {c.name: c.value for c in found.settings} == chosen
+    assert said in found.said
+
+
+def test_what_memory_asks_for_is_in_the_settings(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "plan", planned(30, ({"lora": 16}, 10)))
+    found = recommend(make_rows("pairs", 1000), model=tiny, memory=20 * GIB)
+    assert values(found)["lora"] == 16
+    assert values(found)["learning_rate"] == registry.get("dpo").lora_learning_rate
+    monkeypatch.setattr(fit, "plan", planned(30, ({"sampling.batch_size": 8}, 10)))
+    found = recommend(make_rows("pairs", 1000), model=tiny, memory=20 * GIB, reward="json")
+    assert values(found)["sampling"] == {"max_new_tokens": 256, "batch_size": 8}
+
+
+def test_a_model_that_cannot_be_planned_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Plan:
+        raise ModelError("too strange")
+
+    monkeypatch.setattr(fit, "plan", refused)
+    assert fitted({}, GIB) == ("what it needs cannot be reckoned: too strange", ())
+
+
+@pytest.mark.slow
+def test_a_real_plan_fits_with_what_it_asks_for(tmp_path: Path, write_rows: Callable[..., str]) -> None:
+    write_tiny(tmp_path / "wide", hidden_size=256, intermediate_size=1024)
+    data = write_rows(make_rows("pairs", 1000))
+    # 2 layers of 4 * 256 * 192 (keys and values have half of the heads) and 3 * 256 * 1024 numbers: weights, gradients
+    # and two moments in float32 are 32 MB; with adapters the weights alone are 8
+    found = recommend(data, model=str(tmp_path / "wide"), memory=30 * 10**6)
+    assert found.fit is not None
+    assert values(found)["lora"] == 16
+    assert "more than is safe in 28.6 MiB" in found.fit.said
+
+
+def test_memory_without_a_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="give --model as well"):
+        recommend(make_rows("pairs", 60), memory=GIB)
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[Any, str, str]]]:
+    """Run `alignkit ARGUMENTS` in a folder of its own; return the exit code and what was printed."""
+    import logging
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache.sqlite"))
+    logger = logging.getLogger("alignkit")
+    before = logger.handlers[:], logger.level, logger.propagate
+
+    def run(*arguments: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["alignkit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    yield run
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+def test_the_command_says_and_writes_what_was_found(
+    call: Callable[..., Any], write_rows: Callable[..., str], tmp_path: Path
+) -> None:
+    data = write_rows([{"question": f"[b]{i}", "chosen": "red fox", "rejected": "owl"} for i in range(60)], "a b.jsonl")
+    code, out, err = call("recommend", "--data", data, "--columns", "{prompt: question}", "--json", "r.json")
+    assert (code, err) == (0, "")
+    assert "start with dpo: learns from pairs" in out
+    assert "\nalso:\n  simpo: " in out
+    assert "\nnot, because:\n  grpo: " in out
+    assert "  ld_alpha: 0.5  the longer answer" in out
+    assert f"alignkit init --data '{data}' --model MODEL --columns '{{prompt: question}}'" in out
+    described = json.loads((tmp_path / "r.json").read_text())
+    assert described["first"]["method"] == "dpo"
+    assert described["data"]["rows"] == {"pairs": 60, "unpaired": 120, "text": 60, "prompts": 60}
+
+
+def test_the_command_where_nothing_can_be_served(call: Callable[..., Any], write_rows: Callable[..., str]) -> None:
+    code, out, _ = call("recommend", "--data", write_rows([{"prompt": f"{i}?"} for i in range(9)]))
+    assert code == 0
+    assert "no installed method can be started with these rows alone:" in out
+    assert "alignkit init" not in out
+
+
+@pytest.mark.parametrize("method", sorted(PAIRS | SAMPLING | {"kto", "sft"}))
+def test_what_init_writes_is_valid(
+    method: str, call: Callable[..., Any], write_rows: Callable[..., str], tiny: str, tmp_path: Path
+) -> None:
+    data = write_rows(make_rows("pairs", 80))
+    more = {"nash": ["--judge", "{bradley_terry: json}"]}.get(method, ["--reward", "json"])
+    asked = ["init", "--method", method, "--data", data, "--model", tiny, *(more if method in SAMPLING else [])]
+    code, out, err = call(*asked)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"config.yaml: {method}")
+    text = (tmp_path / "config.yaml").read_text()
+    written = yaml.safe_load(text)
+    assert (written["method"], written["model"], written["data"]) == (method, tiny, data)
+    lines = text.split("\n")
+    settings = [i for i, line in enumerate(lines) if line and not line.startswith("#")]
+    assert len(settings) == len(written)  # one line each
+    assert all(lines[i - 1].startswith("# ") for i in settings)
+    assert call("validate", "config.yaml")[0] == 0
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo"])
+def test_what_init_writes_can_be_planned(
+    method: str, call: Callable[..., Any], write_rows: Callable[..., str], tiny: str
+) -> None:
+    data = write_rows(make_rows("pairs", 80))
+    more = ["--reward", "json"] if method == "grpo" else []
+    assert call("init", "--method", method, "--data", data, "--model", tiny, "-o", "c.yml", "--lora", 4, *more)[0] == 0
+    code, out, _ = call("plan", "c.yml")
+    assert code == 0
+    assert f"{method}: {144 if method == 'kto' else 72} rows to train on" in out
+
+
+def test_init_does_not_write_over_a_file(
+    call: Callable[..., Any], write_rows: Callable[..., str], tiny: str, tmp_path: Path
+) -> None:
+    data = write_rows(make_rows("pairs", 60))
+    (tmp_path / "config.yaml").write_text("mine")
+    code, _, err = call("init", "--data", data, "--model", tiny)
+    assert code == 2
+    assert "'config.yaml' is there already" in err
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+    assert call("init", "--data", data, "--model", tiny, "--force")[0] == 0
+    assert "method: dpo" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "none.jsonl", "--model", "TINY"], "no such file: none.jsonl"),
+        (["--data", "rows.jsonl", "--model", "./none"], "there is no folder './none'"),
+        (["--data", "rows.jsonl", "--model", "TINY", "--method", "dop"], "Did you mean 'dpo'?"),
+        (["--data", "rows.jsonl", "--model", "TINY", "-o", "c.txt"], "is named .yaml or .yml"),
+        (["--data", "rows.jsonl", "--model", "TINY", "-o", "no/c.yaml"], "there is no folder 'no'"),
+        (["--data", "rows.jsonl", "--model", "TINY", "--gpu-memory", "big"], "'big' is no size of memory"),
+        (["--data", "rows.jsonl", "--model", "TINY", "--reward", "jsn"], "Did you mean 'json'?"),
+        (["--data", "prompts.jsonl", "--model", "TINY"], "no installed method can be started with these rows"),
+        (["--data", "bad.jsonl", "--model", "TINY"], "row 1, column 'chosen'"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_a_few_lines(
+    arguments: list[str], said: str, call: Callable[..., Any], write_rows: Callable[..., str], tiny: str, tmp_path: Path
+) -> None:
+    write_rows(make_rows("pairs", 60))
+    write_rows([{"prompt": f"{i}?"} for i in range(9)], "prompts.jsonl")
+    write_rows([{"prompt": "a", "chosen": None, "rejected": "b"}], "bad.jsonl")
+    code, _, err = call("init", *[tiny if a == "TINY" else a for a in arguments])
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_no_text_leaves_its_comment(call: Callable[..., Any], write_rows: Callable[..., str], tiny: str) -> None:
+    data = write_rows(make_rows("pairs", 60), "a: b #\nname: evil.jsonl")
+    assert call("init", "--data", data, "--model", tiny, "--columns", "{prompt: prompt}")[0] == 0
+    written = yaml.safe_load(Path("config.yaml").read_text())
+    assert written["data"] == data
+    assert "name" not in written
+    assert written["columns"] == {"prompt": "prompt"}
+
+
+def test_the_page_has_the_limits_as_they_are() -> None:
+    from alignkit.insight.recommend import facts
+
+    text = " ".join((Path(__file__).parents[1] / "docs/recommend.md").read_text().split())
+    said = [f"{facts.FEW:,} rows", f"{facts.NOISY:.1%}", f"{facts.TIES:.0%}", f"{facts.TWICE} pairs"]
+    said += [f"{0.5 + facts.LEAN:.0%}", f"{facts.SHORT} characters", f"{1 - fit.SPARE:.0%}"]
+    assert [one for one in said if one.replace("%", " %") not in text] == []
