@@ -56,14 +56,14 @@ class Health(BaseModel):
         0.25, gt=0, description="standard deviations that a reward of weight 0 fell, while the reward has risen"
     )
     distinct: Limit = Field(0.5, gt=0, lt=1, description="part of the distinct-2 at the start that is left")
-    entropy: Limit = Field(0.05, gt=0, lt=1, description="part of the entropy at the start that is left")
+    entropy: Limit = Field(0.03, gt=0, description="nats a token, and less than half of what it was at the start")
     repetition: Limit = Field(0.2, gt=0, lt=1, description="part of a completion's 4-grams that repeat others in it")
     opening: Limit = Field(0.8, gt=0, le=1, description="part of the prompts answered with the same first words")
     displacement: Limit = Field(0.2, gt=0, description="nats a token that the chosen answers lost, with the rejected")
     zero_variance: Limit = Field(0.8, gt=0, le=1, description="part of the prompts whose completions all score alike")
     clip_fraction: Limit = Field(0.3, gt=0, le=1, description="part of the tokens whose gradient was clipped")
     value_loss: Limit = Field(10.0, gt=1, description="times its running median")
-    explained_variance: Limit = Field(-0.2, lt=1, description="the critic's, below which it only harms")
+    explained_variance: Limit = Field(-0.02, lt=1, description="the critic's, below which it only harms")
     grad_spike: Limit = Field(8.0, gt=1, description="times the running median of the gradient's norm")
     truncation: Limit = Field(0.1, gt=0, le=1, description="part of the completions that max_new_tokens cut")
 

@@ -188,7 +188,8 @@ def test_the_mean_of_the_window_is_held_to_the_limit() -> None:
 
 def test_a_change_is_looked_at_when_two_windows_are_behind_it() -> None:
     assert alarms([{"entropy": v} for v in (1, 1, 0)]) == []
-    assert alarms([{"entropy": v} for v in (1, 3, 0, 0.25)], entropy=0.1) == [(4, "entropy", 0.0625)]
+    assert alarms([{"entropy": v} for v in (1, 3, 0, 0.25)], entropy=0.2) == [(4, "entropy", 0.125)]
+    assert alarms([{"entropy": v} for v in (0.25, 0.25, 0, 0.25)], entropy=0.2) == []  # a half exactly
 
 
 def test_the_reward_has_risen_where_it_is_a_part_of_its_spread_higher() -> None:
@@ -223,6 +224,24 @@ def test_a_gradient_spikes_against_the_median_and_not_where_norms_vary_anyway() 
     assert alarms(norms(1, 1, 1, 20, 1, 1, 30)) == [(4, "grad_spike", 20.0), (7, "grad_spike", 30.0)]
     assert alarms(norms(0, 0, 0, 0, 5)) == []  # steps that taught nothing are no measure
     assert alarms(norms(1, 2, 3, None, 17)) == [(5, "grad_spike", 8.5)]
+
+
+def test_the_critics_loss_is_held_to_its_median_and_not_to_what_it_fell_to() -> None:
+    def losses(*values: float) -> list[dict[str, Any]]:
+        return [{"value": v} for v in values]
+
+    assert alarms(losses(1, 3, 1, 40)) == [(4, "value_loss", 10.25)]  # the mean of 1 and 40, by 2
+    assert alarms(losses(1, 3, 1, 39)) == []
+    assert alarms(losses(1, 3, *[0.01] * 9, 1, 1)) == []  # a task that is learned
+    assert alarms(losses(1, 3, *[5] * 9, 60, 60)) == [(13, "value_loss", 12.0)]
+
+
+def test_a_critic_is_not_blamed_where_nothing_varies() -> None:
+    def lines(std: float) -> list[dict[str, Any]]:
+        return [{"value/explained_variance": -3.0, "reward/std": std, "reward/mean": 1.0}] * 4
+
+    assert alarms(lines(0.0)) == []
+    assert alarms(lines(0.1)) == [(4, "explained_variance", -3.0)]
 
 
 def test_the_chosen_answers_may_fall_where_the_margin_or_the_rejected_ones_do_not() -> None:

@@ -55,7 +55,8 @@ def distinct(h: History, limit: float, _: Health) -> float | None:
 
 def entropy(h: History, limit: float, _: Health) -> float | None:
     """Nothing is left to be sampled."""
-    return _below(h.ratio("entropy"), limit)
+    now, ratio = h.now("entropy"), h.ratio("entropy")
+    return _below(now, limit) if ratio is not None and ratio < 0.5 else None  # a base may be as sure as that
 
 
 def repetition(h: History, limit: float, _: Health) -> float | None:
@@ -89,8 +90,11 @@ def clip_fraction(h: History, limit: float, _: Health) -> float | None:
 
 def value_loss(h: History, limit: float, _: Health) -> float | None:
     """The critic's loss explodes."""
-    start, middle = h.start("value"), h.middle("value")
-    return _above(middle / start, limit) if start and middle is not None else None
+    now, begun = h.now("value"), h.begun("value")
+    if now is None or begun is None or len(h.before("value")) < h.window:
+        return None
+    usual = max(begun, statistics.median(h.before("value")))
+    return _above(now / usual, limit) if usual else None
 
 
 def explained_variance(h: History, limit: float, _: Health) -> float | None:

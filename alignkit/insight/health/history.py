@@ -38,6 +38,11 @@ class History:
         first = self._first.get(name, [])
         return statistics.fmean(first[: self.window]) if len(first) == 2 * self.window else None
 
+    def begun(self, name: str) -> float | None:
+        """Median of the first lines; None of fewer than `window`."""
+        first = self._first.get(name, [])[: self.window]
+        return statistics.median(first) if len(first) == self.window else None
+
     def now(self, name: str) -> float | None:
         """Mean of the last lines; None of fewer than `window`."""
         last = self._recent(name, self.window)

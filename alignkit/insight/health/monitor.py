@@ -43,6 +43,8 @@ class Monitor:
         values |= facts(completions, self._best, self._worst)
         if "logps/chosen" in values and values.get("length/chosen"):
             values["logps/chosen/token"] = values["logps/chosen"] / values["length/chosen"]
+        if values.get("reward/std") == 0:  # nothing varies that a critic could explain
+            values.pop("value/explained_variance", None)
         history.add(step, values)
         return [alarm for detector in DETECTORS if (alarm := self._found(detector, history))]
 

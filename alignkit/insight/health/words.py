@@ -72,7 +72,7 @@ DETECTORS = (
         (SLOWER, *HELD, (".entropy_coef", "raise {}"), OTHER_REWARD),
     ),
     Detector(
-        d.entropy, "the entropy is {value:.2g} of what it was at the start, below {limit:g}: nothing is left to sample",
+        d.entropy, "the entropy has fallen to {value:.2g} nats a token, below {limit:g}: nothing is left to sample",
         (SLOWER, *HELD, (".entropy_coef", "raise {}"), SHORTER),
     ),
     Detector(
@@ -100,7 +100,7 @@ DETECTORS = (
         (SLOWER, ("epochs_per_batch", "lower {}"), ("minibatches", "lower {}")), evaluations=False,
     ),
     Detector(
-        d.value_loss, "the value loss is {value:.3g} times what it was at the start, above {limit:g}",
+        d.value_loss, "the value loss is {value:.3g} times its running median, above {limit:g}",
         (("critic_learning_rate", "lower {}"), (".normalise_rewards", "set {} to true")), evaluations=False,
     ),
     Detector(
