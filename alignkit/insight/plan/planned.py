@@ -6,7 +6,6 @@ import importlib
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from alignkit.loading import DTYPES, causal_lm, from_pretrained, load_model, loa
 from alignkit.logpcache import LogpCache, default_path
 from alignkit.method import Method
 from alignkit.online import check_online
+from alignkit.packing import batch_of
 from alignkit.reference import fingerprint, key
 from alignkit.roles import check_reference, resolve_reference
 from alignkit.stream import Stream
@@ -63,11 +63,19 @@ class Plan:
         return asdict(self) | {"peak": self.memory.peak, "peak_phase": self.memory.peak_phase}
 
 
-def plan(settings: Mapping[str, Any], *, limit: int | None = None, gpu: bool | None = None, hits: bool = False) -> Plan:
+def plan(
+    settings: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    gpu: bool | None = None,
+    hits: bool = False,
+    remedies: bool = True,
+) -> Plan:
     """Reckon what a run with these flat settings will do and take.
 
     limit: bytes that it has to fit into. gpu: plan for one, by default where there is one. hits: load the weights, and
-    count what the cache of reference values knows. Raises as a run does before its first step.
+    count what the cache of reference values knows. remedies: also try what would need less memory.
+    Raises as a run does before its first step.
     """
     method_class = registry.get(str(settings.get("method")))
     config, own = split(settings, method_class.Config)
@@ -83,13 +91,14 @@ def plan(settings: Mapping[str, Any], *, limit: int | None = None, gpu: bool | N
     steps = stream.total_steps(config.epochs, config.max_steps)
     program = 0 if gpu else _program(config)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu)
-    work = Work(config, method, _layout(config), heaviest(stream, steps, config.max_tokens), program, bf16)
+    layout = _layout(config)
+    work = Work(config, method, layout, heaviest(stream, steps, layout, config.max_tokens), program, bf16)
     found = memory(work)
     return Plan(
         config.method, "one GPU" if gpu else "the CPU", len(rows.train), len(rows.held_out), steps,
         config.batch_size, sum(e.n_tokens for e in known), resolve_reference(config, method, CPU, 0),
         _cache(config, method, [*known, *map(method.longest, rows.held_out)], bf16, hits), found,
-        tuple(_remedies(work, found, limit)), limit,
+        tuple(_remedies(work, found, limit)) if remedies else (), limit,
     )  # fmt: skip
 
 
@@ -111,13 +120,11 @@ def _layout(config: RunConfig) -> Layout:
     return Layout("forest", config.row_tokens or min(config.max_tokens, DENSE_ROW_TOKENS))
 
 
-def heaviest(stream: Stream, steps: int, max_tokens: int) -> tuple[Example, ...]:
+def heaviest(stream: Stream, steps: int, layout: Layout, max_tokens: int) -> tuple[Example, ...]:
     """Return the examples of the step whose largest micro-batch has the most tokens, among the first thousand."""
 
     def largest(examples: Sequence[Example]) -> int:
-        # as `Batch.micro_batches` cuts them: the longest trees first, until there is no room
-        sizes = accumulate(sorted((e.n_tokens for e in examples), reverse=True))
-        return max((n for i, n in enumerate(sizes) if n <= max_tokens or i == 0), default=0)
+        return max(part.n_tokens for part in batch_of(examples, layout).micro_batches(max_tokens))
 
     return max((stream[step] for step in range(min(steps, 1000))), key=largest)
 

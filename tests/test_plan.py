@@ -1,0 +1,263 @@
+"""Plans: what they count is what a run takes, and no weight is read for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from typer.testing import CliRunner
+from zoo import CPU
+
+import alignkit
+from alignkit import console, registry
+from alignkit.cli import app
+from alignkit.commands.plan import bytes_of
+from alignkit.config import RunConfig, split
+from alignkit.errors import ConfigError, ModelError
+from alignkit.insight.plan import memory as room
+from alignkit.insight.plan import plan
+from alignkit.insight.plan.ledger import Ledger
+from alignkit.insight.plan.memory import Work, memory
+from alignkit.insight.plan.planned import heaviest
+from alignkit.insight.plan.rehearsal import collected, learn
+from alignkit.insight.plan.unloaded import in_8_bits, n_bytes, unloaded
+from alignkit.loading import load_model
+from alignkit.models import Scorer
+from alignkit.packing import batch_of
+from alignkit.stream import Stream
+from alignkit.types import Completion, Example, Layout
+from helpers import make_rows, write_tiny
+
+FOREST = Layout("forest", 4096, attention_cost=0.0)
+DATA = {"sft": "text", "reward": "pairs", "kto": "unpaired"}
+ASKED: dict[str, dict[str, Any]] = {
+    "ppo": {"reward": {"use": "length", "max": 5}}, "grpo": {"reward": {"use": "length", "max": 5}, "group_size": 4},
+    "rloo": {"reward": {"use": "length", "max": 5}}, "nash": {"judge": {"bradley_terry": {"use": "length", "max": 5}}},
+}  # fmt: skip
+SAMPLING = {"max_new_tokens": 12, "batch_size": 8}
+
+
+def of(method: str, model: str, **changes: Any) -> dict[str, Any]:
+    rows = make_rows(DATA.get(method, "pairs"), 12)
+    if method in ASKED:
+        rows = [{"prompt": r["prompt"]} for r in make_rows("text", 12)]
+    own = ASKED.get(method, {})
+    return {"method": method, "model": model, "data": rows, "sampling": SAMPLING, "batch_size": 4, **own, **changes}
+
+
+def tokens(n: int) -> torch.Tensor:
+    return torch.randint(3, 60, (n,), generator=torch.Generator().manual_seed(n), dtype=torch.int32)
+
+
+def pairs(n: int) -> list[Example]:
+    return [Example(tokens(9 + i), (Completion(tokens(7)), Completion(tokens(5 + i)))) for i in range(n)]
+
+
+def work_of(method: str, model: str, **changes: Any) -> Work:
+    cls = registry.get(method)
+    config, own = split({"method": method, "model": model, "data": "-", **changes}, cls.Config)
+    return Work(config, cls(own), FOREST, pairs(6), 0, False)
+
+
+def test_the_ledger_counts_what_is_alive_and_the_largest_moment() -> None:
+    ledger = Ledger()
+    with ledger:
+        kept = torch.zeros(1000)
+        with ledger.labelled("inside"):
+            gone = torch.ones(500) + kept[:500]  # two of them for a moment; a view is no memory
+        del gone
+        small = torch.zeros(10)
+    assert dict(ledger.now) == {"workspace": 4040, "inside": 0}
+    assert ledger.peak == {"workspace": 4000, "inside": 4000}
+    del small, kept
+    assert ledger.now["workspace"] == 0
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_an_update_on_paper_takes_what_the_update_itself_takes(lora: int | None, tiny: str) -> None:
+    work = work_of("dpo", tiny, lora=lora)
+    real, _ = load_model(work.config, CPU)
+    found = []
+    for model in (real.train(), unloaded(tiny, work.config, FakeTensorMode(allow_non_fake_inputs=True))):
+        scorer, ledger = Scorer(model, 2**30), Ledger()
+        for tensor in (*scorer.parameters(), *scorer.buffers()):
+            ledger.count(tensor, "weights")
+        with ledger:
+            micros, roles = collected(work.config, work.method, scorer, FOREST, work.examples)
+            found.append(learn(work.method, scorer, micros[0], roles, ledger))
+    assert found[0]["weights"] == found[1]["weights"]
+    assert found[0]["activations"] == found[1]["activations"] > 0
+    assert sum(found[1].values()) == pytest.approx(sum(found[0].values()), rel=0.02)
+
+
+def test_a_few_layers_tell_what_all_of_them_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path, num_hidden_layers=7)
+    work = work_of("dpo", str(tmp_path))
+    reckoned = memory(work).phases["learning"]
+    monkeypatch.setattr(room, "FEW", (7,))
+    whole = memory(work).phases["learning"]
+    assert reckoned["activations"] == whole["activations"]
+    assert sum(reckoned.values()) == pytest.approx(sum(whole.values()), rel=0.01)
+
+
+def test_weights_gradients_and_optimiser_are_counted_by_hand(tiny: str) -> None:
+    about = json.loads((Path(tiny) / "config.json").read_text())
+    h, i, v, kv = 32, 48, about["vocab_size"], 16
+    layer = h * h * 2 + 2 * h * kv + 3 * h * i + 2 * h
+    weights = 4 * (2 * layer + 2 * v * h + h)
+    full = memory(work_of("sft", tiny)).phases["updating"]
+    buffers = full["weights"] - weights  # rotary frequencies
+    assert 0 <= buffers <= 64
+    assert full["gradients"] == weights
+    assert full["optimiser"] == 2 * weights
+    adapters = 4 * 4 * 2 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + i))
+    lora = memory(work_of("sft", tiny, lora=4)).phases["updating"]
+    assert lora["gradients"] == adapters
+    assert lora["optimiser"] == 2 * adapters
+    assert lora["weights"] == weights + adapters + buffers
+
+
+def test_the_reference_is_counted_in_its_form(tiny: str) -> None:
+    full = memory(work_of("dpo", tiny, reference="full")).phases["learning"]
+    assert full["reference"] == full["weights"]
+    assert "reference" not in memory(work_of("dpo", tiny)).phases["learning"]
+    assert "reference" not in memory(work_of("dpo", tiny, lora=4)).phases["learning"]
+
+
+def test_an_8_bit_reference_takes_what_the_quantised_model_takes(tiny: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    from alignkit.quantise import to_int8
+
+    config = RunConfig(method="dpo", model=tiny, data="-")
+    model, _ = load_model(config, CPU)
+    said = in_8_bits(unloaded(tiny, config, FakeTensorMode()))
+    quantised = to_int8(model)
+    states = [
+        m.state.SCB if m.state.SCB is not None else m.weight.SCB for m in quantised.modules() if hasattr(m, "state")
+    ]
+    assert said == pytest.approx(n_bytes(quantised) + sum(s.nbytes for s in states if s is not None), rel=0.01)
+
+
+def test_keys_and_values_are_counted_by_hand(tiny: str) -> None:
+    asked = ASKED["grpo"]
+    found = memory(work_of("grpo", tiny, sampling=SAMPLING, **asked)).phases["sampling"]["rollouts"]
+    longest, n_rows, kv_heads, width, n_layers = 9 + 5 + 12, 8, 2, 8, 2
+    keys_and_values = 2 * 4 * n_rows * longest * kv_heads * width * (n_layers + 1)
+    assert keys_and_values < found < keys_and_values + 8 * 300 * 8 * 10
+
+
+def test_the_critic_is_counted(tiny: str) -> None:
+    own = memory(work_of("ppo", tiny, **ASKED["ppo"], sampling=SAMPLING)).phases["learning"]
+    assert own["weights"] - 4 * 32 * 300 - 64 < own["critic"] < own["weights"]  # a trunk without a head, and a row
+    shared = memory(work_of("ppo", tiny, **ASKED["ppo"], sampling=SAMPLING, critic="shared")).phases["learning"]
+    assert shared["critic"] == 4 * 33
+
+
+@given(st.lists(st.integers(2, 60), min_size=4, max_size=30), st.integers(10, 150))
+def test_the_heaviest_step_has_the_largest_part(lengths: list[int], max_tokens: int) -> None:
+    examples = [Example(tokens(n // 2 + 1), (Completion(tokens(n - n // 2)),)) for n in lengths]
+    stream = Stream(examples, 4, 0)
+    steps = stream.total_steps(1.0, None)
+
+    def largest(step: tuple[Example, ...]) -> int:
+        return max(part.n_tokens for part in batch_of(step, FOREST).micro_batches(max_tokens))
+
+    assert largest(heaviest(stream, steps, FOREST, max_tokens)) == max(largest(stream[i]) for i in range(steps))
+
+
+@pytest.mark.parametrize("method", registry.names())
+def test_every_method_is_planned_and_no_weight_is_read(method: str, tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    found = plan(of(method, str(tmp_path)), remedies=False)
+    assert found.steps == 3
+    assert found.memory.phases["learning"]["activations"] > 0
+    assert json.loads(json.dumps(found.describe()))["peak"] == found.memory.peak
+
+
+def test_packing_is_set_against_rows_that_repeat_their_prompts(tiny: str) -> None:
+    rows = [{"prompt": "red " * 40, "chosen": " yes", "rejected": " no"}] * 4
+    found = plan(of("dpo", tiny, data=rows), remedies=False).memory
+    assert found.tokens == found.positions
+    assert found.padded > 1.8 * found.positions
+
+
+def test_what_needs_less_is_said_and_fits_or_not(tiny: str) -> None:
+    free = plan(of("dpo", tiny, reference="full", max_tokens=64))
+    assert [r.peak for r in free.remedies] == sorted(r.peak for r in free.remedies)
+    assert all(r.peak < free.memory.peak for r in free.remedies)
+
+
+@pytest.mark.slow
+def test_remedies_are_put_together_where_none_alone_fits(tmp_path: Path) -> None:
+    write_tiny(tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    rows = [{"prompt": "red " * 60, "chosen": " yes" * 40, "rejected": " no" * 30} for _ in range(8)]
+    settings = of("dpo", str(tmp_path), data=rows, batch_size=8, reference="full")
+    free = plan(settings, gpu=True)  # without the program, which is most of a tiny run
+    best = free.remedies[0].peak
+    tight = plan(settings, gpu=True, limit=best - 1)
+    assert len(tight.remedies[-1].settings) > 1
+    assert tight.remedies[-1].peak < best
+
+
+def test_the_cache_is_looked_up_where_that_is_asked_for(settings: dict[str, Any]) -> None:
+    rows = make_rows("pairs", 12)
+    given = settings | {"method": "dpo", "data": rows}
+
+    def cache(hits: bool = True, **changes: Any) -> Any:
+        return plan(given | changes, hits=hits, remedies=False).cache
+
+    assert cache(hits=False) == (24, None)
+    assert cache() == (24, 0)
+    alignkit.run(**given | {"max_steps": 1})
+    assert cache() == (24, 24)
+    assert cache(data=[*rows, *make_rows("pairs", 4, seed=9)]) == (32, 24)
+    assert cache(lora=4) == (24, 24)  # the plain base is the same reference
+
+
+def test_a_model_that_decides_by_numbers_is_an_error_that_says_so(tmp_path: Path, tiny: str) -> None:
+    from transformers import AutoTokenizer, MixtralConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    MixtralConfig(vocab_size=300, num_hidden_layers=2, num_local_experts=2, **sizes).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="the memory of this model cannot be planned"):
+        plan(of("dpo", str(tmp_path)))
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("80gb", 80 * 10**9)])
+def test_sizes_of_memory_are_read(text: str, size: int) -> None:
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "much", "GB", "-3GB", "3 parsecs"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="24GB"):
+        bytes_of(text)
+
+
+def test_the_command_says_parts_phases_verdict_and_writes_json(
+    tiny: str, tmp_path: Path, write_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "speak", lambda: None)
+    file = tmp_path / "config.yaml"
+    settings = of("dpo", tiny, data=write_rows(make_rows("pairs", 12)))
+    file.write_text(json.dumps({k: v for k, v in settings.items() if k != "sampling"}))
+    told = CliRunner().invoke(app, ["plan", str(file), "--memory", "1MiB", "--json", str(tmp_path / "plan.json")])
+    assert told.exit_code == 0, told.output
+    for part in (
+        "steps: 3 of 4",
+        "activations",
+        "program",
+        "together",
+        "by phase: learning",
+        "does not fit into 1 MiB",
+    ):
+        assert part in told.output, part
+    assert json.loads((tmp_path / "plan.json").read_text())["limit"] == 2**20
