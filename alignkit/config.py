@@ -294,4 +294,6 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
     """Write settings so that `read_yaml` gives them back; trust_remote_code is left out."""
     kept = {k: v for k, v in values.items() if k != "trust_remote_code"}
-    path.write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    whole = path.with_name(f".{path.name}-{os.getpid()}")
+    whole.write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    whole.replace(path)  # a run that is killed now has all of its settings, or none

@@ -89,6 +89,9 @@ class Online:
         judge = build_judge(config.judge, device) if config.judge is not None else None
         epochs = config.epochs_per_batch or method.epochs_per_batch
         columns = tuple(dict.fromkeys(name for e in examples for name in e.columns))
+        for one in (rewards, judge):
+            if one is not None:
+                one.check_columns(columns)
         return cls(config, tokenizer, rewards, judge, columns=columns, epochs_per_batch=epochs)
 
     def open(self, folder: Path, done: int, evaluated: int, rank: int) -> None:

@@ -467,6 +467,14 @@ def test_dropout_is_for_training_alone(settings: dict[str, Any]) -> None:
     assert len({round(line["loss"], 5) for line in written if "loss" in line}) == 1
 
 
+@pytest.mark.parametrize("method", ["grpo", "nash"])
+def test_a_column_that_no_row_has_is_named_before_a_model_is_loaded(method: str, online: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"reward": "exact"} if method == "grpo" else {"judge": {"bradley_terry": "exact"}}
+    with pytest.raises(RewardError, match="'exact' asks for the column 'answer'; the rows have tag"):
+        alignkit.run(method, **online | asked | {"model": tiny_model(), "tokenizer": online["model"]})
+    assert not any(online["output"].glob("*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_equal_one(method: str, online: dict[str, Any], write_rows: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -53,6 +53,10 @@ class Rewards:
     def model_folder(self) -> str | None:
         """The folder of the first reward model, from which a critic may begin; None where there is none."""
         return next((f.folder for part in self._parts for f in _leaves(part) if f.folder), None)
+
+    def check_columns(self, there: Collection[str]) -> None:
+        """Raise RewardError where rows with these columns lack one that a reward cannot do without."""
+        self._functions.check_columns(there)
 
     def score(self, answers: Answers) -> Scores:
         """Score S completions. Raises RewardError naming the reward, the row and what came back."""

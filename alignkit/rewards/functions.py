@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,14 +85,18 @@ class Function:
         """Whether a call has to be awaited."""
         return inspect.iscoroutinefunction(self.call) or inspect.iscoroutinefunction(type(self.call).__call__)
 
-    def arguments(self, answers: Answers, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments of a call. Raises RewardError for a column that is not there."""
-        there = answers.columns
+    def check_columns(self, there: Collection[str]) -> None:
+        """Raise RewardError where rows with these columns lack one that it cannot do without."""
         for column in sorted(self.columns - set(there)):
             have = f"the rows have {', '.join(sorted(there))}" if there else "the rows have no other columns"
             raise RewardError(
                 f"{self.kind} '{self.name}' asks for the column '{column}'; {have}.{nearest(column, there)}"
             )
+
+    def arguments(self, answers: Answers, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of a call. Raises RewardError for a column that is not there."""
+        there = answers.columns
+        self.check_columns(there)
         offered = {**there, "lengths": answers.lengths, "ended": answers.ended, **given}
         wanted = {name for name, p in self.parameters.items() if p.kind in _NAMED}
         if _takes_any(self.parameters):
@@ -147,6 +151,11 @@ class Functions:
         self._functions = list(functions)
         self._thread: ThreadPoolExecutor | None = None
         self._runner = asyncio.Runner()  # makes its loop when it is first used
+
+    def check_columns(self, there: Collection[str]) -> None:
+        """Raise RewardError where rows with these columns lack one that a function cannot do without."""
+        for function in self._functions:
+            function.check_columns(there)
 
     def ask(self, answers: Answers, given: Mapping[str, Any]) -> list[Values]:
         """Call every function; the async ones wait together.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,10 @@ class Judge(Protocol):
 
     def wins(self, first: Answers, second: Answers) -> list[float]:
         """Return P(first wins) of S pairs of answers to the same prompts, from 0 to 1. Raises RewardError."""
+        ...
+
+    def check_columns(self, there: Collection[str]) -> None:
+        """Raise RewardError where rows with these columns lack one that the judge cannot do without."""
         ...
 
     def close(self) -> None:
@@ -40,6 +44,10 @@ class FunctionJudge:
         given = {"prompts": first.prompts, "first": first.completions, "second": second.completions}
         (said,) = self._functions.ask(first, given)
         return [self._probability(first, i, p) for i, p in enumerate(said)]
+
+    def check_columns(self, there: Collection[str]) -> None:
+        """See `Judge.check_columns`."""
+        self._functions.check_columns(there)
 
     def close(self) -> None:
         """See `Judge.close`."""
@@ -64,6 +72,10 @@ class BradleyTerry:
         """See `Judge.wins`."""
         r_first, r_second = (torch.tensor(self._rewards.score(a).total, dtype=torch.float64) for a in (first, second))
         return torch.sigmoid(self._scale * (r_first - r_second)).tolist()  # type: ignore[no-any-return]
+
+    def check_columns(self, there: Collection[str]) -> None:
+        """See `Judge.check_columns`."""
+        self._rewards.check_columns(there)
 
     def close(self) -> None:
         """See `Judge.close`."""
