@@ -53,7 +53,7 @@ class Health(BaseModel):
     reward_kl: Limit = Field(10.0, gt=0, description="nats a sequence, growing, while the reward has risen")
     reward_length: Limit = Field(1.5, gt=1, description="times the length at the start, while the reward has risen")
     reward_held_out: Limit = Field(
-        0.25, gt=0, description="standard deviations that a reward of weight 0 fell, while the reward has risen"
+        0.35, gt=0, description="standard deviations that a reward of weight 0 fell, while the reward has risen"
     )
     distinct: Limit = Field(0.5, gt=0, lt=1, description="part of the distinct-2 at the start that is left")
     entropy: Limit = Field(0.03, gt=0, description="nats a token, and less than half of what it was at the start")

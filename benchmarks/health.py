@@ -1,7 +1,7 @@
 """The alarms of docs/health.md on runs with a planted failure, and on healthy ones, of the demo's task.
 
-    python benchmarks/health.py --half tune --work DIR       what the limits were chosen on
-    python benchmarks/health.py --half report --work DIR     what is reported: another world and base, other seeds
+    python benchmarks/health.py --part tune --work DIR       what the limits were chosen on, and tune-again
+    python benchmarks/health.py --part report --work DIR     what is reported: another world and base, other seeds
 
 Every run is real: 32 small steps, with alignkit's listener and the limits as they ship. A planted run is a hit where
 the alarm that it was planted for is raised. A healthy run is one of the demo's recipes, at its rate or half of it, in
@@ -31,7 +31,8 @@ from alignkit.engine import Engine
 from alignkit.insight.health import replay
 from alignkit.runfolder import read_lines
 
-HALVES = {"tune": (0, 100), "report": (1, 200)}  # seed of the world and its base, first seed of the runs
+# seed of the world and its base, first seed of the runs
+PARTS = {"tune": (0, 100), "tune-again": (1, 200), "report": (2, 300)}
 SMALL = {"batch_size": 8, "max_steps": 32, "epochs": 100, "device": "cpu"}
 DICE = random.Random(0)
 SAMPLED = {"grpo": {"group_size": 4}, "rloo": {"group_size": 4, "batch_size": 8}, "ppo": {"batch_size": 16}}
@@ -120,7 +121,7 @@ PLANTED = (
     Case("rate 1e-9", "grpo", "kl_low", {"learning_rate": 1e-9}),
     Case("rate 1e-9", "dpo", "kl_low", {"learning_rate": 1e-9}),
     Case("rate 1e-9", "ppo", "kl_low", {"learning_rate": 1e-9}),
-    Case("likes one opening, fast", "grpo", "reward_kl", {**FAST, "reward": parrot}),
+    Case("likes one answer", "grpo", "reward_kl", {**FAST, "learning_rate": 1e-3, "reward": parrot}),
     Case("likes length, fast", "rloo", "reward_kl", {**FAST, "reward": longest, **tokens(100)}),
     Case("likes length", "grpo", "reward_length", {"reward": longer, "beta": 0.001, "learning_rate": 1e-3}),
     Case("likes length", "rloo", "reward_length", {"reward": longest, "beta": 0.001, "learning_rate": 1e-3}),
@@ -140,7 +141,7 @@ PLANTED = (
     Case("rate x20, tiny tau", "ipo", "displacement", {"learning_rate": 2e-3, "tau": 0.01}),
     Case("constant reward", "grpo", "zero_variance", {"reward": constant}),
     Case("impossible reward", "rloo", "zero_variance", {"reward": impossible}),
-    Case("GSPO's clip on tokens", "grpo", "clip_fraction", {"clip": 3e-4, "epochs_per_batch": 4}),
+    Case("many hasty updates, tiny clip", "ppo", "clip_fraction", HASTY | {"clip": 0.01, "learning_rate": 1e-3}),
     Case("many hasty updates", "ppo", "clip_fraction", HASTY | {"clip": 0.05}),
     Case("a reward of another scale", "ppo", "value_loss", {"reward": outlier, "normalise_rewards": False}),
     Case("a critic that learns noise by heart", "ppo", "explained_variance", {"reward": noise, **BY_HEART}),
@@ -160,7 +161,7 @@ HEALTHY = (
 
 
 def prepare(folder: Path, seed: int) -> None:
-    """Make a half's world and its base, once."""
+    """Make a part's world and its base, once."""
     train, test = world.questions(seed)
     rows = world.judged_rows(train)
     draw = random.Random(seed)
@@ -217,16 +218,16 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Do the runs of a half and print the table."""
+    """Do the runs of a part and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--half", choices=HALVES, default="report")
+    parser.add_argument("--part", choices=PARTS, default="report")
     parser.add_argument("--work", type=Path, required=True, help="folder for worlds, bases and runs")
     parser.add_argument("--json", type=Path, help="file for all runs")
     parser.add_argument("--only", default="", help="cases whose alarm or method has this in its name")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    world_seed, first = HALVES[given.half]
-    folder = given.work / given.half
+    world_seed, first = PARTS[given.part]
+    folder = given.work / given.part
     prepare(folder, world_seed)
     runs = []
     for i, case in enumerate((*PLANTED, *HEALTHY)):
@@ -237,7 +238,7 @@ def main() -> None:
         print({k: v for k, v in runs[-1].items() if k != "seed"}, flush=True)
     print(table(runs))
     if given.json:
-        given.json.write_text(json.dumps({"half": given.half, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+        given.json.write_text(json.dumps({"part": given.part, "runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -203,6 +203,20 @@ def test_the_reward_has_risen_where_it_is_a_part_of_its_spread_higher() -> None:
     assert alarms(lines(0.61), reward_length=2) == []
 
 
+def test_a_held_out_reward_falls_by_the_larger_of_its_spreads() -> None:
+    """All 16 right at first, then one of 16 wrong: a mean of 15/16, whose spread is the root of 15, by 16."""
+    monitor = Monitor(Health(window=1, reward_held_out=0.2), {"reward": [{"use": "right", "weight": 0}]})
+
+    def line(step: int, n_right: int) -> list[float]:
+        rows = [{"row": i, "reward": 0.0, "reward/right": float(i < n_right)} for i in range(16)]
+        metrics = {"reward/mean": float(step), "reward/std": 1.0, "reward/right/mean": n_right / 16}
+        return [a.value for a in monitor.see(step, metrics, rows) if a.name == "reward_held_out"]
+
+    assert line(1, 16) == []
+    assert line(2, 15) == [pytest.approx((1 / 16) / (math.sqrt(15) / 16))]
+    assert line(3, 0) == [pytest.approx(1)]  # no spread at all, then and now
+
+
 def test_a_policy_that_does_not_move_is_left_in_peace_for_twenty_steps_after_the_warmup() -> None:
     def at(rates: list[float], **settings: Any) -> list[int]:
         monitor = Monitor(Health(window=2), settings)

@@ -135,7 +135,9 @@ def _rose(h: History, health: Health) -> bool:
 
 
 def _fall(h: History, name: str) -> float | None:
-    change, spread = h.change(f"{name}/mean"), h.start(f"spread/{name}")
+    change, spreads = h.change(f"{name}/mean"), (h.start(f"spread/{name}"), h.now(f"spread/{name}"))
+    # where nearly all were alike at the start, one that differs now is no large fall
+    spread = max((s for s in spreads if s is not None), default=None)
     if change is None or spread is None or change >= 0:
         return None
-    return -change / (spread or -change)  # where all were alike at the start, whatever falls has fallen by one of them
+    return -change / (spread or -change)
