@@ -1,7 +1,8 @@
 """The command line: run, pipeline, compare, demo, methods, settings, ... Heavy imports wait until they are needed.
 
-Exit codes: 0 done; 1 an unexpected error, damaged values that `cache verify` removed, or a method of `compare` that
-failed; 2 something that was given cannot be used; 130 and 143 stopped by Ctrl-C or SIGTERM.
+Exit codes: 0 done; 1 an unexpected error, damaged values that `cache verify` removed, a method of `compare` that
+failed, or a problem that `doctor` found; 2 something that was given cannot be used; 130 and 143 stopped by Ctrl-C or
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alignkit import console
-from alignkit.commands import audit, best_of_n, health, init, inspect, plan, recommend, report
+from alignkit.commands import audit, best_of_n, doctor, health, init, inspect, plan, recommend, report
 
 if TYPE_CHECKING:
     from alignkit.logpcache import LogpCache
@@ -211,6 +212,7 @@ app.command(no_args_is_help=True, epilog=init.EXAMPLES)(init.init)
 app.command(no_args_is_help=True, epilog=plan.EXAMPLES)(plan.plan)
 app.command(no_args_is_help=True, epilog=report.EXAMPLES)(report.report)
 app.command(no_args_is_help=True, epilog=health.EXAMPLES)(health.health)
+app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
 @app.command()

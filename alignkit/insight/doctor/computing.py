@@ -1,0 +1,99 @@
+"""Which kernels and which attention a run takes here, and why; a small computation with each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alignkit.insight.doctor.parts import Asked, Fact, Trouble, first
+
+TOLERANCE = 1e-5  # nats, of the check
+_ATTENTION = {
+    "alignkit_branches": "branch by branch: no kernel skips a mask's empty blocks on a CPU",
+    "flex_attention": "FlexAttention, which skips a mask's empty blocks",
+    "sdpa": "SDPA under a dense mask",
+    "eager": "eager, under a dense mask",
+}
+
+
+def kernels(asked: Asked) -> Iterator[Fact | Trouble]:
+    """Yield what computes log-probabilities and losses, and whether it computes them rightly."""
+    import torch
+
+    from alignkit_kernels import backend, selective_logps
+
+    places = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for place in places:
+        try:
+            triton = backend.uses_triton(torch.empty(1, device=place))
+        except (ValueError, RuntimeError) as error:
+            yield Trouble("problem", first(error), "unset ALIGNKIT_KERNELS")
+            return
+        yield Fact(f"on {place}", _why(backend, place, triton))
+        if triton and backend.triton.knobs.runtime.interpret:
+            what = f"the kernels on {place} run in Triton's interpreter, hundreds of times slower"
+            yield Trouble("problem", what, "unset TRITON_INTERPRET")
+        elif triton and not _compiler():
+            what = "Triton compiles with a C compiler and Python's headers, and one of them is not there"
+            yield Trouble("problem", what, "install gcc and python3-dev, or export ALIGNKIT_KERNELS=eager")
+        elif place.type == "cuda" and backend.triton is None:
+            what = f"triton is not installed: plain PyTorch on {place} is slower and takes more memory"
+            yield Trouble("warn", what, "pip install triton")
+        yield from _tried(torch, selective_logps, place)
+
+
+def _why(backend: Any, place: Any, triton: bool) -> str:
+    forced = os.environ.get("ALIGNKIT_KERNELS")
+    if triton:
+        return f"Triton {backend.triton.__version__}{', by ALIGNKIT_KERNELS' if forced else ''}"
+    if forced:
+        return "plain PyTorch, by ALIGNKIT_KERNELS"
+    return "plain PyTorch: Triton is for GPUs" if place.type == "cpu" else "plain PyTorch: triton is not installed"
+
+
+def _compiler() -> bool:
+    named = os.environ.get("CC")
+    found = any(shutil.which(name) for name in ([named] if named else ["gcc", "clang", "cc"]))
+    return found and Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+
+
+def _tried(torch: Any, selective_logps: Any, place: Any) -> Iterator[Trouble]:
+    values = torch.arange(60.0).reshape(4, 15).sin()
+    targets = torch.tensor([0, 3, 7, 14])
+    wanted = values.double().log_softmax(-1)[range(4), targets]
+    try:
+        given = values.to(place) * 1  # a computation by torch itself, which may have no code for this GPU
+        found = selective_logps(given, targets.to(place)).cpu().double()
+    except Exception as error:
+        what = f"computing on {place} fails: {type(error).__name__}: {first(error)}"
+        yield Trouble("problem", what, "try a build of torch for this device, or export ALIGNKIT_KERNELS=eager")
+        return
+    if not (off := (found - wanted).abs().max().item()) <= TOLERANCE:
+        what = f"the kernels on {place} are {off:.2g} nats off"
+        yield Trouble("problem", what, "export ALIGNKIT_KERNELS=eager, and report this text as a bug")
+
+
+def attention(asked: Asked) -> Iterator[Fact | Trouble]:
+    """Yield what a Llama's attention is here, and what stands in its way."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from alignkit.config import RunConfig
+    from alignkit.insight.places import device
+    from alignkit.loading import set_up
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+    set_up(model, RunConfig(method="doctor", model="-", data="-"), device())
+    found = str(model.config._attn_implementation)
+    yield Fact(f"of a Llama on {device().type}", f"{found}: {_ATTENTION.get(found, 'as the model has it')}")
+    yield Fact("of other models", "each run's probe decides, and says so where it is not this one")
+    off = [name for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(name) == "1"]
+    if found == "flex_attention" and off:
+        what = f"{off[0]} is set: FlexAttention is not compiled, and takes the memory of a dense mask"
+        yield Trouble("problem", what, f"unset {off[0]}")

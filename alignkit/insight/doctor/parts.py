@@ -1,0 +1,89 @@
+"""A part of what is found: facts and troubles. A probe may fail in any way; what it had found by then is kept."""
+
+from __future__ import annotations
+
+import getpass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+Severity = Literal["ok", "warn", "problem"]
+
+
+class Fact(NamedTuple):
+    """Something that is so."""
+
+    name: str
+    value: str
+
+
+class Trouble(NamedTuple):
+    """Something that is wrong, or may be; and what to do about it."""
+
+    severity: Literal["warn", "problem"]
+    what: str
+    remedy: str
+
+
+class Asked(NamedTuple):
+    """What an examination is asked for. runs: the folder for runs. verify: check the cache's every value. int8: a
+    configuration asks for an 8-bit reference."""
+
+    runs: Path = Path("runs")
+    verify: bool = False
+    int8: bool = False
+
+
+Probe = Callable[[Asked], Iterator[Fact | Trouble]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one probe found."""
+
+    title: str
+    facts: tuple[Fact, ...]
+    troubles: tuple[Trouble, ...]
+
+    @property
+    def severity(self) -> Severity:
+        """The worst of its troubles."""
+        if any(trouble.severity == "problem" for trouble in self.troubles):
+            return "problem"
+        return "warn" if self.troubles else "ok"
+
+
+def looked(title: str, probe: Probe, asked: Asked) -> Part:
+    """Run a probe; where it fails, that is a trouble of the part."""
+    found: list[Fact | Trouble] = []
+    try:
+        found.extend(probe(asked))  # what it yields before it fails is kept
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a broken library may raise anything, SystemExit and Rust's panics among it
+        what = f"could not look any further: {type(error).__name__}: {first(error)}"
+        found.append(Trouble("warn", what, "mend what it names; if it names nothing, report this text as a bug"))
+    facts = [Fact(f.name, private(f.value)) for f in found if isinstance(f, Fact)]
+    troubles = [Trouble(t.severity, private(t.what), private(t.remedy)) for t in found if isinstance(t, Trouble)]
+    return Part(title, tuple(facts), tuple(troubles))
+
+
+def first(error: BaseException) -> str:
+    """Return an error's first line, of 300 characters at most."""
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def private(text: str) -> str:
+    """Return a text without the home folder, and without the user's name where it stands as a folder."""
+    try:
+        homes = {str(Path.home()), str(Path.home().resolve())}
+        names = {getpass.getuser(), Path.home().name}
+    except (OSError, KeyError, RuntimeError):  # a user without an entry, as in containers
+        return text
+    for home in sorted(homes - {"/"}, key=len, reverse=True):
+        text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
+    for name in names - {""}:
+        text = re.sub(rf"(?<=[/\\]){re.escape(name)}(?![\w.-])", "USER", text)
+    return text

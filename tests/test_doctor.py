@@ -1,0 +1,596 @@
+"""`alignkit doctor`: every trouble that it knows is planted and found, nothing private is shown, nothing ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import alignkit_kernels
+from alignkit import cli
+from alignkit.insight.doctor import (
+    Asked,
+    computing,
+    examine,
+    examined,
+    installed,
+    kept,
+    machine,
+    software,
+    surroundings,
+)
+from alignkit.insight.doctor.parts import Fact, Probe, Trouble, looked, private
+from alignkit.logpcache import LogpCache
+
+NOTHING = Asked()
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder and a cache of its own, none of the variables that are looked at, and no GPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name in os.environ:
+        if name in surroundings.SHOWN or name.startswith(surroundings._FAMILIES):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache.sqlite"))
+
+
+def facts(probe: Probe, asked: Asked = NOTHING) -> dict[str, str]:
+    return dict(found for found in probe(asked) if isinstance(found, Fact))
+
+
+def troubles(probe: Probe, asked: Asked = NOTHING) -> list[Trouble]:
+    return [found for found in probe(asked) if isinstance(found, Trouble)]
+
+
+def one(probe: Probe, asked: Asked = NOTHING) -> Trouble:
+    (found,) = troubles(probe, asked)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- guards
+
+
+def test_a_probe_that_fails_keeps_what_it_had_found() -> None:
+    for error in (RuntimeError("a\nb"), SystemExit(3), type("Panic", (BaseException,), {})("rust")):
+
+        def probe(asked: Asked, error: BaseException = error) -> Iterator[Fact | Trouble]:
+            yield Fact("first", "found")
+            raise error
+
+        part = looked("mine", probe, NOTHING)
+        assert part.facts == (Fact("first", "found"),)
+        assert part.severity == "warn"
+        assert type(error).__name__ in part.troubles[0].what
+        assert "\n" not in part.troubles[0].what
+
+
+def test_ctrl_c_ends_it() -> None:
+    def probe(asked: Asked) -> Iterator[Fact | Trouble]:
+        raise KeyboardInterrupt
+        yield Fact("never", "")
+
+    with pytest.raises(KeyboardInterrupt):
+        looked("mine", probe, NOTHING)
+
+
+def test_every_probe_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(asked: Asked) -> Iterator[Fact | Trouble]:
+        raise OSError("gone")
+        yield Fact("never", "")
+
+    monkeypatch.setattr(examined, "PROBES", dict.fromkeys(examined.PROBES, probe))
+    found = examine()
+    assert found.healthy  # what could not be looked at is no problem
+    assert found.text().count("could not look any further: OSError: gone") == len(examined.PROBES)
+    assert found.text().endswith(f"{len(examined.PROBES)} warnings")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/there/alice/x", "~/x"),
+        ("/there/alice", "~"),
+        ("in '/there/alice/a b': no", "in '~/a b': no"),
+        ("/there/alice2/x", "/there/alice2/x"),
+        ("/data/alice/x", "/data/USER/x"),
+        ("malice and alice", "malice and alice"),
+    ],
+)
+def test_neither_home_nor_user_is_shown(text: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/there/alice")
+    monkeypatch.setattr("getpass.getuser", lambda: "alice")
+    assert private(text) == shown
+
+
+def test_a_home_that_is_the_root_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.setattr("getpass.getuser", lambda: "nobody")
+    assert private("/usr/lib") == "/usr/lib"
+
+
+def test_a_user_without_an_entry_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", refused)
+    assert private("/data/x") == "/data/x"
+
+
+# ------------------------------------------------------------------------------------------------------ software
+
+
+def test_here_everything_is_as_it_should_be() -> None:
+    assert troubles(software.versions) == []
+    assert facts(software.versions)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "severity", "said", "remedy"),
+    [
+        ("torch", "2.9.1", "problem", "torch is 2.9.1, and alignkit needs >=2.10 (CVE-2025-32434", "'torch>=2.10'"),
+        ("transformers", "5.2.0", "problem", "(CVE-2026-4372)", "pip install 'transformers>=5.3'"),
+        ("peft", None, "problem", "peft is not installed, and alignkit needs >=0.18", "pip install 'peft>=0.18'"),
+        ("alignkit-kernels", "0.3.0", "problem", "alignkit-kernels is 0.3.0", "'alignkit-kernels<0.2,>=0.1'"),
+        ("bitsandbytes", "0.44", "warn", "bitsandbytes is 0.44", "'bitsandbytes>=0.50'"),
+    ],
+)
+def test_versions_that_do_not_fit(
+    name: str, version: str | None, severity: str, said: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = software.installed
+    monkeypatch.setattr(software, "installed", lambda asked: version if asked == name else true(asked))
+    found = next(t for t in troubles(software.versions) if t.what.startswith(name))
+    assert found.severity == severity
+    assert said in found.what
+    assert remedy in found.remedy
+
+
+def test_what_is_not_needed_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = software.installed
+    monkeypatch.setattr(software, "installed", lambda name: None if name in ("bitsandbytes", "triton") else true(name))
+    assert troubles(software.versions) == []
+    assert "only `reference: int8` needs it" in facts(software.versions)["bitsandbytes"]
+
+
+def test_another_triton_than_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked_for(name: str) -> Any:
+        return SimpleNamespace(requires=["triton==3.5.0"]) if name == "torch" else distribution(name)
+
+    monkeypatch.setattr(software, "distribution", asked_for)
+    true = software.installed
+    monkeypatch.setattr(software, "installed", lambda name: "3.7.1" if name == "triton" else true(name))
+    found = one(software.versions)
+    assert found == ("warn", "triton is 3.7.1, and this torch was made for ==3.5.0", "pip install 'triton==3.5.0'")
+
+
+def test_the_libraries_work_here() -> None:
+    assert troubles(software.working) == []
+    assert facts(software.working)["LoRA"] == "works"
+
+
+def test_a_library_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "datasets cannot be imported" in one(software.working).what
+
+
+def test_adapters_that_an_optional_library_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ImportError("Found an incompatible version of torchao. Found version 0.4")
+
+    monkeypatch.setattr("peft.get_peft_model", refused)
+    found = one(software.working)
+    assert found.severity == "problem"
+    assert "incompatible version of torchao" in found.what
+
+
+def test_eight_bits_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit.quantise.to_int8", lambda model: torch.nn.Sequential(model, torch.nn.Tanh()))
+    if software.installed("bitsandbytes"):
+        found = one(software.working)
+        assert found.severity == "warn"
+        assert "off" in found.what
+        assert one(software.working, Asked(int8=True)).severity == "problem"
+    true = software.installed
+    monkeypatch.setattr(software, "installed", lambda name: None if name == "bitsandbytes" else true(name))
+    assert troubles(software.working) == []
+    assert "bitsandbytes is not installed" in one(software.working, Asked(int8=True)).what
+
+
+# ------------------------------------------------------------------------------------------------------- devices
+
+
+def test_the_devices_of_this_machine() -> None:
+    found = facts(machine.devices)
+    assert "cores" in found["processor"]
+    assert re.fullmatch(r"[\d.e+]+ [GM]iB, [\d.e+]+ [GM]iB free", found["memory"])
+
+
+def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit.sessions._cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert Trouble(
+        "warn", "torch uses 64 threads on 2 cores, which is slower than one for each", "export OMP_NUM_THREADS=2"
+    ) in troubles(machine.devices)
+
+
+def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "LITTLE", 2**60)
+    assert any("of memory are free" in t.what for t in troubles(machine.devices))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said"), [(None, "built for the CPU alone"), ("13.0", "torch for CUDA 13.0 cannot use it")]
+)
+def test_a_gpu_that_torch_cannot_use(cuda: str | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_driver", lambda: "580.65")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert any(t.severity == "problem" and said in t.what for t in troubles(machine.devices))
+    assert facts(machine.devices)["NVIDIA driver"] == "580.65"
+
+
+def test_a_gpu_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    about = SimpleNamespace(name="A thing", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: about)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (10 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert facts(machine.devices)["GPU 0"] == "A thing, capability 9.0, 80 GiB, 10 GiB free"
+    assert any("more than half of its memory is in use" in t.what for t in troubles(machine.devices))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (70 * 2**30, 80 * 2**30))
+    assert not any("in use already" in t.what for t in troubles(machine.devices))
+
+
+def test_a_driver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: Any, **__: Any) -> Any:
+        raise subprocess.TimeoutExpired("nvidia-smi", 20)
+
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(subprocess, "run", late)
+    assert machine._driver() is None
+
+
+# ----------------------------------------------------------------------------------------- kernels and attention
+
+
+def test_the_kernels_of_a_cpu() -> None:
+    assert facts(computing.kernels)["on cpu"] == "plain PyTorch: Triton is for GPUs"
+    assert troubles(computing.kernels) == []
+
+
+def test_kernels_that_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNKIT_KERNELS", "eager")
+    assert facts(computing.kernels)["on cpu"] == "plain PyTorch, by ALIGNKIT_KERNELS"
+    for value in ("egaer", "triton"):  # misspelt; and there is no GPU, nor the interpreter
+        monkeypatch.setenv("ALIGNKIT_KERNELS", value)
+        found = one(computing.kernels)
+        assert (found.severity, found.remedy) == ("problem", "unset ALIGNKIT_KERNELS")
+
+
+def test_kernels_that_are_wrong_or_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = alignkit_kernels.selective_logps
+    monkeypatch.setattr(alignkit_kernels, "selective_logps", lambda logits, targets: true(logits, targets) + 1e-3)
+    assert "are 0.001 nats off" in one(computing.kernels).what
+
+    def refused(logits: Any, targets: Any) -> Any:
+        raise RuntimeError("no kernel image is available for execution on the device\nmore")
+
+    monkeypatch.setattr(alignkit_kernels, "selective_logps", refused)
+    assert one(computing.kernels).what.endswith("no kernel image is available for execution on the device")
+
+
+def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit_kernels.backend.uses_triton", lambda values: True)
+    runtime = SimpleNamespace(runtime=SimpleNamespace(interpret=False))
+    monkeypatch.setattr("alignkit_kernels.backend.triton", SimpleNamespace(knobs=runtime, __version__="3.7.1"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "C compiler" in one(computing.kernels).what
+    runtime.runtime.interpret = True
+    assert "hundreds of times slower" in one(computing.kernels).what
+
+
+@pytest.mark.slow
+def test_the_interpreter_is_found_out() -> None:
+    given = {**os.environ, "TRITON_INTERPRET": "1", "ALIGNKIT_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(
+        [sys.executable, "-m", "alignkit", "doctor"], capture_output=True, text=True, env=given, check=False
+    )
+    assert ran.returncode == 1, ran.stderr
+    assert "problem: the kernels on cpu run in Triton's interpreter" in ran.stdout
+    assert "warn: TRITON_INTERPRET is set" in ran.stdout
+    assert ran.stderr == ""
+
+
+def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert facts(computing.attention)["of a Llama on cpu"].startswith("alignkit_branches: branch by branch")
+    assert troubles(computing.attention) == []
+    monkeypatch.setattr("alignkit.insight.places.device", lambda: torch.device("cuda"))
+    assert facts(computing.attention)["of a Llama on cuda"].startswith("flex_attention: ")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert one(computing.attention).remedy == "unset TORCHDYNAMO_DISABLE"
+
+
+# ------------------------------------------------------------------------------------------------------- plugins
+
+BROKEN = "raise RuntimeError('oh')\n"
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, owner: str, group: str, name: str) -> None:
+    module, info = f"of_{owner.replace('-', '_')}", folder / f"{owner.replace('-', '_')}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (folder / f"{module}.py").write_text(BROKEN)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {owner}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_the_plugins_here_are_sound() -> None:
+    found = facts(installed.plugins)
+    assert "dpo (alignkit-dpo 0.1.0)" in found["methods"]
+    assert found["listeners"] == "health"
+    assert troubles(installed.plugins) == []
+
+
+@pytest.mark.parametrize(
+    ("group", "said"),
+    [
+        ("alignkit", "method 'odd' of odd-one cannot be loaded: RuntimeError: oh"),
+        ("alignkit.rewards", "reward 'odd' of odd-one cannot be loaded: RuntimeError: oh"),
+        ("alignkit.judges", "judge 'odd' of odd-one cannot be loaded: RuntimeError: oh"),
+        ("alignkit.listeners", "listener 'odd' of odd-one cannot be loaded: RuntimeError: oh"),
+    ],
+)
+def test_a_broken_plugin(group: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path / "site", monkeypatch, "odd-one", group, "odd")
+    found = one(installed.plugins)
+    assert found.severity == "problem"
+    assert said in found.what
+    assert "uninstall" in found.remedy
+
+
+def test_a_method_that_is_brought_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path / "site", monkeypatch, "zzz-dpo", "alignkit", "dpo")
+    found = one(installed.plugins)
+    assert "'dpo' is brought by two distributions, alignkit-dpo and zzz-dpo" in found.what
+    assert found.remedy == "pip uninstall zzz-dpo, or alignkit-dpo"
+
+
+def test_no_method_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit.registry.plugins", list)
+    assert one(installed.plugins).remedy == "pip install alignkit-dpo"
+
+
+# --------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """A cache with three values."""
+    path = tmp_path / "cache.sqlite"
+    with LogpCache(path) as cache:
+        cache.put({bytes([i]) * 32: torch.ones(3) * i for i in range(3)}, "f" * 64)
+    return path
+
+
+def spoil(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE logps SET value = x'00000000' WHERE rowid = 2")
+    connection.commit()
+    connection.close()
+
+
+def test_a_cache_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    assert facts(kept.cache)["values"].startswith("none yet")
+    assert troubles(kept.cache) == []
+    assert not (tmp_path / "cache.sqlite").exists()
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_whole_cache(verify: bool, filled: Path) -> None:
+    found = facts(kept.cache, Asked(verify=verify))
+    assert (found["values"], found["checked"]) == ("3 of 1 references", "3 values, 0 damaged")
+    assert troubles(kept.cache) == []
+
+
+def test_damaged_values_are_found_and_left_unless_verified(filled: Path) -> None:
+    spoil(filled)
+    for _ in range(2):
+        found = one(kept.cache)
+        assert (found.severity, found.remedy) == ("problem", "alignkit cache verify")
+        assert found.what == "1 of the cache's values are damaged"
+    assert "are damaged" in one(kept.cache, Asked(verify=True)).what
+    assert troubles(kept.cache) == []  # removed, as by `cache verify`
+
+
+def test_only_a_sample_is_looked_at(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(filled)
+    monkeypatch.setattr(kept, "SAMPLE", 1)
+    assert facts(kept.cache)["checked"] == "1 values, 0 damaged"
+    assert facts(kept.cache, Asked(verify=True))["checked"] == "3 values, 1 damaged"
+
+
+def test_a_cache_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "cache.sqlite").write_bytes(b"something else " * 100)
+    found = one(kept.cache)
+    assert "is not a reference cache, or damaged beyond repair" in found.what
+    assert "remove the file" in found.remedy
+    (tmp_path / "cache.sqlite").unlink()
+    (tmp_path / "cache.sqlite").mkdir()
+    assert "cannot open the reference cache" in one(kept.cache).what
+
+
+def test_a_cache_that_is_held_is_not_waited_for(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "_PATIENCE", 0.01)
+    holder = sqlite3.connect(filled, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    found = one(kept.cache)
+    holder.close()
+    assert found.severity == "warn"
+    assert "another process writes to the cache" in found.what
+
+
+def test_a_cache_on_a_network(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "filesystem", lambda path: "nfs4")
+    assert "network file system (nfs4)" in one(kept.cache).what
+
+
+def test_the_file_system_of_this_folder_is_known(tmp_path: Path) -> None:
+    if Path("/proc/mounts").is_file():
+        assert kept.filesystem(Path("/proc/self")) == "proc"
+        assert kept.filesystem(tmp_path / "not/there") not in (None, "proc")
+
+
+@pytest.mark.parametrize(("free", "severities"), [(6, []), (3, ["warn"]), (0.5, ["problem"])])
+def test_disks(free: float, severities: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(free * 2**30)))
+    found = troubles(kept.disks)
+    assert sorted({t.severity for t in found}) == severities
+    assert len(facts(kept.disks)) == 4
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert f"runs: {tmp_path} cannot be written" in [t.what for t in troubles(kept.disks)]
+
+
+# --------------------------------------------------------------------------------------------------- environment
+
+
+def test_secrets_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "HF_ENDPOINT", "WANDB_API_KEY", "ALIGNKIT_SOMETHING"):
+        monkeypatch.setenv(name, "hush")
+    monkeypatch.setenv("HF_HUB_CACHE", "/models")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    monkeypatch.setenv("MY_SECRET", "hush")
+    found = facts(surroundings.environment)
+    assert (found["HF_TOKEN"], found["HF_HUB_CACHE"], found["MALLOC_ARENA_MAX"]) == ("set", "/models", "2")
+    assert "MY_SECRET" not in found
+    assert "hush" not in json.dumps(examine().describe())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("TRITON_INTERPRET", "1", "hundreds of times slower"),
+        ("CUDA_VISIBLE_DEVICES", "", "hides every GPU"),
+        ("CUDA_VISIBLE_DEVICES", "-1", "hides every GPU"),
+        ("CUDA_LAUNCH_BLOCKING", "1", "every kernel wait"),
+        ("WORLD_SIZE", "2", "one of several processes"),
+    ],
+)
+def test_variables_that_do_harm(name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert troubles(surroundings.environment) == []
+    monkeypatch.setenv(name, value)
+    found = one(surroundings.environment)
+    assert found.severity == "warn"
+    assert said in found.what
+    assert f"unset {name}" in found.remedy or name in found.remedy
+
+
+def test_harmless_values_are_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TRITON_INTERPRET", "0"), ("CUDA_VISIBLE_DEVICES", "1"), ("HF_HUB_OFFLINE", "1")):
+        monkeypatch.setenv(name, value)
+    assert troubles(surroundings.environment) == []
+    assert facts(surroundings.environment)["hub"].startswith("offline")
+
+
+def test_a_terminal_that_cannot_show_all_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="utf-8"))
+    assert troubles(surroundings.terminal) == []
+    for encoding in ("ascii", "latin-1", "no-such-encoding"):
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding=encoding))
+        assert one(surroundings.terminal).remedy == "export PYTHONUTF8=1"
+
+
+# ------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, str]]:
+    """Run `alignkit doctor ARGUMENTS`; return the exit code and what was printed."""
+
+    def run(*arguments: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["alignkit", "doctor", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command(call: Callable[..., Any], filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, err = call("--json", "d.json")
+    described = json.loads((tmp_path / "d.json").read_text())
+    assert (code, err) == (0 if described["healthy"] else 1, "")
+    assert re.findall(r"^(\w[\w ]*): (?:ok|warn|problem)$", out, re.MULTILINE) == list(examined.PROBES)
+    assert list(described["parts"]) == list(examined.PROBES)
+    assert "  path: ~/cache.sqlite\n" in out
+    assert str(tmp_path) not in out
+    spoil(filled)
+    code, out, _ = call()
+    assert code == 1
+    assert "reference cache: problem\n" in out
+    assert "  problem: 1 of the cache's values are damaged\n    remedy: alignkit cache verify\n" in out
+
+
+def test_what_the_settings_ask_for_is_looked_at(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Asked] = []
+
+    def probe(asked: Asked) -> Iterator[Fact | Trouble]:
+        seen.append(asked)
+        yield Fact("a", "σ")
+
+    monkeypatch.setattr(examined, "PROBES", {"mine": probe})
+    (tmp_path / "c.yaml").write_text("method: dpo\nreference: int8\noutput: elsewhere\n")
+    assert call("c.yaml", "--verify")[0] == 0
+    assert call()[0] == 0
+    assert seen == [Asked(Path("elsewhere"), True, True), Asked(Path("runs"), False, False)]
+    code, _, err = call("none.yaml")
+    assert code == 2
+    assert "cannot read none.yaml" in err
+
+
+def test_a_poor_terminal_gets_what_it_can_show() -> None:
+    code = (
+        "import sys\nfrom alignkit import cli\nfrom alignkit.insight.doctor import examined\n"
+        "from alignkit.insight.doctor.parts import Fact\n"
+        "examined.PROBES = {'mine': lambda asked: iter([Fact('a', chr(963))])}\n"
+        "sys.argv = ['alignkit', 'doctor']\ncli.main()\n"
+    )
+    given = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "a: \\u03c3" in ran.stdout
+
+
+def test_a_broken_torch_does_not_end_it(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
+    given = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "alignkit", "doctor"], capture_output=True, text=True, env=given, check=False
+    )
+    assert ran.returncode == 1
+    assert "problem: torch cannot be imported: ImportError: libcudart.so.13" in ran.stdout
+    assert "Traceback" not in ran.stdout + ran.stderr
+    assert all(f"\n{title}: " in f"\n{ran.stdout}" for title in examined.PROBES)
