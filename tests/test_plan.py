@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,13 @@ def test_weights_gradients_and_optimiser_are_counted_by_hand(tiny: str) -> None:
     assert lora["gradients"] == adapters
     assert lora["optimiser"] == 2 * adapters
     assert lora["weights"] == weights + adapters + buffers
+
+
+def test_gaps_between_adapters_tensors_are_counted_on_a_cpu(tiny: str) -> None:
+    work = replace(work_of("dpo", tiny, lora=4), program=2**20)
+    found = memory(work).phases["learning"]
+    assert found["gaps"] == round(0.4 * (found["activations"] + found["head"])) > 0
+    assert "gaps" not in memory(replace(work, program=0)).phases["learning"]
 
 
 def test_the_reference_is_counted_in_its_form(tiny: str) -> None:

@@ -32,6 +32,9 @@ from alignkit.scalars import ActorCritic, Valuer
 from alignkit.types import Batch, Example, Layout
 
 FEW = (2, 3)  # layers that an update is rehearsed with
+# what glibc keeps between the many small tensors of adapters and the large ones among which they lie, as a part of what
+# waits for the backward: 0.2 to 0.65 in benchmarks/plan.py
+GAPS = 0.4
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     learning = _extended([m for m, _ in rehearsed], few, depth)
     # the largest part of an update comes first; while the second is computed, the first one's gradients wait
     second = micros[1].n_tokens / micros[0].n_tokens if len(micros) > 1 else 0.0
+    if work.program and config.lora:
+        learning["gaps"] = round(GAPS * (learning["activations"] + learning["head"]))
     later = {**{k: round(v * second) for k, v in learning.items()}, "gradients": gradients if second else 0}
     phases = {
         "learning": resident | (learning if sum(learning.values()) > sum(later.values()) else later),
