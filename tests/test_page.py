@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -65,12 +66,30 @@ def test_halves_of_characters_do_not_stop_a_page(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot write .*page\.html: .*; choose another --output"):
+    with pytest.raises(ConfigError, match=r"cannot write .*page\.html: .*; choose another file"):
         page.write(tmp_path / "file/page.html", "base.html", "t")
     (tmp_path / "page.html").mkdir()
     with pytest.raises(ConfigError, match="cannot write"):
         page.write(tmp_path / "page.html", "base.html", "t")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "page.html"]
+
+
+def test_a_text_is_written_whole_and_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    page.write_text(file, "one")
+    link.symlink_to(file)
+    page.write_text(link, "two \ud83d")
+    assert link.is_symlink()
+    assert file.read_text() == "two ?"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    page.write_text(pipe, "three")
+    assert os.read(reader, 9) == b"three"
+    os.close(reader)
+    assert pipe.is_fifo()
+    with pytest.raises(ConfigError, match=r"cannot write .*f{300}: .*; choose another file"):
+        page.write_text(tmp_path / ("f" * 300), "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "pipe"]
 
 
 def test_what_a_template_needs_must_be_given() -> None:

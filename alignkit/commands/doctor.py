@@ -40,5 +40,7 @@ def doctor(
     encoding = sys.stdout.encoding or "utf-8"
     typer.echo(found.text().encode(encoding, "backslashreplace").decode(encoding))
     if json:
-        json.write_text(js.dumps(found.describe(), indent=1) + "\n", encoding="utf-8")
+        from alignkit.insight.page import write_text
+
+        write_text(json, js.dumps(found.describe(), indent=1) + "\n")
     raise typer.Exit(0 if found.healthy else 1)

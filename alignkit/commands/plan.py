@@ -38,7 +38,9 @@ def plan(
     found = room.plan(settings, limit=limit, gpu=gpu, hits=hits)
     room.print_plan(found)
     if json:
-        json.write_text(js.dumps(found.describe(), indent=1) + "\n", encoding="utf-8")
+        from alignkit.insight.page import write_text
+
+        write_text(json, js.dumps(found.describe(), indent=1) + "\n")
 
 
 def bytes_of(text: str | None) -> int | None:

@@ -42,4 +42,6 @@ def recommend(
         words = [f"--{k} {shlex.quote(v)}" for k, v in {**given, "columns": columns}.items() if v is not None]
         typer.echo(f"\nto begin: alignkit init {' '.join(words)}")
     if json:
-        json.write_text(js.dumps(found.describe(), indent=1) + "\n", encoding="utf-8")
+        from alignkit.insight.page import write_text
+
+        write_text(json, js.dumps(found.describe(), indent=1) + "\n")

@@ -19,17 +19,27 @@ def write(path: Path, template: str, title: str, **context: Any) -> None:
 
     All that is put in is escaped, but for `markupsafe.Markup`. Raises ConfigError where the file cannot be written.
     """
-    text = render(template, title, **context)
+    write_text(path, render(template, title, **context))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; its folder is made. Links and devices are written to, never replaced.
+
+    Raises ConfigError where it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
+        # what /dev/stdout names has to stay what it is
+        target = path if path.is_symlink() or (path.exists() and not path.is_file()) else temporary
         path.parent.mkdir(parents=True, exist_ok=True)
         # text of a model may hold halves of characters, which no file can
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
+        target.write_text(text, encoding="utf-8", errors="replace")
+        if target is temporary:
+            os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another --output") from error
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file") from error
 
 
 def render(template: str, title: str, **context: Any) -> str:

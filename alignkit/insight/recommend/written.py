@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ConfigError
+from alignkit.insight.page import write_text
 from alignkit.insight.recommend.recommended import Option, Recommendation
 from alignkit.insight.recommend.shown import setting
 
@@ -22,10 +23,7 @@ def write_config(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.refused.items())
         raise ConfigError(f"no installed method can be started with these rows. {reasons or 'None is installed'}")
     text = config_text(found, found.first, path.name, {"model": model, "data": data, "columns": columns})
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another --output") from error
+    write_text(path, text)
     return found.first.method
 
 
