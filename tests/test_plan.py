@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.memory import Work, memory
 from alignkit.insight.plan.planned import heaviest
 from alignkit.insight.plan.rehearsal import collected, learn
+from alignkit.insight.plan.shown import verdict
 from alignkit.insight.plan.unloaded import in_8_bits, n_bytes, unloaded
 from alignkit.loading import load_model
 from alignkit.models import Scorer
@@ -226,6 +229,7 @@ def test_the_cache_is_looked_up_where_that_is_asked_for(settings: dict[str, Any]
     alignkit.run(**given | {"max_steps": 1})
     assert cache() == (24, 24)
     assert cache(data=[*rows, *make_rows("pairs", 4, seed=9)]) == (32, 24)
+    assert cache(data=rows * 3) == (24, 24)
     assert cache(lora=4) == (24, 24)  # the plain base is the same reference
 
 
@@ -248,6 +252,33 @@ def test_sizes_of_memory_are_read(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="24GB"):
         bytes_of(text)
+
+
+def test_a_gpu_short_of_memory_gets_an_8_bit_reference_as_in_a_run(tiny: str) -> None:
+    work = work_of("grpo", tiny, sampling=SAMPLING, **ASKED["grpo"])
+    weights = memory(work).phases["updating"]["weights"]
+    assert memory(work).reference == "full"
+    assert memory(replace(work, gpu=4 * weights)).reference == "full"
+    assert memory(replace(work, gpu=4 * weights - 1)).reference == "int8"
+
+
+def test_the_program_is_this_process_alone(tiny: str) -> None:
+    code = (
+        "import subprocess, sys; held = bytearray(2**30);"
+        "print(subprocess.run([sys.executable, '-c', sys.argv[1]], capture_output=True, text=True, check=True).stdout)"
+    )
+    asks = (
+        "from alignkit.config import RunConfig; from alignkit.insight.plan.planned import _program;"
+        "print(_program(RunConfig(method='sft', model='m', data='d')))"
+    )
+    said = subprocess.run([sys.executable, "-c", code, asks], capture_output=True, text=True, check=True)
+    assert 2**26 < int(said.stdout) < 2**30
+
+
+def test_where_nothing_needs_less_that_is_said(tiny: str) -> None:
+    found = plan(of("dpo", tiny), gpu=True, limit=1, remedies=False)
+    assert "No setting is known that needs less" in verdict(found)
+    assert "to spare" in verdict(plan(of("dpo", tiny), gpu=True, limit=2**40))
 
 
 def test_the_command_says_parts_phases_verdict_and_writes_json(

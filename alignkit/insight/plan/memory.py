@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from alignkit.config import RunConfig
 from alignkit.errors import AlignkitError, ModelError
 from alignkit.insight.plan.ledger import Ledger
-from alignkit.insight.plan.rehearsal import collected, layers_of, learn, trunks
+from alignkit.insight.plan.rehearsal import collected, few_blocks, layers_of, learn, trunks
 from alignkit.insight.plan.unloaded import in_8_bits, n_bytes, unloaded
 from alignkit.loading import causal_lm, first_line
 from alignkit.method import Method
@@ -42,13 +42,14 @@ class Memory:
     """Bytes by part in each phase of a run, at its largest moment: {phase: {part: bytes}}.
 
     tokens: of the heaviest update, prompts counted once. positions, padded: those that its rows have, packed, and those
-    that a row for each completion would have.
+    that a row for each completion would have. reference: its form, None without one.
     """
 
     phases: dict[str, dict[str, int]]
     tokens: int
     positions: int
     padded: int
+    reference: str | None
 
     @property
     def peak_phase(self) -> str:
@@ -65,7 +66,7 @@ class Memory:
 class Work:
     """What memory is reckoned for. examples: of the heaviest step. program: bytes of the process without models.
 
-    bf16: products are made in bfloat16.
+    bf16: products are made in bfloat16. gpu: bytes that it has, None on a CPU or where that is not known.
     """
 
     config: RunConfig
@@ -74,6 +75,7 @@ class Work:
     examples: Sequence[Example]
     program: int
     bf16: bool
+    gpu: int | None = None
 
 
 def memory(work: Work) -> Memory:
@@ -89,10 +91,11 @@ def memory(work: Work) -> Memory:
 def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     config, method = work.config, work.method
     module = _module(config, method, mode)
-    policy = module.policy.model if isinstance(module, ActorCritic) else module.model
+    policy = _policy(module)
     gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     resident = {"program": work.program, "weights": n_bytes(policy), "optimiser": 2 * gradients}
-    resident |= _others(config, method, policy, mode)
+    form = _form(work, n_bytes(policy))
+    resident |= _others(config, form, policy, mode)
     if isinstance(module, ActorCritic):
         resident["critic"] = n_bytes(module.critic)
     depth = max(len(layers_of(trunk)) for trunk in trunks(module))
@@ -117,6 +120,7 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
         sum(micro.n_tokens for micro in micros),
         sum(micro.rows.input_ids.numel() for micro in micros),
         sum(micro.rows.input_ids.numel() for micro in alone),
+        form,
     )
 
 
@@ -136,15 +140,26 @@ def _module(config: RunConfig, method: Method[Any], mode: FakeTensorMode) -> Any
     return ActorCritic(policy, Valuer(unloaded(begun, config, mode, "classifier")))
 
 
-def _others(config: RunConfig, method: Method[Any], policy: nn.Module, mode: FakeTensorMode) -> dict[str, int]:
+def _policy(module: Any) -> nn.Module:
+    return module.policy.model if isinstance(module, ActorCritic) else module.model  # type: ignore[no-any-return]
+
+
+def _form(work: Work, size: int) -> str | None:
+    """Return the form of the reference that a run would choose; size: of the policy's weights, in bytes."""
+    form = resolve_reference(work.config, work.method, torch.device("cpu"), 0)
+    if form == "full" and work.config.reference == "auto" and work.method.reference_need() != "moving":
+        return "int8" if work.gpu is not None and work.gpu - size < 3 * size else form
+    return form
+
+
+def _others(config: RunConfig, form: str | None, policy: nn.Module, mode: FakeTensorMode) -> dict[str, int]:
     """Return the bytes of the models that are not trained."""
-    form = resolve_reference(config, method, torch.device("cpu"), 0)
     sizes = {"full": n_bytes, "int8": in_8_bits}
     folders = reward_folders(config.reward) if config.reward is not None else []
     folders += judge_folders(config.judge) if config.judge is not None else []
     plain = config.model_copy(update={"lora": None, "dtype": "float32"})
     return {
-        "reference": sizes[form](policy) if form in sizes else 0,
+        "reference": sizes[form](policy) if form is not None and form in sizes else 0,
         "reward models": sum(n_bytes(unloaded(folder, plain, mode, "classifier")) for folder in folders),
     }
 
@@ -156,7 +171,9 @@ def _moment(work: Work, module: Any, n_layers: int) -> tuple[Counter[str], list[
     ledger = Ledger()
     for tensor in (*module.parameters(), *module.buffers()):
         ledger.count(tensor, "weights")
-    with ledger, torch.autocast("cpu", torch.bfloat16) if work.bf16 else contextlib.nullcontext():
+    logits = work.config.max_tokens * causal_lm(_policy(module)).config.get_text_config().vocab_size
+    cast = torch.autocast("cpu", torch.bfloat16) if work.bf16 else contextlib.nullcontext()
+    with few_blocks(logits), ledger, cast:
         micros, roles = collected(work.config, work.method, module, work.layout, work.examples)
         found = learn(work.method, module, micros[0], roles, ledger)
     return Counter({k: v for k, v in found.items() if k != "weights"}), micros

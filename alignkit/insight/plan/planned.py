@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import resource
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from alignkit.insight.plan.memory import Memory, Work, memory
 from alignkit.layouts import DENSE_ROW_TOKENS
 from alignkit.loading import DTYPES, causal_lm, from_pretrained, load_model, load_tokenizer, set_up
 from alignkit.logpcache import LogpCache, default_path
-from alignkit.method import Method
 from alignkit.online import check_online
 from alignkit.packing import batch_of
 from alignkit.reference import fingerprint, key
-from alignkit.roles import check_reference, resolve_reference
+from alignkit.roles import check_reference
 from alignkit.stream import Stream
 from alignkit.types import Example, Layout
 
@@ -89,15 +89,15 @@ def plan(
     known = [method.longest(e) for e in rows.train]
     stream = Stream(rows.train, config.batch_size, config.seed, method.min_batch)
     steps = stream.total_steps(config.epochs, config.max_steps)
-    program = 0 if gpu else _program(config)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu)
     layout = _layout(config)
-    work = Work(config, method, layout, heaviest(stream, steps, layout, config.max_tokens), program, bf16)
+    step = heaviest(stream, steps, layout, config.max_tokens)
+    work = Work(config, method, layout, step, 0 if gpu else _program(config), bf16, limit if gpu else None)
     found = memory(work)
     return Plan(
         config.method, "one GPU" if gpu else "the CPU", len(rows.train), len(rows.held_out), steps,
-        config.batch_size, sum(e.n_tokens for e in known), resolve_reference(config, method, CPU, 0),
-        _cache(config, method, [*known, *map(method.longest, rows.held_out)], bf16, hits), found,
+        config.batch_size, sum(e.n_tokens for e in known), found.reference,
+        _cache(work, found.reference, [*known, *map(method.longest, rows.held_out)], hits), found,
         tuple(_remedies(work, found, limit)) if remedies else (), limit,
     )  # fmt: skip
 
@@ -106,7 +106,10 @@ def _program(config: RunConfig) -> int:
     """Return the bytes of this process, which has imported what a run does and holds its rows."""
     if config.lora:
         importlib.import_module("peft")  # with all that it brings
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    pages = Path("/proc/self/statm")
+    if pages.is_file():  # getrusage counts the process that started this one too
+        return int(pages.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _layout(config: RunConfig) -> Layout:
@@ -129,31 +132,37 @@ def heaviest(stream: Stream, steps: int, layout: Layout, max_tokens: int) -> tup
     return max((stream[step] for step in range(min(steps, 1000))), key=largest)
 
 
-def _cache(
-    config: RunConfig, method: Method[Any], examples: Sequence[Example], bf16: bool, hits: bool
-) -> tuple[int, int | None] | None:
-    form = resolve_reference(config, method, CPU, 0)
-    serves = config.reference_cache and method.reference_need() != "moving" and method.data != "prompts"
-    if form is None or not serves:
+def _cache(work: Work, form: str | None, examples: Sequence[Example], hits: bool) -> tuple[int, int | None] | None:
+    """Return how many different values of the reference the run asks for, and how many its cache has."""
+    config, method = work.config, work.method
+    if form is None or not config.reference_cache or method.reference_need() == "moving" or method.data == "prompts":
         return None
-    wanted = [(e.prompt, c.tokens, c.trained_at) for e in examples for c in e.completions]
+
+    def keys(known_as: str) -> list[bytes]:
+        return list({key(known_as, e.prompt, c.tokens, c.trained_at): None for e in examples for c in e.completions})
+
     if not hits:
-        return len(wanted), None
+        return len(keys("")), None
     if not (config.cache_file or default_path()).is_file():
-        return len(wanted), 0
+        return len(keys("")), 0
     model, _ = load_model(config, CPU)
     known_as = fingerprint(
         model,
         quantisation="llm.int8" if form == "int8" else "none",
-        dtype=torch.bfloat16 if bf16 else DTYPES[config.dtype],
+        dtype=torch.bfloat16 if work.bf16 else DTYPES[config.dtype],
         adapters=form != "adapter-off",
     )
     with LogpCache(config.cache_file) as cache:
-        return len(wanted), len(cache.get([key(known_as, *parts) for parts in wanted]))
+        return len(keys(known_as)), len(cache.get(keys(known_as)))
 
 
 def _remedies(work: Work, found: Memory, limit: int | None) -> Iterator[Remedy]:
-    """Yield what would need less, the greatest saving first; then together, where none alone fits into the limit."""
+    """Yield what would need less, the greatest saving first; then together, where none alone fits into the limit.
+
+    Nothing where the run fits as it is.
+    """
+    if limit is not None and found.peak <= limit:
+        return
     tried = []
     for settings in _changes(work, found):
         peak = memory(_changed(work, settings)).peak
@@ -161,7 +170,7 @@ def _remedies(work: Work, found: Memory, limit: int | None) -> Iterator[Remedy]:
             tried.append(Remedy(settings, peak))
     tried.sort(key=lambda r: r.peak)
     yield from tried
-    if limit is None or found.peak <= limit or any(r.peak <= limit for r in tried):
+    if limit is None or any(r.peak <= limit for r in tried):
         return
     together: dict[str, Any] = {}
     for remedy in tried:
@@ -200,4 +209,4 @@ def _changed(work: Work, settings: Mapping[str, Any]) -> Work:
     if size := given.pop("sampling.batch_size", None):
         given["sampling"] = work.config.sampling.model_copy(update={"batch_size": size})
     config = work.config.model_copy(update=given)
-    return Work(config, work.method, work.layout, work.examples, work.program, work.bf16)
+    return replace(work, config=config)

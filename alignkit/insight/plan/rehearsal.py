@@ -5,7 +5,8 @@ What a run samples, scores or reads from its cache is made up here at random, in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ from alignkit.rollout import Sampled
 from alignkit.scalars import ActorCritic, Valuer
 from alignkit.stream import seeded
 from alignkit.types import Batch, Example, Layout, Outputs
+from alignkit_kernels import row_stats
 
 
 class _Roles(Roles):
@@ -129,6 +131,17 @@ def learn(method: Method[Any], module: nn.Module, micro: Batch, roles: Roles, le
         handle.remove()
     module.zero_grad()
     return found or dict(ledger.peak)
+
+
+@contextmanager
+def few_blocks(elements: int) -> Iterator[None]:
+    """Have the head's passes over this many logits made in 64 blocks at most: nothing lies in a cache on paper."""
+    before = row_stats.BLOCK_ELEMENTS
+    row_stats.BLOCK_ELEMENTS = max(before, elements // 64)
+    try:
+        yield
+    finally:
+        row_stats.BLOCK_ELEMENTS = before
 
 
 def trunks(module: nn.Module) -> list[nn.Module]:

@@ -63,4 +63,7 @@ def verdict(plan: Plan) -> str:
     limit, left = console.size(plan.limit), plan.limit - plan.memory.peak
     if left >= 0:
         return f"it fits into {limit}, {console.size(left)} to spare"
-    return f"it does not fit into {limit}: {console.size(-left)} too much. What needs less:"
+    less = (
+        "What needs less:" if plan.remedies else "No setting is known that needs less: shorter rows, or another model"
+    )
+    return f"it does not fit into {limit}: {console.size(-left)} too much. {less}"
