@@ -149,7 +149,7 @@ class StepLines:
                     again = not 0 < step >= about["step"]
                     if not again and about["step"] == step and not evaluated:
                         again = about.get("training") is False or any(k.startswith("eval/") for k in about)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue  # the line that was being written when the process was killed
                 if not again:
                     kept.write(line)
@@ -161,23 +161,33 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return list(read_lines(Path(folder) / "metrics.jsonl"))
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, needs: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file that `StepLines` wrote; a last line that was cut off is left out.
 
-    Raises DataError: no such file, or a line that is no object with a step.
+    needs: keys of every line beside the step. Integers beyond 15 digits are floats, which may be infinite. Raises
+    DataError: no such file, or a line that is no object with a step and these keys.
     """
     bad = 0
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):
                 if bad:
-                    raise DataError(f"{path}, line {bad}, is no JSON object with a step; take it out, or run again")
+                    what = " and ".join(f"a {key}" for key in ("step", *needs))
+                    raise DataError(f"{path}, line {bad}, is no JSON object with {what}; take it out, or run again")
                 try:
-                    found = json.loads(line)
-                    bad = 0 if isinstance(found, dict) and isinstance(found["step"], int) else number
-                except (ValueError, KeyError):
+                    found = json.loads(line, parse_int=_integer)
+                    whole = (
+                        isinstance(found, dict) and isinstance(found["step"], int) and all(k in found for k in needs)
+                    )
+                    bad = 0 if whole else number
+                except (ValueError, KeyError, RecursionError):
                     bad = number
                 if not bad:
                     yield found
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _integer(digits: str) -> int | float:
+    # no run counts so far, and a float cannot hold more: what computes with it would end in an error
+    return int(digits) if len(digits) <= 15 else float(digits)

@@ -22,10 +22,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
+from alignkit.config import validated
 from alignkit.errors import AlarmError, ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +37,38 @@ if TYPE_CHECKING:
 FILE = "sessions.json"
 _LIBRARIES = ("alignkit", "alignkit-kernels", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "triton")
 _EVERY = 60.0  # seconds between two writes of the file while the loop runs
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Seconds = Annotated[float, Field(ge=0, lt=2**63, allow_inf_nan=False)]
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Reference(_Checked):
+    values_read: _Count = 0
+    values_computed: _Count = 0
+
+
+class _Facts(_Checked):
+    parameters: _Count = 0
+    trained_parameters: _Count = 0
+    reference: _Reference | None = None
+
+
+class _Environment(_Checked):
+    gpu_memory_bytes: _Count = 0
+
+
+class _Entry(_Checked):
+    """What whoever reads an entry computes with; the rest is shown as it is."""
+
+    preparing_seconds: _Seconds = 0.0
+    seconds: _Seconds = 0.0
+    tokens: _Count = 0
+    peak_memory_bytes: _Count = 0
+    environment: _Environment
+    facts: _Facts
 
 
 class Session:
@@ -101,9 +135,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [{"environment": {}, "facts": {}, **one} for one in found]
-    except (OSError, ValueError, TypeError) as error:
+        found = [{"environment": {}, "facts": {}, **one} for one in json.loads(path.read_text(encoding="utf-8"))]
+        for one in found:
+            validated(_Entry, one)
+        return found
+    except (OSError, ValueError, TypeError, RecursionError, ConfigError) as error:
         raise ConfigError(f"cannot read {path}: {error}. Remove it; the run's cost so far is lost with it") from None
 
 
@@ -117,7 +153,7 @@ def environment(parts: Parts) -> dict[str, Any]:
     device = parts.accelerator.device
     about: dict[str, Any] = {name: found for name in _LIBRARIES if (found := _version(name))}
     about |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    about |= {"processor": _processor(), "cores": _cores(), "threads": torch.get_num_threads()}
+    about |= {"processor": processor(), "cores": cores(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         about |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "cuda": torch.version.cuda}
@@ -131,8 +167,9 @@ def peak_memory(gpu: bool) -> int:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage counts the process that started this one too
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -171,11 +208,13 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor."""
     path = Path("/proc/cpuinfo")
     if path.is_file():
         for line in path.read_text().splitlines():

@@ -221,7 +221,7 @@ def test_the_devices_of_this_machine() -> None:
 
 
 def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignkit.sessions._cores", lambda: 2)
+    monkeypatch.setattr("alignkit.sessions.cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert Trouble(
         "warn", "torch uses 64 threads on 2 cores, which is slower than one for each", "export OMP_NUM_THREADS=2"

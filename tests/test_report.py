@@ -389,6 +389,39 @@ def test_damaged_files_are_named(file: str, text: str, message: str, tmp_path: P
         read(run, "run")
 
 
+@pytest.mark.parametrize("text", ['{"step": 1}', "[" * 100_000, '{"step": ' + "9" * 400 + "}", "7"])
+def test_a_line_that_no_run_writes_is_named(text: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    whole = '{"step": 0, "training": false, "prompt": "a", "completion": "b"}'
+    for name in ("completions.jsonl", "metrics.jsonl"):
+        if (name, text) != ("metrics.jsonl", '{"step": 1}'):
+            (run / name).write_text(f"{whole}\n{text}\n{whole}\n")
+            with pytest.raises(AlignkitError, match=rf"{name}, line 2, is no JSON object with a step"):
+                read(run, "run")
+        (run / name).write_text(f"{whole}\n")
+    (run / "metrics.jsonl").write_text(f"{whole}\n{'[' * 100_000}\n")
+    assert "the last line was cut off" in words(shown(run))
+
+
+def test_numbers_that_no_axis_can_hold_do_not_stop_it(tmp_path: Path) -> None:
+    huge = {"loss": 10**400, "reward/mean": -(10**5000), "kl": 1e308, "entropy": -1e308, "grad_norm": 5e-324}
+    lines = [{"step": 1, **huge}, {"step": 2, **{k: i / 4 for i, k in enumerate(huge)}, "grad_norm": 1e-323}]
+    text = "".join(json.dumps(line) + "\n" for line in [lines[0] | {"reward/mean": "HUGE"}, lines[1]])
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text(text.replace('"HUGE"', "-" + "9" * 5000))
+    answers = [
+        {"step": step, "training": False, "prompt": "a", "completion": "b", "reward": r}
+        for step, r in ((0, 10**400), (1, float("nan")), (2, 0.5))
+    ]
+    write_lines(run / "completions.jsonl", answers)
+    page = shown(run)
+    Balanced().check(page)
+    for name in huge:
+        assert f'aria-label="{name}' in page
+    assert "reward 0.5" in words(page)
+    assert not re.search(r"\b(nan|inf)\b", words(page))
+
+
 def test_a_run_without_metrics_or_with_poor_sessions(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "sessions.json").write_text("[{}]")

@@ -123,6 +123,38 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     assert (sessions.total(found, "tokens"), sessions.total(found, "seconds")) == (7, 1.5)
 
 
+@pytest.mark.parametrize(
+    ("entry", "wrong"),
+    [
+        ({"facts": None}, "facts"),
+        ({"environment": [1]}, "environment"),
+        ({"seconds": "a"}, "seconds"),
+        ({"seconds": float("nan")}, "seconds"),
+        ({"tokens": None}, "tokens"),
+        ({"preparing_seconds": 10**400}, "preparing_seconds"),
+        ({"peak_memory_bytes": 10**400}, "peak_memory_bytes"),
+        ({"facts": {"reference": {"values_read": "a"}}}, "facts.reference.values_read"),
+        ({"facts": {"trained_parameters": "a"}}, "facts.trained_parameters"),
+        ({"environment": {"gpu_memory_bytes": "a"}}, "environment.gpu_memory_bytes"),
+    ],
+)
+def test_an_entry_that_no_run_writes_is_named(entry: dict[str, Any], wrong: str, tmp_path: Path) -> None:
+    (tmp_path / sessions.FILE).write_text(json.dumps([{}, entry]))
+    with pytest.raises(ConfigError, match=rf"cannot read .*sessions\.json: {wrong}: .*Remove it"):
+        sessions.read(tmp_path)
+
+
+def test_a_file_that_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    (tmp_path / sessions.FILE).write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"cannot read .*sessions\.json"):
+        sessions.read(tmp_path)
+
+
+def test_memory_is_known_where_the_system_does_not_tell_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_: "Name:\tpython\nVmRSS:\t7 kB\n")
+    assert 2**10 < sessions.peak_memory(gpu=False) < 2**40
+
+
 @pytest.mark.parametrize("source", [".", "a-hub/name", [{"prompt": "a"}], None])
 def test_only_files_have_a_digest(source: object) -> None:
     assert sessions.digest(source) is None

@@ -20,10 +20,10 @@ def devices(asked: Asked) -> Iterator[Fact | Trouble]:
     yield from _memory()
     import torch
 
-    from alignkit.sessions import _cores, _processor
+    from alignkit import sessions
 
-    cores, threads = _cores(), torch.get_num_threads()
-    yield Fact("processor", f"{_processor()}, {cores} cores, {threads} threads in use by torch")
+    cores, threads = sessions.cores(), torch.get_num_threads()
+    yield Fact("processor", f"{sessions.processor()}, {cores} cores, {threads} threads in use by torch")
     if threads > cores:
         what = f"torch uses {threads} threads on {cores} cores, which is slower than one for each"
         yield Trouble("warn", what, f"export OMP_NUM_THREADS={cores}")

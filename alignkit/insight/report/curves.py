@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from markupsafe import Markup
 
 from alignkit.insight.report.read import Run
 from alignkit.insight.report.svg import Mark, Point, Series, chart, sample
-from alignkit.insight.report.ticks import number
+from alignkit.insight.report.ticks import finite, number
 
 _HELD_OUT = "eval/"
 _GROUPS = (
@@ -87,7 +86,7 @@ def names(runs: Sequence[Run]) -> list[str]:
     there: dict[str, None] = {}
     for run in runs:
         for line in run.lines:
-            there |= dict.fromkeys(key.removeprefix(_HELD_OUT) for key, v in line.items() if _number(v))
+            there |= dict.fromkeys(key.removeprefix(_HELD_OUT) for key, v in line.items() if finite(v))
     shown = [n for n in there if not _UNSEEN.fullmatch(n)]
     return sorted(shown, key=lambda n: _FIRST.index(n) if n in _FIRST else len(_FIRST))
 
@@ -122,8 +121,4 @@ def _series(runs: Sequence[Run], name: str) -> Iterator[Series]:
 
 def _points(run: Run, name: str) -> list[Point]:
     found = [(float(line["step"]), line[name]) for line in run.lines if name in line]
-    return sorted(((x, float(v) if _number(v) else None) for x, v in found), key=lambda point: point[0])
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return sorted(((x, float(v) if finite(v) else None) for x, v in found), key=lambda point: point[0])

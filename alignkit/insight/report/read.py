@@ -113,15 +113,15 @@ def read(folder: Path, label: str) -> Run:
     return Run(folder, label, settings, lines, alarms, found, _answers(folder, notes), notes)
 
 
-def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, notes: list[str], needs: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     """Yield what `read_lines` does, and note where a last line was cut off."""
-    yield from read_lines(path)
+    yield from read_lines(path, needs)
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _LONGEST))
         tail = file.read().rstrip(b"\n").rsplit(b"\n", 1)[-1].decode(errors="replace")
     try:
         json.loads(tail or "0")
-    except ValueError:
+    except (ValueError, RecursionError):
         notes.append(f"{path.name}: the last line was cut off while it was written, and is left out.")
 
 
@@ -155,7 +155,7 @@ def _answers(folder: Path, notes: list[str]) -> list[list[dict[str, Any]]]:
     for path in sorted(folder.glob("completions*.jsonl")):
         first: list[dict[str, Any]] = []
         last: list[dict[str, Any]] = []
-        for one in _lines(path, notes):
+        for one in _lines(path, notes, ("prompt",)):
             if one.get("training") is not False:
                 continue
             if not first or one["step"] == first[0]["step"]:

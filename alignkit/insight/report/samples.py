@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.insight.report.read import Run
+from alignkit.insight.report.ticks import finite
 
 FIRST, CHANGED = 6, 3
 
@@ -66,13 +67,13 @@ def _by_prompt(lines: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any
 def _gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
     for name in ("reward", "wins"):
         a, b = before.get(name), after.get(name)
-        if isinstance(a, int | float) and isinstance(b, int | float):
+        if finite(a) and finite(b):
             return b - a
     return None
 
 
 def _answer(line: Mapping[str, Any]) -> Answer:
-    facts = [f"{name} {line[name]:.4g}" for name in ("reward", "wins") if isinstance(line.get(name), int | float)]
+    facts = [f"{name} {line[name]:.4g}" for name in ("reward", "wins") if finite(line.get(name))]
     if isinstance(line.get("tokens"), int):
         facts.append(f"{line['tokens']} tokens{'' if line.get('ended', True) else ', cut'}")
     return Answer(str(line.get("completion", "")), facts)

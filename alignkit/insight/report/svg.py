@@ -6,7 +6,6 @@ page's variables, so a chart is light or dark as its page is.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from alignkit.insight.report.ticks import domain, labels, number, ticks
+from alignkit.insight.report.ticks import domain, finite, labels, number, ticks
 
 WIDTH, HEIGHT = 360, 196
 TOP, RIGHT, BOTTOM = 14, 12, 22
@@ -70,7 +69,7 @@ class Frame:
 
 def chart(name: str, unit: str, series: Sequence[Series], marks: Sequence[Mark] = ()) -> Markup:
     """Return the chart of one metric. series without any finite value are left out; with none the axes stand alone."""
-    values = [v for s in series for _, v in s.points if _finite(v)]
+    values = [v for s in series for _, v in s.points if finite(v)]
     steps = [x for s in series for x, _ in s.points]
     frame, at = _frame(steps, [v for v in values if v is not None])
     parts = [_axes(frame, at, unit)]
@@ -103,16 +102,12 @@ def thin(points: Sequence[Point], limit: int = POINTS) -> list[Point]:
     buckets = max(1, limit // 2)
     for b in range(buckets):
         inside = range(b * n // buckets, (b + 1) * n // buckets)
-        finite = [i for i in inside if _finite(points[i][1])]
-        if finite:
-            kept |= {min(finite, key=lambda i: points[i][1] or 0.0), max(finite, key=lambda i: points[i][1] or 0.0)}
-        if len(finite) < len(inside):
-            kept.add(next(i for i in inside if not _finite(points[i][1])))
+        there = [i for i in inside if finite(points[i][1])]
+        if there:
+            kept |= {min(there, key=lambda i: points[i][1] or 0.0), max(there, key=lambda i: points[i][1] or 0.0)}
+        if len(there) < len(inside):
+            kept.add(next(i for i in inside if not finite(points[i][1])))
     return [points[i] for i in sorted(kept)]
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _frame(steps: Sequence[float], values: Sequence[float]) -> tuple[Frame, list[float]]:
@@ -150,10 +145,10 @@ def _line(frame: Frame, series: Series) -> Markup:
     points = thin(series.points)
     path, dots = [], []
     for i, (step, value) in enumerate(points):
-        if value is None or not _finite(value):
+        if not finite(value):
             continue
-        before = i > 0 and _finite(points[i - 1][1])
-        after = i + 1 < len(points) and _finite(points[i + 1][1])
+        before = i > 0 and finite(points[i - 1][1])
+        after = i + 1 < len(points) and finite(points[i + 1][1])
         x, y = frame.x(step), frame.y(value)
         path.append(f"{'L' if before else 'M'}{x:.1f} {y:.1f}")
         if not before and not after and not series.held_out:
@@ -168,7 +163,7 @@ def _line(frame: Frame, series: Series) -> Markup:
 
 
 def _points(frame: Frame, series: Series) -> Markup:
-    shown = [(x, v) for x, v in thin(series.points, 2 * STRIPS) if v is not None and _finite(v)]
+    shown = [(x, v) for x, v in thin(series.points, 2 * STRIPS) if finite(v)]
     return Markup("").join(
         _marker(frame.x(x), frame.y(v), series.style, f"{series.label}, step {number(x)}: {number(v)}")
         for x, v in shown
@@ -221,15 +216,15 @@ def _span(group: Sequence[float]) -> str:
 def _said(series: Sequence[Series], first: float, last: float) -> Iterator[str]:
     for s in series:
         inside = s.points[bisect_left(s.points, first, key=_step) : bisect_right(s.points, last, key=_step)]
-        finite = [v for _, v in inside if v is not None and _finite(v)]
+        there = [v for _, v in inside if finite(v)]
         if not inside:
             continue
-        if not finite:
+        if not there:
             yield f"{s.label}: not finite"
         elif len(inside) == 1:
-            yield f"{s.label}: {number(finite[0])}"
+            yield f"{s.label}: {number(there[0])}"
         else:
-            yield f"{s.label}: {number(min(finite))} to {number(max(finite))}"
+            yield f"{s.label}: {number(min(there))} to {number(max(there))}"
 
 
 def _step(point: Point) -> float:

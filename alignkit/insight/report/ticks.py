@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+
+
+def finite(value: object) -> TypeGuard[float]:
+    """Return whether it is a number that an axis can hold: larger ones are infinite to it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def domain(values: Sequence[float]) -> tuple[float, float]:
@@ -16,9 +22,9 @@ def domain(values: Sequence[float]) -> tuple[float, float]:
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)
+    if max(abs(low), abs(high)) < 1e-290:  # too near to 0 for ticks between them
+        return 0.0, 1.0
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # a constant: rounding is no movement
-        if low == 0.0:
-            return 0.0, 1.0
         return low - 0.5 * abs(low), high + 0.5 * abs(high)
     if 0 < low < 0.4 * high:
         low = 0.0
