@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from alignkit.errors import ConfigError, DataError, RewardError
 from alignkit.insight.audit import Audit, audit, write_html, write_json
 from alignkit.insight.audit.bias import biases
+from alignkit.insight.intervals import of_mean
 from alignkit.testing.world import tiny_tokenizer
 
 Rows = list[dict[str, Any]]
@@ -161,14 +162,14 @@ def test_biases_by_hand() -> None:
         pair("4", "see http://a.b", "*no* **link**"),
     ]
     found = {b.feature: b for b in audit(rows).biases}
-    assert {name: (b.differs, b.more, b.accuracy) for name, b in found.items()} == {
-        "length": (3, 2, (2 + 0.5) / 4),
-        "emoji": (0, 0, 0.5),
-        "bold": (1, 0, 1.5 / 4),
-        "exclamation marks": (1, 1, 2.5 / 4),
-        "list items": (1, 1, 2.5 / 4),
-        "links": (1, 1, 2.5 / 4),
-        "affirmative opening": (1, 1, 2.5 / 4),
+    assert {name: (b.differs, b.more, b.direction, b.accuracy) for name, b in found.items()} == {
+        "length": (3, 2, "more", (2 + 0.5) / 4),
+        "emoji": (0, 0, "more", 0.5),
+        "bold": (1, 0, "less", (1 + 1.5) / 4),  # of the rule that less of it is chosen
+        "exclamation marks": (1, 1, "more", 2.5 / 4),
+        "list items": (1, 1, "more", 2.5 / 4),
+        "links": (1, 1, "more", 2.5 / 4),
+        "affirmative opening": (1, 1, "more", 2.5 / 4),
     }
     assert (found["emoji"].share, found["emoji"].low) == (None, None)
     assert not any(b.beyond_chance for b in found.values())
@@ -186,7 +187,10 @@ def test_biases_are_those_of_a_plain_count(pairs: list[tuple[int, int, float]]) 
     assert got[0].pairs == len(sided)
     assert got[0].differs == sum(a != b for a, b in sided)
     assert got[0].more == sum(a > b for a, b in sided)
-    assert got[0].accuracy == pytest.approx(statistics.fmean((a > b) + 0.5 * (a == b) for a, b in sided))
+    more = statistics.fmean((a > b) + 0.5 * (a == b) for a, b in sided)
+    less = statistics.fmean((a < b) + 0.5 * (a == b) for a, b in sided)
+    assert got[0].accuracy == pytest.approx(max(more, less))
+    assert got[0].direction == ("more" if more >= less else "less")
 
 
 def test_a_planted_bias_is_found_and_nothing_else() -> None:
@@ -266,6 +270,42 @@ def test_an_effect_has_the_interval_of_a_mean() -> None:
     assert effect.mean == pytest.approx(statistics.fmean(moved))
     half = 2.306004 * statistics.stdev(moved) / math.sqrt(9)  # Student's t, 8 degrees of freedom
     assert effect.high - effect.mean == pytest.approx(half, rel=1e-4)  # type: ignore[operator]
+
+
+def scored_by(n: int, level: float) -> bool:
+    """Whether a reward that adds 0, 1, ... for an emoji has an effect beyond chance, with a t just at `level`."""
+    moved = [float(i) for i in range(n)]
+    shift = of_mean(moved, level)[0]  # the mean, less the half width of that level
+    rises = iter(value - shift for value in moved)
+
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        return [base(text) + (next(rises) if "😊" in text else 0.0) for text in completions]
+
+    def base(text: str) -> float:
+        return float(text.startswith("first"))
+
+    found = audit([pair(str(i), f"first {i}", f"second {i}") for i in range(n)], reward=reward).reward
+    assert found is not None
+    return next(e.beyond_chance for e in found.effects if (e.feature, e.change) == ("emoji", "added"))
+
+
+def test_an_effect_stands_against_all_fourteen() -> None:
+    assert not scored_by(20, 1 - 0.05 / 7)  # enough for one of seven features alone
+    assert not scored_by(20, 1 - 0.05 / 14 * 1.001)
+    assert scored_by(20, 1 - 0.05 / 14 * 0.999)
+
+
+@pytest.mark.parametrize(("n", "beyond"), [(2, False), (9, False), (10, True)])
+def test_few_answers_that_agree_by_accident_are_no_finding(n: int, beyond: bool) -> None:
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        return [3.0 * ("😊" in text) + text.startswith("first") for text in completions]
+
+    found = audit([pair(str(i), f"first {i}", f"second {i}") for i in range(n)], reward=reward)
+    assert found.reward is not None
+    effect = next(e for e in found.reward.effects if (e.feature, e.change) == ("emoji", "added"))
+    assert (effect.n, effect.low) == (n, effect.high)
+    assert effect.beyond_chance == beyond
+    assert ("adding emoji" in said(found)) == beyond
 
 
 def test_columns_lengths_and_messages_reach_the_reward() -> None:
@@ -381,7 +421,7 @@ def test_the_command(call: Callable[..., Any], write_rows: Callable[..., str], t
     assert (code, err) == (0, "")
     assert "30 rows are kept, with 30 different prompts" in out
     assert "max_completion_tokens 1024 cuts 0 of 60 answers" in out
-    assert re.search(r"length +30 of 30 +100\.0% \*", out)
+    assert re.search(r"length +30 of 30 +100\.0% \* +\S+ to \S+ +more: 100\.0%", out)
     assert "agrees with 100.0% of the preferences" in out
     assert (tmp_path / "a.html").is_file()
     assert json.loads((tmp_path / "a.json").read_text())["unit"] == "tokens"
@@ -393,6 +433,8 @@ def test_the_command(call: Callable[..., Any], write_rows: Callable[..., str], t
         (["none.jsonl"], "no such file: none.jsonl"),
         (["prefs.jsonl", "--columns", "prompt"], "--columns wants a mapping"),
         (["prefs.jsonl", "--html", "no/a.html"], "there is no folder 'no'"),
+        (["prefs.jsonl", "--json", "/proc/a.json"], "--json '/proc/a.json': cannot be written"),
+        (["prefs.jsonl", "--max-completion-tokens", "2"], "--max-completion-tokens is in tokens"),
         (["prefs.jsonl", "--reward", "lenght"], "Did you mean 'length'?"),
         (["prefs.jsonl", "--model", "./base"], "there is no folder './base'"),
     ],
@@ -405,3 +447,10 @@ def test_what_the_command_refuses(
     assert (code, out) == (2, "")
     assert problem in err
     assert len(err.splitlines()) <= 3
+
+
+def test_a_full_disk_ends_in_one_line(call: Callable[..., Any], write_rows: Callable[..., str]) -> None:
+    code, _, err = call("audit", write_rows(plain(3), "prefs.jsonl"), "--json", "/dev/full")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "cannot write /dev/full: No space left on device" in err
+    assert Path("/dev/full").is_char_device()

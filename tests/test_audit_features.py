@@ -29,7 +29,11 @@ TEXTS = st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=30)
         ("emoji", "no 1 # © ™ here", 0),
         ("emoji", "😀 and 👩‍🚀, 👍🏽, 🇩🇪 and ❤️", 5),
         ("bold", "**a** and **b c**, not ** d ** nor *e*", 2),
+        ("emoji", "🇩🇪🇫🇷 1️⃣#⃣ ☝🏽 😀🇩🇪", 7),
+        ("emoji", "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", 1),
         ("bold", "2 ** 3 ** 4", 0),
+        ("bold", "2**3 and 4**5, x**2 + y**2", 0),
+        ("bold", "(**a**), 这是**重点**内容", 2),
         ("exclamation marks", "Hi! No?! 你好！", 3),
         ("exclamation marks", "a != b ![image](x)", 0),
         ("list items", "- a\n* b\n  3) c\n4. d\n• e\n-no\n**f** g", 5),
@@ -41,6 +45,8 @@ TEXTS = st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=30)
         ("affirmative opening", "Surely not", 0),
         ("affirmative opening", "Of course not", 0),
         ("affirmative opening", "It is, of course, so", 0),
+        ("affirmative opening", "Certainly not.", 0),
+        ("affirmative opening", "Certainly. Not that it matters", 1),
     ],
 )
 def test_counts(name: str, text: str, count: int) -> None:
@@ -73,11 +79,17 @@ def test_adding(name: str, text: str, added: str | None) -> None:
         ("length", "It is. So be it. ", "It is."),
         ("length", "It is.", None),
         ("emoji", "It 😀 is 👍🏽.", "It is."),
+        ("emoji", "It 🇩🇪🇫🇷 is 1️⃣.", "It is."),
         ("bold", "It **is** so", "It is so"),
         ("exclamation marks", "Hi! What?! Go!!! a != b", "Hi. What? Go. a != b"),
         ("list items", "Such:\n- a\n  2. b", "Such:\na\n  b"),
         ("links", "See [this](https://a.b) (https://c.d), or www.e.f now", "See this, or now"),
         ("links", "https://a.b", None),
+        (
+            "links",
+            "  " * 200_000 + "a https://a.b",
+            "  " * 200_000 + "a",
+        ),  # minutes, where white space is gone back over
         ("affirmative opening", " Sure! Certainly, it is.", " It is."),
         ("affirmative opening", "Of course I can", None),
         ("affirmative opening", "Sure!", None),

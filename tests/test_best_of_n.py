@@ -11,6 +11,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +35,7 @@ def test_best_of_k_is_the_mean_over_all_subsets(values: list[int]) -> None:
     proxy = [float(v) for v in values]
     for k in range(1, len(values) + 1):
         want = statistics.fmean(max(some) for some in combinations(proxy, k))
-        assert best_of(k, sorted(proxy)) == pytest.approx(want)
+        assert best_of(k, np.array(sorted(proxy))) == pytest.approx(want)
 
 
 @settings(deadline=None)
@@ -48,7 +49,7 @@ def test_gold_is_that_of_the_best_by_the_proxy_any_of_equals(pairs: list[tuple[i
         for some in combinations(range(len(pairs)), k):
             top = max(proxy[i] for i in some)
             means.append(statistics.fmean(gold[i] for i in some if proxy[i] == top))
-        assert best_of(k, ranked) == pytest.approx(statistics.fmean(means))
+        assert best_of(k, np.array(ranked)) == pytest.approx(statistics.fmean(means))
 
 
 def test_the_estimator_is_unbiased() -> None:
@@ -56,17 +57,26 @@ def test_the_estimator_is_unbiased() -> None:
     values, chances = (0.0, 1.0, 5.0), (0.5, 0.3, 0.2)
     want = sum(pa * pb * max(a, b) for (a, pa), (b, pb) in product(zip(values, chances, strict=True), repeat=2))
     got = sum(
-        math.prod(p for _, p in drawn) * best_of(2, sorted(v for v, _ in drawn))
+        math.prod(p for _, p in drawn) * best_of(2, np.array(sorted(v for v, _ in drawn)))
         for drawn in product(zip(values, chances, strict=True), repeat=4)
     )
     assert got == pytest.approx(want)
 
 
 def test_many_samples_are_no_trouble() -> None:
-    values = [float(i) for i in range(1, 1025)]
+    values = np.arange(1.0, 1025)
     assert best_of(1, values) == pytest.approx(512.5)
     assert best_of(512, values) == pytest.approx(512 * 1025 / 513)  # the largest of k of 1..n is k (n + 1) / (k + 1)
     assert best_of(1024, values) == 1024
+    assert best_of(2000, np.arange(1.0, 4001)) == pytest.approx(2000 * 4001 / 2001)  # its binomials are no floats
+
+
+def test_the_curve_of_many_samples_of_many_prompts() -> None:
+    proxy = [[float((i * 7919 + p) % 1024) for i in range(1024)] for p in range(100)]  # 0 to 1023 in some order
+    points = curve(proxy, [[-v for v in values] for values in proxy])
+    want = [k * 1025 / (k + 1) - 1 for k in range(1, 1025)]
+    assert [p.proxy.value for p in points] == pytest.approx(want)
+    assert [p.gold.value for p in points if p.gold] == pytest.approx([-v for v in want])
 
 
 @pytest.mark.parametrize(("k", "nats"), [(1, 0.0), (2, 0.193147), (16, 1.835089), (1024, 5.932449)])
@@ -98,7 +108,7 @@ def test_the_curve_is_a_mean_over_prompts_with_its_interval() -> None:
 def asked(row: int, rewards: tuple[float, ...], ended: tuple[bool, ...], **changes: Any) -> Asked:
     texts = tuple(f" answer {i}" for i in range(len(rewards)))
     return Asked(**{"row": row, "prompt": f"p{row}", "completions": texts, "rewards": rewards, "golds": None,
-                    "ended": ended, **changes})  # fmt: skip
+                    "ended": ended, "prompt_cut": False, **changes})  # fmt: skip
 
 
 def found_of(*some: Asked) -> BestOfN:
@@ -160,6 +170,8 @@ def test_the_picture(golds: tuple[float, float] | None, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw(found_of(asked(1, (1.0, 3.0), (True, True), golds=golds)), tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ConfigError, match="none/c[.]png: No such file or directory"):
+        draw(found_of(asked(1, (1.0, 3.0), (True, True), golds=golds)), tmp_path / "none" / "c.png")
 
 
 # -------------------------------------------------------------------------------------------------- the whole
@@ -224,7 +236,32 @@ def test_columns_reach_the_reward(base: str) -> None:
     assert seen == [(row["prompt"], row["fact"]) for row in ROWS for _ in range(2)]
 
 
+def test_what_is_cut_and_dropped_is_said(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*ROWS[:1], {"prompt": "x"}, *ROWS[1:]]
+    with caplog.at_level("INFO", "alignkit"):
+        found = best_of_n(base, rows, longest, n=2, settings={**SHORT, "max_prompt_tokens": 4}, limit=3)
+    assert "2 prompts cut to their last 4 tokens" in caplog.text
+    assert "4 rows of the form 'prompt', read as prompts" in caplog.text
+    assert [a.prompt_cut for a in found.asked] == [True, False, True]
+    write_best(found, tmp_path / "best.jsonl")
+    write_pairs(found, tmp_path / "pairs.jsonl")
+    cut = {1: True, 2: False, 3: True}
+    for file in ("best.jsonl", "pairs.jsonl"):
+        lines = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
+        assert [line["prompt_cut"] for line in lines] == [cut[line["row"]] for line in lines]
+    best = [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in best] == [row["prompt"] for row in rows[:3]]
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "columns", "method", "health.stop_on", "precision", "attention"])
+def test_settings_that_do_nothing_here_are_refused(base: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"no setting '{name.partition('.')[0]}'.* It has seed, max_prompt_tokens"):
+        best_of_n(base, ROWS, longest, settings={name: 1})
+
+
 def test_what_cannot_be_done(base: str) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'max_prompt_tokens'"):
+        best_of_n(base, ROWS, longest, settings={"max_promt_tokens": 1})
     with pytest.raises(ConfigError, match="n is 0; give 1 or more"):
         best_of_n(base, ROWS, longest, n=0)
     with pytest.raises(ConfigError, match="Did you mean 'length'"):
@@ -270,6 +307,8 @@ def test_the_command(call: Callable[..., Any], base: str, write_rows: Callable[.
     ("arguments", "problem"),
     [
         (["--pairs", "no/p.jsonl"], "there is no folder 'no'"),
+        (["--output", "/proc/b.jsonl"], "--output '/proc/b.jsonl': cannot be written"),
+        (["--set", "beta=1"], "best-of-n has no setting 'beta'"),
         (["--set", "sampling.temperatur=1"], "temperatur"),
         (["--gold", "lenght"], "Did you mean 'length'?"),
     ],

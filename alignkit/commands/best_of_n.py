@@ -34,8 +34,9 @@ def best_of_n(
     ] = None,
 ) -> None:
     """Sample n answers of each prompt and keep the best; show what reward it has for what KL."""
-    for option, file in (("--output", output), ("--pairs", pairs), ("--json", json), ("--png", png)):
-        console.check_target(option, file)
+    from alignkit.insight.targets import check_targets
+
+    check_targets({"--output": output, "--pairs": pairs, "--json": json, "--png": png})
     named, settings = console.columns_of(columns), console.pairs_of(more or [])
     console.speak()
     from alignkit.compare import check_picture
@@ -50,6 +51,8 @@ def best_of_n(
     typer.echo(
         f"best: {output}, {sum(not a.ended[a.best] for a in found.asked)} of {len(found.asked)} cut before their end"
     )
+    if cut := sum(a.prompt_cut for a in found.asked):
+        typer.echo(f"prompts cut before they were asked: {cut}; train with the same max_prompt_tokens")
     if pairs:
         counts = room.write_pairs(found, pairs)
         typer.echo(f"pairs: {pairs}, {counts['written']}; left out: {counts['equal']} equal, {counts['cut']} cut")

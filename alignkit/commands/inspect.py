@@ -75,5 +75,6 @@ def pair(
 
 
 def _check(json: Path | None, html: Path | None) -> None:
-    for option, file in (("--json", json), ("--html", html)):
-        console.check_target(option, file)
+    from alignkit.insight.targets import check_targets
+
+    check_targets({"--json": json, "--html": html})

@@ -24,6 +24,11 @@ def of_mean(values: Sequence[float], level: float = LEVEL) -> tuple[float, float
     return mean - half, mean + half
 
 
+def strict(tests: int) -> float:
+    """Return the level of each of `tests` intervals at which all of them together hold at LEVEL (Bonferroni)."""
+    return 1 - (1 - LEVEL) / tests
+
+
 def _normal(level: float) -> float:
     return statistics.NormalDist().inv_cdf(0.5 + level / 2)
 

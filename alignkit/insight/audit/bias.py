@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from alignkit.insight.audit.features import FEATURES, LENGTH, Feature, answer_text
-from alignkit.insight.intervals import LEVEL, wilson
+from alignkit.insight.intervals import strict, wilson
 from alignkit.rows import Row
 
-# a finding has to stand against all features that were looked at (Bonferroni)
-STRICT = 1 - (1 - LEVEL) / len(FEATURES)
+Direction = Literal["more", "less"]
+
+_STRICT = strict(len(FEATURES))  # a finding has to stand against all features that were looked at
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Bias:
 
     pairs: that have a preference. differs: of these, in which one answer has more of the feature than the other. more:
     in how many of them it is the preferred one. share: more / differs, with its 95 % Wilson interval low to high; None
-    where nothing differs. accuracy: of the rule "the one with more is preferred" over all pairs, ties half.
+    where nothing differs. direction: what is preferred in the larger part, more of the feature or less. accuracy: of
+    the rule "the one with `direction` is preferred" over all pairs, ties half; never below one half.
     beyond_chance: whether the interval leaves one half out at 95 % for all features together.
     """
 
@@ -32,6 +35,7 @@ class Bias:
     share: float | None
     low: float | None
     high: float | None
+    direction: Direction
     accuracy: float
     beyond_chance: bool
 
@@ -55,14 +59,14 @@ def biases(counts: dict[str, np.ndarray], preferred: np.ndarray) -> tuple[Bias, 
 def _bias(feature: str, difference: np.ndarray, sides: np.ndarray) -> Bias:
     agrees = (np.sign(difference) * sides)[sides != 0]
     differs, more = int((agrees != 0).sum()), int((agrees > 0).sum())
-    accuracy = (more + 0.5 * (len(agrees) - differs)) / len(agrees)
+    direction: Direction = "more" if 2 * more >= differs else "less"
+    accuracy = (max(more, differs - more) + 0.5 * (len(agrees) - differs)) / len(agrees)
     if not differs:
-        return Bias(feature, len(agrees), 0, 0, None, None, None, accuracy, False)
+        return Bias(feature, len(agrees), 0, 0, None, None, None, direction, accuracy, False)
     low, high = wilson(more, differs)
-    outer = wilson(more, differs, STRICT)
-    return Bias(
-        feature, len(agrees), differs, more, more / differs, low, high, accuracy, not outer[0] <= 0.5 <= outer[1]
-    )
+    outer = wilson(more, differs, _STRICT)
+    beyond = not outer[0] <= 0.5 <= outer[1]
+    return Bias(feature, len(agrees), differs, more, more / differs, low, high, direction, accuracy, beyond)
 
 
 def _counts(feature: Feature, texts: Sequence[Sequence[str]]) -> np.ndarray:

@@ -12,17 +12,19 @@ from alignkit.rows import Content
 FILLER = "There is more that could be said about this, and it depends on the details."
 _SENTENCE_END = regex.compile(r"(?<=[.!?。！？])\s+(?=\S)")
 _EMOJI = regex.compile(
-    r"(?:\p{Emoji_Presentation}|\p{Extended_Pictographic}\uFE0F)"
-    r"(?:\uFE0F|\p{Emoji_Modifier}|\p{Regional_Indicator}|\u200D\p{Extended_Pictographic})*"
+    r"(?:\p{Regional_Indicator}{2}|[0-9#*]\uFE0F?\u20E3"  # a flag, a keycap
+    r"|(?:\p{Emoji_Presentation}|\p{Extended_Pictographic}(?:\uFE0F|\p{Emoji_Modifier}))"
+    r"(?:\uFE0F|\p{Emoji_Modifier}|[\U000E0020-\U000E007F]|\u200D\p{Extended_Pictographic})*)"
 )
-_BOLD = regex.compile(r"\*\*(?=[^\s*])((?:[^*\n]|\*(?!\*))+?)(?<=\S)\*\*")
+# powers are no bold text; a language without spaces may have letters at both ends
+_BOLD = regex.compile(r"(?<![0-9A-Za-z_])\*\*(?=[^\s*])((?:[^*\n]|\*(?!\*))+?)(?<=\S)\*\*(?![0-9A-Za-z_])")
 _WORD = regex.compile(r"\b\p{L}{4,}\b")
 _EXCLAMATION = regex.compile(r"[!！](?![=\[])")  # neither != nor an image of Markdown
 _ITEM = regex.compile(r"^([ \t]*)(?:(?:[-*+•]|\d{1,3}[.)])[ \t]+)+(?=\S)", regex.MULTILINE)
 _LINK = regex.compile(r"(?:https?://|www\.)[^\s<>()\[\]]+", regex.IGNORECASE)
 _NAMED_LINK = regex.compile(r"\[([^\[\]\n]+)\]\((?:https?://|www\.)[^\s()]+\)", regex.IGNORECASE)
 _OPENING = (
-    r"(?:sure(?: thing)?|certainly|of course(?! not\b)|absolutely(?! not\b)|definitely(?! not\b)|gladly|no problem"
+    r"(?:(?:sure(?: thing)?|certainly|of course|absolutely|definitely)\b(?!\s+not\b)|gladly|no problem"
     r"|(?:great|good|excellent) question|you(?:['’]re| are) (?:absolutely |completely |quite )?right)\b"
 )
 _AFFIRMATIVE = regex.compile(rf"^\s*{_OPENING}", regex.IGNORECASE)
@@ -85,8 +87,8 @@ def _itemised(text: str) -> str:
 
 
 def _without_links(text: str) -> str:
-    bare = regex.sub(rf"\s*{_LINK.pattern}", "", _NAMED_LINK.sub(r"\1", text), flags=regex.IGNORECASE)
-    return str(regex.sub(r"\s*\(\s*\)", "", bare))
+    bare = regex.sub(rf"\s?{_LINK.pattern}", "", _NAMED_LINK.sub(r"\1", text), flags=regex.IGNORECASE)
+    return str(regex.sub(r"\s?\(\s*\)", "", bare))
 
 
 def _affirmed(text: str) -> str:

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from alignkit.errors import DataError
-from alignkit.insight.audit.bias import STRICT, Bias, biases
+from alignkit.insight.audit.bias import Bias, biases
 from alignkit.insight.audit.features import FEATURES
-from alignkit.insight.intervals import of_mean, wilson
+from alignkit.insight.intervals import of_mean, strict, wilson
 from alignkit.rewards import Answers, Rewards
 from alignkit.rewards.answers import text_of
 from alignkit.rows import Content, Row
 
+FEWEST = 10  # changed answers: fewer may agree by accident, and then their interval has no width
+_STRICT = strict(2 * len(FEATURES))  # each feature is added, and taken away
 Asked = Sequence[tuple[Row, Content]]
 
 
@@ -26,7 +28,7 @@ class Effect:
 
     change: "added" or "taken". n: answers changed. mean: of the change of score, in standard deviations of the
     reward's scores, with its 95 % interval low to high; None where fewer than two answers could be changed.
-    beyond_chance: whether the interval leaves 0 out at 95 % for all features together.
+    beyond_chance: whether the interval leaves 0 out at 95 % for all effects together; never below FEWEST answers.
     """
 
     feature: str
@@ -129,8 +131,8 @@ def _effect(feature: str, change: str, moved: Sequence[float], deviation: float)
         return Effect(feature, change, len(moved))
     units = [value / deviation for value in moved]
     low, high = of_mean(units)
-    outer = of_mean(units, STRICT)
-    beyond = not outer[0] <= 0 <= outer[1]
+    outer = of_mean(units, _STRICT)
+    beyond = len(units) >= FEWEST and not outer[0] <= 0 <= outer[1]
     return Effect(feature, change, len(moved), statistics.fmean(units), low, high, beyond)
 
 

@@ -53,7 +53,7 @@ def print_audit(audit: Audit) -> None:
 
 def write_json(audit: Audit, path: Path) -> None:
     """Write all numbers."""
-    path.write_text(json.dumps(audit.describe(), indent=1) + "\n", encoding="utf-8")
+    page.write_text(path, json.dumps(audit.describe(), indent=1) + "\n")
 
 
 def write_html(audit: Audit, path: Path) -> None:
@@ -128,7 +128,7 @@ def _biases(preferred: str, biases: Sequence[Bias]) -> tuple[str, tuple[str, ...
             f"{b.differs} of {b.pairs}",
             "-" if b.share is None else f"{b.share:.1%}{' *' * b.beyond_chance}",
             _interval(b.low, b.high, "{:.1%}"),
-            f"{b.accuracy:.1%}",
+            f"{b.direction}: {b.accuracy:.1%}",
         ]
         for b in biases
     ]

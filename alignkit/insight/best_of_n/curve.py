@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
+
 from alignkit.insight.intervals import of_mean
 
 
@@ -43,7 +45,9 @@ def curve(proxy: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] | No
     """Return a point for every k from 1 to n; proxy, gold: of each prompt's n samples, [prompt][sample]."""
     golds = gold if gold is not None else [None] * len(proxy)
     orders = [ordered(p, g) for p, g in zip(proxy, golds, strict=True)]
-    return tuple(_point(k, orders) for k in range(1, len(proxy[0]) + 1))
+    # [proxy, and gold where there is one][prompt][rank]
+    ascending = np.array([[values for values in order if values is not None] for order in orders]).swapaxes(0, 1)
+    return tuple(_point(k, ascending) for k in range(1, len(proxy[0]) + 1))
 
 
 def ordered(proxy: Sequence[float], gold: Sequence[float] | None) -> tuple[list[float], list[float] | None]:
@@ -59,15 +63,18 @@ def ordered(proxy: Sequence[float], gold: Sequence[float] | None) -> tuple[list[
     return values, found
 
 
-def best_of(k: int, ascending: Sequence[float]) -> float:
-    """Return the mean over all subsets of size k of the value that stands last in it."""
-    n = len(ascending)
-    return math.fsum(math.comb(i, k - 1) / math.comb(n, k) * x for i, x in enumerate(ascending) if i >= k - 1)
+def best_of(k: int, ascending: np.ndarray) -> np.ndarray:
+    """Return the mean over all subsets of size k of the value that stands last in it [...]; ascending: [..., n]."""
+    n = ascending.shape[-1]
+    i = np.arange(n - 1, 0, -1)
+    # C(i, k - 1) / C(n, k) from the last value down, each from the one above it: the binomials themselves overflow
+    weights = k / n * np.cumprod(np.concatenate([[1.0], np.maximum(i - k + 1, 0) / i]))
+    return np.asarray(ascending[..., ::-1] @ weights)
 
 
-def _point(k: int, orders: Sequence[tuple[list[float], list[float] | None]]) -> Point:
-    gold = [best_of(k, g) for _, g in orders if g is not None]
-    return Point(k, kl(k), _mean([best_of(k, p) for p, _ in orders]), _mean(gold) if gold else None)
+def _point(k: int, ascending: np.ndarray) -> Point:
+    proxy, *gold = best_of(k, ascending).tolist()
+    return Point(k, kl(k), _mean(proxy), _mean(gold[0]) if gold else None)
 
 
 def _mean(values: Sequence[float]) -> Mean:

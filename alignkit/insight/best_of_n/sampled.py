@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from alignkit.config import RunConfig, gathered, validated
-from alignkit.data import load
-from alignkit.errors import ConfigError
+from alignkit.data import Dataset, load
+from alignkit.errors import ConfigError, nearest
 from alignkit.insight.best_of_n.curve import Point, curve
 from alignkit.insight.places import device, model_folder
 from alignkit.loading import from_pretrained, load_tokenizer
@@ -23,11 +25,15 @@ from alignkit.types import Example
 logger = logging.getLogger(__name__)
 
 TOGETHER = 32  # prompts between two lines of the log
+USED = ("sampling", "seed", "max_prompt_tokens", "tokenizer", "dtype", "device", "trust_remote_code")  # of a run's
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt with its n samples. golds: None without a gold reward. ended: False where max_new_tokens cut."""
+    """A prompt with its n samples. golds: None without a gold reward. ended: False where max_new_tokens cut.
+
+    prompt_cut: whether only the end of the prompt was asked, by max_prompt_tokens; rewards and files have all of it.
+    """
 
     row: int
     prompt: Content
@@ -35,6 +41,7 @@ class Asked:
     rewards: tuple[float, ...]
     golds: tuple[float, ...] | None
     ended: tuple[bool, ...]
+    prompt_cut: bool
 
     @property
     def best(self) -> int:
@@ -74,7 +81,8 @@ def best_of_n(
 
     model: folder or hub name of a model, an adapter, or a run. data: rows whose prompts are asked, `limit` of them at
     most. reward, gold: specs (docs/rewards.md); samples are chosen by the reward, and the gold reward only looks on.
-    settings: of a run, such as {"sampling.temperature": 0.8, "seed": 1}. Raises AlignkitError for what cannot be done.
+    settings: those of a run that are in USED, such as {"sampling.temperature": 0.8, "seed": 1}. Raises AlignkitError
+    for what cannot be done.
     """
     if n < 1:
         raise ConfigError(f"n is {n}; give 1 or more")
@@ -82,13 +90,14 @@ def best_of_n(
         if spec is not None:
             check_rewards(spec)
     folder = model_folder(model)
-    about = {**gathered(settings or {}), "method": "best-of-n", "model": folder, "data": "-", "columns": columns}
-    config = validated(RunConfig, about)
+    config = _config(folder, settings or {})
     rows = load(data, "prompts", columns)
+    rows = replace(rows, rows=rows.rows[:limit])
     tokenizer = load_tokenizer(config)
-    prompts = tokenise(rows, tokenizer, config.max_prompt_tokens)[0][:limit]
-    judges = [build_rewards(spec, device()) for spec in (reward, gold) if spec is not None]
-    policy = from_pretrained(folder, config).to(device()).eval()
+    prompts = _prompts(rows, tokenizer, config.max_prompt_tokens)
+    where = torch.device("cpu") if config.device == "cpu" else device()
+    judges = [build_rewards(spec, where) for spec in (reward, gold) if spec is not None]
+    policy = from_pretrained(folder, config).to(where).eval()
     asked: list[Asked] = []
     for start in range(0, len(prompts), TOGETHER):
         asked += _asked(policy, tokenizer, config, prompts[start : start + TOGETHER], start, n, judges)
@@ -101,23 +110,44 @@ def best_of_n(
     return BestOfN(folder, n, names[0], names[1] if gold is not None else None, tuple(asked), found)
 
 
+def _config(model: str, settings: Mapping[str, Any]) -> RunConfig:
+    given = gathered(settings)
+    for name in given:
+        if name not in USED:
+            raise ConfigError(
+                f"best-of-n has no setting '{name}'.{nearest(name, USED)} It has {', '.join(USED[1:])}, and those of "
+                f"{USED[0]}, such as sampling.temperature"
+            )
+    return validated(RunConfig, {**given, "method": "best-of-n", "model": model, "data": "-"})
+
+
+def _prompts(rows: Dataset, tokenizer: Any, limit: int | None) -> list[tuple[Example, bool]]:
+    """Return the prompts, each with whether it was cut; says of the rows what a run says."""
+    prompts, report = tokenise(rows, tokenizer, limit)
+    for line in [rows.lines()[0], *(rows.report + report).lines()]:
+        logger.info(line)
+    whole, _ = tokenise(rows, tokenizer)
+    return [(cut, len(cut.prompt) < len(all_of_it.prompt)) for cut, all_of_it in zip(prompts, whole, strict=True)]
+
+
 def _asked(
     policy: Any,
     tokenizer: Any,
     config: RunConfig,
-    prompts: Sequence[Example],
+    prompts: Sequence[tuple[Example, bool]],
     first: int,
     n: int,
     judges: Sequence[Rewards],
 ) -> list[Asked]:
     """Sample and score prompts whose numbers begin at `first`."""
     numbers = range(first, first + len(prompts))
-    ids = [e.prompt for e in prompts]
+    examples = [e for e, _ in prompts]
+    ids = [e.prompt for e in examples]
     sampled = sample(policy, tokenizer, ids, config.sampling, n=n, seed=config.seed, numbers=numbers)
-    answers: Answers = Online(config, tokenizer, None, None).answers(prompts, sampled)
+    answers: Answers = Online(config, tokenizer, None, None).answers(examples, sampled)
     scores = [judge.score(answers).total for judge in judges]
     found = []
-    for i, example in enumerate(prompts):
+    for i, (example, cut) in enumerate(prompts):
         own = slice(i * n, (i + 1) * n)
         found.append(
             Asked(
@@ -127,6 +157,7 @@ def _asked(
                 tuple(scores[0][own]),
                 tuple(scores[1][own]) if len(scores) > 1 else None,
                 tuple(answers.ended[own]),
+                cut,
             )
         )
     return found

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.compare.shown import check_picture
+from alignkit.errors import ConfigError
+from alignkit.insight import page
 from alignkit.insight.best_of_n.curve import Mean, Point
 from alignkit.insight.best_of_n.sampled import BestOfN
 
@@ -20,7 +22,8 @@ def write_best(found: BestOfN, path: Path) -> None:
     for a in found.asked:
         i = a.best
         row = {"row": a.row, "prompt": a.prompt, "completion": a.completions[i], "reward": a.rewards[i]}
-        rows.append({**row, **({} if a.golds is None else {"gold": a.golds[i]}), "ended": a.ended[i]})
+        gold = {} if a.golds is None else {"gold": a.golds[i]}
+        rows.append({**row, **gold, "ended": a.ended[i], "prompt_cut": a.prompt_cut})
     _write_lines(rows, path)
 
 
@@ -37,7 +40,8 @@ def write_pairs(found: BestOfN, path: Path) -> dict[str, int]:
         counts[why] += 1
         if why == "written":
             row = {"row": a.row, "prompt": a.prompt, "chosen": a.completions[best], "rejected": a.completions[worst]}
-            rows.append({**row, "reward_chosen": a.rewards[best], "reward_rejected": a.rewards[worst]})
+            rewards = {"reward_chosen": a.rewards[best], "reward_rejected": a.rewards[worst]}
+            rows.append({**row, **rewards, "prompt_cut": a.prompt_cut})
     _write_lines(rows, path)
     return counts
 
@@ -46,7 +50,7 @@ def write_json(found: BestOfN, path: Path) -> None:
     """Write the curve, every k."""
     about = {"model": found.model, "n": found.n, "prompts": len(found.asked), "reward": found.reward}
     values = {**about, "gold": found.gold, "curve": [asdict(point) for point in found.curve]}
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    page.write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def table(found: BestOfN) -> Any:
@@ -80,8 +84,12 @@ def draw(found: BestOfN, path: Path) -> None:
         axis.set_title(f"{name}: {spec}", fontsize=10)
         axis.set_ylabel(f"expected {name} of the best by {found.reward}", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file") from error
+    finally:
+        pyplot.close(figure)
 
 
 def _panel(axis: Any, points: Sequence[Point], means: Sequence[Mean], colour: str) -> None:
@@ -106,4 +114,4 @@ def _cells(mean: Mean) -> list[str]:
 
 
 def _write_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    page.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -53,7 +53,7 @@ def print_pair(found: PairRatios, beta: float) -> None:
 
 def write_json(found: Prefixes | PairRatios, path: Path) -> None:
     """Write all numbers."""
-    path.write_text(json.dumps(found.describe(), indent=1) + "\n", encoding="utf-8")
+    page.write_text(path, json.dumps(found.describe(), indent=1) + "\n")
 
 
 def write_html(found: Prefixes | PairRatios, path: Path) -> None:

@@ -1,0 +1,28 @@
+"""Where the insight tools write: checked before anything is sampled, scored or loaded."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from alignkit import console
+from alignkit.errors import ConfigError
+
+
+def check_targets(targets: Mapping[str, Path | None]) -> None:
+    """Raise ConfigError for the first file that could not be written; targets: option -> file, None for none."""
+    for option, file in targets.items():
+        console.check_target(option, file)
+        if file is None:
+            continue
+        try:
+            if file.exists() and not os.access(file, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if file.is_file() or not file.exists():  # made beside it and moved, so its folder has to take a file
+                with tempfile.TemporaryFile(dir=file.parent):
+                    pass
+        except OSError as error:
+            raise ConfigError(f"{option} '{file}': cannot be written, {error.strerror}; choose another file") from error
