@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,9 @@ from alignkit import registry, sessions, usage
 from alignkit.config import RunConfig, read_yaml
 from alignkit.errors import PluginError
 from alignkit.method import Method
+from alignkit.outcomes import in_training, outcomes
 from alignkit.rows import SUFFIXES
 from alignkit.runfolder import read_lines
-
-RESULTS = (
-    "reward/mean", "wins/mean", "rewards/accuracy", "rewards/margin", "loss", "kl", "entropy", "completion/length",
-    "completion/eos_rate", "completion/distinct_2", "logps/chosen", "logps/rejected",
-)  # fmt: skip
-"""What a run is judged by first; names as in metrics.jsonl, without "eval/"."""
 
 _SHOWN = (
     "epochs", "max_steps", "batch_size", "epochs_per_batch", "minibatches", "learning_rate", "schedule",
@@ -35,28 +29,6 @@ _SHOWN = (
 )  # fmt: skip
 _PRIVATE = ("url", "key_env", "cache_file", "body")  # of a reward's or a judge's endpoint
 _ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A metric before and after training. held_out: of held-out rows; else of the first and the last training step."""
-
-    name: str
-    before: float
-    after: float
-    held_out: bool
-
-
-def outcomes(lines: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-    """Return the RESULTS that the lines of metrics.jsonl hold, on held-out rows where there are any."""
-    found = []
-    for name in RESULTS:
-        for key, held_out in ((f"eval/{name}", True), (name, False)):
-            values = [line[key] for line in lines if isinstance(line.get(key), int | float)]
-            if values:
-                found.append(Outcome(name, float(values[0]), float(values[-1]), held_out))
-                break
-    return found
 
 
 def place(value: object) -> str:
@@ -144,9 +116,15 @@ class _About:
         found = outcomes(self.lines)
         if not found:
             return "None were logged."
-        rows = [f"| `{o.name}` | {o.before:.4g} | {o.after:.4g} |" for o in found]
-        held = "On held-out rows" if all(o.held_out for o in found) else "Of the first and the last training step"
-        return "\n".join([f"{held}:\n", "| metric | before | after |", "|---|---:|---:|", *rows])
+        compared = any(o.compared for o in found)
+        rows = []
+        for o in found:
+            shown = ["-" if v is None else f"{v:.4g}" for v in ((o.before, o.after) if compared else (o.last,))]
+            rows.append(f"| `{o.name}`{'' if o.held_out else ' *'} | {' | '.join(shown)} |")
+        head = ["| metric | before | after |", "|---|---:|---:|"] if compared else ["| metric | value |", "|---|---:|"]
+        lead = ["On held-out rows:\n"] if any(o.held_out for o in found) else []
+        note = f"\n\\* {in_training(found)}" if not all(o.held_out for o in found) else ""
+        return "\n".join([*lead, *head, *rows, *([note] if note else [])])
 
     def training(self) -> str:
         """Return rows, hyper-parameters, cost and versions."""
@@ -157,7 +135,7 @@ class _About:
         values |= {k: v for k, v in self.settings.items() if k in own or k not in known}
         values["learning_rate"] = values["learning_rate"] or facts.get("learning_rate")
         table = [f"| `{k}` | {_code(_public(v))} |" for k, v in values.items() if v is not None]
-        data = [f"- Data: {self.data}" + (f", {facts['rows']} rows" if facts else "")]
+        data = [f"- Data: {self.data}" + (f", {facts['rows']} rows" if "rows" in facts else "")]
         if facts.get("held_out_rows"):
             of = self.settings.get("eval_data")
             data.append(f"- Held out: {facts['held_out_rows']} rows of {_code(place(of)) if of else 'it'}")
@@ -168,9 +146,10 @@ class _About:
         if not on:
             return []
         seconds, tokens = (sessions.total(self.sessions, key) for key in ("seconds", "tokens"))
+        where = on.get("gpu") or on.get("processor", "?")
         versions = ", ".join(f"{k} {on[k]}" for k in ("alignkit", "torch", "transformers", "peft") if k in on)
         return [
-            f"- Cost: {seconds:.0f} s and {tokens:.0f} tokens on {on['ranks']} x {on.get('gpu') or on['processor']}",
+            f"- Cost: {seconds:.0f} s and {tokens:.0f} tokens on {on.get('ranks', 1)} x {where}",
             f"- Versions: {versions}",
         ]
 

@@ -213,6 +213,36 @@ def test_a_card_is_written_of_whatever_stands_in_the_settings(tmp_path: Path) ->
     assert "| `lambda_` | `[1, null]` |" in text
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            [{"step": 0, "eval/loss": 0.5, "epoch": 1}, {"step": 1, "kl": 1}, {"step": 2, "kl": 2, "eval/loss": 0.25}],
+            "On held-out rows:\n\n| metric | before | after |\n|---|---:|---:|\n| `loss` | 0.5 | 0.25 |\n"
+            "| `kl` * | 1 | 2 |\n\n"
+            "\\* not measured on held-out rows, but in training, at its first and at its last logged step\n",
+        ),
+        (
+            [{"step": 1, "loss": 0.5}],
+            "## Results\n\n| metric | value |\n|---|---:|\n| `loss` * | 0.5 |\n\n"
+            "\\* not measured on held-out rows, but in training\n",
+        ),
+        (
+            [{"step": 0, "eval/loss": 0.5}],
+            "On held-out rows:\n\n| metric | value |\n|---|---:|\n| `loss` | 0.5 |\n\n##",
+        ),
+        ([{"step": 1, "loss": 10**400}], "| `loss` * | inf |"),
+    ],
+)
+def test_results_say_what_was_measured_where_and_how_often(lines: list[Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"method": "dpo", "model": "org/base", "data": "org/pairs"}))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "sessions.json").write_text('[{"facts": {"parameters": 1}, "environment": {"torch": "2"}}]')
+    card.write(tmp_path / "model", tmp_path)
+    assert said in (tmp_path / "model/README.md").read_text()
+
+
 def test_endpoints_of_rewards_are_not_told(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     reward = {"use": "llm", "url": "http://10.0.0.7:8000/v1", "key_env": "MY_KEY", "model": "judge"}

@@ -22,11 +22,14 @@ from alignkit.config import RunConfig
 from alignkit.engine import Loop
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.insight.report import report
+from alignkit.insight.report.audits import audited
 from alignkit.insight.report.curves import groups, names
 from alignkit.insight.report.facts import count, memory, span
 from alignkit.insight.report.read import chapters, read
 from alignkit.insight.report.samples import samples
 from alignkit.insight.report.settings import between, changed
+from alignkit.insight.report.tables import results
+from alignkit.sessions import digest
 from helpers import make_rows
 
 EVIL = "<script>document.title='taken'</script><img src=x onerror=\"console.error('taken')\">"
@@ -277,7 +280,64 @@ def test_numbers_that_are_missing_do_not_stop_it(tmp_path: Path) -> None:
     page = shown(run)
     assert "Never changed" not in page
     assert "nan" not in words(page)
-    assert "* of the first and of the last logged step of training" in words(page)
+    assert "* not measured on held-out rows, but in training, at its first and at its last logged step." in words(page)
+
+
+def test_before_and_after_are_not_made_up_where_there_is_one_value(tmp_path: Path) -> None:
+    once = write_run(tmp_path / "once", [{"step": 1, "loss": 0.5, "kl": 0.1}])
+    page = shown(once)
+    assert "<h2>Results</h2>" in page
+    assert (
+        "metric unit value loss 0.5 * kl nats a sequence 0.1 * * not measured on held-out rows, but in training."
+        in (words(page))
+    )
+    assert not re.search("before|after", words(page).split("Curves")[0])
+    first = read(write_run(tmp_path / "first", [{"step": 0, "eval/loss": 0.7}, {"step": 1, "kl": 0.1}]), "first")
+    assert results([first]).table == (
+        ["metric", "unit", "value"],
+        [["loss", "", "0.7"], ["kl", "nats a sequence", "0.1 *"]],
+    )
+
+
+def test_rows_of_training_are_marked_one_by_one(tmp_path: Path) -> None:
+    lines = [{"step": 0, "eval/loss": 0.7}, {"step": 1, "kl": 0.1, "entropy": 2.0}, {"step": 2, "kl": 0.2}]
+    run = read(write_run(tmp_path / "run", lines), "run")
+    found = results([run])
+    assert found.table[0] == ["metric", "unit", "before", "after"]
+    assert [[row[0], *row[2:]] for row in found.table[1]] == [
+        ["loss", "0.7", "-"],
+        ["kl", "0.1 *", "0.2 *"],
+        ["entropy", "-", "2 *"],
+    ]
+    other = read(write_run(tmp_path / "other", [{"step": 2, "eval/loss": 0.5}]), "other")
+    columns, (loss, *_) = results([run, other]).table
+    assert columns[2:] == ["run, before", "run, after", "other, before", "other, after"]
+    assert loss[2:] == ["0.7", "-", "-", "0.5"]
+
+
+def test_runs_with_other_budgets_do_not_share_an_audit(tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    write_lines(data, make_rows("pairs", 4))
+    runs = [
+        write_run(tmp_path / name, data=str(data), max_completion_tokens=n)
+        for name, n in (("one", 64), ("two", 1), ("three", 64))
+    ]
+    found = audited([read(run, run.name) for run in runs])
+    assert [one.runs for one in found] == [["one", "three"], ["two"]]
+    assert [list(one.notes.values()) for one in found] == [[["one", "three"]], [["two"]]]  # no checksum was kept
+    text = words(shown(*runs))
+    assert "Runs: one, three." in text
+    assert "Runs: two." in text
+    data.write_text("no rows\n")
+    assert [len(one.notes) for one in audited([read(run, run.name) for run in runs])] == [2, 2]
+
+
+def test_a_note_on_the_data_names_the_runs_that_it_is_about(tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    write_lines(data, make_rows("pairs", 4))
+    runs = [write_run(tmp_path / name, data=str(data)) for name in ("one", "two")]
+    (runs[0] / "sessions.json").write_text(json.dumps([{"facts": {"data_sha256": digest(str(data))}}]))
+    assert f"two: data: the run kept no checksum, so {data} may have changed since." in words(shown(*runs))
 
 
 def test_what_never_changed_and_what_is_the_same_is_not_drawn_again(tmp_path: Path) -> None:

@@ -18,43 +18,57 @@ from alignkit.rows import SUFFIXES
 
 @dataclass(frozen=True)
 class Audited:
-    """A data source of one or more runs. notes: why there is no audit, or what changed since."""
+    """A data source of one or more runs, by their labels.
+
+    notes: why there is no audit, or what changed since, each with the labels of the runs that it is about.
+    """
 
     source: str
-    notes: list[str]
+    runs: list[str]
+    notes: dict[str, list[str]]
     audit: Audit | None
     parts: list[Part]
 
 
 def audited(runs: Sequence[Run]) -> list[Audited]:
-    """Audit every data source of the runs once; what cannot be read is said, and stops nothing."""
+    """Audit every data source once for all runs that read it alike; what cannot be read is said, and stops nothing."""
     found: dict[str, Audited] = {}
     for run in runs:
-        settings = run.settings
-        key = str([settings.get(name) for name in ("data", "eval_data", "columns")])
+        source, options = run.settings["data"], _options(run)
+        key = str((source, options))
         if key not in found:
-            found[key] = _audited(run)
+            found[key] = _audited(source, options)
+        found[key].runs.append(run.label)
+        for name in ("data", "eval_data"):
+            value = run.settings.get(name)
+            if value is not None and (note := _state(run, name, value)):
+                found[key].notes.setdefault(note, []).append(run.label)
     return list(found.values())
 
 
-def _audited(run: Run) -> Audited:
-    source = run.settings["data"]
-    given = {name: run.settings.get(name) for name in ("data", "eval_data")}
-    notes = [note for name, value in given.items() if value is not None and (note := _state(run, name, value))]
-    if not _file(source):
-        return Audited(place(source), notes, None, [])
-    limits = {k: run.settings[k] for k in ("max_prompt_tokens", "max_completion_tokens") if k in run.settings}
-    base = run.settings.get("tokenizer") or run.settings["model"]
-    options: dict[str, Any] = {
-        "eval_data": given["eval_data"] if _file(given["eval_data"]) else None,
-        "columns": run.settings.get("columns"),
+def _options(run: Run) -> dict[str, Any]:
+    """Return what an audit is made with; where there is no file to audit, what tells one source from another."""
+    settings = run.settings
+    if not _file(settings["data"]):
+        return {"eval_data": settings.get("eval_data"), "columns": settings.get("columns")}
+    base = settings.get("tokenizer") or settings["model"]
+    return {
+        "eval_data": settings["eval_data"] if _file(settings.get("eval_data")) else None,
+        "columns": settings.get("columns"),
         "model": base if isinstance(base, str) and Path(base).is_dir() else None,  # no download for a report
+        **{k: settings[k] for k in ("max_prompt_tokens", "max_completion_tokens") if k in settings},
     }
+
+
+def _audited(source: Any, options: dict[str, Any]) -> Audited:
+    runs: list[str] = []
+    if not _file(source):
+        return Audited(place(source), runs, {}, None, [])
     try:
-        made = audit(source, **options, **limits)
+        made = audit(source, **options)
     except AlignkitError as error:
-        return Audited(place(source), [*notes, f"No audit: {error}"], None, [])
-    return Audited(place(source), notes, made, list(parts(made)))
+        return Audited(place(source), runs, {f"No audit: {error}": runs}, None, [])
+    return Audited(place(source), runs, {}, made, list(parts(made)))
 
 
 def _state(run: Run, name: str, value: object) -> str | None:

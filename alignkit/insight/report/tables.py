@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from alignkit.card import outcomes
 from alignkit.insight.report import curves, facts
 from alignkit.insight.report.read import Run
 from alignkit.insight.report.ticks import number
+from alignkit.outcomes import in_training, outcomes
 
 Table = tuple[list[str], list[list[str]]]
 """Columns, and rows of cells."""
@@ -29,18 +30,31 @@ def environment(runs: Sequence[Run]) -> Table | None:
     return ["", *(run.label for run in runs)], [[key, *(dict(one).get(key, "-") for one in each)] for key in keys]
 
 
-def results(runs: Sequence[Run]) -> Table:
-    """Return a row for each metric, with its values before and after; "*" marks those of training rows."""
+@dataclass(frozen=True)
+class Results:
+    """The main metrics. compared: whether any was measured twice; note: what "*" marks, empty where nothing is."""
+
+    table: Table
+    compared: bool
+    note: str
+
+
+def results(runs: Sequence[Run]) -> Results:
+    """Return a row for each metric, with its values before and after, or its only one; "*" marks training rows."""
     each = [{o.name: o for o in outcomes(run.lines)} for run in runs]
-    names = dict.fromkeys(name for one in each for name in one)
+    every = [o for one in each for o in one.values()]
+    compared = any(o.compared for o in every)
     rows = []
-    for name in names:
+    for name in dict.fromkeys(o.name for o in every):
         cells = []
         for one in each:
             o = one.get(name)
+            values = (None, None) if o is None else (o.before, o.after) if compared else (o.last,)
             mark = "" if o is None or o.held_out else " *"
-            cells += ["-", "-"] if o is None else [number(o.before) + mark, number(o.after) + mark]
+            cells += ["-" if v is None else number(v) + mark for v in values[: 2 if compared else 1]]
         rows.append([name, curves.unit(name), *cells])
-    if len(runs) == 1:
-        return ["metric", "unit", "before", "after"], rows
-    return ["metric", "unit", *(f"{run.label}, {when}" for run in runs for when in ("before", "after"))], rows
+    heads = ["before", "after"] if compared else ["value"]
+    if len(runs) > 1:
+        heads = [f"{run.label}, {when}" if compared else run.label for run in runs for when in heads]
+    note = "" if all(o.held_out for o in every) else in_training(every)
+    return Results((["metric", "unit", *heads], rows), compared, note)

@@ -1,0 +1,57 @@
+"""What a run is judged by, before and after training, from the lines of its metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+RESULTS = (
+    "reward/mean", "wins/mean", "rewards/accuracy", "rewards/margin", "loss", "kl", "entropy", "completion/length",
+    "completion/eos_rate", "completion/distinct_2", "logps/chosen", "logps/rejected",
+)  # fmt: skip
+"""What a run is judged by first; names as in metrics.jsonl, without "eval/"."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A metric before and after training. held_out: of held-out rows; else of the first and the last training step.
+
+    Of what was measured once one of the two is None: `after` where that was at step 0, else `before`.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    held_out: bool
+
+    @property
+    def compared(self) -> bool:
+        """Whether it was measured more than once."""
+        return self.before is not None and self.after is not None
+
+    @property
+    def last(self) -> float | None:
+        """The value that was measured last."""
+        return self.before if self.after is None else self.after
+
+
+def outcomes(lines: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    """Return the RESULTS that the lines of metrics.jsonl hold, on held-out rows where there are any."""
+    found = []
+    for name in RESULTS:
+        for key, held_out in ((f"eval/{name}", True), (name, False)):
+            there = [line for line in lines if isinstance(line.get(key), int | float)]
+            if there:
+                first, last = float(there[0][key]), float(there[-1][key])
+                once, early = len(there) == 1, there[0].get("step") == 0
+                before, after = None if once and not early else first, None if once and early else last
+                found.append(Outcome(name, before, after, held_out))
+                break
+    return found
+
+
+def in_training(found: Sequence[Outcome]) -> str:
+    """Say what the values are that no held-out rows have."""
+    when = ", at its first and at its last logged step" if any(o.compared and not o.held_out for o in found) else ""
+    return f"not measured on held-out rows, but in training{when}"
