@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,11 @@ def test_a_pipeline_shows_its_stages_in_order(tmp_path: Path) -> None:
     page = shown(folder)
     assert page.index('id="c1"') < page.index('id="c2"')
     assert '<a href="#c3">rlhf: 3-dpo</a>' in page
+    Balanced().check(page)
+    assert re.findall("<h2[^>]*>(.*?)</h2>", page) == [c.title for c in found]
+    levels = [int(n) for n in re.findall(r"<h(\d)", page)]
+    assert all(next_ <= level + 1 for level, next_ in pairwise(levels))
+    assert page.count('<h3 class="section">Curves</h3>') == len(found)
     alone = tmp_path / "new"
     alone.mkdir()
     (alone / "pipeline.yaml").write_text("stages: []\n")
