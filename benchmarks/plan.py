@@ -38,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo, lora": {**OFFLINE, "lora": 16},
     "dpo, checkpointing": {**OFFLINE, "gradient_checkpointing": True},
     "dpo, a full reference": {**OFFLINE, "reference": "full"},
+    "dpo, an 8-bit reference": {**OFFLINE, "reference": "int8"},
+    "dpo, bfloat16": {**OFFLINE, "dtype": "bfloat16", "precision": "bf16"},
     "kto": {**OFFLINE, "data": "thumbs.jsonl"},
     "reward": OFFLINE,
     "grpo": {**ONLINE, "group_size": 4},

@@ -127,11 +127,14 @@ def test_weights_gradients_and_optimiser_are_counted_by_hand(tiny: str) -> None:
     assert lora["weights"] == weights + adapters + buffers
 
 
-def test_gaps_between_adapters_tensors_are_counted_on_a_cpu(tiny: str) -> None:
-    work = replace(work_of("dpo", tiny, lora=4), program=2**20)
-    found = memory(work).phases["learning"]
-    assert found["gaps"] == round(0.4 * (found["activations"] + found["head"])) > 0
-    assert "gaps" not in memory(replace(work, program=0)).phases["learning"]
+def test_gaps_are_counted_on_a_cpu_and_more_of_them_between_adapters(tiny: str) -> None:
+    for lora, share in ((None, 0.0), (4, 0.75)):
+        work = replace(work_of("dpo", tiny, lora=lora), program=2**20)
+        found = dict(memory(work).phases["learning"])
+        gaps, tensors = found.pop("gaps"), sum(found.values()) - 2**20
+        waiting = found["activations"] + found["head"]
+        assert gaps == 150 * 2**20 + round(0.1 * tensors + share * waiting)
+        assert "gaps" not in memory(replace(work, program=0)).phases["learning"]
 
 
 def test_the_reference_is_counted_in_its_form(tiny: str) -> None:

@@ -335,7 +335,7 @@ GIB = 2**30
 def planned(peak: float, *remedies: tuple[dict[str, Any], float]) -> Callable[..., Plan]:
     def made(settings: Any, *, limit: int, gpu: bool) -> Plan:
         assert gpu
-        found = Memory({"learning": {"weights": int(peak * GIB)}}, 1, 1, 1)
+        found = Memory({"learning": {"weights": int(peak * GIB)}}, 1, 1, 1, "full")
         tried = tuple(Remedy(change, int(size * GIB)) for change, size in remedies)
         return Plan("dpo", "one GPU", 1, 0, 1, 1, 1, None, None, found, tried, limit)
 

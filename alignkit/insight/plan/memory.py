@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,9 @@ from alignkit.scalars import ActorCritic, Valuer
 from alignkit.types import Batch, Example, Layout
 
 FEW = (2, 3)  # layers that an update is rehearsed with
-# what glibc keeps between the many small tensors of adapters and the large ones among which they lie, as a part of what
-# waits for the backward: 0.2 to 0.65 in benchmarks/plan.py
-GAPS = 0.4
+# What the C library keeps free between tensors on a CPU: some bytes, a part of all tensors, and with adapters, whose
+# many small tensors lie between the large ones, a part of what waits for the backward. Fitted to benchmarks/plan.py.
+GAPS_BYTES, GAPS, ADAPTER_GAPS = 150 << 20, 0.1, 0.75
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,6 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     learning = _extended([m for m, _ in rehearsed], few, depth)
     # the largest part of an update comes first; while the second is computed, the first one's gradients wait
     second = micros[1].n_tokens / micros[0].n_tokens if len(micros) > 1 else 0.0
-    if work.program and config.lora:
-        learning["gaps"] = round(GAPS * (learning["activations"] + learning["head"]))
     later = {**{k: round(v * second) for k, v in learning.items()}, "gradients": gradients if second else 0}
     phases = {
         "learning": resident | (learning if sum(learning.values()) > sum(later.values()) else later),
@@ -115,6 +113,9 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     if method.data == "prompts":
         phases["sampling"] = {**resident, "rollouts": _rollouts(work, policy, mode)}
     alone = batch_of([e for micro in micros for e in micro.examples], Layout("padded")).micro_batches(config.max_tokens)
+    if work.program:
+        for parts in phases.values():
+            parts["gaps"] = _gaps(parts, adapters=config.lora is not None)
     return Memory(
         {name: {k: v for k, v in parts.items() if v} for name, parts in phases.items()},
         sum(micro.n_tokens for micro in micros),
@@ -142,6 +143,12 @@ def _module(config: RunConfig, method: Method[Any], mode: FakeTensorMode) -> Any
 
 def _policy(module: Any) -> nn.Module:
     return module.policy.model if isinstance(module, ActorCritic) else module.model  # type: ignore[no-any-return]
+
+
+def _gaps(parts: Mapping[str, int], adapters: bool) -> int:
+    tensors = sum(parts.values()) - parts["program"]
+    waiting = parts.get("activations", 0) + parts.get("head", 0)
+    return GAPS_BYTES + round(GAPS * tensors + ADAPTER_GAPS * waiting * adapters)
 
 
 def _form(work: Work, size: int) -> str | None:
