@@ -67,7 +67,6 @@ class Health(BaseModel):
     grad_spike: Limit = Field(8.0, gt=1, description="times the running median of the gradient's norm")
     truncation: Limit = Field(0.1, gt=0, le=1, description="part of the completions that max_new_tokens cut")
 
-
     @model_validator(mode="before")
     @classmethod
     def _limits_that_there_are(cls, given: Any) -> Any:
