@@ -37,7 +37,6 @@ def place(
     """A folder with the model `base` (also `MODEL`), rows, a reward and a judge; and a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache.sqlite"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
     for name, text in FUNCTIONS.items():
         (tmp_path / f"{name}.py").write_text(text)
         monkeypatch.delitem(sys.modules, name, raising=False)
