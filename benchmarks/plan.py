@@ -22,7 +22,7 @@ import engine_gpu
 BAR = 0.15
 MODELS: dict[str, dict[str, int]] = {
     "28M": {},
-    "110M": {
+    "82M": {
         "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
         "num_key_value_heads": 4,
     },
