@@ -392,29 +392,11 @@ def test_json_and_html(tmp_path: Path) -> None:
     assert "the longer answer is chosen in 100% of the pairs" in text
 
 
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run `alignkit ARGUMENTS` in a folder of its own; return the exit code and what was printed."""
-    import sys
-
-    from alignkit import cli
-
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["alignkit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
-
-
-def test_the_command(call: Callable[..., Any], write_rows: Callable[..., str], tmp_path: Path) -> None:
+def test_the_command(command: Callable[..., Any], write_rows: Callable[..., str], tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "my_rewards.py").write_text("def longer(completions):\n    return [len(c) for c in completions]\n")
     rows = [{"question": f"[b]{i}[/b]", "chosen": "red fox " * 3, "rejected": "red"} for i in range(30)]
-    code, out, err = call(
+    code, out, err = command(
         "audit", write_rows(rows, "prefs.jsonl"), "--columns", "{prompt: question}", "--model", "base", "--reward",
         "my_rewards:longer", "--json", "a.json", "--html", "a.html",
     )  # fmt: skip
@@ -440,17 +422,17 @@ def test_the_command(call: Callable[..., Any], write_rows: Callable[..., str], t
     ],
 )
 def test_what_the_command_refuses(
-    arguments: list[str], problem: str, call: Callable[..., Any], write_rows: Callable[..., str]
+    arguments: list[str], problem: str, command: Callable[..., Any], write_rows: Callable[..., str]
 ) -> None:
     write_rows(plain(3), "prefs.jsonl")
-    code, out, err = call("audit", *arguments)
+    code, out, err = command("audit", *arguments)
     assert (code, out) == (2, "")
     assert problem in err
     assert len(err.splitlines()) <= 3
 
 
-def test_a_full_disk_ends_in_one_line(call: Callable[..., Any], write_rows: Callable[..., str]) -> None:
-    code, _, err = call("audit", write_rows(plain(3), "prefs.jsonl"), "--json", "/dev/full")
+def test_a_full_disk_ends_in_one_line(command: Callable[..., Any], write_rows: Callable[..., str]) -> None:
+    code, _, err = command("audit", write_rows(plain(3), "prefs.jsonl"), "--json", "/dev/full")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "cannot write /dev/full: No space left on device" in err
     assert Path("/dev/full").is_char_device()

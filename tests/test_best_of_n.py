@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkit import cli, data
+from alignkit import data
 from alignkit.errors import ConfigError, RewardError
 from alignkit.insight.best_of_n import BestOfN, best_of_n, draw, table, write_best, write_json, write_pairs
 from alignkit.insight.best_of_n.curve import best_of, curve, kl, ordered
@@ -273,18 +273,9 @@ def test_what_cannot_be_done(base: str) -> None:
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run `alignkit best-of-n ARGUMENTS` in a folder of its own; return the exit code and what was printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["alignkit", "best-of-n", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
+def call(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `alignkit best-of-n ARGUMENTS`."""
+    return partial(command, "best-of-n")
 
 
 def test_the_command(call: Callable[..., Any], base: str, write_rows: Callable[..., str], tmp_path: Path) -> None:

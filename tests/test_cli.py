@@ -56,17 +56,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(command: Callable[..., Any]) -> Call:
     """Run `alignkit ARGUMENTS` through `main`, as the installed command does."""
 
     def run(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["alignkit", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        code = ended.value.code
-        return Said(code if isinstance(code, int) else int(code is not None), printed.out, printed.err)
+        code, out, err = command(*arguments)
+        return Said(code if isinstance(code, int) else int(code is not None), out, err)
 
     return run
 

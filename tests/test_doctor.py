@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,6 @@ import pytest
 import torch
 
 import alignkit_kernels
-from alignkit import cli
 from alignkit.insight.doctor import (
     Asked,
     computing,
@@ -523,17 +523,9 @@ def test_a_terminal_that_cannot_show_all_text(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, str]]:
-    """Run `alignkit doctor ARGUMENTS`; return the exit code and what was printed."""
-
-    def run(*arguments: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["alignkit", "doctor", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
+def call(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `alignkit doctor ARGUMENTS`."""
+    return partial(command, "doctor")
 
 
 def test_the_command(call: Callable[..., Any], filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from classifiers import EOS, alone, byte_tokenizer, ids_of, write_classifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkit import cli
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError, RewardError
 from alignkit.insight.inspect import pair_of, pair_ratios, reward_prefixes, write_html, write_json
 from alignkit.insight.inspect.pieces import pieces
@@ -289,18 +288,9 @@ def test_html_is_inert_and_json_whole(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run `alignkit inspect ARGUMENTS` in a folder of its own; return the exit code and what was printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["alignkit", "inspect", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
+def call(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `alignkit inspect ARGUMENTS`."""
+    return partial(command, "inspect")
 
 
 def test_the_command_for_rewards(call: Callable[..., Any], tmp_path: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkit import cli, registry
+from alignkit import registry
 from alignkit.config import split
 from alignkit.errors import ConfigError, ModelError
 from alignkit.insight.plan import Memory, Plan, Remedy
@@ -404,34 +403,11 @@ def test_memory_without_a_model_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------------- commands
 
 
-@pytest.fixture
-def call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[Any, str, str]]]:
-    """Run `alignkit ARGUMENTS` in a folder of its own; return the exit code and what was printed."""
-    import logging
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache.sqlite"))
-    logger = logging.getLogger("alignkit")
-    before = logger.handlers[:], logger.level, logger.propagate
-
-    def run(*arguments: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["alignkit", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    yield run
-    logger.handlers[:], logger.level, logger.propagate = before
-
-
 def test_the_command_says_and_writes_what_was_found(
-    call: Callable[..., Any], write_rows: Callable[..., str], tmp_path: Path
+    command: Callable[..., Any], write_rows: Callable[..., str], tmp_path: Path
 ) -> None:
     data = write_rows([{"question": f"[b]{i}", "chosen": "red fox", "rejected": "owl"} for i in range(60)], "a b.jsonl")
-    code, out, err = call("recommend", "--data", data, "--columns", "{prompt: question}", "--json", "r.json")
+    code, out, err = command("recommend", "--data", data, "--columns", "{prompt: question}", "--json", "r.json")
     assert (code, err) == (0, "")
     assert "start with dpo: learns from pairs" in out
     assert "\nalso:\n  simpo: " in out
@@ -443,8 +419,8 @@ def test_the_command_says_and_writes_what_was_found(
     assert described["data"]["rows"] == {"pairs": 60, "unpaired": 120, "text": 60, "prompts": 60}
 
 
-def test_the_command_where_nothing_can_be_served(call: Callable[..., Any], write_rows: Callable[..., str]) -> None:
-    code, out, _ = call("recommend", "--data", write_rows([{"prompt": f"{i}?"} for i in range(9)]))
+def test_the_command_where_nothing_can_be_served(command: Callable[..., Any], write_rows: Callable[..., str]) -> None:
+    code, out, _ = command("recommend", "--data", write_rows([{"prompt": f"{i}?"} for i in range(9)]))
     assert code == 0
     assert "no installed method can be started with these rows alone:" in out
     assert "alignkit init" not in out
@@ -452,12 +428,12 @@ def test_the_command_where_nothing_can_be_served(call: Callable[..., Any], write
 
 @pytest.mark.parametrize("method", sorted(PAIRS | SAMPLING | {"kto", "sft"}))
 def test_what_init_writes_is_valid(
-    method: str, call: Callable[..., Any], write_rows: Callable[..., str], tiny: str, tmp_path: Path
+    method: str, command: Callable[..., Any], write_rows: Callable[..., str], tiny: str, tmp_path: Path
 ) -> None:
     data = write_rows(make_rows("pairs", 80))
     more = {"nash": ["--judge", "{bradley_terry: json}"]}.get(method, ["--reward", "json"])
     asked = ["init", "--method", method, "--data", data, "--model", tiny, *(more if method in SAMPLING else [])]
-    code, out, err = call(*asked)
+    code, out, err = command(*asked)
     assert (code, err) == (0, "")
     assert out.startswith(f"config.yaml: {method}")
     text = (tmp_path / "config.yaml").read_text()
@@ -467,31 +443,33 @@ def test_what_init_writes_is_valid(
     settings = [i for i, line in enumerate(lines) if line and not line.startswith("#")]
     assert len(settings) == len(written)  # one line each
     assert all(lines[i - 1].startswith("# ") for i in settings)
-    assert call("validate", "config.yaml")[0] == 0
+    assert command("validate", "config.yaml")[0] == 0
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "grpo"])
 def test_what_init_writes_can_be_planned(
-    method: str, call: Callable[..., Any], write_rows: Callable[..., str], tiny: str
+    method: str, command: Callable[..., Any], write_rows: Callable[..., str], tiny: str
 ) -> None:
     data = write_rows(make_rows("pairs", 80))
     more = ["--reward", "json"] if method == "grpo" else []
-    assert call("init", "--method", method, "--data", data, "--model", tiny, "-o", "c.yml", "--lora", 4, *more)[0] == 0
-    code, out, _ = call("plan", "c.yml")
+    assert (
+        command("init", "--method", method, "--data", data, "--model", tiny, "-o", "c.yml", "--lora", 4, *more)[0] == 0
+    )
+    code, out, _ = command("plan", "c.yml")
     assert code == 0
     assert f"{method}: {144 if method == 'kto' else 72} rows to train on" in out
 
 
 def test_init_does_not_write_over_a_file(
-    call: Callable[..., Any], write_rows: Callable[..., str], tiny: str, tmp_path: Path
+    command: Callable[..., Any], write_rows: Callable[..., str], tiny: str, tmp_path: Path
 ) -> None:
     data = write_rows(make_rows("pairs", 60))
     (tmp_path / "config.yaml").write_text("mine")
-    code, _, err = call("init", "--data", data, "--model", tiny)
+    code, _, err = command("init", "--data", data, "--model", tiny)
     assert code == 2
     assert "'config.yaml' is there already" in err
     assert (tmp_path / "config.yaml").read_text() == "mine"
-    assert call("init", "--data", data, "--model", tiny, "--force")[0] == 0
+    assert command("init", "--data", data, "--model", tiny, "--force")[0] == 0
     assert "method: dpo" in (tmp_path / "config.yaml").read_text()
 
 
@@ -510,21 +488,26 @@ def test_init_does_not_write_over_a_file(
     ],
 )
 def test_what_cannot_be_used_is_said_in_a_few_lines(
-    arguments: list[str], said: str, call: Callable[..., Any], write_rows: Callable[..., str], tiny: str, tmp_path: Path
+    arguments: list[str],
+    said: str,
+    command: Callable[..., Any],
+    write_rows: Callable[..., str],
+    tiny: str,
+    tmp_path: Path,
 ) -> None:
     write_rows(make_rows("pairs", 60))
     write_rows([{"prompt": f"{i}?"} for i in range(9)], "prompts.jsonl")
     write_rows([{"prompt": "a", "chosen": None, "rejected": "b"}], "bad.jsonl")
-    code, _, err = call("init", *[tiny if a == "TINY" else a for a in arguments])
+    code, _, err = command("init", *[tiny if a == "TINY" else a for a in arguments])
     assert code == 2
     assert said in err
     assert "Traceback" not in err
     assert not (tmp_path / "config.yaml").exists()
 
 
-def test_no_text_leaves_its_comment(call: Callable[..., Any], write_rows: Callable[..., str], tiny: str) -> None:
+def test_no_text_leaves_its_comment(command: Callable[..., Any], write_rows: Callable[..., str], tiny: str) -> None:
     data = write_rows(make_rows("pairs", 60), "a: b #\nname: evil.jsonl")
-    assert call("init", "--data", data, "--model", tiny, "--columns", "{prompt: prompt}")[0] == 0
+    assert command("init", "--data", data, "--model", tiny, "--columns", "{prompt: prompt}")[0] == 0
     written = yaml.safe_load(Path("config.yaml").read_text())
     assert written["data"] == data
     assert "name" not in written
