@@ -82,7 +82,7 @@ class LogpCache:
             chunk = wanted[start : start + _CHUNK]
             query = f"SELECT rowid, key, value, checksum FROM logps WHERE key IN ({','.join('?' * len(chunk))})"
             for rowid, k, value, checksum in self._all(query, chunk):
-                if _is_whole(k, value, checksum):
+                if is_whole(k, value, checksum):
                     found[k] = torch.from_numpy(np.frombuffer(value, "<f4").astype(np.float32))
                 else:
                     bad.append(rowid)
@@ -135,7 +135,7 @@ class LogpCache:
         query = "SELECT rowid, key, value, checksum FROM logps WHERE rowid > ? ORDER BY rowid LIMIT 1000"
         good, bad, last = 0, 0, -1
         while rows := self._all(query, [last]):
-            broken = [rowid for rowid, k, value, checksum in rows if not _is_whole(k, value, checksum)]
+            broken = [rowid for rowid, k, value, checksum in rows if not is_whole(k, value, checksum)]
             self._delete(broken)
             good, bad, last = good + len(rows) - len(broken), bad + len(broken), rows[-1][0]
         return good, bad
@@ -244,5 +244,6 @@ def _checksum(k: bytes, value: bytes) -> bytes:
     return hashlib.blake2b(k + value, digest_size=8).digest()
 
 
-def _is_whole(k: object, value: object, checksum: object) -> bool:  # a damaged row may hold any type at all
+def is_whole(k: object, value: object, checksum: object) -> bool:
+    """Say whether a row of the cache is what was written; a damaged one may hold any type at all."""
     return isinstance(k, bytes) and isinstance(value, bytes) and len(value) % 4 == 0 and checksum == _checksum(k, value)

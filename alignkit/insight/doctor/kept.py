@@ -70,7 +70,7 @@ def _locked(path: Path) -> Trouble | None:
 def _sampled(path: Path) -> tuple[int, int]:
     """Check the first values, and touch none; return how many are (good, bad)."""
     from alignkit.errors import CacheError
-    from alignkit.logpcache import _is_whole
+    from alignkit.logpcache import is_whole
 
     query = "SELECT key, value, checksum FROM logps LIMIT ?"
     try:
@@ -78,7 +78,7 @@ def _sampled(path: Path) -> tuple[int, int]:
             rows = connection.execute(query, [SAMPLE]).fetchall()
     except sqlite3.Error as error:
         raise CacheError(f"the reference cache {path} cannot be read: {error}") from error
-    good = sum(_is_whole(*row) for row in rows)
+    good = sum(is_whole(*row) for row in rows)
     return good, len(rows) - good
 
 

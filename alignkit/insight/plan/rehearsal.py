@@ -61,10 +61,8 @@ class _Online(Online):
         return [[Sampled(tokens, True) for _ in range(n)] for _ in examples]
 
     def answers(self, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]]) -> Answers:
-        flat = [(e, s) for e, some in zip(examples, sampled, strict=True) for s in some]
-        texts = ["" for _ in flat]
-        lengths = [len(s.tokens) for _, s in flat]
-        return Answers(list(texts), list(texts), {}, [e.row for e, _ in flat], lengths, [True] * len(flat))
+        n = sum(map(len, sampled))
+        return Answers([""] * n, [""] * n, {}, [0] * n, [self.config.sampling.max_new_tokens] * n, [True] * n)
 
     def score(self, parts: Any, answers: Answers) -> Scores:
         return Scores([float(i % 3) for i in range(len(answers))], {})
@@ -95,7 +93,8 @@ class _Loop:
         batch = batch_of(examples, self.parts.layout)
         if self.parts.reference is None or self.parts.online:
             return batch
-        return _Reference().attach(batch)
+        attached: Batch = self.parts.reference.attach(batch, keep)
+        return attached
 
 
 def collected(
