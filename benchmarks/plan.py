@@ -26,6 +26,11 @@ MODELS: dict[str, dict[str, int]] = {
         "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
         "num_key_value_heads": 4,
     },
+    # wide and shallow, unlike the two that the plan's margins for the C library were fitted on
+    "60M": {
+        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
 }  # fmt: skip
 OFFLINE = {"batch_size": 8, "max_tokens": 2048, "max_steps": 3}
 ONLINE: dict[str, Any] = {

@@ -204,6 +204,12 @@ def test_a_planted_bias_is_found_and_nothing_else() -> None:
     assert said(turned) == "the answer with fewer emoji is chosen in 100% of the pairs in which they differ"
 
 
+def test_the_remedy_of_a_length_bias_names_its_direction() -> None:
+    for preferred, other, how in (("a longer one", "short", "writing more"), ("short", "a longer one", "writing less")):
+        found = audit([pair(f"p{i}", preferred, other) for i in range(20)])
+        assert [how in finding.remedy for finding in found.findings] == [True]
+
+
 def test_findings_on_rows_without_a_bias_are_rare() -> None:
     assert sum(bool(audit(plain(60, seed)).findings) for seed in range(60)) <= 6  # 5 % of 60 are expected
 
