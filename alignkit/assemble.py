@@ -128,8 +128,10 @@ def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
         project_dir=str(config.output),
         kwargs_handlers=[
             # the trunk has no buffers that training changes, and every rank makes its own number of plain passes
-            # while a critic warms up, the policy gets no gradient
-            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters="critic" in method.roles()),
+            # while a critic warms up, the policy gets no gradient; gradients live in the buckets that they travel in
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, find_unused_parameters="critic" in method.roles(), gradient_as_bucket_view=True
+            ),
             InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
         ],
     )
@@ -137,7 +139,7 @@ def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
 
 def build(config: RunConfig, method: Method[Any], rows: Rows, tokenizer: Any, accelerator: Accelerator) -> Parts:
     """Load the models, ready the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
-    least = _least(config, method, rows, accelerator.num_processes)
+    least = least_examples(config, method, rows, accelerator.num_processes)
     stream = Stream(rows.train, config.batch_size, config.seed, least)
     set_seed(config.seed)  # fresh adapters are drawn
     online = Online.of_run(config, method, tokenizer, [*rows.train, *rows.held_out], accelerator.device)
@@ -176,7 +178,7 @@ def build(config: RunConfig, method: Method[Any], rows: Rows, tokenizer: Any, ac
     return Parts(accelerator, ranks, plain, policy, prepared, roles, reference, online, layout, stream, rate, eos)
 
 
-def _least(config: RunConfig, method: Method[Any], rows: Rows, n_ranks: int) -> int:
+def least_examples(config: RunConfig, method: Method[Any], rows: Rows, n_ranks: int) -> int:
     """Return how many examples a step needs. Raises ConfigError or DataError where the run cannot have them."""
     least = max(method.min_batch, n_ranks)
     if config.batch_size < least:

@@ -12,6 +12,11 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def part_of(items: Sequence[T], rank: int, ranks: int) -> Sequence[T]:
+    """Return a rank's part of a list that all ranks have: every n-th, its own number first."""
+    return items[rank::ranks]
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The ranks of a run, seen from one of them; every method must be called by all or by none."""
@@ -29,8 +34,8 @@ class Ranks:
         return int(self.accelerator.process_index)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Return this rank's part of a list that all ranks have: every n-th, its own number first."""
-        return items[self.own :: self.n]
+        """Return this rank's part of a list that all ranks have."""
+        return part_of(items, self.own, self.n)
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over the ranks."""

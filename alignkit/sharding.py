@@ -6,6 +6,7 @@ runs, and is tested, under gloo.
 
 from __future__ import annotations
 
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -26,9 +27,13 @@ def shard(scorer: Scorer | Valuer, device_type: str, world: int) -> None:
             "`torchrun --standalone --nproc_per_node=N -m alignkit run ...`"
         )
     mesh = init_device_mesh(device_type, (world,))
-    blocks = set(causal_lm(scorer.model)._no_split_modules or ())
-    for module in list(scorer.modules()):
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh)
+    for block in blocks_of(scorer):
+        fully_shard(block, mesh=mesh)
     fully_shard(scorer, mesh=mesh)
     assert isinstance(scorer, FSDPModule)  # what was asked for was really set up
+
+
+def blocks_of(scorer: Scorer | Valuer) -> list[nn.Module]:
+    """Return the architecture's blocks, each of which is gathered and let go as one."""
+    names = set(causal_lm(scorer.model)._no_split_modules or ())
+    return [module for module in scorer.modules() if type(module).__name__ in names]

@@ -3,7 +3,8 @@
     python benchmarks/plan.py --data gsm8k_train.jsonl --json plan.json
 
 Each configuration is planned in one process and run for three steps in another, on the same rows. Measured is the
-largest resident set of the run's process on a CPU, and what torch allocated on a GPU (--gpu).
+largest resident set of the run's (first) process on a CPU, and what torch allocated on a GPU (--gpu), on which several
+processes are not tried.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ CASES: dict[str, dict[str, Any]] = {
     "grpo, lora": {**ONLINE, "group_size": 4, "lora": 16},
     "ppo, a critic of its own": {**ONLINE, "batch_size": 16},
     "ppo, a shared critic": {**ONLINE, "batch_size": 16, "critic": "shared"},
+    "dpo, two processes": {**OFFLINE, "processes": 2},
+    "dpo, two processes, fsdp": {**OFFLINE, "processes": 2, "fsdp": True},
+    "dpo, two processes, fsdp, lora": {**OFFLINE, "processes": 2, "fsdp": True, "lora": 16},
 }
 
 
@@ -82,11 +86,14 @@ def figures(work: Path, model: str, case: str, gpu: bool) -> dict[str, Any]:
         "name": f"{model}-{len(list(work.glob('runs/*')))}",
     }
     settings |= {"cache_file": str(work / "cache.sqlite"), **({} if gpu else {"device": "cpu"})}
+    processes = settings.pop("processes", 1)
     file = work / "config.yaml"
     file.write_text(json.dumps(settings))
     planned = work / "plan.json"
-    for command in (["plan", str(file), "--json", str(planned), "--gpu" if gpu else "--cpu"], ["run", str(file)]):
-        done = subprocess.run([sys.executable, "-m", "alignkit", *command], capture_output=True, text=True)
+    of_plan = ["plan", str(file), "--json", str(planned), "--gpu" if gpu else "--cpu", "--processes", str(processes)]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    for command in (["-m", "alignkit", *of_plan], [*launch, "-m", "alignkit", "run", str(file)]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{model} {case}: {done.stderr[-2000:]}")
     (session,) = json.loads((work / "runs" / settings["name"] / "sessions.json").read_text())
@@ -114,7 +121,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         prepare(args.data, Path(folder))
         for model in models:
-            for case in [c for c in CASES if c.startswith(args.only or "")]:
+            for case in [c for c in CASES if c.startswith(args.only or "") and not (args.gpu and "processes" in c)]:
                 row = table[f"{model} {case}"] = figures(Path(folder), model, case, args.gpu)
                 planned, measured = (row[k] / 2**20 for k in ("planned", "measured"))
                 said = f"planned {planned:6.0f} MiB  measured {measured:6.0f} MiB  ratio {row['ratio']:.2f}"

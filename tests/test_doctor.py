@@ -319,10 +319,10 @@ def test_the_interpreter_is_found_out() -> None:
 
 
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert facts(computing.attention)["of a Llama on cpu"].startswith("alignkit_branches: branch by branch")
+    assert facts(computing.attention)["of a Llama on cpu"].startswith("alignkit_branches, branch by branch")
     assert troubles(computing.attention) == []
     monkeypatch.setattr("alignkit.insight.places.device", lambda: torch.device("cuda"))
-    assert facts(computing.attention)["of a Llama on cuda"].startswith("flex_attention: ")
+    assert facts(computing.attention)["of a Llama on cuda"].startswith("flex_attention, ")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     assert one(computing.attention).remedy == "unset TORCHDYNAMO_DISABLE"
 
@@ -405,7 +405,7 @@ def test_a_cache_that_is_not_there_is_not_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verify", [False, True])
 def test_a_whole_cache(verify: bool, filled: Path) -> None:
     found = facts(kept.cache, Asked(verify=verify))
-    assert (found["values"], found["checked"]) == ("3 of 1 references", "3 values, 0 damaged")
+    assert (found["values"], found["checked"]) == ("3 of 1 reference", "3 values, 0 damaged")
     assert troubles(kept.cache) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,17 @@ def test_a_few_layers_tell_what_all_of_them_take(tmp_path: Path, monkeypatch: py
     assert sum(reckoned.values()) == pytest.approx(sum(whole.values()), rel=0.01)
 
 
+def sizes_of(tiny: str) -> tuple[int, int]:
+    """Bytes of a layer, and of what is no layer: embeddings, head and a norm."""
+    v = json.loads((Path(tiny) / "config.json").read_text())["vocab_size"]
+    h, i, kv = 32, 48, 16
+    return 4 * (h * h * 2 + 2 * h * kv + 3 * h * i + 2 * h), 4 * (2 * v * h + h)
+
+
 def test_weights_gradients_and_optimiser_are_counted_by_hand(tiny: str) -> None:
-    about = json.loads((Path(tiny) / "config.json").read_text())
-    h, i, v, kv = 32, 48, about["vocab_size"], 16
-    layer = h * h * 2 + 2 * h * kv + 3 * h * i + 2 * h
-    weights = 4 * (2 * layer + 2 * v * h + h)
+    h, i, kv = 32, 48, 16
+    layer, outside = sizes_of(tiny)
+    weights = 2 * layer + outside
     full = memory(work_of("sft", tiny)).phases["updating"]
     buffers = full["weights"] - weights  # rotary frequencies
     assert 0 <= buffers <= 64
@@ -125,6 +132,46 @@ def test_weights_gradients_and_optimiser_are_counted_by_hand(tiny: str) -> None:
     assert lora["gradients"] == adapters
     assert lora["optimiser"] == 2 * adapters
     assert lora["weights"] == weights + adapters + buffers
+
+
+def test_a_rank_keeps_room_for_the_gradients_that_travel(tiny: str) -> None:
+    layer, outside = sizes_of(tiny)
+    alone, rank = (memory(replace(work_of("dpo", tiny), processes=n)).phases for n in (1, 4))
+    assert rank["learning"] == {**alone["learning"], "buckets": 2 * layer + outside}
+    assert rank["updating"] == alone["updating"]  # by then the gradients lie in it
+
+
+def test_fsdp_spreads_what_is_trained_and_gathers_a_few_layers(tiny: str) -> None:
+    layer, outside = sizes_of(tiny)
+    alone = memory(work_of("dpo", tiny, reference="full")).phases
+    ranks = memory(replace(work_of("dpo", tiny, reference="full", fsdp=True), processes=4)).phases
+    assert ranks["loading"] == {"weights": alone["learning"]["weights"], "reference": alone["learning"]["reference"]}
+    for phase in ("learning", "updating"):
+        for part in ("weights", "optimiser", "gradients"):
+            assert ranks[phase].get(part, 0) == -(-alone[phase].get(part, 0) // 4)
+    for part in ("activations", "reference"):
+        assert ranks["learning"][part] == alone["learning"][part]
+    assert ranks["learning"]["gathered"] == outside + 3 * layer
+    assert "gathered" not in ranks["updating"]
+
+
+def test_a_plan_of_several_processes_is_of_the_busiest_of_them(tiny: str) -> None:
+    one, two = (plan(of("dpo", tiny, max_tokens=64), gpu=True, processes=n) for n in (1, 2))
+    assert (one.processes, two.processes) == (1, 2)
+    assert (one.steps, one.tokens) == (two.steps, two.tokens)
+    assert one.memory.tokens / 2 <= two.memory.tokens < one.memory.tokens
+    assert "buckets" in two.memory.phases["learning"]
+    assert {"fsdp": True} in [r.settings for r in two.remedies]
+    assert {"fsdp": True} not in [r.settings for r in one.remedies]
+    online = plan(of("grpo", tiny), processes=2)
+    assert {"fsdp": True} not in [r.settings for r in online.remedies]
+
+
+def test_processes_that_a_run_would_refuse_are_refused(tiny: str) -> None:
+    with pytest.raises(ConfigError, match="this plans one; say how many: --processes 8"):
+        plan(of("dpo", tiny, fsdp=True))
+    with pytest.raises(ConfigError, match="batch_size 4 is too small: 'dpo' on 8 ranks needs at least 8"):
+        plan(of("dpo", tiny), processes=8)
 
 
 def test_gaps_are_counted_on_a_cpu_and_more_of_them_between_adapters(tiny: str) -> None:
@@ -173,16 +220,17 @@ def test_the_critic_is_counted(tiny: str) -> None:
     assert shared["critic"] == 4 * 33
 
 
-@given(st.lists(st.integers(2, 60), min_size=4, max_size=30), st.integers(10, 150))
-def test_the_heaviest_step_has_the_largest_part(lengths: list[int], max_tokens: int) -> None:
+@given(st.lists(st.integers(2, 60), min_size=4, max_size=30), st.integers(10, 150), st.integers(1, 4))
+def test_the_heaviest_step_has_the_largest_part(lengths: list[int], max_tokens: int, ranks: int) -> None:
     examples = [Example(tokens(n // 2 + 1), (Completion(tokens(n - n // 2)),)) for n in lengths]
     stream = Stream(examples, 4, 0)
     steps = stream.total_steps(1.0, None)
 
-    def largest(step: tuple[Example, ...]) -> int:
-        return max(part.n_tokens for part in batch_of(step, FOREST).micro_batches(max_tokens))
+    def largest(examples: Sequence[Example]) -> int:
+        return max(part.n_tokens for part in batch_of(examples, FOREST).micro_batches(max_tokens))
 
-    assert largest(heaviest(stream, steps, FOREST, max_tokens)) == max(largest(stream[i]) for i in range(steps))
+    every = [stream[i][rank::ranks] for i in range(steps) for rank in range(ranks)]
+    assert largest(heaviest(stream, steps, FOREST, max_tokens, ranks)) == max(map(largest, every))
 
 
 @pytest.mark.parametrize("method", registry.names())
@@ -303,3 +351,6 @@ def test_the_command_says_parts_phases_verdict_and_writes_json(
     ):
         assert part in told.output, part
     assert json.loads((tmp_path / "plan.json").read_text())["limit"] == 2**20
+    told = CliRunner().invoke(app, ["plan", str(file), "--processes", "2", "--gpu"])
+    assert "on each of 2 GPUs:" in told.output
+    assert "buckets" in told.output

@@ -15,7 +15,7 @@ EXAMPLES = """\b
 Examples:
   alignkit plan config.yaml
   alignkit plan config.yaml --memory 24GB --set lora=16
-  alignkit plan config.yaml --gpu --json plan.json"""
+  alignkit plan config.yaml --gpu --processes 8 --set fsdp=true --json plan.json"""
 _UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, "tb": 10**12, "tib": 2**40}
 
 
@@ -23,6 +23,7 @@ def plan(
     config: Annotated[Path, typer.Argument(help="A YAML file of settings", metavar="CONFIG")],
     memory: Annotated[str | None, typer.Option(help="What it has to fit into, such as 24GB or 80GiB")] = None,
     gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Plan for one  [default: what is here]")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Of torchrun; each has a GPU of its own")] = 1,
     hits: Annotated[bool, typer.Option("--hits", help="Load the weights, to count what the cache knows")] = False,
     more: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting")] = None,
     json: Annotated[Path | None, typer.Option(help="File for all numbers")] = None,
@@ -35,7 +36,7 @@ def plan(
     console.speak()
     from alignkit.insight import plan as room
 
-    found = room.plan(settings, limit=limit, gpu=gpu, hits=hits)
+    found = room.plan(settings, limit=limit, gpu=gpu, processes=processes, hits=hits)
     room.print_plan(found)
     if json:
         from alignkit.insight.page import write_text

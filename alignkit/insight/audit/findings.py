@@ -59,7 +59,8 @@ def of_preferences(biases: Sequence[Bias]) -> Iterator[Finding]:
         if bias.beyond_chance:
             remedy = "a method can learn this instead of the content: balance the pairs, or watch it in the samples"
             if bias.feature == LENGTH.name:
-                remedy = f"a method can win by writing {bias.direction}: try simpo, or `length_normalised` or `ld_alpha` of dpo"
+                how = f"a method can win by writing {bias.direction}"
+                remedy = f"{how}: try simpo, or `length_normalised` or `ld_alpha` of dpo"
             yield Finding(f"{_preferred(bias)} is chosen in {_share(bias)} of the pairs in which they differ", remedy)
 
 

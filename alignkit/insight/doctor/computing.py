@@ -91,7 +91,7 @@ def attention(asked: Asked) -> Iterator[Fact | Trouble]:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
     set_up(model, RunConfig(method="doctor", model="-", data="-"), device())
     found = str(model.config._attn_implementation)
-    yield Fact(f"of a Llama on {device().type}", f"{found}: {_ATTENTION.get(found, 'as the model has it')}")
+    yield Fact(f"of a Llama on {device().type}", f"{found}, {_ATTENTION.get(found, 'as the model has it')}")
     yield Fact("of other models", "each run's probe decides, and says so where it is not this one")
     off = [name for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(name) == "1"]
     if found == "flex_attention" and off:

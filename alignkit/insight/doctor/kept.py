@@ -41,7 +41,8 @@ def cache(asked: Asked) -> Iterator[Fact | Trouble]:
     try:
         with LogpCache(path) as opened:
             about = opened.info()
-            yield Fact("values", f"{about['entries']:,} of {len(about['references'])} references")
+            n = len(about["references"])
+            yield Fact("values", f"{about['entries']:,} of {n} reference{'s' * (n != 1)}")
             yield Fact("size", console.size(about["bytes"]))
             good, bad = opened.verify() if asked.verify else _sampled(path)
     except CacheError as error:

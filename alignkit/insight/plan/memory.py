@@ -20,6 +20,7 @@ from alignkit.config import RunConfig
 from alignkit.errors import AlignkitError, ModelError
 from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.rehearsal import collected, few_blocks, layers_of, learn, trunks
+from alignkit.insight.plan.spread import spread
 from alignkit.insight.plan.unloaded import in_8_bits, n_bytes, unloaded
 from alignkit.loading import causal_lm, first_line
 from alignkit.method import Method
@@ -66,7 +67,8 @@ class Memory:
 class Work:
     """What memory is reckoned for. examples: of the heaviest step. program: bytes of the process without models.
 
-    bf16: products are made in bfloat16. gpu: bytes that it has, None on a CPU or where that is not known.
+    bf16: products are made in bfloat16. gpu: bytes that it has, None on a CPU or where that is not known. processes: of
+    the run, of which this is one; examples are its own.
     """
 
     config: RunConfig
@@ -76,6 +78,7 @@ class Work:
     program: int
     bf16: bool
     gpu: int | None = None
+    processes: int = 1
 
 
 def memory(work: Work) -> Memory:
@@ -112,6 +115,7 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     }
     if method.data == "prompts":
         phases["sampling"] = {**resident, "rollouts": _rollouts(work, policy, mode)}
+    phases = spread(phases, module, work.processes, config.fsdp)
     alone = batch_of([e for micro in micros for e in micro.examples], Layout("padded")).micro_batches(config.max_tokens)
     if work.program:
         for parts in phases.values():

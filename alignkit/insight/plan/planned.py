@@ -21,6 +21,7 @@ from alignkit.loading import DTYPES, causal_lm, from_pretrained, load_model, loa
 from alignkit.logpcache import LogpCache, default_path
 from alignkit.online import check_online
 from alignkit.packing import batch_of
+from alignkit.ranks import part_of
 from alignkit.reference import fingerprint, key
 from alignkit.roles import check_reference
 from alignkit.stream import Stream
@@ -39,7 +40,8 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before it begins. Tokens are those of the training rows, prompts counted once; bytes everywhere.
+    """A run before it begins. Tokens are those of the training rows, prompts counted once; bytes everywhere, of one of
+    its processes.
 
     reference: its form, None without one. cache: values that the run will ask for, and those known already (None: not
     looked up). limit: the memory that it has to fit into.
@@ -57,6 +59,7 @@ class Plan:
     memory: Memory
     remedies: tuple[Remedy, ...]
     limit: int | None = None
+    processes: int = 1
 
     def describe(self) -> dict[str, Any]:
         """Return all of it as JSON values."""
@@ -68,13 +71,15 @@ def plan(
     *,
     limit: int | None = None,
     gpu: bool | None = None,
+    processes: int = 1,
     hits: bool = False,
     remedies: bool = True,
 ) -> Plan:
     """Reckon what a run with these flat settings will do and take.
 
-    limit: bytes that it has to fit into. gpu: plan for one, by default where there is one. hits: load the weights, and
-    count what the cache of reference values knows. remedies: also try what would need less memory.
+    limit: bytes that it has to fit into. gpu: plan for one, by default where there is one. processes: of torchrun, each
+    on a GPU of its own. hits: load the weights, and count what the cache of reference values knows. remedies: also try
+    what would need less memory.
     Raises as a run does before its first step.
     """
     method_class = registry.get(str(settings.get("method")))
@@ -84,22 +89,31 @@ def plan(
         raise ConfigError("a plan needs the model's folder or hub name, not a loaded model")
     check_reference(config, method)
     check_online(config, method)
+    if config.fsdp and processes == 1:
+        raise ConfigError("fsdp shards over several processes, and this plans one; say how many: --processes 8")
     gpu = torch.cuda.is_available() and config.device == "auto" if gpu is None else gpu
     rows = assemble.read(config, method, load_tokenizer(config))
     known = [method.longest(e) for e in rows.train]
-    stream = Stream(rows.train, config.batch_size, config.seed, method.min_batch)
+    least = assemble.least_examples(config, method, rows, processes)
+    stream = Stream(rows.train, config.batch_size, config.seed, least)
     steps = stream.total_steps(config.epochs, config.max_steps)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu)
     layout = _layout(config)
-    step = heaviest(stream, steps, layout, config.max_tokens)
-    work = Work(config, method, layout, step, 0 if gpu else _program(config), bf16, limit if gpu else None)
+    step = heaviest(stream, steps, layout, config.max_tokens, processes)
+    work = Work(config, method, layout, step, 0 if gpu else _program(config), bf16, limit if gpu else None, processes)
     found = memory(work)
     return Plan(
-        config.method, "one GPU" if gpu else "the CPU", len(rows.train), len(rows.held_out), steps,
+        config.method, _device(gpu, processes), len(rows.train), len(rows.held_out), steps,
         config.batch_size, sum(e.n_tokens for e in known), found.reference,
         _cache(work, found.reference, [*known, *map(method.longest, rows.held_out)], hits), found,
-        tuple(_remedies(work, found, limit)) if remedies else (), limit,
+        tuple(_remedies(work, found, limit)) if remedies else (), limit, processes,
     )  # fmt: skip
+
+
+def _device(gpu: bool, processes: int) -> str:
+    if processes == 1:
+        return "one GPU" if gpu else "the CPU"
+    return f"each of {processes} GPUs" if gpu else f"the CPU, each of {processes} processes"
 
 
 def _program(config: RunConfig) -> int:
@@ -123,13 +137,14 @@ def _layout(config: RunConfig) -> Layout:
     return Layout("forest", config.row_tokens or min(config.max_tokens, DENSE_ROW_TOKENS))
 
 
-def heaviest(stream: Stream, steps: int, layout: Layout, max_tokens: int) -> tuple[Example, ...]:
-    """Return the examples of the step whose largest micro-batch has the most tokens, among the first thousand."""
+def heaviest(stream: Stream, steps: int, layout: Layout, max_tokens: int, processes: int = 1) -> Sequence[Example]:
+    """Return a rank's examples of the step whose largest micro-batch has the most tokens, among the first thousand."""
 
     def largest(examples: Sequence[Example]) -> int:
         return max(part.n_tokens for part in batch_of(examples, layout).micro_batches(max_tokens))
 
-    return max((stream[step] for step in range(min(steps, 1000))), key=largest)
+    every = (stream[step] for step in range(min(steps, 1000)))
+    return max((part_of(step, rank, processes) for step in every for rank in range(processes)), key=largest)
 
 
 def _cache(work: Work, form: str | None, examples: Sequence[Example], hits: bool) -> tuple[int, int | None] | None:
@@ -187,6 +202,8 @@ def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
     adapter = "optimiser" in parts and parts["optimiser"] < parts["weights"]
     if config.lora is None and not adapter:
         yield {"lora": 16}
+    if work.processes > 1 and not config.fsdp and work.method.data != "prompts":
+        yield {"fsdp": True}
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
     longest = max(e.n_tokens for e in work.examples)
