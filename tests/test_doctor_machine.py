@@ -1,0 +1,225 @@
+"""`alignkit doctor` on the machine: devices, what computes on them, the reference cache, disks."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from doctors import facts, fill, one, set_apart, spoil, troubles
+
+import alignkit_kernels
+from alignkit.insight.doctor import Asked, computing, kept, machine
+from alignkit.insight.doctor.parts import Trouble
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_apart(tmp_path, monkeypatch)
+
+
+# ------------------------------------------------------------------------------------------------------- devices
+
+
+def test_the_devices_of_this_machine() -> None:
+    found = facts(machine.devices)
+    assert "cores" in found["processor"]
+    assert re.fullmatch(r"[\d.e+]+ [GM]iB, [\d.e+]+ [GM]iB free", found["memory"])
+
+
+def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit.sessions.cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert Trouble(
+        "warn", "torch uses 64 threads on 2 cores, which is slower than one for each", "export OMP_NUM_THREADS=2"
+    ) in troubles(machine.devices)
+
+
+def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "LITTLE", 2**60)
+    assert any("of memory are free" in t.what for t in troubles(machine.devices))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said"), [(None, "built for the CPU alone"), ("13.0", "torch for CUDA 13.0 cannot use it")]
+)
+def test_a_gpu_that_torch_cannot_use(cuda: str | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_driver", lambda: "580.65")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert any(t.severity == "problem" and said in t.what for t in troubles(machine.devices))
+    assert facts(machine.devices)["NVIDIA driver"] == "580.65"
+
+
+def test_a_gpu_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    about = SimpleNamespace(name="A thing", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: about)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (10 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert facts(machine.devices)["GPU 0"] == "A thing, capability 9.0, 80 GiB, 10 GiB free"
+    assert any("more than half of its memory is in use" in t.what for t in troubles(machine.devices))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (70 * 2**30, 80 * 2**30))
+    assert not any("in use already" in t.what for t in troubles(machine.devices))
+
+
+def test_a_driver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: Any, **__: Any) -> Any:
+        raise subprocess.TimeoutExpired("nvidia-smi", 20)
+
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(subprocess, "run", late)
+    assert machine._driver() is None
+
+
+# ----------------------------------------------------------------------------------------- kernels and attention
+
+
+def test_the_kernels_of_a_cpu() -> None:
+    assert facts(computing.kernels)["on cpu"] == "plain PyTorch: Triton is for GPUs"
+    assert troubles(computing.kernels) == []
+
+
+def test_kernels_that_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNKIT_KERNELS", "eager")
+    assert facts(computing.kernels)["on cpu"] == "plain PyTorch, by ALIGNKIT_KERNELS"
+    for value in ("egaer", "triton"):  # misspelt; and there is no GPU, nor the interpreter
+        monkeypatch.setenv("ALIGNKIT_KERNELS", value)
+        found = one(computing.kernels)
+        assert (found.severity, found.remedy) == ("problem", "unset ALIGNKIT_KERNELS")
+
+
+def test_kernels_that_are_wrong_or_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = alignkit_kernels.selective_logps
+    monkeypatch.setattr(alignkit_kernels, "selective_logps", lambda logits, targets: true(logits, targets) + 1e-3)
+    assert "are 0.001 nats off" in one(computing.kernels).what
+
+    def refused(logits: Any, targets: Any) -> Any:
+        raise RuntimeError("no kernel image is available for execution on the device\nmore")
+
+    monkeypatch.setattr(alignkit_kernels, "selective_logps", refused)
+    assert one(computing.kernels).what.endswith("no kernel image is available for execution on the device")
+
+
+def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit_kernels.backend.uses_triton", lambda values: True)
+    runtime = SimpleNamespace(runtime=SimpleNamespace(interpret=False))
+    monkeypatch.setattr("alignkit_kernels.backend.triton", SimpleNamespace(knobs=runtime, __version__="3.7.1"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "C compiler" in one(computing.kernels).what
+    runtime.runtime.interpret = True
+    assert "hundreds of times slower" in one(computing.kernels).what
+
+
+@pytest.mark.slow
+def test_the_interpreter_is_found_out() -> None:
+    given = {**os.environ, "TRITON_INTERPRET": "1", "ALIGNKIT_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(
+        [sys.executable, "-m", "alignkit", "doctor"], capture_output=True, text=True, env=given, check=False
+    )
+    assert ran.returncode == 1, ran.stderr
+    assert "problem: the kernels on cpu run in Triton's interpreter" in ran.stdout
+    assert "warn: TRITON_INTERPRET is set" in ran.stdout
+    assert ran.stderr == ""
+
+
+def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert facts(computing.attention)["of a Llama on cpu"].startswith("alignkit_branches, branch by branch")
+    assert troubles(computing.attention) == []
+    monkeypatch.setattr("alignkit.insight.places.device", lambda: torch.device("cuda"))
+    assert facts(computing.attention)["of a Llama on cuda"].startswith("flex_attention, ")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert one(computing.attention).remedy == "unset TORCHDYNAMO_DISABLE"
+
+
+# --------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """A cache with three values."""
+    return fill(tmp_path / "cache.sqlite")
+
+
+def test_a_cache_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    assert facts(kept.cache)["values"].startswith("none yet")
+    assert troubles(kept.cache) == []
+    assert not (tmp_path / "cache.sqlite").exists()
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_whole_cache(verify: bool, filled: Path) -> None:
+    found = facts(kept.cache, Asked(verify=verify))
+    assert (found["values"], found["checked"]) == ("3 of 1 reference", "3 values, 0 damaged")
+    assert troubles(kept.cache) == []
+
+
+def test_damaged_values_are_found_and_left_unless_verified(filled: Path) -> None:
+    spoil(filled)
+    for _ in range(2):
+        found = one(kept.cache)
+        assert (found.severity, found.remedy) == ("problem", "alignkit cache verify")
+        assert found.what == "1 of the cache's values are damaged"
+    assert "are damaged" in one(kept.cache, Asked(verify=True)).what
+    assert troubles(kept.cache) == []  # removed, as by `cache verify`
+
+
+def test_only_a_sample_is_looked_at(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(filled)
+    monkeypatch.setattr(kept, "SAMPLE", 1)
+    assert facts(kept.cache)["checked"] == "1 values, 0 damaged"
+    assert facts(kept.cache, Asked(verify=True))["checked"] == "3 values, 1 damaged"
+
+
+def test_a_cache_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "cache.sqlite").write_bytes(b"something else " * 100)
+    found = one(kept.cache)
+    assert "is not a reference cache, or damaged beyond repair" in found.what
+    assert "remove the file" in found.remedy
+    (tmp_path / "cache.sqlite").unlink()
+    (tmp_path / "cache.sqlite").mkdir()
+    assert "cannot open the reference cache" in one(kept.cache).what
+
+
+def test_a_cache_that_is_held_is_not_waited_for(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "_PATIENCE", 0.01)
+    holder = sqlite3.connect(filled, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    found = one(kept.cache)
+    holder.close()
+    assert found.severity == "warn"
+    assert "another process writes to the cache" in found.what
+
+
+def test_a_cache_on_a_network(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "filesystem", lambda path: "nfs4")
+    assert "network file system (nfs4)" in one(kept.cache).what
+
+
+def test_the_file_system_of_this_folder_is_known(tmp_path: Path) -> None:
+    if Path("/proc/mounts").is_file():
+        assert kept.filesystem(Path("/proc/self")) == "proc"
+        assert kept.filesystem(tmp_path / "not/there") not in (None, "proc")
+
+
+@pytest.mark.parametrize(("free", "severities"), [(6, []), (3, ["warn"]), (0.5, ["problem"])])
+def test_disks(free: float, severities: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(free * 2**30)))
+    found = troubles(kept.disks)
+    assert sorted({t.severity for t in found}) == severities
+    assert len(facts(kept.disks)) == 4
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert f"runs: {tmp_path} cannot be written" in [t.what for t in troubles(kept.disks)]
