@@ -37,6 +37,7 @@ class RunView:
 
 
 Limit = float | None
+HEALTHY_KL = (0.5, 10.0)  # nats a sequence to the reference
 
 
 class Health(BaseModel):
@@ -45,7 +46,9 @@ class Health(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     enabled: bool = Field(True, description="watch the run")
-    window: int = Field(8, ge=1, description="logged steps whose mean is looked at, and compared with the first ones")
+    window: int = Field(
+        8, ge=1, le=1000, description="logged steps whose mean is looked at, and compared with the first ones"
+    )
     reward_rise: float = Field(0.25, gt=0, description="standard deviations by which a reward has risen")
 
     kl_high: Limit = Field(15.0, gt=0, description="nats a sequence: too far from the reference")
@@ -72,7 +75,16 @@ class Health(BaseModel):
     def _limits_that_there_are(cls, given: Any) -> Any:
         if isinstance(given, Mapping) and (unknown := next((k for k in given if k not in cls.model_fields), None)):
             raise ValueError(f"no limit '{unknown}'.{nearest(str(unknown), cls.model_fields)} See docs/health.md")
+        on = next((k for k, v in given.items() if isinstance(v, bool) and k != "enabled"), None) if given else None
+        if on is not None:
+            raise ValueError(f"{on} is {str(given[on]).lower()}; give its limit as a number, or null to switch it off")
         return given
+
+    @model_validator(mode="after")
+    def _room_between(self) -> Health:
+        if self.kl_low is not None and self.kl_high is not None and self.kl_low >= self.kl_high:
+            raise ValueError(f"kl_low {self.kl_low:g} is not below kl_high {self.kl_high:g}")
+        return self
 
 
 ALARMS = tuple(name for name, field in Health.model_fields.items() if field.annotation == Limit)

@@ -149,12 +149,13 @@ class RunConfig(BaseModel):
     @field_validator("trackers", "stop_on", mode="before")
     @classmethod
     def _names_in_one_text(cls, value: Any) -> Any:
-        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        return [name for part in value.split(",") if (name := part.strip())] if isinstance(value, str) else value
 
     @field_validator("stop_on")
     @classmethod
     def _alarms_that_there_are(cls, names: list[str]) -> list[str]:
-        if unknown := next((n for n in names if n not in ALARMS), None):
+        unknown = next((n for n in names if n not in ALARMS), None)
+        if unknown is not None:
             raise ValueError(f"no alarm '{unknown}'.{nearest(unknown, ALARMS)} There are {', '.join(ALARMS)}")
         return names
 
@@ -172,6 +173,8 @@ class RunConfig(BaseModel):
     def _fits_together(self) -> RunConfig:
         if self.resume and self.name is None:
             raise ValueError("resume needs the run's `name`")
+        if off := [name for name in self.stop_on if not self.health.enabled or getattr(self.health, name) is None]:
+            raise ValueError(f"stop_on names {off[0]}, which `health` switches off; give it a limit, or leave it out")
         if self.merge_adapter and self.lora is None:
             raise ValueError("merge_adapter needs `lora`")
         if self.merge_adapter and self.fsdp:

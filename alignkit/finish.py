@@ -26,7 +26,7 @@ from alignkit.loading import causal_lm
 from alignkit.progress import Progress
 from alignkit.resume import save
 from alignkit.roles import in_step
-from alignkit.runfolder import StepLines
+from alignkit.runfolder import StepLines, of_training
 from alignkit.stream import seed_of
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Trackers:
         if values and self._loop.config.trackers:
             self._loop.parts.accelerator.log(dict(values), step=step)
         if values and shown:
-            shown.step(step, values, always=any(k.startswith("eval/") for k in values))
+            shown.step(step, values, always=not of_training(values))
         return dict(values)
 
 

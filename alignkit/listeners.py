@@ -10,7 +10,7 @@ from typing import Any
 
 from alignkit import registry
 from alignkit.alarms import Alarm, RunView
-from alignkit.runfolder import StepLines, read_lines
+from alignkit.runfolder import StepLines, of_training, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +25,14 @@ class Listeners:
         self._run, self._hooks = run, registry.listeners(logger.warning)
         self._lines = StepLines(run.folder / "alarms.jsonl", done, evaluated)
         self._said = {str(line.get("name")) for line in read_lines(self._lines.path)}
+        for name in sorted(self._said & set(run.settings.get("stop_on") or ())):
+            logger.warning("stop_on: %s was raised before, and does not end the run any more", name)
 
     def hear(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """Ask everybody about a line of metrics; return the alarms that are new, logged and written."""
         new = [alarm for alarm in self._asked(step, metrics) if alarm.name not in self._said]
         new = list({alarm.name: alarm for alarm in reversed(new)}.values())[::-1]
-        training = not any(name.startswith("eval/") for name in metrics)
+        training = of_training(metrics)
         for alarm in new:
             logger.warning("alarm %s: %s. %s", alarm.name, alarm.message, alarm.remedy)
             self._lines.write(step, {**asdict(alarm), "training": training})

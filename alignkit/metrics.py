@@ -26,7 +26,15 @@ def pair_metrics(batch: Batch, logps_C: Tensor, rewards_S: Tensor) -> dict[str, 
         "length/chosen": length_chosen,
         "length/rejected": length_rejected,
     }
+    if "reference_logps" in batch:
+        ratios_chosen, ratios_rejected = batch.pairs(log_ratios(batch, logps_C))
+        values |= {"logratios/chosen": ratios_chosen, "logratios/rejected": ratios_rejected}
     return {name: metric(value) for name, value in values.items()} | kl_metric(batch, logps_C)
+
+
+def log_ratios(batch: Batch, logps_C: Tensor) -> Tensor:
+    """Return log policy - log reference of each completion, [n], in nats a token: 0 at a run's start, whatever row."""
+    return sequence_sum(logps_C.detach() - batch.reference_logps, batch.cu_seqlens, mean=True)
 
 
 def kl_metric(batch: Batch, logps_C: Tensor) -> dict[str, Term]:

@@ -15,6 +15,8 @@ import torch
 from alignkit.config import RunConfig, read_yaml, write_yaml
 from alignkit.errors import ConfigError, DataError
 
+EVAL = "eval/"  # in front of the metrics of an evaluation
+
 # Settings that may change between a run and its resumption without changing what is computed.
 FREE = {
     "resume", "name", "output", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_tokens",
@@ -142,18 +144,27 @@ class StepLines:
     def _drop_after(self, step: int, evaluated: bool) -> None:
         # a run that was killed after its last checkpoint repeats those steps
         temporary = self.path.with_suffix(".tmp")
-        with self.path.open(encoding="utf-8") as lines, temporary.open("w", encoding="utf-8") as kept:
+        odd = "surrogateescape"  # bytes that are no text go where they came from
+        with (
+            self.path.open(encoding="utf-8", errors=odd) as lines,
+            temporary.open("w", encoding="utf-8", errors=odd) as kept,
+        ):
             for line in lines:
                 try:
                     about = json.loads(line)
                     again = not 0 < step >= about["step"]
                     if not again and about["step"] == step and not evaluated:
-                        again = about.get("training") is False or any(k.startswith("eval/") for k in about)
+                        again = not of_training(about)
                 except (ValueError, KeyError, TypeError, RecursionError):
                     continue  # the line that was being written when the process was killed
                 if not again:
                     kept.write(line)
         os.replace(temporary, self.path)
+
+
+def of_training(line: Mapping[str, Any]) -> bool:
+    """Say whether a line is of a training step, and not of an evaluation."""
+    return line.get("training") is not False and not any(name.startswith(EVAL) for name in line)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -56,8 +56,8 @@ def offline_line(step: int, rng: random.Random) -> tuple[dict[str, float], list[
     length = 11 + rng.gauss(0, 0.5)
     metrics = {
         "loss": 0.69 - 0.5 * part, "kl": 7 * part, "logps/chosen": length * (-0.07 - 0.08 * part),
-        "logps/rejected": -1 - 17 * part, "length/chosen": length, "rewards/margin": 1.6 * part,
-        "grad_norm": rng.lognormvariate(0, 0.4), "lr": 1e-4 * min(step / 6, 1),
+        "logps/rejected": -1 - 17 * part, "length/chosen": length, "length/rejected": 10.0,
+        "rewards/margin": 1.6 * part, "grad_norm": rng.lognormvariate(0, 0.4), "lr": 1e-4 * min(step / 6, 1),
     }  # fmt: skip
     return metrics, []
 
@@ -136,6 +136,7 @@ PLANTED: list[tuple[str, Any, Change]] = [
     ("repetition", online_line, says("{0} {1} red red red red red red red red red red")),
     ("opening", online_line, says("What a lovely question, {0} {1}")),
     ("displacement", offline_line, sets(logps__chosen=lambda step: -1.0 - step / 10)),
+    ("displacement", offline_line, sets(logratios__chosen=lambda s: -s / 90, logratios__rejected=lambda s: -s / 40)),
     ("zero_variance", online_line, scores("reward", lambda step, row: 0.5)),
     ("zero_variance", online_line, scores("reward", lambda step, row: float(step == 1 and row["number"] == 0))),
     ("clip_fraction", online_line, sets(clip_fraction=lambda step: step / 60)),
@@ -260,7 +261,8 @@ def test_a_critic_is_not_blamed_where_nothing_varies() -> None:
 
 def test_the_chosen_answers_may_fall_where_the_margin_or_the_rejected_ones_do_not() -> None:
     def lines(chosen: float, rejected: float, margin: float) -> list[dict[str, float]]:
-        start = {"logps/chosen": -10.0, "logps/rejected": -10.0, "rewards/margin": 0.0, "length/chosen": 10.0}
+        start = {"logps/chosen": -10.0, "logps/rejected": -10.0, "rewards/margin": 0.0}
+        start |= {"length/chosen": 10.0, "length/rejected": 10.0}
         later = {**start, "logps/chosen": chosen, "logps/rejected": rejected, "rewards/margin": margin}
         return [start, start, later, later]
 
@@ -268,6 +270,39 @@ def test_the_chosen_answers_may_fall_where_the_margin_or_the_rejected_ones_do_no
     assert alarms(lines(-15, -30, 1), displacement=0.5) == []
     assert alarms(lines(-15, -5, 1), displacement=0.3) == []
     assert alarms(lines(-15, -30, -1), displacement=0.3) == []
+    assert alarms(lines(-15, -14, 1), displacement=0.3) == []  # the rejected ones fell less
+
+
+def test_answers_fall_by_the_token_however_long_the_rejected_ones_are() -> None:
+    def lines(length: float, rejected: float) -> list[dict[str, float]]:
+        start = {"logps/chosen": -10.0, "logps/rejected": -40.0, "length/chosen": 10.0, "length/rejected": 40.0}
+        later = {**start, "logps/chosen": -15.0, "logps/rejected": rejected * length, "length/rejected": length}
+        return [{**line, "rewards/margin": float(i)} for i, line in enumerate((start, start, later, later))]
+
+    assert alarms(lines(10, -2.0)) == [(4, "displacement", 0.5)]  # a sum of -20, above the start's -40
+    assert alarms(lines(80, -0.6)) == []  # a sum of -48, below the start's, of tokens that became likelier
+
+
+def test_a_few_unlikely_rows_are_no_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities that only rise, of rows that differ by 0.7 nats a token: 4 rows a step, no reference."""
+    raised = 0
+    for seed in range(40):
+        rng, monitor = random.Random(seed), Monitor(Health())
+        for step in range(1, STEPS + 1):
+            sides = {side: statistics.fmean(rng.gauss(-2 + step / 500, 0.7) for _ in range(4)) for side in "ab"}
+            line = {"logps/chosen": 10 * sides["a"], "logps/rejected": 10 * sides["b"], "rewards/margin": step / 9}
+            found = monitor.see(step, {**line, "length/chosen": 10.0, "length/rejected": 10.0})
+            raised += any(alarm.name == "displacement" for alarm in found)
+    assert raised <= 2  # lines, of 40 runs
+
+
+def test_log_ratios_are_preferred_to_log_probabilities() -> None:
+    start = {"logps/chosen": -10.0, "logps/rejected": -10.0, "length/chosen": 10.0, "length/rejected": 10.0}
+    start |= {"logratios/chosen": 0.0, "logratios/rejected": 0.0, "rewards/margin": 0.0}
+    other_rows = {**start, "logps/chosen": -30.0, "logps/rejected": -60.0, "rewards/margin": 1.0}
+    assert alarms([start, start, other_rows, other_rows]) == []
+    fallen = {**other_rows, "logratios/chosen": -0.5, "logratios/rejected": -0.75}
+    assert alarms([start, start, fallen, fallen]) == [(4, "displacement", 0.5)]
 
 
 def test_longer_answers_repeat_more_of_their_pairs_and_that_is_no_collapse() -> None:
@@ -315,6 +350,20 @@ def test_the_same_opening_counts_every_prompt_once() -> None:
     assert same_opening(rows((1, "a"), (2, "a"), (3, "a"))) is None
 
 
+def test_steps_of_few_prompts_are_looked_at_together_for_openings() -> None:
+    def raised(window: int, steps: int = 30) -> list[int]:
+        monitor = Monitor(Health(window=window))
+        found = []
+        for step in range(1, steps):
+            text = "I am sorry, but" if step > 10 else f"{step} different words"
+            rows = [{"row": 2 * step + i, "completion": f"{text} {i}"} for i in range(2)]
+            found += [step for alarm in monitor.see(step, {"kl": 1.0}, rows) if alarm.name == "opening"]
+        return found
+
+    assert raised(4)[0] == 15  # the last four windows of 8 prompts: (0.5 + 0.75 + 1 + 1) / 4 is 0.81
+    assert raised(1) == []  # 2 prompts say nothing
+
+
 def test_groups_that_teach_nothing() -> None:
     def rows(*groups: Sequence[float]) -> list[dict[str, Any]]:
         return [{"row": i, "reward": value} for i, group in enumerate(groups) for value in group]
@@ -339,6 +388,8 @@ def test_groups_that_teach_nothing() -> None:
         ),
         ([{"use": "numeric", "weight": 0, "name": "mine"}], ("mine",)),
         ([{"ensemble": ["a", "b"], "weight": 0}], ("ensemble",)),
+        ([{"use": "numeric", "weight": "0"}, {"use": "exact", "weight": "none"}], ("numeric",)),
+        ([{"use": "a:b/model", "weight": 0}], ("a:b",)),
     ],
 )
 def test_rewards_of_weight_0_are_held_out(reward: Any, names: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from alignkit.errors import AlarmError, ConfigError, DataError
 from alignkit.listeners import Listeners
 from alignkit.method import MethodConfig
 from alignkit.progress import Progress, line
-from alignkit.runfolder import read_lines, read_metrics
+from alignkit.runfolder import StepLines, read_lines, read_metrics
 from helpers import make_rows
 
 TIMED = ("tokens_per_second", "seconds/")
@@ -217,6 +217,19 @@ def test_limits_may_change_when_a_run_is_resumed(hear: Any, settings: dict[str, 
     alignkit.run("sft", resume=True, health={"kl_high": 30}, **given)
 
 
+def test_what_was_raised_before_a_resume_ends_nothing_and_that_is_said(
+    hear: Any, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    hear(one=lambda step, _: [alarm("kl_high" if step < 3 else "truncation")])
+    given = {"data": make_rows("text", 12), "name": "run", **settings}
+    with pytest.raises(AlarmError):
+        alignkit.run("sft", stop_on="truncation", **given)
+    caplog.clear()
+    alignkit.run("sft", resume=True, stop_on="kl_high,truncation", **given)
+    for name in ("kl_high", "truncation"):
+        assert f"stop_on: {name} was raised before, and does not end the run any more" in caplog.text
+
+
 def test_every_rank_ends_together(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
     """A rank that heard no alarm itself ends where another one did."""
     from alignkit.ranks import Ranks
@@ -268,8 +281,26 @@ def test_stop_on_knows_the_alarms() -> None:
     assert config(stop_on="kl_high, truncation").stop_on == ["kl_high", "truncation"]
     with pytest.raises(ConfigError, match=r"no alarm 'kl_hihg'. Did you mean 'kl_high'\? There are kl_high, kl_low, "):
         config(stop_on=["kl_hihg"])
+    assert config(stop_on=" ").stop_on == config(stop_on="").stop_on == []
+    with pytest.raises(ConfigError, match="no alarm ''"):
+        config(stop_on=[""])
     assert set(ALARMS) < set(Health.model_fields)
     assert "enabled" not in ALARMS
+
+
+def test_stop_on_names_no_alarm_that_is_switched_off() -> None:
+    for off in ({"health.kl_high": None}, {"health.enabled": False}):
+        with pytest.raises(ConfigError, match="stop_on names kl_high, which `health` switches off; give it a limit"):
+            config(stop_on="kl_high", **off)
+
+
+def test_limits_are_numbers_with_room_between_them() -> None:
+    with pytest.raises(ConfigError, match="kl_high is true; give its limit as a number, or null to switch it off"):
+        config(health={"kl_high": True})
+    with pytest.raises(ConfigError, match="kl_low 50 is not below kl_high 15"):
+        config(**{"health.kl_low": 50})
+    with pytest.raises(ConfigError, match="less than or equal to 1000"):
+        config(**{"health.window": 100_000})
 
 
 # ------------------------------------------------------------------------------------------- files of a run folder
@@ -288,6 +319,14 @@ def test_a_cut_off_last_line_is_left_out_and_garbage_in_the_middle_is_named(tmp_
             list(read_lines(file))
     file.write_bytes(b'{"step": 1}\n\xff\xfe{')
     assert [m["step"] for m in read_lines(file)] == [1]
+
+
+def test_a_resume_takes_out_lines_that_are_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "alarms.jsonl"
+    file.write_bytes(b'{"step": 1}\n\xff\xfe{\n{"step": 3}\n')
+    StepLines(file, 2).close()
+    assert file.read_bytes() == b'{"step": 1}\n'
+
     with pytest.raises(DataError, match=r"cannot read .*nothing.jsonl: No such file"):
         list(read_lines(tmp_path / "nothing.jsonl"))
 

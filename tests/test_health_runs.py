@@ -231,4 +231,24 @@ def test_bad_input_is_said_in_a_line(tmp_path: Path) -> None:
     write(run, [{"step": 1, "kl": 1.0}])
     assert "no limit 'kl_hig'. Did you mean 'kl_high'?" in health(run, "--set", "kl_hig=3")[1]
     assert "kl_high: Input should be greater than 0" in health(run, "--set", "kl_high=-3")[1]
+    assert f"health in {run}/config.yaml, or --set: " in health(run, "--set", "kl_hig=3")[1]
     assert health(run, "--json", tmp_path)[0] == 2
+    assert health(run, "--json", "/proc/nowhere.json")[0] == 2
+    (run / "config.yaml").write_text("critic_warmup_steps: abc\n")
+    assert health(run)[0] == 0
+
+
+@pytest.mark.parametrize("odd", ['{"step": [1], "training": true}', '{"step": "a", "training": true}', "[" * 9999, "1"])
+def test_odd_completions_are_passed_over(odd: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", [{"step": i, "kl": 1.0} for i in range(1, 20)])
+    rows = [
+        {"step": i, "training": True, "row": [n], "completion": "Sorry, I cannot"}
+        for i in range(1, 20)
+        for n in range(4)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    for row in rows[:32]:
+        row["completion"] = f"{row['step']} {row['row']} and more"
+    lines = [json.dumps(row) for row in rows]
+    (folder / "completions.jsonl").write_text("\n".join([*lines[:5], odd, *lines[5:]]) + "\n")
+    assert [a.name for _, a in replay(folder)] == ["opening"]

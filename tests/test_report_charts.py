@@ -6,6 +6,7 @@ import math
 import random
 import re
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignkit.insight.report import svg
+from alignkit.insight.report.curves import groups
+from alignkit.insight.report.read import Run
 from alignkit.insight.report.svg import DASHES, Mark, Series, chart, sample, thin
 from alignkit.insight.report.ticks import domain, labels, number, ticks
 
@@ -188,6 +191,30 @@ def test_hover_texts_say_the_values_of_all_series_at_their_steps() -> None:
     edges = [(float(r.attrib["x"]), float(r.attrib["width"])) for r in strips]
     assert all(x + w == pytest.approx(nxt, abs=0.11) for (x, w), (nxt, _) in pairwise(edges))
     assert any(p[0].text == "b, step 2: 7" for p in root.iter("path") if p.attrib["class"] == "marker c1")
+
+
+def test_a_band_is_shaded_as_far_as_the_chart_goes() -> None:
+    def shaded(*values: float) -> tuple[float, float, float, float]:
+        points = [(float(i), v) for i, v in enumerate(values)]
+        root = parsed(chart("kl", "", [Series("a", points)], band=(0.5, 10.0)))
+        (rect,) = [r for r in root.iter("rect") if r.attrib["class"] == "band"]
+        top = float(rect.attrib["y"])
+        return top, top + float(rect.attrib["height"]), *axis(root, "y", "y")
+
+    top, bottom, unit, zero = shaded(0.0, 20.0)
+    zero -= 3.6  # a label stands that far below its line
+    assert (top, bottom) == pytest.approx((zero + 10 * unit, zero + 0.5 * unit), abs=0.02)
+    top, bottom, *_ = shaded(2.0, 4.0)
+    assert (top, bottom) == pytest.approx((svg.TOP, svg.HEIGHT - svg.BOTTOM), abs=0.02)  # all of it
+    top, bottom, *_ = shaded(20.0, 40.0)
+    assert top == bottom == pytest.approx(svg.HEIGHT - svg.BOTTOM, abs=0.02)  # none of it
+
+
+def test_the_kl_alone_has_its_healthy_band() -> None:
+    run = Run(Path("r"), "r", {}, [{"step": i, "kl": i / 9, "loss": 1 / i} for i in range(1, 9)], [], [], [])
+    panels = {panel.name: panel for group in groups([run], []) for panel in group.panels}
+    assert panels["kl"].unit == "nats a sequence; shaded: 0.5 to 10"
+    assert ['class="band"' in panels[name].chart for name in ("kl", "loss")] == [True, False]
 
 
 def test_alarms_stand_at_their_step_with_label_and_words() -> None:

@@ -139,7 +139,7 @@ def _optioned(cls: Any, name: str, options: Mapping[str, Any], kind: Kind) -> An
 def _target(use: Any, kind: Kind) -> tuple[Any, str]:
     """Return a function, a class or a model's folder, and what it is called."""
     if callable(use):
-        return use, getattr(use, "__name__", type(use).__name__)
+        return use, name_of(use)
     if isinstance(use, Path):
         use = os.fspath(use)
     if not isinstance(use, str) or not use:
@@ -155,7 +155,7 @@ def _target(use: Any, kind: Kind) -> tuple[Any, str]:
     if use in installed:
         return kind.registered(use), use
     if match := _FUNCTION.fullmatch(use):
-        return _imported(match[1], match[2], kind), match[2]
+        return _imported(match[1], match[2], kind), name_of(use)
     use = os.path.expanduser(use) if os.sep in use else use
     if os.sep not in use and not Path(use).is_dir():
         known = [*kind.built_in, *installed]
@@ -167,8 +167,17 @@ def _target(use: Any, kind: Kind) -> tuple[Any, str]:
         check_folder(use, pairwise=kind is JUDGE)
     except ConfigError as error:
         raise ConfigError(f"{kind.word}: {error}") from None
-    path = Path(use)
-    return use, path.parent.name if path.name == "model" and path.parent.name else path.resolve().name
+    return use, name_of(use)
+
+
+def name_of(use: Any) -> str:
+    """Return what a function, a text that names one, or a model's folder is called where it is given no `name`."""
+    if callable(use):
+        return str(getattr(use, "__name__", type(use).__name__))
+    path = Path(os.path.expanduser(str(use)))
+    if os.sep in str(use) or path.is_dir():
+        return path.parent.name if path.name == "model" and path.parent.name else path.resolve().name
+    return re.split(r"[:.]", str(use))[-1] if ":" in str(use) else str(use)
 
 
 def _imported(module: str, name: str, kind: Kind) -> Callable[..., Any]:

@@ -17,7 +17,20 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from alignkit import Batch, Context, Example, Method, MethodConfig, Models, Term, hookimpl, kl_metric, metric, wins
+from alignkit import (
+    Batch,
+    Context,
+    Example,
+    Method,
+    MethodConfig,
+    Models,
+    Term,
+    hookimpl,
+    kl_metric,
+    log_ratios,
+    metric,
+    wins,
+)  # fmt: skip
 from alignkit_kernels import preference_loss, sequence_sum
 
 
@@ -70,6 +83,7 @@ class KTO(Method["KTO.Config"]):
         )
         # how far an answer is on its right side of the baseline
         margin = torch.where(batch["desirable"], 1.0, -1.0) * (out.rewards - c.beta * batch["baseline"])
+        ratios = log_ratios(batch, logps_C)
         return {
             "kto": Term(out.losses),
             "rewards/margin": metric(margin, over="completions"),
@@ -78,6 +92,8 @@ class KTO(Method["KTO.Config"]):
             "rewards/rejected": metric(out.rewards, over="undesirable"),
             "logps/chosen": metric(out.logps, over="desirable"),
             "logps/rejected": metric(out.logps, over="undesirable"),
+            "logratios/chosen": metric(ratios, over="desirable"),
+            "logratios/rejected": metric(ratios, over="undesirable"),
             "length/chosen": metric(batch.lengths.float(), over="desirable"),
             "length/rejected": metric(batch.lengths.float(), over="undesirable"),
             "baseline": metric(batch["baseline"], over="completions"),

@@ -70,6 +70,8 @@ def test_two_rows_by_hand():
     assert terms["kto"].value.tolist() == pytest.approx([1 / (1 + math.exp(-0.05))] * 2)
     assert terms["rewards/margin"].value.tolist() == pytest.approx([-0.05, -0.05])
     assert terms["rewards/accuracy"].value.tolist() == [0.0, 0.0]
+    assert terms["logratios/chosen"].value.tolist() == terms["logratios/rejected"].value.tolist() == [2.0, 1.0]
+    assert (terms["logratios/chosen"].over, terms["logratios/rejected"].over) == ("desirable", "undesirable")
 
 
 def test_baseline_is_clamped_at_zero():

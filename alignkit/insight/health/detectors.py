@@ -14,6 +14,7 @@ from alignkit.insight.health.history import History
 
 AFTER_WARMUP = 20  # steps at the full rate, after which a policy has moved
 SPIKE = 6  # times the second largest of the norms before: where they vary widely, or one spiked, the median says little
+NOISE = 3  # standard errors that a change has to be beyond
 GROWN = {"repetition": 0.1, "opening": 0.25}  # what the base does itself is its style, and no collapse
 
 
@@ -71,11 +72,11 @@ def opening(h: History, limit: float, _: Health) -> float | None:
 
 def displacement(h: History, limit: float, _: Health) -> float | None:
     """The margin grows although the chosen answers become less likely, because the rejected ones do so faster."""
-    chosen, rejected = h.change("logps/chosen/token"), h.change("logps/rejected")
-    margin = h.change("rewards/margin")
-    if chosen is None or rejected is None or margin is None or rejected >= 0 or margin <= 0:
+    chosen, rejected, margin = h.change("fall/chosen"), h.change("fall/rejected"), h.change("rewards/margin")
+    if chosen is None or rejected is None or margin is None or rejected >= chosen or margin <= 0:
         return None
-    return _above(-chosen, limit)
+    # without a reference, a few rows that happened to be unlikely look like a fall
+    return _above(-chosen, limit) if -chosen > NOISE * h.noise("fall/chosen") else None
 
 
 def zero_variance(h: History, limit: float, _: Health) -> float | None:

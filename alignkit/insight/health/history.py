@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -70,6 +71,11 @@ class History:
         """Now minus start."""
         start, now = self.start(name), self.now(name)
         return None if start is None or now is None else now - start
+
+    def noise(self, name: str) -> float:
+        """Standard error of `change`, as the spread of the first and of the last lines has it; 0 of single lines."""
+        windows = self._first.get(name, [])[: self.window], self._recent(name, self.window)
+        return math.sqrt(sum(statistics.variance(some) / len(some) for some in windows if len(some) > 1))
 
     def ratio(self, name: str) -> float | None:
         """Now by start; None where the start is 0."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from alignkit.alarms import Alarm, Health
 from alignkit.insight.health.history import History
-from alignkit.insight.health.texts import Row, facts, number
+from alignkit.insight.health.texts import Row, facts, number, same_opening
 from alignkit.insight.health.words import DETECTORS
-
-EVAL = "eval/"
+from alignkit.rewards.spec import name_of
+from alignkit.runfolder import EVAL, of_training
 
 
 class Monitor:
@@ -26,27 +26,36 @@ class Monitor:
         for history in self._histories.values():
             history.held_out = held_out(self._settings.get("reward"))
         # while a critic warms up the policy stands still on purpose
-        self._histories[True].warm_at = int(self._settings.get("critic_warmup_steps") or 0)
+        self._histories[True].warm_at = int(number(self._settings.get("critic_warmup_steps")) or 0)
         self._best, self._worst = float("-inf"), float("inf")
+        self._before: deque[Sequence[Row]] = deque(maxlen=limits.window - 1)
 
     def see(self, step: int, metrics: Mapping[str, Any], completions: Sequence[Row] = ()) -> list[Alarm]:
         """Take in a line of metrics and the completions of its step; return what is wrong now, said before or not."""
-        start = "" if training(metrics) else EVAL
+        start = "" if of_training(metrics) else EVAL
         history = self._histories[not start]
         values = {
             name.removeprefix(start): value
             for name, given in metrics.items()
             if name.startswith(start) and (value := number(given)) is not None
         }
-        rewards = [value for row in completions if (value := number(row.get("reward"))) is not None]
-        self._best, self._worst = max([self._best, *rewards]), min([self._worst, *rewards])
-        values |= facts(completions, self._best, self._worst)
-        if "logps/chosen" in values and values.get("length/chosen"):
-            values["logps/chosen/token"] = values["logps/chosen"] / values["length/chosen"]
+        values |= self._of_texts(completions, bool(start)) | _fallen(values)
         if values.get("reward/std") == 0:  # nothing varies that a critic could explain
             values.pop("value/explained_variance", None)
         history.add(step, values)
         return [alarm for detector in DETECTORS if (alarm := self._found(detector, history))]
+
+    def _of_texts(self, completions: Sequence[Row], evaluation: bool) -> dict[str, float]:
+        rewards = [value for row in completions if (value := number(row.get("reward"))) is not None]
+        self._best, self._worst = max([self._best, *rewards]), min([self._worst, *rewards])
+        found = facts(completions, self._best, self._worst)
+        if completions and not evaluation:
+            # a step of few prompts is looked at together with those before it
+            opening = same_opening([row for rows in (*self._before, completions) for row in rows])
+            self._before.append(completions)
+            if "text/opening" not in found and opening is not None:
+                found["text/opening"] = opening
+        return found
 
     def _found(self, detector: Any, history: History) -> Alarm | None:
         limit = getattr(self._limits, detector.name)
@@ -60,20 +69,28 @@ class Monitor:
         return Alarm(detector.name, value, limit, message, detector.advice(self._settings))
 
 
-def training(metrics: Mapping[str, Any]) -> bool:
-    """Say whether a line is of a step, and not of an evaluation."""
-    return not any(name.startswith(EVAL) for name in metrics)
+def _fallen(values: Mapping[str, float]) -> dict[str, float]:
+    """Return how likely chosen and rejected answers are, in nats a token: against the reference where there is one,
+    which takes out of it which rows a step happened to have."""
+    found = {}
+    for side in ("chosen", "rejected"):
+        logps, length, ratio = (values.get(f"{name}/{side}") for name in ("logps", "length", "logratios"))
+        if ratio is not None:
+            found[f"fall/{side}"] = ratio
+        elif logps is not None and length:
+            found[f"fall/{side}"] = logps / length
+    return found
 
 
 def held_out(reward: Any) -> tuple[str, ...]:
     """Return the names of the rewards of weight 0 in a run's `reward`, as they are logged."""
     specs = reward if isinstance(reward, list | tuple) else [reward]
-    idle = [s for s in specs if isinstance(s, Mapping) and number(s.get("weight")) == 0]
-    return tuple(str(s.get("name") or _called(s)) for s in idle)
+    idle = [s for s in specs if isinstance(s, Mapping) and _weight(s) == 0]
+    return tuple(str(s.get("name") or ("ensemble" if "ensemble" in s else name_of(s.get("use")))) for s in idle)
 
 
-def _called(spec: Mapping[str, Any]) -> str:
-    if "ensemble" in spec:
-        return "ensemble"
-    path = PurePath(str(spec.get("use")).rpartition(":")[2])
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
+def _weight(spec: Mapping[str, Any]) -> float | None:
+    try:
+        return number(float(spec.get("weight", 1.0)))  # text is taken too, as by the rewards themselves
+    except (TypeError, ValueError):
+        return None

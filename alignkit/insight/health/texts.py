@@ -23,9 +23,9 @@ def same_opening(rows: Sequence[Row]) -> float | None:
 
     Every prompt counts once, by the part of its completions that begin so.
     """
-    by_prompt: dict[Any, list[tuple[str, ...]]] = defaultdict(list)
+    by_prompt: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     for row in rows:
-        by_prompt[row.get("row")].append(tuple(words(_text(row))[:OPENING]))
+        by_prompt[str(row.get("row"))].append(tuple(words(_text(row))[:OPENING]))
     if len(by_prompt) < 4:
         return None
     shares: Counter[tuple[str, ...]] = Counter()
@@ -41,10 +41,10 @@ def dead_groups(rows: Sequence[Row], best: float, worst: float) -> float | None:
     best, worst: rewards of the run so far. A prompt whose completions are all at the best is solved and does not count,
     unless no other reward was ever seen.
     """
-    groups: dict[Any, list[float]] = defaultdict(list)
+    groups: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if (reward := number(row.get("reward"))) is not None:
-            groups[row.get("row")].append(reward)
+            groups[str(row.get("row"))].append(reward)
     several = [g for g in groups.values() if len(g) > 1]
     dead = [g for g in several if min(g) == max(g) and (g[0] < best or best == worst)]
     return len(dead) / len(several) if several else None

@@ -10,9 +10,9 @@ from typing import Any
 from alignkit.alarms import Alarm, Health
 from alignkit.config import gathered, read_yaml, validated
 from alignkit.errors import ConfigError, DataError
-from alignkit.insight.health.monitor import Monitor, training
+from alignkit.insight.health.monitor import Monitor
 from alignkit.insight.health.texts import Row
-from alignkit.runfolder import read_metrics
+from alignkit.runfolder import of_training, read_metrics
 
 
 class Watch:
@@ -32,7 +32,7 @@ class Watch:
 
     def see(self, step: int, metrics: Mapping[str, Any]) -> list[Alarm]:
         """Return what is wrong at a line."""
-        return self._monitor.see(step, metrics, self._rows(step, training(metrics))) if self._enabled else []
+        return self._monitor.see(step, metrics, self._rows(step, of_training(metrics))) if self._enabled else []
 
     def _rows(self, step: int, trained: bool) -> list[Row]:
         """The completions of a line. Those before it, of steps that were not logged, are passed over."""
@@ -44,9 +44,12 @@ class Watch:
             for line in lines:
                 try:
                     row = json.loads(line)
-                    place = (row["step"], not row["training"])
-                except (ValueError, KeyError, TypeError):
-                    break  # cut off where a run was killed
+                    place = (int(row["step"]), not row["training"])
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    if not line.endswith(b"\n"):
+                        break  # it is being written, or was cut off where a run was killed
+                    self._read += len(line)
+                    continue
                 if place > (step, not trained):
                     break
                 self._read += len(line)
@@ -62,7 +65,10 @@ def replay(folder: Path, changes: Mapping[str, Any] | None = None) -> list[tuple
     """
     settings = _settings(folder)
     given = gathered({"health": settings.get("health") or {}, **{f"health.{k}": v for k, v in (changes or {}).items()}})
-    limits = validated(Health, {**given["health"], "enabled": True})
+    try:
+        limits = validated(Health, {**given["health"], "enabled": True})
+    except ConfigError as error:
+        raise ConfigError(f"health in {folder / 'config.yaml'}, or --set: {error}") from None
     lines = read_metrics(folder)
     if not lines:
         raise DataError(f"{folder / 'metrics.jsonl'} is empty: the run made no step")

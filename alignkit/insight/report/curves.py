@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from alignkit.alarms import HEALTHY_KL
 from alignkit.insight.report.read import Run
 from alignkit.insight.report.svg import Mark, Point, Series, chart, sample
 from alignkit.insight.report.ticks import finite, number
@@ -15,7 +16,7 @@ from alignkit.insight.report.ticks import finite, number
 _HELD_OUT = "eval/"
 _GROUPS = (
     ("Reward and loss", r"wins/.*|rewards?/.*|advantage/.*|loss"),
-    ("Distance from the reference", r"kl|kl/.*|entropy|clip_fraction|ratio/max|logps/.*"),
+    ("Distance from the reference", r"kl|kl/.*|entropy|clip_fraction|ratio/max|logps/.*|logratios/.*"),
     ("Length and variety", r"completion/.*|length/.*"),
     ("Optimiser and speed", r"grad_norm|lr|skipped|tokens_per_second|seconds/.*"),
 )
@@ -24,6 +25,7 @@ _UNITS = (
     (r"kl", "nats a sequence"),
     (r"entropy", "nats a token"),
     (r"logps/.*", "nats a completion"),
+    (r"logratios/.*", "nats a token, policy against reference"),
     (r"wins/mean", "probability"),
     (r"rewards/accuracy", "part of pairs"),
     (r"rewards?/.*", "reward"),
@@ -76,7 +78,9 @@ def groups(runs: Sequence[Run], marks: Sequence[Mark]) -> list[Group]:
         elif numbers in seen:
             seen[numbers].same.append(name)
         else:
-            seen[numbers] = Panel(name, unit(name), [], chart(name, unit(name), series, marks))
+            of, band = unit(name), HEALTHY_KL if name == "kl" else None
+            said = f"{of}; shaded: {band[0]:g} to {band[1]:g}" if band else of
+            seen[numbers] = Panel(name, said, [], chart(name, of, series, marks, band))
             group.panels.append(seen[numbers])
     return [group for group in made.values() if group.panels or group.constant]
 

@@ -67,12 +67,18 @@ class Frame:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def chart(name: str, unit: str, series: Sequence[Series], marks: Sequence[Mark] = ()) -> Markup:
-    """Return the chart of one metric. series without any finite value are left out; with none the axes stand alone."""
+def chart(
+    name: str, unit: str, series: Sequence[Series], marks: Sequence[Mark] = (), band: tuple[float, float] | None = None
+) -> Markup:
+    """Return the chart of one metric. series without any finite value are left out; with none the axes stand alone.
+
+    band: values between which the ground is shaded.
+    """
     values = [v for s in series for _, v in s.points if finite(v)]
     steps = [x for s in series for x, _ in s.points]
     frame, at = _frame(steps, [v for v in values if v is not None])
-    parts = [_axes(frame, at, unit)]
+    parts = [_band(frame, *band)] if band else []
+    parts.append(_axes(frame, at, unit))
     parts += [_mark(frame, m) for m in marks if frame.steps[0] <= m.step <= frame.steps[1]]
     parts += [_line(frame, s) for s in series]
     parts += [_strips(frame, series)]
@@ -138,6 +144,14 @@ def _axes(frame: Frame, at: Sequence[float], unit: str) -> Markup:
     parts.append(Markup('<path class="axis" d="M{:.1f} {}H{}"/>').format(frame.left, floor, right))
     parts.append(Markup('<text class="y" x="{:.1f}" y="{}">step</text>').format(frame.left - 10, floor + 15))
     return Markup("\n").join(parts)
+
+
+def _band(frame: Frame, low: float, high: float) -> Markup:
+    below, above = frame.values
+    top, floor = frame.y(min(max(high, below), above)), frame.y(max(min(low, above), below))
+    return Markup('<rect class="band" x="{:.1f}" y="{:.2f}" width="{:.1f}" height="{:.2f}"/>').format(
+        frame.left, top, WIDTH - RIGHT - frame.left, floor - top
+    )
 
 
 def _line(frame: Frame, series: Series) -> Markup:
