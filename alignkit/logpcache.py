@@ -24,7 +24,7 @@ from torch import Tensor
 from alignkit.errors import CacheError, nearest
 
 VERSION = 1
-_APPLICATION = 0x616C6B72  # tells our files from other SQLite databases
+APPLICATION = 0x616C6B72  # tells our files from other SQLite databases
 _WAIT = 60.0  # seconds to wait for another process's transaction
 _CHUNK = 500  # keys a select
 _SCHEMA = (
@@ -32,7 +32,7 @@ _SCHEMA = (
     " first_used TEXT NOT NULL, last_used TEXT NOT NULL)",
     "CREATE TABLE logps (key BLOB NOT NULL UNIQUE, ref INTEGER NOT NULL, value BLOB NOT NULL, checksum BLOB NOT NULL)",
     "CREATE INDEX logps_by_ref ON logps (ref)",
-    f"PRAGMA application_id = {_APPLICATION}",
+    f"PRAGMA application_id = {APPLICATION}",
     f"PRAGMA user_version = {VERSION}",
 )
 
@@ -164,7 +164,7 @@ class LogpCache:
             "SELECT 1 FROM sqlite_master LIMIT 1"
         )  # first: a file being made is empty until it is ours
         application, version = (self._all(f"PRAGMA {p}")[0][0] for p in ("application_id", "user_version"))
-        if not empty and application != _APPLICATION:
+        if not empty and application != APPLICATION:
             raise CacheError(f"{self.path} is a database of another program. {_elsewhere()}")
         if version > VERSION:
             raise CacheError(
