@@ -74,6 +74,13 @@ def test_every_probe_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         ("/there/alice2/x", "/there/alice2/x"),
         ("/data/alice/x", "/data/USER/x"),
         ("malice and alice", "malice and alice"),
+        ("/data/alice-runs/x", "/data/USER-runs/x"),
+        ("/there/alice-runs/x", "/there/USER-runs/x"),
+        ("alice_runs/x, 5 GiB free", "USER_runs/x, 5 GiB free"),
+        ("/data/my.alice/x", "/data/my.USER/x"),
+        ("/data/malice/alicea", "/data/malice/alicea"),
+        ("C:\\data\\alice-runs", "C:\\data\\USER-runs"),
+        ("cannot write /there/alice.", "cannot write /there/USER."),
     ],
 )
 def test_neither_home_nor_user_is_shown(text: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +95,57 @@ def test_a_home_that_is_the_root_hides_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert private("/usr/lib") == "/usr/lib"
 
 
-def test_a_user_without_an_entry_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 1234"), OSError("no"), ImportError("no pwd")])
+def test_the_home_of_a_user_without_an_entry_is_not_shown(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused() -> str:
-        raise KeyError("getpwuid(): uid not found: 1234")
+        raise error
 
+    monkeypatch.setenv("HOME", "/there/alice")
     monkeypatch.setattr("getpass.getuser", refused)
-    assert private("/data/x") == "/data/x"
+    assert private("/there/alice/x and /data/alice-runs") == "~/x and /data/USER-runs"
+
+
+def test_the_name_of_a_user_without_a_home_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", refused)
+    monkeypatch.setattr("getpass.getuser", lambda: "alice")
+    assert private("/data/alice/x") == "/data/USER/x"
+
+
+@pytest.mark.parametrize("name", ["root", "user", "data"])
+def test_a_name_of_nobody_is_let_be(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", f"/there/{name}")
+    monkeypatch.setattr("getpass.getuser", lambda: name)
+    assert private(f"/there/{name}/x and /disk/{name}/{name}-x") == f"~/x and /disk/{name}/{name}-x"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://alice:s3cret@host/x", "https://***@host/x"),
+        ("see 'https://s3cret@host:80'", "see 'https://***@host:80'"),
+        ("https://alice:s3/c@r:et@host", "https://***@host"),
+        ("http://:s3cret@host", "http://***@host"),
+        ("/here/https:/alice:s3cret@host/x", "/here/https:/***@host/x"),
+        ("C:/x@y/z", "C:/x@y/z"),
+        ("proxy=alice:s3cret@host:3128", "proxy=***@host:3128"),
+        ("https://host/x@v1", "https://host/x@v1"),
+        ("https://host:80/x", "https://host:80/x"),
+        ("warn: x @ y", "warn: x @ y"),
+        ("expected: a@b", "expected: a@b"),
+    ],
+)
+def test_neither_names_nor_passwords_of_addresses_are_shown(text: str, shown: str) -> None:
+    assert private(text) == shown
+
+
+def test_an_address_in_a_variable_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", "https://alice:s3cret@host/x")
+    found = looked("environment", surroundings.environment, NOTHING)
+    assert Fact("HF_HOME", "https://***@host/x") in found.facts
+    assert "s3cret" not in examine().text()
 
 
 # ------------------------------------------------------------------------------------------------------ software

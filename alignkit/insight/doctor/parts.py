@@ -5,11 +5,25 @@ from __future__ import annotations
 import getpass
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 Severity = Literal["ok", "warn", "problem"]
+
+# a password may hold any character but a blank; of an address that is taken for a path, one / is left
+_CREDENTIALS = re.compile(
+    r"(?:(?<=://)|(?<=:/)(?!/))[^\s/:]*:\S+@"  # scheme://name:password@host
+    r"|(?<=://)[^\s/]+@"  # scheme://token@host
+    r"|(?<![^\s'\"=,;(])[^\s/\\:@'\"=,;(]+:[^\s/\\]+@"  # name:password@host
+)
+_IN_A_PATH = re.compile(r"[/\\][^/\\\s]+|[^/\\\s]+(?=[/\\])")
+# accounts that tell nothing of a person, and are folders' names too
+_NOBODYS = {
+    "admin", "app", "data", "home", "jovyan", "models", "nobody", "root", "runner", "ubuntu", "user", "work",
+    "workspace",
+}  # fmt: skip
 
 
 class Fact(NamedTuple):
@@ -76,14 +90,18 @@ def first(error: BaseException) -> str:
 
 
 def private(text: str) -> str:
-    """Return a text without the home folder, and without the user's name where it stands as a folder."""
-    try:
+    """Return a text without the home folder, the user's name as a word of a path, and names and passwords in
+    addresses."""
+    text = _CREDENTIALS.sub("***@", text)
+    names = set()
+    with suppress(OSError, RuntimeError):  # neither HOME nor an entry in the list of users, as in containers
         homes = {str(Path.home()), str(Path.home().resolve())}
-        names = {getpass.getuser(), Path.home().name}
-    except (OSError, KeyError, RuntimeError):  # a user without an entry, as in containers
-        return text
-    for home in sorted(homes - {"/"}, key=len, reverse=True):
-        text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
-    for name in names - {""}:
-        text = re.sub(rf"(?<=[/\\]){re.escape(name)}(?![\w.-])", "USER", text)
+        for home in sorted(homes - {"/"}, key=len, reverse=True):
+            text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
+        names.add(Path.home().name)
+    with suppress(OSError, KeyError, ImportError):
+        names.add(getpass.getuser())
+    for name in names - _NOBODYS - {""}:
+        word = re.compile(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])")  # alice-runs and my_alice, not malice
+        text = _IN_A_PATH.sub(lambda part, word=word: word.sub("USER", part[0]), text)  # type: ignore[misc]
     return text
