@@ -22,7 +22,7 @@ def set_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name in os.environ:
-        if name in surroundings.SHOWN or name.startswith(surroundings._FAMILIES):
+        if name in (*surroundings.SHOWN, "MASTER_ADDR") or name.startswith(surroundings._FAMILIES):
             monkeypatch.delenv(name)
     monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache.sqlite"))
 

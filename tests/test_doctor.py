@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import pytest
 import torch
 from doctors import NOTHING, facts, fill, one, set_apart, spoil, troubles
 
-from alignkit.insight.doctor import Asked, examine, examined, installed, software, surroundings
+from alignkit.insight.doctor import Asked, examine, examined, installed, machine, software, surroundings
 from alignkit.insight.doctor.parts import Fact, Trouble, looked, private
 
 
@@ -300,23 +301,58 @@ def test_secrets_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
         ("CUDA_VISIBLE_DEVICES", "", "hides every GPU"),
         ("CUDA_VISIBLE_DEVICES", "-1", "hides every GPU"),
         ("CUDA_LAUNCH_BLOCKING", "1", "every kernel wait"),
-        ("WORLD_SIZE", "2", "one of several processes"),
+        ("WORLD_SIZE", "2", "one of 2 processes"),
+        ("LOCAL_RANK", "0", "ends without MASTER_ADDR"),
+        ("RANK", "3", "another than the first process"),
     ],
 )
 def test_variables_that_do_harm(name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
     assert troubles(surroundings.environment) == []
     monkeypatch.setenv(name, value)
     found = one(surroundings.environment)
     assert found.severity == "warn"
     assert said in found.what
-    assert f"unset {name}" in found.remedy or name in found.remedy
+    assert "unset " in found.remedy
+    assert name in found.remedy
 
 
-def test_harmless_values_are_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("TRITON_INTERPRET", "0"), ("CUDA_VISIBLE_DEVICES", "1"), ("HF_HUB_OFFLINE", "1")):
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"TRITON_INTERPRET": "0"},
+        {"CUDA_VISIBLE_DEVICES": "1"},
+        {"HF_HUB_OFFLINE": "1"},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"},  # torchrun's, of one process
+        {"LOCAL_RANK": "-1"},
+    ],
+)
+def test_harmless_values_are_let_be(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert troubles(surroundings.environment) == []
-    assert facts(surroundings.environment)["hub"].startswith("offline")
+    assert ("hub" in facts(surroundings.environment)) is ("HF_HUB_OFFLINE" in given)
+
+
+def test_where_no_gpu_is_none_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    assert troubles(surroundings.environment) == []
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / "nvidia0"]))
+    assert len(troubles(surroundings.environment)) == 2
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_ranks_that_are_no_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "one")
+    assert one(surroundings.environment) == (
+        "problem", f"{name} is 'one', which is no number: a run ends there", f"unset {name}"
+    )  # fmt: skip
 
 
 def test_a_terminal_that_cannot_show_all_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from doctors import facts, fill, one, set_apart, spoil, troubles
 
 import alignkit_kernels
 from alignkit.errors import CacheError
-from alignkit.insight.doctor import Asked, computing, kept, machine
+from alignkit.insight.doctor import Asked, computing, container, kept, machine
 from alignkit.insight.doctor.parts import Trouble
 from alignkit.logpcache import LogpCache
 
@@ -40,6 +40,7 @@ def test_the_devices_of_this_machine() -> None:
 
 def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alignkit.sessions.cores", lambda: 2)
+    monkeypatch.setattr(container, "cores", lambda: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert Trouble(
         "warn", "torch uses 64 threads on 2 cores, which is slower than one for each", "export OMP_NUM_THREADS=2"
@@ -51,11 +52,115 @@ def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("of memory are free" in t.what for t in troubles(machine.devices))
 
 
+MIB = 2**20
+TREES: dict[str, tuple[str, dict[str, dict[str, object]]]] = {
+    "version 2": (
+        "0::/",
+        {
+            "": {
+                "memory.max": 64 * MIB,
+                "memory.current": 60 * MIB,
+                "memory.stat": f"anon 1\ninactive_file {36 * MIB}\n",
+            }
+        },
+    ),
+    "version 2, a limit further out": (
+        "0::/job/step",
+        {
+            "job/step": {"memory.max": "max", "memory.current": 30 * MIB, "memory.stat": "inactive_file 0"},
+            "job": {"memory.max": 64 * MIB, "memory.current": 60 * MIB, "memory.stat": f"inactive_file {36 * MIB}"},
+        },
+    ),
+    "version 1": (
+        "4:memory:/docker/of-the-host\n1:cpu,cpuacct:/docker/of-the-host\n0::/",
+        {
+            "memory": {
+                "memory.limit_in_bytes": 64 * MIB,
+                "memory.usage_in_bytes": 60 * MIB,
+                "memory.stat": f"inactive_file 7\ntotal_inactive_file {36 * MIB}",
+            },
+        },
+    ),
+    "version 1, a limit further in": (
+        "4:memory:/job",
+        {
+            "memory": {"memory.limit_in_bytes": 9223372036854771712, "memory.usage_in_bytes": 90 * MIB},
+            "memory/job": {
+                "memory.limit_in_bytes": 64 * MIB,
+                "memory.usage_in_bytes": 60 * MIB,
+                "memory.stat": f"total_inactive_file {36 * MIB}",
+            },
+        },
+    ),
+}
+
+
+def grow(own: str, tree: dict[str, dict[str, object]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant control groups."""
+    for group, files in tree.items():
+        (folder / "groups" / group).mkdir(parents=True, exist_ok=True)
+        for name, value in files.items():
+            (folder / "groups" / group / name).write_text(f"{value}\n")
+    (folder / "own").write_text(own)
+    monkeypatch.setattr(container, "GROUPS", folder / "groups")
+    monkeypatch.setattr(container, "OWN", folder / "own")
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_the_memory_of_a_container(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grow(*TREES[name], tmp_path, monkeypatch)
+    assert facts(machine.devices)["memory"] == "64 MiB, 40 MiB free"  # 64 - (60 - 36)
+
+
+@pytest.mark.parametrize(
+    ("files", "shown"),
+    [
+        ({"memory.max": 64 * MIB}, "64 MiB, 64 MiB free"),
+        ({"memory.max": 64 * MIB, "memory.current": 99 * MIB}, "64 MiB, 0 bytes free"),
+        ({"memory.max": "max", "memory.current": 9 * MIB}, None),
+        ({"memory.limit_in_bytes": 9223372036854771712, "memory.usage_in_bytes": 9 * MIB}, None),
+        ({"memory.max": 64 * MIB, "memory.current": 1, "memory.stat": "inactive_file odd"}, "unknown: ValueError: "),
+    ],
+)
+def test_limits_that_are_none_or_cannot_be_read(
+    files: dict[str, object], shown: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow("0::/", {"": files}, tmp_path, monkeypatch)
+    found = facts(machine.devices)
+    assert found["memory"].startswith(shown) if shown else "GiB, " in found["memory"]
+    assert "processor" in found
+
+
+@pytest.mark.parametrize(
+    ("own", "tree", "cores"),
+    [
+        ("0::/", {"": {"cpu.max": "150000 100000"}}, 1.5),
+        ("0::/", {"": {"cpu.max": "max 100000"}}, None),
+        ("0::/a", {"": {"cpu.max": "200000 100000"}, "a": {"cpu.max": "300000 100000"}}, 2),
+        ("1:cpu,cpuacct:/", {"cpu": {"cpu.cfs_quota_us": "150000", "cpu.cfs_period_us": "100000"}}, 1.5),
+        ("1:cpu,cpuacct:/", {"cpu": {"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}}, None),
+        ("", {}, None),
+    ],
+)
+def test_the_cores_of_a_container(
+    own: str, tree: dict[str, dict[str, object]], cores: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow(own, tree, tmp_path, monkeypatch)
+    assert container.cores() == cores
+    monkeypatch.setattr("alignkit.sessions.cores", lambda: 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    said = facts(machine.devices)["processor"]
+    assert ("by a container's limit" in said) is (cores is not None)
+    assert [t.remedy for t in troubles(machine.devices) if "threads on" in t.what] == (
+        ["export OMP_NUM_THREADS=2"] if cores else []
+    )
+
+
 @pytest.mark.parametrize(
     ("cuda", "said"), [(None, "built for the CPU alone"), ("13.0", "torch for CUDA 13.0 cannot use it")]
 )
 def test_a_gpu_that_torch_cannot_use(cuda: str | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_driver", lambda: "580.65")
+    monkeypatch.setattr(machine, "_driver", lambda: ("580.65", ""))
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -76,13 +181,64 @@ def test_a_gpu_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("in use already" in t.what for t in troubles(machine.devices))
 
 
+def test_a_gpu_of_another_make_than_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_driver", lambda: ("580.65", ""))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert any(t.what.endswith("this torch is built for ROCm 7.1") for t in troubles(machine.devices))
+
+
+def test_gpus_that_are_hidden_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_driver", lambda: ("580.65", ""))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert facts(machine.devices)["GPU"] == "none: CUDA_VISIBLE_DEVICES hides them"
+    assert not [t for t in troubles(machine.devices) if t.severity == "problem"]
+
+
+def test_one_gpu_that_fails_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def about(i: int) -> Any:
+        if i == 0:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
+        return SimpleNamespace(name="A thing", major=9, minor=0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", about)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (70 * 2**30, 80 * 2**30))
+    assert "GPU 1" in facts(machine.devices)
+    what = "GPU 0 cannot be used: RuntimeError: CUDA error: uncorrectable ECC error encountered"
+    assert what in [t.what for t in troubles(machine.devices) if t.severity == "problem"]
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "driver", "complaint"),
+    [
+        (0, "580.65.06\n580.65.06\n", "580.65.06", ""),
+        (0, "No devices were found\n", "", "No devices were found"),
+        (18, "Failed to initialize NVML: Driver/library version mismatch\nmore", "", "Failed to initialize NVML: "),
+        (9, "", "", "it says nothing"),
+    ],
+)
+def test_what_nvidia_smi_says(
+    code: int, said: str, driver: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = SimpleNamespace(returncode=code, stdout=said, stderr="")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ran)
+    found = machine._driver()
+    assert found[0] == driver
+    assert found[1].startswith(complaint)
+    assert any("nvidia-smi fails: " in t.what for t in troubles(machine.devices)) is bool(complaint)
+
+
 def test_a_driver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def late(*_: Any, **__: Any) -> Any:
         raise subprocess.TimeoutExpired("nvidia-smi", 20)
 
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(subprocess, "run", late)
-    assert machine._driver() is None
+    assert machine._driver()[0] == ""
+    assert "timed out after 20 seconds" in machine._driver()[1]
 
 
 # ----------------------------------------------------------------------------------------- kernels and attention

@@ -3,6 +3,7 @@
 parts.py         a part of what is found, guarded; what is private in it
 software.py      versions, and whether libraries work
 machine.py       processors, memory, GPUs
+container.py     what a container leaves of them
 computing.py     kernels and attention
 installed.py     plugins
 kept.py          the reference cache, disks

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+from alignkit.insight.doctor import machine
 from alignkit.insight.doctor.parts import Asked, Fact, Trouble
 
 # those whose value may be shown; of any other only that it is set
@@ -34,15 +35,34 @@ def environment(asked: Asked) -> Iterator[Fact | Trouble]:
     if given("TRITON_INTERPRET", "").lower() in _TRUE:
         what = "TRITON_INTERPRET is set: Triton's kernels, those of other programs too, run hundreds of times slower"
         yield Trouble("warn", what, "unset TRITON_INTERPRET; it is for tests of kernels")
-    if given("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+    if machine.hidden() and machine.has_gpu():
         yield Trouble("warn", "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES, or name GPUs")
-    if given("CUDA_LAUNCH_BLOCKING") == "1":
+    if given("CUDA_LAUNCH_BLOCKING") == "1" and machine.has_gpu():
         yield Trouble("warn", "CUDA_LAUNCH_BLOCKING makes every kernel wait", "unset CUDA_LAUNCH_BLOCKING")
     if given("HF_HUB_OFFLINE", "").lower() in _TRUE:
         yield Fact("hub", "offline, by HF_HUB_OFFLINE: names are looked up among what was downloaded")
-    if any(name in os.environ for name in ("RANK", "WORLD_SIZE")):
-        what = "RANK or WORLD_SIZE is set: a run takes itself for one of several processes, and waits for the others"
-        yield Trouble("warn", what, "unset RANK WORLD_SIZE LOCAL_RANK, unless torchrun has set them")
+    yield from _processes()
+
+
+def _processes() -> Iterator[Trouble]:
+    """Yield where what torchrun sets is set, and a run takes it for true."""
+    remedy = "unset RANK WORLD_SIZE LOCAL_RANK, unless torchrun has set them"
+    numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": -1}
+    for name in numbers:
+        value = os.environ.get(name, str(numbers[name]))
+        try:
+            numbers[name] = int(value)
+        except ValueError:
+            yield Trouble("problem", f"{name} is '{value}', which is no number: a run ends there", f"unset {name}")
+    if (n := numbers["WORLD_SIZE"]) > 1:
+        what = f"WORLD_SIZE is {n}: a run takes itself for one of {n} processes, and waits for the others"
+        yield Trouble("warn", what, remedy)
+    elif numbers["LOCAL_RANK"] != -1 and not os.environ.get("MASTER_ADDR"):
+        what = "LOCAL_RANK is set: a run takes itself for one of several processes, and ends without MASTER_ADDR"
+        yield Trouble("warn", what, remedy)
+    elif numbers["RANK"]:
+        what = f"RANK is {numbers['RANK']}: a run takes itself for another than the first process, and prints nothing"
+        yield Trouble("warn", what, remedy)
 
 
 def terminal(asked: Asked) -> Iterator[Fact | Trouble]:
