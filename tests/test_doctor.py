@@ -151,6 +151,18 @@ def test_an_address_in_a_variable_that_is_shown(monkeypatch: pytest.MonkeyPatch)
 
 # ------------------------------------------------------------------------------------------------------ software
 
+BROKEN = "raise RuntimeError('oh')\n"
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, owner: str, group: str, name: str, *needs: str) -> None:
+    module, info = f"of_{owner.replace('-', '_')}", folder / f"{owner.replace('-', '_')}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (folder / f"{module}.py").write_text(BROKEN)
+    about = [f"Name: {owner}", "Version: 1.0", *(f"Requires-Dist: {text}" for text in needs)]
+    (info / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", *about, ""]))
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
+    monkeypatch.syspath_prepend(folder)
+
 
 def test_here_everything_is_as_it_should_be() -> None:
     assert troubles(software.versions) == []
@@ -183,6 +195,43 @@ def test_what_is_not_needed_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(software, "installed", lambda name: None if name in ("bitsandbytes", "triton") else true(name))
     assert troubles(software.versions) == []
     assert "only `reference: int8` needs it" in facts(software.versions)["bitsandbytes"]
+
+
+def test_a_requirement_that_cannot_be_read_is_named_and_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = ("foo >> 3", "bar; nothing == '1'", "pydantic<1")
+    install(tmp_path / "site", monkeypatch, "odd-one", "alignkit.rewards", "odd", *needs)
+    first, second, third = troubles(software.versions)
+    assert first.what.startswith("odd-one asks for 'foo >> 3', which cannot be read: ")
+    assert (first.severity, first.remedy) == ("warn", "pip install -U odd-one, or pip uninstall odd-one")
+    assert second.what.startswith("odd-one asks for 'bar; nothing == '1'', which cannot be read: ")
+    assert "and odd-one needs <1" in third.what
+
+
+def test_a_plugin_that_an_interrupted_installation_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path / "site", monkeypatch, "odd-one", "alignkit.rewards", "odd")
+    (tmp_path / "site" / "odd_one-1.0.dist-info" / "METADATA").unlink()
+    assert troubles(software.versions) == []
+
+
+def test_a_version_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = software.installed
+    monkeypatch.setattr(software, "installed", lambda name: "2.10-my-build" if name == "torch" else true(name))
+    found = troubles(software.versions)[0]
+    assert found.what == "torch is 2.10-my-build, which is no version: whether alignkit can use it cannot be told"
+    assert found.severity == "warn"
+
+
+def test_a_python_built_from_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.python_version", lambda: "3.13.1+")
+    assert troubles(software.versions) == []
+    monkeypatch.setattr(sys, "version_info", (3, 9, 2, "final", 0))
+    assert one(software.versions).what.startswith("Python 3.9.2 is not >=3.1")
+
+
+def test_alignkit_run_from_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = software.installed
+    monkeypatch.setattr(software, "installed", lambda name: None if name == "alignkit" else true(name))
+    assert "alignkit is not installed: " in troubles(software.versions)[0].what
 
 
 def test_another_triton_than_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,17 +279,6 @@ def test_eight_bits_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- plugins
-
-BROKEN = "raise RuntimeError('oh')\n"
-
-
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch, owner: str, group: str, name: str) -> None:
-    module, info = f"of_{owner.replace('-', '_')}", folder / f"{owner.replace('-', '_')}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (folder / f"{module}.py").write_text(BROKEN)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {owner}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
-    monkeypatch.syspath_prepend(folder)
 
 
 def test_the_plugins_here_are_sound() -> None:

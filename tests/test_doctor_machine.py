@@ -20,7 +20,7 @@ from doctors import facts, fill, one, set_apart, spoil, troubles
 import alignkit_kernels
 from alignkit.errors import CacheError
 from alignkit.insight.doctor import Asked, computing, container, kept, machine
-from alignkit.insight.doctor.parts import Trouble
+from alignkit.insight.doctor.parts import Fact, Trouble
 from alignkit.logpcache import LogpCache
 
 
@@ -256,6 +256,53 @@ def test_kernels_that_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ALIGNKIT_KERNELS", value)
         found = one(computing.kernels)
         assert (found.severity, found.remedy) == ("problem", "unset ALIGNKIT_KERNELS")
+
+
+def test_a_device_on_which_nothing_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = torch.empty
+
+    def empty(*given: Any, device: Any, **named: Any) -> Any:
+        if torch.device(device).type == "cuda":
+            raise RuntimeError("CUDA error: out of memory\nmore")
+        return true(*given, device=device, **named)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "empty", empty)
+    assert one(computing.kernels).what == "computing on cuda:0 fails: RuntimeError: CUDA error: out of memory"
+    assert "on cpu" in facts(computing.kernels)
+
+
+def test_kernels_that_are_forced_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "empty", lambda *given, device, **named: SimpleNamespace(
+        is_cuda=torch.device(device).type == "cuda", dtype=torch.float32, device=device
+    ))  # fmt: skip
+    monkeypatch.setenv("ALIGNKIT_KERNELS", "triton")
+    runtime = SimpleNamespace(runtime=SimpleNamespace(interpret=False))
+    monkeypatch.setattr("alignkit_kernels.backend.triton", SimpleNamespace(knobs=runtime, __version__="3.7.1"))
+    monkeypatch.setattr(computing, "_compiler", lambda: True)
+    monkeypatch.setattr(computing, "_tried", lambda *_: iter(()))
+    assert list(computing.kernels(Asked())) == [
+        Fact("on cpu", "nothing: ALIGNKIT_KERNELS=triton is for GPUs"),
+        Fact("on cuda:0", "Triton 3.7.1, by ALIGNKIT_KERNELS"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("there", "headers", "found"),
+    [({"gcc"}, True, True), ({"clang"}, True, True), ({"cc"}, True, False), ({"gcc"}, False, False)],
+)
+def test_what_triton_compiles_with(
+    there: set[str], headers: bool, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr("sysconfig.get_default_scheme", lambda: "posix_local")  # Debian's: its folder has no headers
+    folders = {"posix_prefix": {"include": str(tmp_path)}, "posix_local": {"include": "/nowhere"}}
+    monkeypatch.setattr("sysconfig.get_paths", folders.__getitem__)
+    if headers:
+        (tmp_path / "Python.h").touch()
+    assert computing._compiler() is found
 
 
 def test_kernels_that_are_wrong_or_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,16 @@ def kernels(asked: Asked) -> Iterator[Fact | Trouble]:
     places = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for place in places:
         try:
-            triton = backend.uses_triton(torch.empty(1, device=place))
+            empty = torch.empty(1, device=place)
+        except Exception as error:
+            yield _failed(place, error)
+            continue
+        try:
+            triton = backend.uses_triton(empty)
         except (ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and place.type == "cpu" and len(places) > 1 and backend.triton:
+                yield Fact(f"on {place}", "nothing: ALIGNKIT_KERNELS=triton is for GPUs")
+                continue
             yield Trouble("problem", first(error), "unset ALIGNKIT_KERNELS")
             return
         yield Fact(f"on {place}", _why(backend, place, triton))
@@ -56,9 +64,16 @@ def _why(backend: Any, place: Any, triton: bool) -> str:
 
 
 def _compiler() -> bool:
-    named = os.environ.get("CC")
-    found = any(shutil.which(name) for name in ([named] if named else ["gcc", "clang", "cc"]))
-    return found and Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    """Say whether Triton finds what it compiles with, looking as triton.runtime.build does."""
+    named, scheme = os.environ.get("CC"), sysconfig.get_default_scheme()
+    found = any(shutil.which(name) for name in ([named] if named else ["gcc", "clang"]))
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own, whose folder has no headers
+    return found and Path(sysconfig.get_paths(scheme)["include"], "Python.h").is_file()
+
+
+def _failed(place: Any, error: Exception) -> Trouble:
+    what = f"computing on {place} fails: {type(error).__name__}: {first(error)}"
+    return Trouble("problem", what, "try a build of torch for this device, or export ALIGNKIT_KERNELS=eager")
 
 
 def _tried(torch: Any, selective_logps: Any, place: Any) -> Iterator[Trouble]:
@@ -69,8 +84,7 @@ def _tried(torch: Any, selective_logps: Any, place: Any) -> Iterator[Trouble]:
         given = values.to(place) * 1  # a computation by torch itself, which may have no code for this GPU
         found = selective_logps(given, targets.to(place)).cpu().double()
     except Exception as error:
-        what = f"computing on {place} fails: {type(error).__name__}: {first(error)}"
-        yield Trouble("problem", what, "try a build of torch for this device, or export ALIGNKIT_KERNELS=eager")
+        yield _failed(place, error)
         return
     if not (off := (found - wanted).abs().max().item()) <= TOLERANCE:
         what = f"the kernels on {place} are {off:.2g} nats off"

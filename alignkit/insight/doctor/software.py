@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
 from typing import TYPE_CHECKING, Literal
@@ -24,21 +25,18 @@ _OPTIONAL = {"triton": "the GPU's kernels", "bitsandbytes": "`reference: int8`"}
 
 def versions(asked: Asked) -> Iterator[Fact | Trouble]:
     """Yield what is installed, and what is missing, too old or too new for alignkit and its plugins."""
-    from packaging.specifiers import SpecifierSet
-
     yield Fact("python", platform.python_version())
     yield Fact("system", f"{platform.system()} {platform.release()} {platform.machine()}")
     for name in SHOWN:
         if (found := installed(name)) or name in _OPTIONAL:
             yield Fact(name, found or f"not installed; only {_OPTIONAL[name]} needs it")
-    needs = SpecifierSet(distribution("alignkit").metadata["Requires-Python"])
-    if not needs.contains(platform.python_version(), prereleases=True):
-        yield Trouble("problem", f"Python {platform.python_version()} is not {needs}", f"use a Python {needs}")
+    yield from _python()
     seen = set()
     for owner in _distributions():
-        for requirement in _requirements(owner):
-            if str(requirement) not in seen and (trouble := _unmet(owner, requirement)):
-                seen.add(str(requirement))
+        for needed in _requirements(owner):
+            trouble = needed if isinstance(needed, Trouble) else _unmet(owner, needed)
+            if trouble and str(needed) not in seen:
+                seen.add(str(needed))
                 yield trouble
     yield from _triton()
 
@@ -63,29 +61,57 @@ def installed(name: str) -> str | None:
         return None
 
 
+def _python() -> Iterator[Trouble]:
+    from packaging.specifiers import SpecifierSet
+
+    if installed("alignkit") is None:  # run from its sources
+        what = "alignkit is not installed: neither what it needs nor its plugins' names can be known"
+        yield Trouble("warn", what, "pip install alignkit, or pip install -e . in its sources")
+        return
+    needs = SpecifierSet(distribution("alignkit").metadata["Requires-Python"])
+    running = ".".join(map(str, sys.version_info[:3]))  # platform's may end in a +, which no specifier contains
+    if not needs.contains(running):
+        yield Trouble("problem", f"Python {running} is not {needs}", f"use a Python {needs}")
+
+
 def _distributions() -> list[str]:
     """alignkit's distributions, and those that bring something to it."""
     groups = ("alignkit", "alignkit.rewards", "alignkit.judges", "alignkit.listeners")
-    owners = {e.dist.name for group in groups for e in entry_points(group=group) if e.dist}
+    # what an interrupted installation left has no name
+    owners = {e.dist.name for group in groups for e in entry_points(group=group) if e.dist and e.dist.name}
     return ["alignkit", "alignkit-kernels", *sorted(owners - {"alignkit"})]
 
 
-def _requirements(name: str) -> list[Requirement]:
+def _requirements(owner: str) -> Iterator[Requirement | Trouble]:
+    """Yield what a distribution needs here, and what of it cannot be read."""
     from packaging.requirements import Requirement
 
-    if installed(name) is None:
-        return []
-    found = [Requirement(text) for text in distribution(name).requires or ()]
-    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""}) or r.name in _OPTIONAL]
+    if installed(owner) is None:
+        return
+    for text in distribution(owner).requires or ():
+        try:
+            found = Requirement(text)
+            if found.marker is None or found.marker.evaluate({"extra": ""}) or found.name in _OPTIONAL:
+                yield found
+        except ValueError as error:
+            what = f"{owner} asks for '{text}', which cannot be read: {first(error)}"
+            yield Trouble("warn", what, f"pip install -U {owner}, or pip uninstall {owner}")
 
 
 def _unmet(owner: str, requirement: Requirement) -> Trouble | None:
+    from packaging.version import InvalidVersion, Version
+
     found, name = installed(requirement.name), requirement.name
     if found is None and name in _OPTIONAL:
         return None
     again = f"pip install '{name}{requirement.specifier}'"
     if found is None:
         return Trouble("problem", f"{name} is not installed, and {owner} needs {requirement.specifier or 'it'}", again)
+    try:
+        Version(found)
+    except InvalidVersion:
+        what = f"{name} is {found}, which is no version: whether {owner} can use it cannot be told"
+        return Trouble("warn", what, again)
     if requirement.specifier.contains(found, prereleases=True):
         return None
     why = f" ({UNSAFE[name]})" if name in UNSAFE else ""
@@ -97,7 +123,9 @@ def _triton() -> Iterator[Trouble]:
     """Yield where triton is another one than torch was made for."""
     for requirement in _requirements("torch"):
         found = installed("triton")
-        if requirement.name != "triton" or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+        if isinstance(requirement, Trouble) or requirement.name != "triton":
+            continue
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         if found and not requirement.specifier.contains(found, prereleases=True):
             what = f"triton is {found}, and this torch was made for {requirement.specifier}"
