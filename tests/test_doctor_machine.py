@@ -190,9 +190,13 @@ def test_a_gpu_of_another_make_than_torchs(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_gpus_that_are_hidden_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_driver", lambda: ("580.65", ""))
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert facts(machine.devices)["GPU"] == "none: CUDA_VISIBLE_DEVICES hides them"
     assert not [t for t in troubles(machine.devices) if t.severity == "problem"]
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine, "_driver", lambda: ("", ""))
+    assert facts(machine.devices)["GPU"] == "none that torch can use: runs go to the CPU"
 
 
 def test_one_gpu_that_fails_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def devices(asked: Asked) -> Iterator[Fact | Trouble]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             yield from _gpu(torch, i)
-    elif hidden():
+    elif hidden() and has_gpu():
         yield Fact("GPU", "none: CUDA_VISIBLE_DEVICES hides them")
     else:
         yield Fact("GPU", "none that torch can use: runs go to the CPU")
