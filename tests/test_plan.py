@@ -25,7 +25,7 @@ from alignkit.commands.plan import bytes_of
 from alignkit.config import RunConfig, split
 from alignkit.errors import ConfigError, ModelError
 from alignkit.insight.plan import memory as room
-from alignkit.insight.plan import plan
+from alignkit.insight.plan import plan, remedies
 from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.memory import Work, memory
 from alignkit.insight.plan.planned import heaviest
@@ -256,16 +256,103 @@ def test_what_needs_less_is_said_and_fits_or_not(tiny: str) -> None:
     assert all(r.peak < free.memory.peak for r in free.remedies)
 
 
+class Reckoned:
+    """Stands for `memory`: a run whose peak moves from the update to the learning once adapters are trained."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[RunConfig] = []
+        monkeypatch.setattr(remedies, "memory", self)
+
+    def __call__(self, work: Work) -> room.Memory:
+        config = work.config
+        self.asked.append(config)
+        weights = 16 if config.dtype == "bfloat16" else 32
+        trained = 1 if config.lora else weights
+        resident = {"weights": weights, "optimiser": 2 * trained}
+        waiting = 4 if config.gradient_checkpointing else 20
+        learning = resident | {"activations": waiting, "head": 2 if config.kept_logits_gib else 1}
+        phases = {"learning": learning, "updating": resident | {"gradients": trained}}
+        return room.Memory(phases, 10, 10, 10, None)
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "peak", "plans"),
+    [
+        (130, {}, 128, 0),
+        (60, {"lora": 16}, 56, 1),
+        (41, {"lora": 16, "gradient_checkpointing": True}, 40, 3),  # of lora's: kept_logits_gib does not suffice
+        (24, {"lora": 16, "gradient_checkpointing": True, "dtype": "bfloat16"}, 24, 6),
+        (23, {"lora": 16, "gradient_checkpointing": True, "dtype": "bfloat16", "kept_logits_gib": 0.0}, 23, 7),
+        (9, {"lora": 16, "gradient_checkpointing": True, "dtype": "bfloat16", "kept_logits_gib": 0.0}, 23, 7),
+    ],
+)
+def test_remedies_follow_the_peak_into_another_phase(
+    limit: int, best: dict[str, Any], peak: int, plans: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reckoned = Reckoned(monkeypatch)
+    work = replace(work_of("sft", "m"), bf16=True)
+    found = reckoned(work)
+    assert found.peak == 128  # 32 weights, 64 of moments, 32 gradients
+    reckoned.asked.clear()
+    said = list(remedies.tried(work, found, limit))
+    assert (said[-1].settings, said[-1].peak) == (best, peak) if best else not said
+    assert len(reckoned.asked) == plans
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "bf16", "offered"),
+    [
+        ("sft", {"lora": 4}, True, True),
+        ("sft", {}, True, False),  # of trained weights small updates would be lost
+        ("sft", {"lora": 4}, False, False),
+        ("sft", {"lora": {"r": 4, "modules_to_save": ["lm_head"]}}, True, False),
+        ("sft", {"lora": 4, "fsdp": True}, True, False),
+        ("sft", {"lora": 4, "dtype": "bfloat16"}, True, False),
+        ("reward", {"lora": 4}, True, False),  # whose head is trained in full
+        ("ppo", {"lora": 4, **ASKED["ppo"]}, True, False),
+    ],
+)
+def test_16_bits_are_offered_for_frozen_weights_alone(
+    method: str, changes: dict[str, Any], bf16: bool, offered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reckoned = Reckoned(monkeypatch)
+    work = replace(work_of(method, "m", **changes), bf16=bf16)
+    said = [r.settings for r in remedies.tried(work, reckoned(work), None)]
+    assert ({"dtype": "bfloat16"} in said) == offered
+
+
+def test_adapters_stay_in_32_bits_over_weights_in_16(tiny: str) -> None:
+    model, _ = load_model(RunConfig(method="sft", model=tiny, data="-", lora=4, dtype="bfloat16"), CPU)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_an_adapter_and_a_reference_that_moves_get_no_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reckoned = Reckoned(monkeypatch)
+
+    def offered(work: Work) -> list[dict[str, Any]]:
+        return [r.settings for r in remedies.tried(work, reckoned(work), None)]
+
+    assert {"lora": 16} in offered(work_of("dpo", str(tmp_path)))
+    moving = work_of("dpo", str(tmp_path), sync_every=2)
+    assert moving.method.reference_need() == "moving"
+    assert offered(replace(moving, processes=2)) == []
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert {"lora": 16} not in offered(work_of("dpo", str(tmp_path)))
+
+
 @pytest.mark.slow
 def test_remedies_are_put_together_where_none_alone_fits(tmp_path: Path) -> None:
-    write_tiny(tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
-    rows = [{"prompt": "red " * 60, "chosen": " yes" * 40, "rejected": " no" * 30} for _ in range(8)]
-    settings = of("dpo", str(tmp_path), data=rows, batch_size=8, reference="full")
-    free = plan(settings, gpu=True)  # without the program, which is most of a tiny run
-    best = free.remedies[0].peak
-    tight = plan(settings, gpu=True, limit=best - 1)
-    assert len(tight.remedies[-1].settings) > 1
-    assert tight.remedies[-1].peak < best
+    write_tiny(tmp_path, hidden_size=512, intermediate_size=1024, num_hidden_layers=4)
+    rows = [{"prompt": "red " * 30, "chosen": " yes" * 10, "rejected": " no" * 10}]
+    settings = of("dpo", str(tmp_path), data=rows, batch_size=1)
+
+    both = {"lora": 16, "gradient_checkpointing": True}
+    fits = plan(settings | both, gpu=True, remedies=False).memory
+    found = plan(settings, gpu=True, limit=fits.peak)
+    assert found.memory.peak_phase == "updating"  # which checkpoints alone do nothing for
+    assert [r.settings for r in found.remedies] == [{"lora": 16}, both]
+    assert found.remedies[-1].peak == fits.peak
 
 
 def test_the_cache_is_looked_up_where_that_is_asked_for(settings: dict[str, Any]) -> None:
@@ -299,7 +386,7 @@ def test_sizes_of_memory_are_read(text: str, size: int) -> None:
     assert bytes_of(text) == size
 
 
-@pytest.mark.parametrize("text", ["24", "much", "GB", "-3GB", "3 parsecs"])
+@pytest.mark.parametrize("text", ["24", "much", "GB", "-3GB", "3 parsecs", "0GB", "0.0 MiB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="24GB"):
         bytes_of(text)

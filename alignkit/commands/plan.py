@@ -53,4 +53,7 @@ def bytes_of(text: str | None) -> int | None:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     if found is None or found[2].lower() not in _UNITS:
         raise ConfigError(f"'{text}' is no size of memory; give one such as 24GB or 80GiB")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    size = int(float(found[1]) * _UNITS[found[2].lower()])
+    if not size:
+        raise ConfigError(f"'{text}' is no memory at all; give a size such as 24GB or 80GiB")
+    return size

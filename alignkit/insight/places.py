@@ -13,6 +13,11 @@ def model_folder(name: str) -> str:
     return str(inner) if (inner.parent / "config.yaml").is_file() and inner.is_dir() else name
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a model's folder holds an adapter, which a run trains on."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
 def device() -> torch.device:
     """Return the GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

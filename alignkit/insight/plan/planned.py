@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import resource
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 
 from alignkit import assemble, registry
 from alignkit.branches import BRANCHES
-from alignkit.config import LoraSettings, RunConfig, split
+from alignkit.config import RunConfig, split
 from alignkit.errors import ConfigError
 from alignkit.insight.plan.memory import Memory, Work, memory
+from alignkit.insight.plan.remedies import Remedy, tried
 from alignkit.layouts import DENSE_ROW_TOKENS
 from alignkit.loading import DTYPES, causal_lm, from_pretrained, load_model, load_tokenizer, set_up
 from alignkit.logpcache import LogpCache, default_path
@@ -28,14 +29,6 @@ from alignkit.stream import Stream
 from alignkit.types import Example, Layout
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """Settings that need less memory: the peak with them, in bytes."""
-
-    settings: dict[str, Any]
-    peak: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ def plan(
         config.method, _device(gpu, processes), len(rows.train), len(rows.held_out), steps,
         config.batch_size, sum(e.n_tokens for e in known), found.reference,
         _cache(work, found.reference, [*known, *map(method.longest, rows.held_out)], hits), found,
-        tuple(_remedies(work, found, limit)) if remedies else (), limit, processes,
+        tuple(tried(work, found, limit)) if remedies else (), limit, processes,
     )  # fmt: skip
 
 
@@ -169,61 +162,3 @@ def _cache(work: Work, form: str | None, examples: Sequence[Example], hits: bool
     )
     with LogpCache(config.cache_file) as cache:
         return len(keys(known_as)), len(cache.get(keys(known_as)))
-
-
-def _remedies(work: Work, found: Memory, limit: int | None) -> Iterator[Remedy]:
-    """Yield what would need less, the greatest saving first; then together, where none alone fits into the limit.
-
-    Nothing where the run fits as it is.
-    """
-    if limit is not None and found.peak <= limit:
-        return
-    tried = []
-    for settings in _changes(work, found):
-        peak = memory(_changed(work, settings)).peak
-        if peak < 0.98 * found.peak:
-            tried.append(Remedy(settings, peak))
-    tried.sort(key=lambda r: r.peak)
-    yield from tried
-    if limit is None or any(r.peak <= limit for r in tried):
-        return
-    together: dict[str, Any] = {}
-    for remedy in tried:
-        together |= remedy.settings
-        if len(together) > 1:
-            both = Remedy(dict(together), memory(_changed(work, together)).peak)
-            if both.peak <= limit or remedy is tried[-1]:
-                yield both
-                return
-
-
-def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
-    config, parts = work.config, found.phases[found.peak_phase]
-    adapter = "optimiser" in parts and parts["optimiser"] < parts["weights"]
-    if config.lora is None and not adapter:
-        yield {"lora": 16}
-    if work.processes > 1 and not config.fsdp and work.method.data != "prompts":
-        yield {"fsdp": True}
-    if not config.gradient_checkpointing:
-        yield {"gradient_checkpointing": True}
-    longest = max(e.n_tokens for e in work.examples)
-    if work.method.data != "prompts" and longest <= config.max_tokens // 2 < found.tokens:
-        yield {"max_tokens": config.max_tokens // 2}
-    if config.kept_logits_gib and "head" in parts:
-        yield {"kept_logits_gib": 0.0}
-    if "reference" in parts and config.reference != "int8" and work.method.reference_need() != "moving":
-        yield {"reference": "int8"}
-    if "critic" in parts and config.critic != "shared":
-        yield {"critic": "shared"}
-    if "rollouts" in parts and config.sampling.batch_size > 1:
-        yield {"sampling.batch_size": config.sampling.batch_size // 2}
-
-
-def _changed(work: Work, settings: Mapping[str, Any]) -> Work:
-    given = dict(settings)
-    if "lora" in given:
-        given["lora"] = LoraSettings(r=given["lora"])
-    if size := given.pop("sampling.batch_size", None):
-        given["sampling"] = work.config.sampling.model_copy(update={"batch_size": size})
-    config = work.config.model_copy(update=given)
-    return replace(work, config=config)

@@ -11,13 +11,15 @@ from alignkit.insight.plan import Plan, Remedy, plan
 from alignkit.insight.recommend.advice import Choice
 
 SPARE = 0.9  # of the memory is planned for: a plan may be a tenth off
-# what changes no result but for roundings comes first, then adapters, then a reference in 8 bits
+# what changes no result but for roundings comes first, then adapters, then weights and a reference in fewer bits
 _EXACT = {"max_tokens", "kept_logits_gib", "gradient_checkpointing", "sampling.batch_size"}
+_ROUNDED = {"dtype", "reference"}
 _WHY = {
     "lora": "adapters instead of all weights",
     "gradient_checkpointing": "less memory for about a third more time",
     "max_tokens": "smaller micro-batches: memory, never the result",
     "kept_logits_gib": "logits are made twice instead of kept",
+    "dtype": "frozen weights in 16 bits; the adapters stay in 32",
     "reference": "the frozen copy in 8 bits",
     "critic": "one layer on the policy instead of a second model",
     "sampling.batch_size": "fewer samples at once: memory, never the result",
@@ -63,5 +65,5 @@ def _chosen(found: Plan) -> Remedy | None:
 
 def _harshness(remedy: Remedy) -> tuple[int, int]:
     names = remedy.settings.keys()
-    worst = 0 if names <= _EXACT else 1 if "reference" not in names else 2
+    worst = 0 if names <= _EXACT else 2 if names & _ROUNDED else 1
     return worst, -remedy.peak  # of equals the one that changes least

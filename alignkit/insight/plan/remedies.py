@@ -1,0 +1,116 @@
+"""Settings that need less memory, alone and together: each is planned, so that a change of the peak's phase is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from alignkit.config import LoraSettings
+from alignkit.insight.places import is_adapter
+from alignkit.insight.plan.memory import Memory, Work, memory
+
+WORTH = 0.98  # of the peak is left at most, where a change is worth naming
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Settings that need less memory: the peak with them, in bytes."""
+
+    settings: dict[str, Any]
+    peak: int
+
+
+def tried(work: Work, found: Memory, limit: int | None) -> Iterator[Remedy]:
+    """Yield what would need less, the greatest saving first; then together, where none alone fits into the limit.
+
+    Nothing where the run fits as it is. found: the memory as it is.
+    """
+    if limit is not None and found.peak <= limit:
+        return
+    alone = [
+        (Remedy(change, less.peak), less) for change in _changes(work, found) if (less := _less(work, change, found))
+    ]
+    alone.sort(key=lambda one: one[0].peak)
+    yield from (remedy for remedy, _ in alone)
+    if limit is not None and alone and alone[0][0].peak > limit:
+        together = _together(work, *alone[0], limit)
+        if together.settings != alone[0][0].settings:
+            yield together
+
+
+def _together(work: Work, best: Remedy, found: Memory, limit: int) -> Remedy:
+    """Add the change that saves the most at the peak that is now, until all fits or nothing saves; the first change
+    that makes it fit is taken, which is the gentlest."""
+    begun = work
+    while best.peak > limit:
+        work, step = _changed(begun, best.settings), None
+        for change in _changes(work, found):
+            less = _less(work, change, found)
+            if less is not None and (step is None or less.peak < step[1].peak):
+                step = change, less
+            if step is not None and step[1].peak <= limit:
+                break
+        if step is None:
+            break
+        best, found = Remedy({**best.settings, **step[0]}, step[1].peak), step[1]
+    return best
+
+
+def _less(work: Work, change: Mapping[str, Any], found: Memory) -> Memory | None:
+    """Return the memory with a change, None where it is hardly less than what was found."""
+    changed = memory(_changed(work, change))
+    return changed if changed.peak < WORTH * found.peak else None
+
+
+def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
+    """Yield what may lower the peak as it is, the gentlest first: a plan takes seconds, so nothing else is tried."""
+    config, parts = work.config, found.phases[found.peak_phase]
+
+    def large(*names: str) -> bool:
+        return sum(parts.get(name, 0) for name in names) > (1 - WORTH) * found.peak
+
+    longest = max(e.n_tokens for e in work.examples)
+    halves = longest <= config.max_tokens // 2 < found.tokens
+    if work.method.data != "prompts" and halves and large("activations", "head", "workspace"):
+        yield {"max_tokens": config.max_tokens // 2}
+    if config.kept_logits_gib and "head" in parts and large("head", "workspace"):
+        yield {"kept_logits_gib": 0.0}
+    if large("rollouts") and config.sampling.batch_size > 1:
+        yield {"sampling.batch_size": config.sampling.batch_size // 2}
+    if not config.gradient_checkpointing and large("activations", "workspace"):
+        yield {"gradient_checkpointing": True}
+    moves = work.method.reference_need() == "moving"  # which needs all weights, on each rank
+    halved = config.dtype == "bfloat16"
+    if work.processes > 1 and not (config.fsdp or moves or halved) and work.method.data != "prompts":
+        yield {"fsdp": True}
+    if config.lora is None and not moves and not is_adapter(config.model):
+        yield {"lora": 16}
+    if "critic" in parts and config.critic != "shared":
+        yield {"critic": "shared"}
+    if not halved and _frozen(work):
+        yield {"dtype": "bfloat16"}
+    if large("reference") and config.reference != "int8" and not moves:
+        yield {"reference": "int8"}
+
+
+def _frozen(work: Work) -> bool:
+    """Whether the weights may be kept in bfloat16: they are frozen, and products are made of bfloat16 as it is.
+
+    peft keeps adapters in float32, and nothing else that would be trained: no head of a critic or reward model, and no
+    module in full. FSDP2 shards one precision, not two.
+    """
+    config, method = work.config, work.method
+    heads = "critic" in method.roles() or "reward" in method.trains
+    alone = config.lora is not None and not config.lora.modules_to_save and not heads
+    return alone and work.bf16 and not config.fsdp
+
+
+def _changed(work: Work, settings: Mapping[str, Any]) -> Work:
+    given = dict(settings)
+    if "lora" in given:
+        given["lora"] = LoraSettings(r=given["lora"])
+    if size := given.pop("sampling.batch_size", None):
+        given["sampling"] = work.config.sampling.model_copy(update={"batch_size": size})
+    config = work.config.model_copy(update=given)
+    return replace(work, config=config)
