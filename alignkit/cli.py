@@ -262,10 +262,12 @@ def validate(
     checked, method = console.checked(console.settings_of(str(config), {}, [], only_file=True))
     console.speak()
     from alignkit import assemble, loading
+    from alignkit.insight.recommend.scoring import check_columns
     from alignkit.online import check_online
 
     check_online(checked, method)
-    assemble.read(checked, method, loading.load_tokenizer(checked))
+    rows = assemble.read(checked, method, loading.load_tokenizer(checked))
+    check_columns(checked.reward, checked.judge, {name for e in (*rows.train, *rows.held_out) for name in e.columns})
     typer.echo(f"{config}: fine, ready to run with '{checked.method}'")
 
 

@@ -80,7 +80,9 @@ def test_prompts_alone_serve_nothing_and_it_is_said_what_is_missing() -> None:
 @pytest.mark.parametrize(
     ("answers", "reward"),
     [
-        (["#### 72", "so 3", "1/2"], "numeric"),
+        (["#### 72", "so \\boxed{3}", "1/2", "$1,250.50", "-3 km", "40 %", ".5", "\\frac{3}{4}", "1e-3"], "numeric"),
+        (["72", "Vitamin B12", "World War 2"], "exact"),
+        (["2020-01-02", "12:30", "4th", "3D", "1,2,3", "7 and 8"], "exact"),
         (["Paris", "London", "Rome"], "exact"),
         ([72, 3.5, 1], "numeric"),
     ],
@@ -200,11 +202,6 @@ def test_noise_is_estimated_from_pairs_that_are_judged_twice() -> None:
     assert "noisy" in reason(found, "kto")
 
 
-@pytest.mark.parametrize(("same", "against", "smoothing"), [(10, 40, 0.4), (196, 4, 0.01)])
-def test_the_estimate_stays_where_smoothing_means_something(same: int, against: int, smoothing: float) -> None:
-    assert values(recommend(noisy_rows(same, against)))["label_smoothing"] == smoothing
-
-
 def test_noise_that_cannot_be_estimated_is_guessed_and_said_to_be() -> None:
     found = recommend(noisy_rows(same=0, against=4, others=60))
     assert found.facts.flipped is None
@@ -251,28 +248,26 @@ def test_a_lean_that_is_little_is_none() -> None:
 
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000))
-def test_ktos_weights_bring_the_counts_together(good: int, bad: int) -> None:
+def test_ktos_weights_bring_the_counts_together_as_far_as_a_row_may_weigh(good: int, bad: int) -> None:
     settings = {c.name: c.value for c in _weights(good, bad)}
     ratio = settings.get("desirable_weight", 1.0) * good / (settings.get("undesirable_weight", 1.0) * bad)
-    assert 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9
-    assert all(value > 0 for value in settings.values())
+    if max(good, bad) <= 10 * min(good, bad):
+        assert 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9
+    else:
+        assert list(settings.values()) == [10.0]
+    assert all(0 < value <= 10 for value in settings.values())
 
 
 def test_ktos_weights_are_in_its_settings() -> None:
     rows = [{"prompt": f"{i}?", "completion": "yes", "label": i % 5 == 0} for i in range(100)]
     assert values(recommend(rows))["desirable_weight"] == 4.0  # 20 are good and 80 bad
-    alike = [{**row, "label": True} for row in rows]
-    found = recommend(alike)
-    assert found.first is not None
-    assert found.first.method == "sft"
-    assert "all rows are good" in reason(found, "kto")
 
 
 def test_few_rows_get_adapters_small_steps_and_their_rate() -> None:
     found = recommend(make_rows("pairs", 200))
     assert values(found)["lora"] == 16
     assert values(found)["learning_rate"] == registry.get("dpo").lora_learning_rate
-    assert values(found)["batch_size"] == 8  # 200 / 20 = 10
+    assert values(found)["batch_size"] == 8  # 190 of them are trained on, 190 / 20 = 9.5
     assert values(recommend(make_rows("unpaired", 200)))["batch_size"] == 16  # KTO's baseline wants more
     many = recommend(make_rows("pairs", 1000))
     assert "lora" not in values(many)
@@ -515,9 +510,10 @@ def test_no_text_leaves_its_comment(command: Callable[..., Any], write_rows: Cal
 
 
 def test_the_page_has_the_limits_as_they_are() -> None:
-    from alignkit.insight.recommend import facts
+    from alignkit.insight.recommend import advice, facts, scoring, settings
 
     text = " ".join((Path(__file__).parents[1] / "docs/recommend.md").read_text().split())
     said = [f"{facts.FEW:,} rows", f"{facts.NOISY:.1%}", f"{facts.TIES:.0%}", f"{facts.TWICE} pairs"]
-    said += [f"{0.5 + facts.LEAN:.0%}", f"{facts.SHORT} characters", f"{1 - fit.SPARE:.0%}"]
+    said += [f"{0.5 + facts.LEAN:.0%}", f"{scoring.SHORT} characters", f"{1 - fit.SPARE:.0%}"]
+    said += [f"{facts.BLIND:.0%}", f"{advice.MOST:g} times", f"{settings.LEAST} rows"]
     assert [one for one in said if one.replace("%", " %") not in text] == []

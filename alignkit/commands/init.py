@@ -43,12 +43,15 @@ def init(
     specs = {k: None if v is None else console.value_of(v) for k, v in (("reward", reward), ("judge", judge))}
     console.speak()
     from alignkit.insight import recommend as room
+    from alignkit.insight.places import model_folder
 
     found = room.recommend(
         data, model=model, method=method, columns=named, eval_data=eval_data, lora=lora, memory=memory, **specs
     )
-    method = room.write_config(found, output, model=model, data=data, columns=named)
+    method = room.write_config(found, output, model=model_folder(model), data=data, columns=named)
     typer.echo(f"{output}: {method}, with what each setting is for")
+    for caution in found.cautions:
+        typer.echo(f"careful: {caution}")
     if found.fit:
         typer.echo(f"memory: {found.fit.said}")
     typer.echo(f"next: alignkit validate {shlex.quote(str(output))}")

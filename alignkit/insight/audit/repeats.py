@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,14 @@ def repeats(rows: Sequence[Row]) -> Repeats:
             contradictions.append((seen[opposite], row.row))
         seen.setdefault((prompt, answers, label), row.row)
     return Repeats(len({key(row.prompt) for row in rows}), tuple(duplicates), tuple(contradictions))
+
+
+def votes(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Return of each pair of answers that is judged more than once how often either one is chosen."""
+    chosen = Counter((key(row.prompt), *map(key, row.completions)) for row in rows)
+    both = {(prompt, *sorted((a, b))) for prompt, a, b in chosen}
+    counts = ((chosen[prompt, a, b], chosen[prompt, b, a]) for prompt, a, b in sorted(both))
+    return [(one, other) for one, other in counts if one + other > 1]
 
 
 def shared_prompts(rows: Sequence[Row], held_out: Sequence[Row]) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from alignkit.insight.recommend.facts import Facts
 
+MOST = 10.0  # times that a row may weigh of what another one does; a rule of thumb
+
 
 class Choice(NamedTuple):
     """A setting, its value, and why it is that."""
@@ -32,8 +34,8 @@ class Advice(NamedTuple):
 def _dpo(facts: Facts) -> Advice:
     reason = "learns from pairs directly; the best studied of its kind (2305.18290)"
     settings = []
-    if facts.noisy:
-        settings.append(Choice("label_smoothing", facts.noise, f"labels are noisy: {facts.noisy}; {_measured(facts)}"))
+    if smoothing := _smoothing(facts):
+        settings.append(smoothing)
         if facts.flipped:
             settings.append(Choice("loss_type", "robust", "unbiased where that part of labels is flipped (2403.00409)"))
         reason += ", with label smoothing against the noise"
@@ -44,10 +46,14 @@ def _dpo(facts: Facts) -> Advice:
     return Advice(90, reason, tuple(settings))
 
 
-def _measured(facts: Facts) -> str:
-    if facts.flipped is None:
-        return "a tenth is a guess"
-    return "the part that is flipped, estimated from the pairs that are judged twice"
+def _smoothing(facts: Facts) -> Choice | None:
+    """The setting against labels that are flipped; none where so many are that nothing mends it, see `cautions`."""
+    if not facts.noisy or facts.blind:
+        return None
+    known = "a tenth is a guess"
+    if facts.flipped is not None:
+        known = "the part that is flipped, estimated from the pairs that are judged more than once"
+    return Choice("label_smoothing", facts.noise, f"labels are noisy: {facts.noisy}; {known}")
 
 
 def _ipo(facts: Facts) -> Advice:
@@ -66,19 +72,23 @@ def _kto(facts: Facts) -> Advice:
             else Advice(30, f"{reason}. With clean pairs DPO comes first")
         )
     good, bad = facts.audit.labels
-    if not good or not bad:
-        return Advice(5, f"all rows are {'good' if good else 'bad'}: it learns from the difference of the two")
     return Advice(95, "learns from single answers that are good or bad (2402.01306)", _weights(good, bad))
 
 
 def _weights(good: int, bad: int) -> tuple[Choice, ...]:
-    """Weights that bring weight * count of the two kinds within 1 to 4/3, as KTO's paper wants them."""
-    why = f"{good:,} rows are good and {bad:,} bad: weight times number of the two should be within 1 to 4/3"
+    """Weights that bring weight * count of the two kinds within 1 to 4/3, as KTO's paper wants them; MOST at most."""
+    why = f"{good:,} good and {bad:,} bad rows: weight times number of the two should be within 1 to 4/3"
     if good < bad:
-        return (Choice("desirable_weight", math.ceil(100 * bad / good) / 100, why),)
-    if 3 * good > 4 * bad:
-        return (Choice("undesirable_weight", math.floor(100 * good / bad) / 100, why),)
-    return ()
+        name, value = "desirable_weight", math.ceil(100 * bad / good) / 100
+    elif 3 * good > 4 * bad:
+        name, value = "undesirable_weight", math.floor(100 * good / bad) / 100
+    else:
+        return ()
+    if value > MOST:
+        rare = "good" if good < bad else "bad"
+        why = f"{why}. That would be {value:,.0f}: each {rare} row would weigh as much as {value:,.0f} others, so it "
+        why += f"ends at {MOST:g}; find more {rare} rows"
+    return (Choice(name, min(value, MOST), why),)
 
 
 def _simpo(facts: Facts) -> Advice:
@@ -90,8 +100,8 @@ def _simpo(facts: Facts) -> Advice:
 
 def _cpo(facts: Facts) -> Advice:
     reason = "needs no reference, and imitates the chosen answers, which must be worth it (2401.08417)"
-    smoothing = Choice("label_smoothing", facts.noise, f"labels are noisy: {facts.noisy}; {_measured(facts)}")
-    return Advice(40, reason, (smoothing,) if facts.noisy else ())
+    smoothing = _smoothing(facts)
+    return Advice(40, reason, (smoothing,) if smoothing else ())
 
 
 def _orpo(facts: Facts) -> Advice:
@@ -109,10 +119,12 @@ def _reward(facts: Facts) -> Advice:
 
 
 def _sft(facts: Facts) -> Advice:
-    if "pairs" in facts.rows or facts.audit.labels is not None:
+    if "pairs" in facts.rows or (facts.audit.labels is not None and all(facts.audit.labels)):
         return Advice(
             20, "imitates the good answers and learns nothing from the others; the step before, on a base model"
         )
+    if facts.audit.labels is not None:
+        return Advice(95, "imitates the answers: all are good, and no row shows what is bad")
     return Advice(95, "imitates the answers; rows without a preference serve no other method that needs no reward")
 
 
@@ -143,3 +155,11 @@ ADVICE: Mapping[str, Callable[[Facts], Advice]] = {
     "cpo": _cpo, "dpo": _dpo, "grpo": _grpo, "ipo": _ipo, "kto": _kto, "nash": _nash, "orpo": _orpo, "ppo": _ppo,
     "reward": _reward, "rloo": _rloo, "sft": _sft, "simpo": _simpo,
 }  # fmt: skip
+
+
+def unfit(facts: Facts, name: str) -> str | None:
+    """Say why rows that a method can read would teach it nothing; None where they may."""
+    labels = facts.audit.labels
+    if name == "kto" and labels is not None and not all(labels):
+        return f"all rows are {'good' if labels[0] else 'bad'}: it learns from the difference of the two"
+    return None

@@ -13,6 +13,7 @@ from alignkit.insight.recommend.advice import Choice
 from alignkit.insight.recommend.facts import FEW, Facts
 from alignkit.method import Method
 
+LEAST = 20  # prompts: from fewer none is held out
 _STEPS = 20  # of an epoch, at least: else steps are smaller
 _HELD_OUT = 200  # rows from which a twentieth is enough to measure on
 _STRENGTHS = ("beta", "tau")
@@ -23,27 +24,46 @@ def of_run(
 ) -> Iterator[Choice]:
     """Yield the settings of a run with a method, besides the method's own that advice names."""
     yield from _scored(facts, method, roles)
+    fraction = 0.0
     if eval_data is not None:
         yield Choice("eval_data", eval_data, "held-out rows: read eval/... , not the training metrics")
-    elif facts.audit.repeats.prompts >= _STEPS:
-        fraction = 0.05 if facts.audit.kept >= _HELD_OUT else 0.1
+    elif fraction := _held_out(facts, method):
         yield Choice("eval_fraction", fraction, "held out by prompt: read eval/..., not the training metrics")
-    if lora is None and facts.few:
-        lora, why = 16, f"fewer than {FEW:,} rows: adapters change less of the model, and forget less (2405.09673)"
-    else:
-        why = "adapters of this rank instead of all weights"
-    if lora is not None:
-        yield Choice("lora", lora, why)
-    rate = method.learning_rate if lora is None else method.lora_learning_rate
-    yield Choice("learning_rate", rate, f"the default {'of' if lora is None else 'with adapters of'} {method.name}; "
-                 "the first thing to try is another one")  # fmt: skip
+    yield from _trained(facts, method, lora)
     for name in _STRENGTHS:
         if (field := method.Config.model_fields.get(name)) is not None and not field.is_required():
             yield Choice(name, field.default, field.description or "")
     preferred = method.data in ("pairs", "unpaired")
     yield Choice("epochs", 1.0, f"passes over the data{'; more are rarely better' * preferred}")
-    yield from _batch(facts, method)
+    yield from _batch(facts, method, _rows(facts, method, 1 - fraction))
     yield from _budgets(facts, method)
+
+
+def _held_out(facts: Facts, method: type[Method[Any]]) -> float:
+    """Return the part of the rows to hold out, 0 where they are too few."""
+    fraction = 0.05 if facts.audit.kept >= _HELD_OUT else 0.1
+    enough = facts.audit.repeats.prompts >= LEAST and _rows(facts, method, fraction) >= method.min_batch
+    return fraction if enough else 0.0
+
+
+def _rows(facts: Facts, method: type[Method[Any]], part: float) -> int:
+    """Return about how many rows belong to a part of the prompts; exact where each prompt has as many."""
+    prompts = facts.audit.repeats.prompts
+    return round(facts.rows[method.data] * round(part * prompts) / prompts)
+
+
+def _trained(facts: Facts, method: type[Method[Any]], lora: int | None) -> Iterator[Choice]:
+    """Yield adapters where they are wanted, and the rate for what is trained."""
+    if lora is not None:
+        yield Choice("lora", lora, "adapters of this rank instead of all weights")
+    elif facts.few and not facts.adapter:
+        lora, why = 16, f"fewer than {FEW:,} rows: adapters change less of the model, and forget less (2405.09673)"
+        yield Choice("lora", lora, why)
+    which = f"of {method.name}" if lora is None else f"with adapters of {method.name}"
+    if facts.adapter:
+        which = f"with adapters of {method.name} (the model is one, and is trained on as it is: `lora` is left out)"
+    rate = method.learning_rate if lora is None and not facts.adapter else method.lora_learning_rate
+    yield Choice("learning_rate", rate, f"the default {which}; the first thing to try is another one")
 
 
 def _scored(facts: Facts, method: type[Method[Any]], roles: frozenset[str]) -> Iterator[Choice]:
@@ -59,13 +79,14 @@ def _scored(facts: Facts, method: type[Method[Any]], roles: frozenset[str]) -> I
     yield Choice("sampling", {"max_new_tokens": tokens}, "longest sample; a sample that is cut is scored as it is")
 
 
-def _batch(facts: Facts, method: type[Method[Any]]) -> Iterator[Choice]:
+def _batch(facts: Facts, method: type[Method[Any]], rows: int) -> Iterator[Choice]:
+    """Yield the size of a step. rows: those trained on."""
     size = RunConfig.model_fields["batch_size"].default
-    rows, least = facts.rows[method.data], 16 if method.min_batch > 1 else 4
-    why = "rows of an optimiser step"
+    least, why = 16 if method.min_batch > 1 else 4, "rows of an optimiser step"
     if rows < _STEPS * size:
         size = max(least, 2 ** int(math.log2(max(1, rows // _STEPS))))
-        why = f"smaller steps than usual, of {rows:,} rows at least {rows // size} in an epoch"
+        steps = rows // size + (rows % size >= method.min_batch)  # as `stream.Stream` cuts them
+        why = f"smaller steps than usual: about {steps} in an epoch (rows to train on: {rows:,})"
     yield Choice("batch_size", size, why)
 
 

@@ -20,6 +20,7 @@ def print_recommendation(found: Recommendation) -> None:
 def lines(found: Recommendation) -> list[str]:
     """Return the lines of `print_recommendation`, for rich."""
     said = [escape(line) for line in found.facts.audit.lines]
+    said += [f"[bold]careful:[/bold] {escape(caution)}" for caution in found.cautions]
     if found.first is not None:
         said += [f"\n[bold]start with {escape(found.first.method)}[/bold]: {escape(found.first.reason)}"]
         said += [f"  {escape(setting(c.name, c.value))}  [dim]{escape(c.why)}[/dim]" for c in found.settings]

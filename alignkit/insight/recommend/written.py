@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,13 +23,17 @@ def write_config(
     if found.first is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.refused.items())
         raise ConfigError(f"no installed method can be started with these rows. {reasons or 'None is installed'}")
-    text = config_text(found, found.first, path.name, {"model": model, "data": data, "columns": columns})
+    text = config_text(found, found.first, path, {"model": model, "data": data, "columns": columns})
     write_text(path, text)
     return found.first.method
 
 
-def config_text(found: Recommendation, first: Option, file: str, given: Mapping[str, Any]) -> str:
-    """Return the text of a file of settings. file: its name, for what to type next. given: model, data, columns."""
+def config_text(found: Recommendation, first: Option, path: Path, given: Mapping[str, Any]) -> str:
+    """Return the text of a file of settings. path: as it is given, for what to type next. given: model, data, columns.
+
+    A relative path in it is looked for where a command runs, so that the next ones run where this one did.
+    """
+    file = shlex.quote(str(path))
     audit = found.facts.audit
     why = {
         "model": "folder or hub name; it is read, never changed",
@@ -38,7 +43,8 @@ def config_text(found: Recommendation, first: Option, file: str, given: Mapping[
     settings = [(name, value, why[name]) for name, value in given.items() if value]
     settings = [("method", first.method, first.reason), *settings, *found.settings]
     head = (
-        f"Next: alignkit validate {file}, alignkit plan {file}, alignkit run {file}.",
+        *(f"Careful: {caution}" for caution in found.cautions),
+        f"Next: alignkit validate {file}, alignkit plan {file}, alignkit run {file}",
         f"All settings: alignkit settings {first.method}",
     )
     blocks = ["\n".join(map(_comment, head))]
@@ -48,4 +54,5 @@ def config_text(found: Recommendation, first: Option, file: str, given: Mapping[
 
 def _comment(text: str) -> str:
     # white space is joined, so that no text can leave its comment
-    return "\n".join(f"# {line}" for line in textwrap.wrap(" ".join(text.split()), _WIDTH))
+    whole = textwrap.wrap(" ".join(text.split()), _WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(f"# {line}" for line in whole)
