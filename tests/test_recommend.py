@@ -364,7 +364,9 @@ def test_what_memory_asks_for_is_in_the_settings(tiny: str, monkeypatch: pytest.
     monkeypatch.setattr(fit, "plan", planned(30, ({"lora": 16}, 10)))
     found = recommend(make_rows("pairs", 1000), model=tiny, memory=20 * GIB)
     assert values(found)["lora"] == 16
-    assert values(found)["learning_rate"] == registry.get("dpo").lora_learning_rate
+    rate = next(c for c in found.settings if c.name == "learning_rate")
+    assert rate.value == registry.get("dpo").lora_learning_rate
+    assert rate.why.startswith("the default with adapters of dpo")
     monkeypatch.setattr(fit, "plan", planned(30, ({"sampling.batch_size": 8}, 10)))
     found = recommend(make_rows("pairs", 1000), model=tiny, memory=20 * GIB, reward="json")
     assert values(found)["sampling"] == {"max_new_tokens": 256, "batch_size": 8}

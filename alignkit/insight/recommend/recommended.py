@@ -16,7 +16,7 @@ from alignkit.insight.recommend.advice import ADVICE, Advice, Choice, unfit
 from alignkit.insight.recommend.cautions import cautions
 from alignkit.insight.recommend.facts import Facts, facts_of
 from alignkit.insight.recommend.fit import Fit, fitted
-from alignkit.insight.recommend.settings import of_run
+from alignkit.insight.recommend.settings import of_run, rate_of
 from alignkit.method import Method
 from alignkit.rows import FaultyRowsError
 
@@ -180,7 +180,7 @@ def _joined(settings: tuple[Choice, ...], more: tuple[Choice, ...], method: type
             choice = Choice(group, {**old.value, inner: choice.value}, f"{old.why}; {choice.why}")
         kept[choice.name] = choice
         if choice.name == "lora":
-            kept["learning_rate"] = kept["learning_rate"]._replace(value=method.lora_learning_rate)
+            kept["learning_rate"] = rate_of(method, adapters=True)
     return tuple(kept.values())
 
 

@@ -59,11 +59,16 @@ def _trained(facts: Facts, method: type[Method[Any]], lora: int | None) -> Itera
     elif facts.few and not facts.adapter:
         lora, why = 16, f"fewer than {FEW:,} rows: adapters change less of the model, and forget less (2405.09673)"
         yield Choice("lora", lora, why)
-    which = f"of {method.name}" if lora is None else f"with adapters of {method.name}"
-    if facts.adapter:
-        which = f"with adapters of {method.name} (the model is one, and is trained on as it is: `lora` is left out)"
-    rate = method.learning_rate if lora is None and not facts.adapter else method.lora_learning_rate
-    yield Choice("learning_rate", rate, f"the default {which}; the first thing to try is another one")
+    own = "the model is an adapter, which is trained on as it is: `lora` is left out; " if facts.adapter else ""
+    rate = rate_of(method, adapters=lora is not None or facts.adapter)
+    yield rate._replace(why=own + rate.why)
+
+
+def rate_of(method: type[Method[Any]], adapters: bool) -> Choice:
+    """Return the rate to begin with."""
+    rate = method.lora_learning_rate if adapters else method.learning_rate
+    which = f"{'with adapters ' * adapters}of {method.name}"
+    return Choice("learning_rate", rate, f"the default {which}; the first thing to try is another one")
 
 
 def _scored(facts: Facts, method: type[Method[Any]], roles: frozenset[str]) -> Iterator[Choice]:
