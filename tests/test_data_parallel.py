@@ -29,14 +29,28 @@ def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("method", "lora", "fsdp"), [("sft", None, False), ("dpo", 4, False), ("kto", None, False), ("dpo", None, True)]
+    ("method", "lora", "fsdp", "dtype"),
+    [
+        ("sft", None, False, "float32"),
+        ("dpo", 4, False, "float32"),
+        ("kto", None, False, "float32"),
+        ("dpo", None, True, "float32"),
+        ("dpo", 4, True, "bfloat16"),  # of the frozen weights; adapters are of 32 bits
+    ],
 )
 def test_two_processes_give_the_losses_and_weights_of_one(
-    method: str, lora: int | None, fsdp: bool, settings: dict[str, Any], write_rows: Any
+    method: str, lora: int | None, fsdp: bool, dtype: str, settings: dict[str, Any], write_rows: Any
 ) -> None:
     # 13 rows in steps of 4: the last step of an epoch is cut unevenly
     data = write_rows(make_rows("pairs", 13))
-    settings |= {"max_steps": 6, "learning_rate": 1e-4, "max_tokens": 60, "eval_fraction": 0.2, "lora": lora}
+    settings |= {
+        "max_steps": 6,
+        "learning_rate": 1e-4,
+        "max_tokens": 60,
+        "eval_fraction": 0.2,
+        "lora": lora,
+        "dtype": dtype,
+    }
     one = alignkit.run(method, data=data, **settings)
 
     flags = ["--output", str(settings["output"]), "--name", "two", "--batch-size", "4", "--max-steps", "6"]
@@ -51,7 +65,18 @@ def test_two_processes_give_the_losses_and_weights_of_one(
         settings["model"],
     ]
     flags += ["--set", f"cache_file={settings['cache_file']}-two", "--set", "device=cpu", "--data", data]
-    done = torchrun(["run", method, *flags, *(["--lora", str(lora)] if lora else []), "--set", f"fsdp={fsdp}"])
+    done = torchrun(
+        [
+            "run",
+            method,
+            *flags,
+            *(["--lora", str(lora)] if lora else []),
+            "--set",
+            f"fsdp={fsdp}",
+            "--set",
+            f"dtype={dtype}",
+        ]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
     folder = Path(settings["output"]) / "two"

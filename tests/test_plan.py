@@ -306,7 +306,7 @@ def test_remedies_follow_the_peak_into_another_phase(
         ("sft", {}, True, False),  # of trained weights small updates would be lost
         ("sft", {"lora": 4}, False, False),
         ("sft", {"lora": {"r": 4, "modules_to_save": ["lm_head"]}}, True, False),
-        ("sft", {"lora": 4, "fsdp": True}, True, False),
+        ("sft", {"lora": 4, "fsdp": True}, True, True),
         ("sft", {"lora": 4, "dtype": "bfloat16"}, True, False),
         ("reward", {"lora": 4}, True, False),  # whose head is trained in full
         ("ppo", {"lora": 4, **ASKED["ppo"]}, True, False),

@@ -81,14 +81,13 @@ def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
     if not config.gradient_checkpointing and large("activations", "workspace"):
         yield {"gradient_checkpointing": True}
     moves = work.method.reference_need() == "moving"  # which needs all weights, on each rank
-    halved = config.dtype == "bfloat16"
-    if work.processes > 1 and not (config.fsdp or moves or halved) and work.method.data != "prompts":
+    if work.processes > 1 and not (config.fsdp or moves) and work.method.data != "prompts":
         yield {"fsdp": True}
     if config.lora is None and not moves and not is_adapter(config.model):
         yield {"lora": 16}
     if "critic" in parts and config.critic != "shared":
         yield {"critic": "shared"}
-    if not halved and _frozen(work):
+    if config.dtype != "bfloat16" and _frozen(work):
         yield {"dtype": "bfloat16"}
     if large("reference") and config.reference != "int8" and not moves:
         yield {"reference": "int8"}
@@ -98,12 +97,12 @@ def _frozen(work: Work) -> bool:
     """Whether the weights may be kept in bfloat16: they are frozen, and products are made of bfloat16 as it is.
 
     peft keeps adapters in float32, and nothing else that would be trained: no head of a critic or reward model, and no
-    module in full. FSDP2 shards one precision, not two.
+    module in full.
     """
     config, method = work.config, work.method
     heads = "critic" in method.roles() or "reward" in method.trains
     alone = config.lora is not None and not config.lora.modules_to_save and not heads
-    return alone and work.bf16 and not config.fsdp
+    return alone and work.bf16
 
 
 def _changed(work: Work, settings: Mapping[str, Any]) -> Work:
