@@ -25,16 +25,19 @@ import torch
 
 from alignkit import registry
 from alignkit.alarms import ALARMS, Health
+from alignkit.config import read_yaml
 from alignkit.demo import recipes, verdict, world
 from alignkit.demo.base import write_start
 from alignkit.engine import Engine
 from alignkit.insight.health import replay
-from alignkit.runfolder import read_lines
+from alignkit.insight.health.monitor import held_out
+from alignkit.runfolder import read_lines, read_metrics
 
 # seed of the world and its base, first seed of the runs
 PARTS = {"tune": (0, 100), "tune-again": (1, 200), "report": (2, 300)}
 SMALL = {"batch_size": 8, "max_steps": 32, "epochs": 100, "device": "cpu"}
 DICE = random.Random(0)
+CALLS: list[int] = []  # of the rewards that change while a run goes on
 SAMPLED = {"grpo": {"group_size": 4}, "rloo": {"group_size": 4, "batch_size": 8}, "ppo": {"batch_size": 16}}
 
 
@@ -93,6 +96,12 @@ def outlier(prompts: list[str], completions: list[str], fact: list[str]) -> list
 def noise(completions: list[str]) -> list[float]:
     """Throw dice."""
     return [DICE.random() for _ in completions]
+
+
+def slipping(completions: list[str], fact: list[str]) -> list[float]:
+    """The demo's, once on another scale: as from a server that was changed."""
+    CALLS.append(len(completions))
+    return [score * (1000 if len(CALLS) == 14 else 1) for score in verdict.reward(completions, fact)]
 
 
 def right(completions: list[str], fact: list[str]) -> list[float]:
@@ -159,6 +168,63 @@ HEALTHY = (
     Case("more on the same text", "sft", None, {"learning_rate": 3e-4}),
 )  # fmt: skip
 
+# behind the others, so that each of those keeps its seed
+ADDED = (
+    Case("likes one answer", "ppo", "reward_kl", {**FAST, "reward": parrot}),
+    Case("likes an opening", "ppo", "reward_held_out", {"reward": [flattery, HELD_OUT], "learning_rate": 1e-3}),
+    Case("likes one answer", "ppo", "distinct", {**FAST, "reward": parrot}),
+    Case("likes an opening, fast", "rloo", "entropy", {**FAST, "reward": flattery}),
+    Case("likes repetition", "ppo", "repetition", {**FAST, "reward": stutter, **tokens(60)}),
+    Case("likes an opening", "rloo", "opening", {"reward": flattery, "learning_rate": 1e-3}),
+    Case("impossible reward", "grpo", "zero_variance", {"reward": impossible}),
+    Case("many hasty updates, small batches", "grpo", "clip_fraction", HASTY | {"clip": 0.02, "minibatches": 2}),
+    Case("a reward of another scale, fast critic", "ppo", "value_loss",
+         {"reward": outlier, "normalise_rewards": False, "critic_learning_rate": 1e-3}),
+    Case("a reward of another scale, shared critic", "ppo", "value_loss",
+         {"reward": outlier, "normalise_rewards": False, "critic": "shared"}),
+    Case("a critic that learns noise by heart, faster", "ppo", "explained_variance",
+         {"reward": noise, **BY_HEART, "critic_learning_rate": 3e-2}),
+    Case("a critic that learns noise by heart, longer", "ppo", "explained_variance",
+         {"reward": noise, **BY_HEART, "epochs_per_batch": 12}),
+    Case("a row of noise", "orpo", "grad_spike", {}, "noise"),
+    Case("a row of noise", "simpo", "grad_spike", {}, "noise"),
+    Case("8 tokens", "rloo", "truncation", tokens(8)),
+    *(Case("again", method) for method in ("ppo", "ppo", "grpo", "rloo", "nash")),
+    Case("a shared critic", "ppo", None, {"critic": "shared"}),
+    *(Case("with a held-out reward", m, None, {"reward": [verdict.reward, {"use": right, "weight": 0}]})
+      for m in ("rloo", "ppo")),
+    *(Case("likes repetition", m, "entropy", {**FAST, "reward": stutter, **tokens(60)}) for m in ("grpo", "rloo")),
+    Case("many hasty updates, again", "ppo", "entropy", HASTY),
+    Case("very many hasty updates, tiny clip", "ppo", "clip_fraction",
+         {"epochs_per_batch": 12, "learning_rate": 5e-4, "clip": 0.01}),
+    Case("very many hasty updates, tinier clip", "ppo", "clip_fraction",
+         {"epochs_per_batch": 12, "learning_rate": 5e-4, "clip": 0.005}),
+    Case("a critic that learns noise by heart, longest", "ppo", "explained_variance",
+         {"reward": noise, **BY_HEART, "epochs_per_batch": 16}),
+    Case("a scale that slips once", "rloo", "grad_spike", {"reward": slipping}),
+    Case("a scale that slips once", "ppo", "grad_spike", {"reward": slipping, "normalise_rewards": False}),
+    Case("a scale that slips once", "grpo", "grad_spike", {"reward": slipping, "variant": "dr_grpo"}),
+)  # fmt: skip
+LOGGED = {
+    "kl_high": {"kl"}, "kl_low": {"kl"}, "reward_kl": {"kl", "reward/mean"},
+    "reward_length": {"reward/mean", "completion/length"}, "reward_held_out": {"reward/mean", "a reward of weight 0"},
+    "distinct": {"completion/distinct_2"}, "entropy": {"entropy"}, "repetition": {"texts"}, "opening": {"texts"},
+    "displacement": {"logps/chosen"}, "zero_variance": {"several texts a prompt"}, "clip_fraction": {"clip_fraction"},
+    "value_loss": {"value"}, "explained_variance": {"value/explained_variance"}, "grad_spike": {"grad_norm"},
+    "truncation": {"completion/eos_rate"},
+}  # fmt: skip
+
+
+def watched(folder: Path) -> list[str]:
+    """Return the alarms that a run could raise: it logs what they look at."""
+    logged = {name for line in read_metrics(folder) for name in line}
+    logged |= {"a reward of weight 0"} if held_out(read_yaml(folder / "config.yaml").get("reward")) else set()
+    texts = folder / "completions.jsonl"
+    rows = [row for row in read_lines(texts) if row["training"]] if texts.is_file() else []
+    logged |= {"texts"} if rows else set()
+    logged |= {"several texts a prompt"} if len({(r["step"], r["row"]) for r in rows}) < len(rows) else set()
+    return [name for name in ALARMS if LOGGED[name] <= logged]
+
 
 def prepare(folder: Path, seed: int) -> None:
     """Make a part's world and its base, once."""
@@ -189,6 +255,7 @@ def run(case: Case, folder: Path, seed: int) -> dict[str, Any]:
     rows = "sft" if case.method == "sft" else case.rows
     name = f"{case.plants or 'healthy'}-{case.method}-{case.name}-{seed}".replace(" ", "_").replace(",", "")
     there = folder / "runs" / name
+    CALLS.clear()
     if not (there / "model").is_dir():
         Engine(output=folder / "runs", cache_file=folder / "reference.sqlite", seed=seed).run(
             case.method, name=name, model=str(folder / "sft/model"), data=str(folder / f"{rows}.jsonl"),
@@ -199,18 +266,19 @@ def run(case: Case, folder: Path, seed: int) -> dict[str, Any]:
     shipped = Health().model_dump(exclude={"enabled"})
     alarms = {a.name: {"step": step, "value": a.value} for step, a in replay(there, shipped)}
     about = {k: v for k, v in asdict(case).items() if k in ("name", "method", "plants")}
-    return {**about, "seed": seed, "alarms": alarms}
+    return {**about, "seed": seed, "alarms": alarms, "watched": watched(there)}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Print hits of planted and false alarms of healthy runs, alarm by alarm."""
+    """Print hits of planted and false alarms of healthy runs that log what an alarm looks at, alarm by alarm."""
     planted, healthy = ([r for r in runs if bool(r["plants"]) is p] for p in (True, False))
     false = Counter(name for r in healthy for name in r["alarms"])
     lines = ["| alarm | planted | hits | misses | false alarms in healthy runs |", "|---|---|---|---|---|"]
     for name in ALARMS:
         of = [r for r in planted if r["plants"] == name]
         hits = sum(name in r["alarms"] for r in of)
-        lines.append(f"| `{name}` | {len(of)} | {hits} | {len(of) - hits} | {false[name]} of {len(healthy)} |")
+        could = sum(name in r["watched"] for r in healthy)
+        lines.append(f"| `{name}` | {len(of)} | {hits} | {len(of) - hits} | {false[name]} of {could} |")
     hits = sum(r["plants"] in r["alarms"] for r in planted)
     alarmed = sum(bool(r["alarms"]) for r in healthy)
     lines.append(f"| all | {len(planted)} | {hits} | {len(planted) - hits} | {alarmed} of {len(healthy)} runs |")
@@ -230,7 +298,7 @@ def main() -> None:
     folder = given.work / given.part
     prepare(folder, world_seed)
     runs = []
-    for i, case in enumerate((*PLANTED, *HEALTHY)):
+    for i, case in enumerate((*PLANTED, *HEALTHY, *ADDED)):
         registry.get(case.method)
         if given.only not in f"{case.plants or 'healthy'} {case.method}":
             continue
