@@ -73,9 +73,11 @@ class Health(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _limits_that_there_are(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and (unknown := next((k for k in given if k not in cls.model_fields), None)):
+        if not isinstance(given, Mapping):
+            return given  # pydantic says what it must be
+        if unknown := next((k for k in given if k not in cls.model_fields), None):
             raise ValueError(f"no limit '{unknown}'.{nearest(str(unknown), cls.model_fields)} See docs/health.md")
-        on = next((k for k, v in given.items() if isinstance(v, bool) and k != "enabled"), None) if given else None
+        on = next((k for k, v in given.items() if isinstance(v, bool) and k != "enabled"), None)
         if on is not None:
             raise ValueError(f"{on} is {str(given[on]).lower()}; give its limit as a number, or null to switch it off")
         return given

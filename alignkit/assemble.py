@@ -183,16 +183,20 @@ def least_examples(config: RunConfig, method: Method[Any], rows: Rows, n_ranks: 
     least = max(method.min_batch, n_ranks)
     if config.batch_size < least:
         raise ConfigError(
-            f"batch_size {config.batch_size} is too small: '{method.name}' on {n_ranks} ranks needs at least {least}"
+            f"batch_size {config.batch_size} is too small: '{method.name}' on {_ranks(n_ranks)} needs at least {least}"
         )
     if config.patience is not None and not rows.held_out:
         raise ConfigError("patience watches held-out rows, and there are none; give eval_data or eval_fraction")
     if 0 < len(rows.held_out) < least:
         raise DataError(
-            f"{len(rows.held_out)} held-out rows are too few: '{method.name}' on {n_ranks} ranks "
+            f"{len(rows.held_out)} held-out rows are too few: '{method.name}' on {_ranks(n_ranks)} "
             f"needs at least {least}; raise eval_fraction, give more eval_data, or neither"
         )
     return least
+
+
+def _ranks(n: int) -> str:
+    return f"{n} rank{'s' * (n > 1)}"
 
 
 def _pad(tokenizer: Any) -> int | None:

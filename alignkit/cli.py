@@ -262,12 +262,16 @@ def validate(
     checked, method = console.checked(console.settings_of(str(config), {}, [], only_file=True))
     console.speak()
     from alignkit import assemble, loading
-    from alignkit.insight.recommend.scoring import check_columns
     from alignkit.online import check_online
+    from alignkit.rewards import check_judge_columns, check_reward_columns
 
     check_online(checked, method)
     rows = assemble.read(checked, method, loading.load_tokenizer(checked))
-    check_columns(checked.reward, checked.judge, {name for e in (*rows.train, *rows.held_out) for name in e.columns})
+    assemble.least_examples(checked, method, rows, n_ranks=1)
+    there = {name for e in (*rows.train, *rows.held_out) for name in e.columns}
+    for spec, check in ((checked.reward, check_reward_columns), (checked.judge, check_judge_columns)):
+        if spec is not None:
+            check(spec, there)
     typer.echo(f"{config}: fine, ready to run with '{checked.method}'")
 
 

@@ -149,6 +149,8 @@ class RunConfig(BaseModel):
     @field_validator("trackers", "stop_on", mode="before")
     @classmethod
     def _names_in_one_text(cls, value: Any) -> Any:
+        if value is None:  # `--set stop_on=` has nothing behind it
+            return []
         return [name for part in value.split(",") if (name := part.strip())] if isinstance(value, str) else value
 
     @field_validator("stop_on")

@@ -52,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "grpo, lora": {**ONLINE, "group_size": 4, "lora": 16},
     "ppo, a critic of its own": {**ONLINE, "batch_size": 16},
     "ppo, a shared critic": {**ONLINE, "batch_size": 16, "critic": "shared"},
+    "dpo, 8,192 tokens at once": {**OFFLINE, "batch_size": 32, "max_tokens": 8192, "max_steps": 2},
     "dpo, two processes": {**OFFLINE, "processes": 2},
     "dpo, two processes, fsdp": {**OFFLINE, "processes": 2, "fsdp": True},
     "dpo, two processes, fsdp, lora": {**OFFLINE, "processes": 2, "fsdp": True, "lora": 16},

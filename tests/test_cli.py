@@ -210,6 +210,9 @@ def test_validate(call: Call, place: Path, tiny: str, prefs: str) -> None:
     (place / "bad.jsonl").write_text(FAULTY)
     (place / "config.yaml").write_text(yaml.safe_dump({"method": "dpo", "model": tiny, "data": "bad.jsonl"}))
     assert call("validate", "config.yaml").code == 2
+    (place / "config.yaml").write_text(yaml.safe_dump({"method": "kto", "model": tiny, "data": prefs, "batch_size": 1}))
+    said = call("validate", "config.yaml")
+    assert (said.code, "batch_size 1 is too small: 'kto' on 1 rank needs at least 2" in said.err) == (2, True)
 
 
 def test_run_writes_the_model_that_it_names(call: Call, prefs: str, tiny: str) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from alignkit import Alarm, registry
 from alignkit.alarms import ALARMS, Health
 from alignkit.config import RunConfig, Sampling
-from alignkit.insight.health import Monitor
+from alignkit.insight.health import Monitor, detectors
 from alignkit.insight.health.history import History
 from alignkit.insight.health.monitor import held_out
 from alignkit.insight.health.texts import dead_groups, repetition, same_opening, spreads, words
@@ -284,16 +284,19 @@ def test_answers_fall_by_the_token_however_long_the_rejected_ones_are() -> None:
 
 
 def test_a_few_unlikely_rows_are_no_fall(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Log-probabilities that only rise, of rows that differ by 0.7 nats a token: 4 rows a step, no reference."""
-    raised = 0
-    for seed in range(40):
-        rng, monitor = random.Random(seed), Monitor(Health())
+    """Chosen answers that only become likelier, of 4 rows a step that differ by 0.7 nats a token; no reference."""
+
+    def raised(seed: int) -> bool:
+        rng, monitor, names = random.Random(seed), Monitor(Health()), set()
         for step in range(1, STEPS + 1):
-            sides = {side: statistics.fmean(rng.gauss(-2 + step / 500, 0.7) for _ in range(4)) for side in "ab"}
-            line = {"logps/chosen": 10 * sides["a"], "logps/rejected": 10 * sides["b"], "rewards/margin": step / 9}
-            found = monitor.see(step, {**line, "length/chosen": 10.0, "length/rejected": 10.0})
-            raised += any(alarm.name == "displacement" for alarm in found)
-    assert raised <= 2  # lines, of 40 runs
+            rows = statistics.fmean(rng.gauss(-2, 0.7) for _ in range(4))  # both answers to a hard prompt are unlikely
+            line = {"logps/chosen": rows + step / 500, "logps/rejected": rows - step / 100, "rewards/margin": step / 9}
+            names |= {alarm.name for alarm in monitor.see(step, {**line, "length/chosen": 1.0, "length/rejected": 1.0})}
+        return "displacement" in names
+
+    assert sum(map(raised, range(40))) <= 4
+    monkeypatch.setattr(detectors, "NOISE", 0)
+    assert sum(map(raised, range(40))) >= 12
 
 
 def test_log_ratios_are_preferred_to_log_probabilities() -> None:

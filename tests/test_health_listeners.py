@@ -281,7 +281,7 @@ def test_stop_on_knows_the_alarms() -> None:
     assert config(stop_on="kl_high, truncation").stop_on == ["kl_high", "truncation"]
     with pytest.raises(ConfigError, match=r"no alarm 'kl_hihg'. Did you mean 'kl_high'\? There are kl_high, kl_low, "):
         config(stop_on=["kl_hihg"])
-    assert config(stop_on=" ").stop_on == config(stop_on="").stop_on == []
+    assert config(stop_on=" ").stop_on == config(stop_on="").stop_on == config(stop_on=None).stop_on == []
     with pytest.raises(ConfigError, match="no alarm ''"):
         config(stop_on=[""])
     assert set(ALARMS) < set(Health.model_fields)
@@ -292,6 +292,12 @@ def test_stop_on_names_no_alarm_that_is_switched_off() -> None:
     for off in ({"health.kl_high": None}, {"health.enabled": False}):
         with pytest.raises(ConfigError, match="stop_on names kl_high, which `health` switches off; give it a limit"):
             config(stop_on="kl_high", **off)
+
+
+@pytest.mark.parametrize("health", [1, "kl_high", ["kl_high"]])
+def test_health_is_a_mapping(health: Any) -> None:
+    with pytest.raises(ConfigError, match="health: Input should be a valid dictionary"):
+        config(health=health)
 
 
 def test_limits_are_numbers_with_room_between_them() -> None:
@@ -319,6 +325,8 @@ def test_a_cut_off_last_line_is_left_out_and_garbage_in_the_middle_is_named(tmp_
             list(read_lines(file))
     file.write_bytes(b'{"step": 1}\n\xff\xfe{')
     assert [m["step"] for m in read_lines(file)] == [1]
+    with pytest.raises(DataError, match=r"cannot read .*nothing.jsonl: No such file"):
+        list(read_lines(tmp_path / "nothing.jsonl"))
 
 
 def test_a_resume_takes_out_lines_that_are_no_text(tmp_path: Path) -> None:
@@ -326,9 +334,6 @@ def test_a_resume_takes_out_lines_that_are_no_text(tmp_path: Path) -> None:
     file.write_bytes(b'{"step": 1}\n\xff\xfe{\n{"step": 3}\n')
     StepLines(file, 2).close()
     assert file.read_bytes() == b'{"step": 1}\n'
-
-    with pytest.raises(DataError, match=r"cannot read .*nothing.jsonl: No such file"):
-        list(read_lines(tmp_path / "nothing.jsonl"))
 
 
 # ----------------------------------------------------------------------------------------------------- distribution

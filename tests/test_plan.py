@@ -84,6 +84,14 @@ def test_the_ledger_counts_what_is_alive_and_the_largest_moment() -> None:
     assert ledger.now["workspace"] == 0
 
 
+def test_what_has_no_memory_is_not_counted() -> None:
+    ledger = Ledger()
+    with ledger:
+        shape = torch.empty(1000, 1000, device="meta")  # as attention branch by branch has for its mask
+        there = torch.zeros(7)
+    assert (shape.device.type, there.nbytes, dict(ledger.now)) == ("meta", 28, {"workspace": 28})
+
+
 @pytest.mark.parametrize("lora", [None, 4])
 def test_an_update_on_paper_takes_what_the_update_itself_takes(lora: int | None, tiny: str) -> None:
     work = work_of("dpo", tiny, lora=lora)

@@ -95,7 +95,7 @@ def test_an_answer_that_can_be_checked_is_a_reward(answers: list[Any], reward: s
     assert values(found)["reward"] == reward
 
 
-@pytest.mark.parametrize("answer", [None, "", "words " * 20, ["a"]])
+@pytest.mark.parametrize("answer", [None, "", "words " * 20, ["a"], math.nan, math.inf, True])
 def test_one_answer_that_cannot_be_checked_spoils_it(answer: Any) -> None:
     rows = [{"prompt": f"{i}?", "answer": "Paris"} for i in range(20)]
     assert recommend([*rows, {"prompt": "last?", "answer": answer}]).first is None

@@ -170,6 +170,21 @@ def test_a_reward_whose_columns_are_there_is_served() -> None:
     assert found.first.method == "grpo"
 
 
+class Heavy:
+    """A reward that is something to make: nobody who only advises may."""
+
+    def __init__(self) -> None:
+        raise AssertionError("it was made")
+
+    def __call__(self, completions: list[str], colour: list[str]) -> list[float]:
+        raise AssertionError("it was asked")
+
+
+def test_a_class_of_a_reward_is_not_made_to_be_looked_at() -> None:
+    found = recommend([{"prompt": f"{i}?", "colours": "red"} for i in range(30)], reward={"use": Heavy})
+    assert found.first is not None
+
+
 def test_prose_with_a_number_in_it_is_no_number() -> None:
     prose = ["Vitamin B12 helps the nerves of people at any age", "It was in World War 2 that this was first seen"]
     found = recommend([{"prompt": f"{i}?", "answer": prose[i % 2]} for i in range(30)])

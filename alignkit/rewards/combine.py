@@ -88,6 +88,16 @@ def check_rewards(spec: Any) -> None:
     _parts(spec)
 
 
+def check_reward_columns(spec: Any, there: Collection[str]) -> None:
+    """Raise RewardError where rows with these columns lack one that a spec's function asks for; loads no model.
+
+    A class is not looked at: it would have to be made. Also raises as `check_rewards`.
+    """
+    for part in _parts(spec):
+        for one in _leaves(part):
+            one.check_columns(there)
+
+
 def reward_folders(spec: Any) -> list[str]:
     """Return the folders of the models that a spec names; loads none. Raises as `check_rewards`."""
     return [f.folder for part in _parts(spec) for f in _leaves(part) if f.folder]

@@ -9,7 +9,7 @@ import torch
 
 from alignkit.errors import ConfigError, RewardError, nearest
 from alignkit.rewards.answers import Answers
-from alignkit.rewards.combine import Rewards, build_rewards, check_rewards, reward_folders
+from alignkit.rewards.combine import Rewards, build_rewards, check_reward_columns, check_rewards, reward_folders
 from alignkit.rewards.functions import Function, Functions
 from alignkit.rewards.spec import JUDGE, Device, leaf, number
 from alignkit.rows import shown
@@ -97,6 +97,14 @@ def check_judge(spec: Any) -> None:
         check_rewards(found[0])
     else:
         leaf(spec, JUDGE)
+
+
+def check_judge_columns(spec: Any, there: Collection[str]) -> None:
+    """Do for a judge what `check_reward_columns` does for rewards."""
+    if (found := _bradley_terry(spec)) is not None:
+        check_reward_columns(found[0], there)
+    else:
+        leaf(spec, JUDGE).check_columns(there)
 
 
 def judge_folders(spec: Any) -> list[str]:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -65,12 +65,19 @@ JUDGE = Kind("judge", {"llm": LlmJudge}, ("prompts", "first", "second"), Pairwis
 
 @dataclass(frozen=True)
 class Leaf:
-    """One function that is not loaded yet. folder: of a model, else None."""
+    """One function that is not loaded yet. folder: of a model, else None. ready: the function where it is there before
+    it is built: it is no model, and no class of somebody else's, which may do anything when it is made."""
 
     name: str
     weight: float
     build: Callable[[Device], Function]
     folder: str | None = None
+    ready: Function | None = None
+
+    def check_columns(self, there: Collection[str]) -> None:
+        """See `Function.check_columns`; of what is not ready nothing is known."""
+        if self.ready is not None:
+            self.ready.check_columns(there)
 
 
 def leaf(spec: Any, kind: Kind) -> Leaf:
@@ -89,7 +96,7 @@ def leaf(spec: Any, kind: Kind) -> Leaf:
         return _of_class(target, name, weight, given, kind)
     function = Function(kind.word, name, target, kind.given, given)
     _ = function.parameters  # checks them
-    return Leaf(name, weight, lambda _: function)
+    return Leaf(name, weight, lambda _: function, ready=function)
 
 
 def number(value: Any, what: str) -> float:
@@ -115,7 +122,7 @@ def _of_folder(folder: str, name: str, weight: float, options: Mapping[str, Any]
 def _of_class(cls: type[Any], name: str, weight: float, options: Mapping[str, Any], kind: Kind) -> Leaf:
     if issubclass(cls, Options):
         ready = Function(kind.word, name, _optioned(cls, name, options, kind), kind.given)
-        return Leaf(name, weight, lambda _: ready)
+        return Leaf(name, weight, lambda _: ready, ready=ready)
     try:
         inspect.signature(cls).bind(**options)
     except (TypeError, ValueError) as error:

@@ -48,9 +48,8 @@ def _around(controller: str) -> Iterator[Path]:
         if controllers and controller not in controllers.split(","):
             continue
         top = GROUPS / controller if controllers else GROUPS  # version 2 has one tree for all
-        own = top / path.lstrip(
-            "/"
-        )  # in a container it may be the host's name, which is not there: then the top counts
+        # in a container it may be the host's name, which is not there: then the top counts
+        own = top / path.lstrip("/")
         yield from (group for group in (own, *own.parents) if group.is_relative_to(top))
 
 

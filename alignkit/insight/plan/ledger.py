@@ -42,7 +42,9 @@ class Ledger(TorchDispatchMode):
             self._label = before
 
     def count(self, tensor: Tensor, label: str | None = None) -> None:
-        """Count a tensor that is there, or move it under another label."""
+        """Count a tensor that is there, or move it under another label; one on "meta" takes no memory."""
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         if (entry := self._entries.get(storage)) is not None:
             if label is not None:

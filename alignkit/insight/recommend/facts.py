@@ -15,9 +15,15 @@ from alignkit.insight.audit import Audit, audit
 from alignkit.insight.audit.features import LENGTH
 from alignkit.insight.audit.repeats import votes
 from alignkit.insight.places import is_adapter, model_folder
-from alignkit.insight.recommend.scoring import check_columns, says_llm, verifier
+from alignkit.insight.recommend.scoring import says_llm, verifier
 from alignkit.method import DataKind
-from alignkit.rewards import check_judge, check_rewards, reward_folders
+from alignkit.rewards import (
+    check_judge,
+    check_judge_columns,
+    check_reward_columns,
+    check_rewards,
+    reward_folders,
+)  # fmt: skip
 from alignkit.rows import FaultyRowsError, RawRows, Row, read_rows
 
 # Rules of thumb, said as such in docs/recommend.md.
@@ -99,7 +105,10 @@ def facts_of(
     found = audit(raw, eval_data=eval_data, columns=columns, model=tokenizer)
     read, problems = _read(raw, columns)
     asked = read.get("prompts", [])
-    check_columns(reward, judge, {name for row in asked for name in row.extra})
+    there = {name for row in asked for name in row.extra}
+    for spec, check_columns in ((reward, check_reward_columns), (judge, check_judge_columns)):
+        if spec is not None:
+            check_columns(spec, there)
     disagrees = disagreement(votes(read.get("pairs", [])))
     return Facts(
         found, {kind: len(rows) for kind, rows in read.items()}, problems, disagrees, _noisy(found, disagrees),

@@ -1,13 +1,12 @@
-"""What scores samples: what a spec names, whether the rows have the columns for it, and what a column could check."""
+"""What scores samples: whether a spec names a language model, and what a column of the rows could check."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from alignkit.errors import AlignkitError
-from alignkit.rewards import Judge, Rewards, build_judge, build_rewards, judge_folders, reward_folders
 from alignkit.rewards.numeric import final_number
 from alignkit.rows import Row
 
@@ -36,27 +35,6 @@ def says_llm(spec: Any) -> bool:
     return any((one.get("use") if isinstance(one, Mapping) else one) == "llm" for one in leaves(spec))
 
 
-def check_columns(reward: Any, judge: Any, there: Collection[str]) -> None:
-    """Raise RewardError where rows with these columns lack one that reward or judge asks for; loads no model's folder.
-
-    reward, judge: specs that have been checked, or None.
-    """
-    of_judge = isinstance(judge, Mapping) and "bradley_terry" in judge
-    rewards = [*([] if reward is None else leaves(reward)), *(leaves(judge["bradley_terry"]) if of_judge else ())]
-    asked: list[tuple[Any, Callable[[Any], Rewards | Judge]]]
-    asked = [(one, build_rewards) for one in rewards if not reward_folders(one)]
-    if judge is not None and not of_judge and not judge_folders(judge):
-        asked.append((judge, build_judge))
-    for spec, build in asked:
-        try:
-            built = build(spec)
-        except AlignkitError:
-            raise
-        except Exception:  # a stranger's class may do anything when it is made; the run will say what
-            continue
-        built.check_columns(there)
-
-
 def verifier(rows: Sequence[Row]) -> Literal["numeric", "exact"] | None:
     """Say which verifier could check every row's `answer`, None where none can.
 
@@ -64,12 +42,19 @@ def verifier(rows: Sequence[Row]) -> Literal["numeric", "exact"] | None:
     holds a number somewhere has another answer.
     """
     said = [row.extra.get("answer") for row in rows]
-    if not said or any(not isinstance(a, str | int | float) or not str(a).strip() for a in said):
+    if not said or not all(map(_can_be_asked_for, said)):
         return None
     texts = [str(a).strip() for a in said]
     if all(map(_is_number, texts)):
         return "numeric"
     return "exact" if max(map(len, texts)) <= SHORT else None
+
+
+def _can_be_asked_for(answer: Any) -> bool:
+    """Not so of an empty cell, which a table may write as nan, and of a truth value, which has no one spelling."""
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        return math.isfinite(answer)
+    return isinstance(answer, str) and bool(answer.strip())
 
 
 def _is_number(text: str) -> bool:
