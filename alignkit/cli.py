@@ -263,15 +263,12 @@ def validate(
     console.speak()
     from alignkit import assemble, loading
     from alignkit.online import check_online
-    from alignkit.rewards import check_judge_columns, check_reward_columns
+    from alignkit.rewards import check_columns
 
     check_online(checked, method)
     rows = assemble.read(checked, method, loading.load_tokenizer(checked))
     assemble.least_examples(checked, method, rows, n_ranks=1)
-    there = {name for e in (*rows.train, *rows.held_out) for name in e.columns}
-    for spec, check in ((checked.reward, check_reward_columns), (checked.judge, check_judge_columns)):
-        if spec is not None:
-            check(spec, there)
+    check_columns(checked.reward, checked.judge, {name for e in (*rows.train, *rows.held_out) for name in e.columns})
     typer.echo(f"{config}: fine, ready to run with '{checked.method}'")
 
 

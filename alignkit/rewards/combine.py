@@ -89,10 +89,7 @@ def check_rewards(spec: Any) -> None:
 
 
 def check_reward_columns(spec: Any, there: Collection[str]) -> None:
-    """Raise RewardError where rows with these columns lack one that a spec's function asks for; loads no model.
-
-    A class is not looked at: it would have to be made. Also raises as `check_rewards`.
-    """
+    """Do for rewards alone what `alignkit.rewards.check_columns` does."""
     for part in _parts(spec):
         for one in _leaves(part):
             one.check_columns(there)

@@ -99,12 +99,18 @@ def check_judge(spec: Any) -> None:
         leaf(spec, JUDGE)
 
 
-def check_judge_columns(spec: Any, there: Collection[str]) -> None:
-    """Do for a judge what `check_reward_columns` does for rewards."""
-    if (found := _bradley_terry(spec)) is not None:
+def check_columns(reward: Any, judge: Any, there: Collection[str]) -> None:
+    """Raise RewardError where rows with these columns lack one that the specs' functions ask for; loads no model.
+
+    reward, judge: None where there is none. A class is not looked at: it would have to be made. Also raises as
+    `check_rewards` and `check_judge`.
+    """
+    if reward is not None:
+        check_reward_columns(reward, there)
+    if judge is not None and (found := _bradley_terry(judge)) is not None:
         check_reward_columns(found[0], there)
-    else:
-        leaf(spec, JUDGE).check_columns(there)
+    elif judge is not None:
+        leaf(judge, JUDGE).check_columns(there)
 
 
 def judge_folders(spec: Any) -> list[str]:

@@ -30,7 +30,7 @@ from alignkit import (
     log_ratios,
     metric,
     wins,
-)  # fmt: skip
+)
 from alignkit_kernels import preference_loss, sequence_sum
 
 

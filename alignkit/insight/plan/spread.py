@@ -14,7 +14,7 @@ Phases = Mapping[str, Mapping[str, int]]
 
 
 def spread(phases: Phases, module: Any, processes: int, fsdp: bool) -> dict[str, dict[str, int]]:
-    """Return the phases of one of several ranks; phases: of one process that holds everything."""
+    """Return the phases of one of several ranks, in bytes by part; phases: of one process that holds everything."""
     if processes == 1:
         return {name: dict(parts) for name, parts in phases.items()}
     if not fsdp:  # DistributedDataParallel keeps room for all gradients, and the last part's come to lie in it

@@ -17,13 +17,7 @@ from alignkit.insight.audit.repeats import votes
 from alignkit.insight.places import is_adapter, model_folder
 from alignkit.insight.recommend.scoring import says_llm, verifier
 from alignkit.method import DataKind
-from alignkit.rewards import (
-    check_judge,
-    check_judge_columns,
-    check_reward_columns,
-    check_rewards,
-    reward_folders,
-)  # fmt: skip
+from alignkit.rewards import check_columns, check_judge, check_rewards, reward_folders
 from alignkit.rows import FaultyRowsError, RawRows, Row, read_rows
 
 # Rules of thumb, said as such in docs/recommend.md.
@@ -105,10 +99,7 @@ def facts_of(
     found = audit(raw, eval_data=eval_data, columns=columns, model=tokenizer)
     read, problems = _read(raw, columns)
     asked = read.get("prompts", [])
-    there = {name for row in asked for name in row.extra}
-    for spec, check_columns in ((reward, check_reward_columns), (judge, check_judge_columns)):
-        if spec is not None:
-            check_columns(spec, there)
+    check_columns(reward, judge, {name for row in asked for name in row.extra})
     disagrees = disagreement(votes(read.get("pairs", [])))
     return Facts(
         found, {kind: len(rows) for kind, rows in read.items()}, problems, disagrees, _noisy(found, disagrees),

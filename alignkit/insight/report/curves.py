@@ -12,8 +12,8 @@ from alignkit.alarms import HEALTHY_KL
 from alignkit.insight.report.read import Run
 from alignkit.insight.report.svg import Mark, Point, Series, chart, sample
 from alignkit.insight.report.ticks import finite, number
+from alignkit.runfolder import EVAL
 
-_HELD_OUT = "eval/"
 _GROUPS = (
     ("Reward and loss", r"wins/.*|rewards?/.*|advantage/.*|loss"),
     ("Distance from the reference", r"kl|kl/.*|entropy|clip_fraction|ratio/max|logps/.*|logratios/.*"),
@@ -90,7 +90,7 @@ def names(runs: Sequence[Run]) -> list[str]:
     there: dict[str, None] = {}
     for run in runs:
         for line in run.lines:
-            there |= dict.fromkeys(key.removeprefix(_HELD_OUT) for key, v in line.items() if finite(v))
+            there |= dict.fromkeys(key.removeprefix(EVAL) for key, v in line.items() if finite(v))
     shown = [n for n in there if not _UNSEEN.fullmatch(n)]
     return sorted(shown, key=lambda n: _FIRST.index(n) if n in _FIRST else len(_FIRST))
 
@@ -102,7 +102,7 @@ def unit(name: str) -> str:
 
 def legend(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
     """Return a sample of each line with its words: of one run training and held-out rows, else the runs."""
-    held_out = any(key.startswith(_HELD_OUT) for run in runs for line in run.lines for key in line)
+    held_out = any(key.startswith(EVAL) for run in runs for line in run.lines for key in line)
     if len(runs) == 1:
         return [(sample(0, False), "training"), *([(sample(1, True), "held-out rows")] if held_out else [])]
     lines = [(sample(i, False), run.label) for i, run in enumerate(runs)]
@@ -112,7 +112,7 @@ def legend(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
 def _series(runs: Sequence[Run], name: str) -> Iterator[Series]:
     for i, run in enumerate(runs):
         training = _points(run, name)
-        held_out = _points(run, _HELD_OUT + name)
+        held_out = _points(run, EVAL + name)
         if len(runs) == 1:
             words, styles = ("training", "held-out rows"), (0, 1)
         else:
