@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from alignkit.alarms import ALARMS, Health
 from alignkit.errors import ConfigError, nearest
+from alignkit.files import write_text
 from alignkit.method import MethodConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -299,6 +300,4 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
     """Write settings so that `read_yaml` gives them back; trust_remote_code is left out."""
     kept = {k: v for k, v in values.items() if k != "trust_remote_code"}
-    whole = path.with_name(f".{path.name}-{os.getpid()}")
-    whole.write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    whole.replace(path)  # a run that is killed now has all of its settings, or none
+    write_text(path, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))

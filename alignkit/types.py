@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedRows:
     """The tensors a model reads.
 
     input_ids, position_ids, tree_ids, branch_ids: int64 [R, T]; tree_ids is -1 on padding; branch_ids is 0 on
@@ -105,20 +105,20 @@ class Rows:
     last_at: Tensor
     kind: LayoutKind = "forest"
 
-    def to(self, device: torch.device | str) -> Rows:
+    def to(self, device: torch.device | str) -> PackedRows:
         """Return the same rows on `device`."""
         names = ("input_ids", "position_ids", "tree_ids", "branch_ids", "predict_at", "last_at")
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
 
 
-Packer = Callable[[Sequence[Example], Layout], Rows]
+Packer = Callable[[Sequence[Example], Layout], PackedRows]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Examples with the numbers that were computed about them; packed into rows when a model asks.
 
-    packer: lays examples out in rows (`alignkit.packing.pack`).
+    packer: lays examples out in rows (`alignkit.models.packing.pack`).
     per_example, per_completion, per_token: tensors whose first dimension is E, S or C. They follow the examples
     through `select`, `minibatches` and `micro_batches`, so a method never sees how a step was cut.
     The order of E, S and C is that of `examples`, whatever the rows look like.
@@ -136,7 +136,7 @@ class Batch:
         return len(self.examples)
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> PackedRows:
         """The packed tensors, on the batch's device."""
         return self.packer(self.examples, self.layout).to(self.device)
 
@@ -295,10 +295,13 @@ def metric(value: Tensor, over: str = "examples", largest: bool = False) -> Term
     return Term(value.detach(), over, coef=0.0, largest=largest)
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What models say about a batch, float32 [C] each: logps in nats; when asked for, the entropy of the distribution
-    that each target was drawn from in nats, and the critic's value before it in the reward's units."""
+class Outputs(NamedTuple):
+    """What models compute for a batch, float32 [C] each.
+
+    logps: of the targets, in nats. entropy: of the distribution that each target was drawn from, in nats, where it was
+    asked for. values: the critic's value before each target, in the reward's units, where it was asked for.
+    A tuple, because data parallelism and FSDP2 find the tensors in tuples.
+    """
 
     logps: Tensor
     entropy: Tensor | None = None

@@ -56,10 +56,12 @@ def run_alignkit(layout: str, work: Path, cache: Path, **changes: Any) -> dict[s
     """
     import torch
 
-    from alignkit import assemble, registry, runfolder
+    from alignkit import registry
     from alignkit.config import split
-    from alignkit.engine import Loop
-    from alignkit.loading import load_tokenizer
+    from alignkit.engine import assemble
+    from alignkit.engine.loop import Loop
+    from alignkit.models.loading import load_tokenizer
+    from alignkit.runs import folder as runfolder
 
     cls = registry.get("dpo")
     settings = {

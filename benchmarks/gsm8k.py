@@ -22,7 +22,7 @@ import torch
 import alignkit
 from alignkit.config import Sampling
 from alignkit.demo.base import tokenizer_from
-from alignkit.models import plain_logps
+from alignkit.models.scoring import plain_logps
 from alignkit.rewards import Answers, build_rewards
 from alignkit.rollout import sample
 

@@ -31,7 +31,7 @@ from alignkit.demo.base import write_start
 from alignkit.engine import Engine
 from alignkit.insight.health import replay
 from alignkit.insight.health.monitor import held_out
-from alignkit.runfolder import read_lines, read_metrics
+from alignkit.runs.folder import read_lines, read_metrics
 
 # seed of the world and its base, first seed of the runs
 PARTS = {"tune": (0, 100), "tune-again": (1, 200), "report": (2, 300)}

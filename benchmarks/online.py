@@ -155,7 +155,7 @@ def contend(name: str, work: Path) -> dict[str, Any]:
 
 def prepare(data: Path, steps: int, work: Path) -> None:
     """Write the start model, the prompts, and the prompts in the order in which alignkit's seed 0 visits them."""
-    from alignkit.stream import Stream
+    from alignkit.data.stream import Stream
 
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     prompts: list[Any] = [{"prompt": row["question"]} for row in rows]

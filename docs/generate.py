@@ -16,8 +16,8 @@ from typing import get_args
 from pydantic import BaseModel
 
 from alignkit import Method, registry
+from alignkit.cli.console import described
 from alignkit.config import RunConfig
-from alignkit.console import described
 from alignkit.method import Role
 
 DOCS = Path(__file__).resolve().parent

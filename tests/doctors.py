@@ -11,7 +11,7 @@ import torch
 
 from alignkit.insight.doctor import Asked, surroundings
 from alignkit.insight.doctor.parts import Fact, Probe, Trouble
-from alignkit.logpcache import LogpCache
+from alignkit.reference.cache import LogpCache
 
 NOTHING = Asked()
 

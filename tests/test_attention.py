@@ -12,9 +12,9 @@ from zoo import (
     one_at_a_time,
 )
 
-from alignkit.attention import attention_mask
-from alignkit.models import Scorer
-from alignkit.packing import batch_of, dense_mask, pack
+from alignkit.models.attention import attention_mask
+from alignkit.models.packing import batch_of, dense_mask, pack
+from alignkit.models.scoring import Scorer
 from alignkit.types import Layout
 
 
@@ -96,5 +96,5 @@ def test_flex_attention_scores_the_forest_as_the_model_itself(name: str, monkeyp
         want = one_at_a_time(model, examples())
         model.set_attn_implementation("flex_attention")
         batch = batch_of(examples(), Layout("forest", 128, multiple_of=128))
-        got = Scorer(model)(batch.rows, batch.targets)
+        got = Scorer(model)(batch.rows, batch.targets).logps
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zoo import CPU, FOREST, config, examples, fresh, one_at_a_time
 
-from alignkit.branches import BRANCHES, BranchMask, attend_by_branches, branch_attention, branch_mask
-from alignkit.layouts import choose_layout
-from alignkit.loading import readied
-from alignkit.models import Scorer
-from alignkit.packing import batch_of, dense_mask, pack
+from alignkit.models.branches import BRANCHES, BranchMask, attend_by_branches, branch_attention, branch_mask
+from alignkit.models.layouts import choose_layout
+from alignkit.models.loading import readied
+from alignkit.models.packing import batch_of, dense_mask, pack
+from alignkit.models.scoring import Scorer
 from alignkit.types import Completion, Example, Layout
 
 SDPA = [name for name in FOREST if fresh(name).config._attn_implementation == "sdpa"]
@@ -32,7 +32,7 @@ def branching(name: str) -> Any:
 @pytest.mark.parametrize("row_tokens", [1, 64, 4096])
 def test_a_model_says_what_it_says_of_one_sequence_at_a_time(name: str, row_tokens: int) -> None:
     batch = batch_of(examples(), Layout("forest", row_tokens))
-    logps = Scorer(branching(name))(batch.rows, batch.targets)
+    logps = Scorer(branching(name))(batch.rows, batch.targets).logps
     torch.testing.assert_close(logps, one_at_a_time(fresh(name), examples()), atol=3e-5, rtol=0)
 
 
@@ -41,7 +41,7 @@ def test_gradients_are_those_of_one_sequence_at_a_time(name: str) -> None:
     packed, alone = branching(name), fresh(name)
     batch = batch_of(examples(), Layout("forest", 4096))
     weights = torch.linspace(-1, 1, len(batch.targets))
-    (Scorer(packed)(batch.rows, batch.targets) * weights).sum().backward()
+    (Scorer(packed)(batch.rows, batch.targets).logps * weights).sum().backward()
     with torch.enable_grad():
         (one_at_a_time(alone, examples()) * weights).sum().backward()
     for (what, mine), theirs in zip(packed.named_parameters(), alone.parameters(), strict=True):
@@ -93,7 +93,7 @@ def test_a_model_that_cannot_be_read_so_is_read_with_a_dense_mask(monkeypatch: p
         wrong = {"scaling": 1.0} if isinstance(mask, BranchMask) else {}
         return branch_attention(module, query, key, value, mask, **{**options, **wrong})
 
-    monkeypatch.setattr("alignkit.branches.branch_attention", unscaled)
+    monkeypatch.setattr("alignkit.models.branches.branch_attention", unscaled)
     model = branching("llama")
     assert choose_layout(Scorer(model), examples(), config(), CPU).kind == "forest"
     assert model.config._attn_implementation == "sdpa"

@@ -17,9 +17,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 import alignkit
-from alignkit import card
 from alignkit.rewards import Answers, build_rewards
-from alignkit.runfolder import read_metrics
+from alignkit.runs import card
+from alignkit.runs.folder import read_metrics
 from helpers import make_rows
 
 

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from alignkit import checkpoint
 from alignkit.errors import CheckpointError
+from alignkit.runs import checkpoint
 
 DTYPES = (
     torch.float32,

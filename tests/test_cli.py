@@ -19,7 +19,7 @@ import typer
 import yaml
 
 from alignkit import __version__, cli, registry
-from alignkit.logpcache import LogpCache
+from alignkit.reference.cache import LogpCache
 from helpers import make_rows
 
 FAULTY = """{"prompt": "a", "chosen": null, "rejected": "b"}
@@ -74,7 +74,7 @@ def prefs(write_rows: Callable[..., str]) -> str:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model is a failure of the test."""
-    from alignkit import assemble
+    from alignkit.engine import assemble
 
     def loaded(*_: Any) -> None:
         raise AssertionError("a model was loaded")
@@ -393,7 +393,7 @@ def test_a_run_that_could_not_begin_leaves_no_folder(call: Call, prefs: str, tin
 
 
 def test_a_tracker_that_is_not_installed_is_refused(call: Call, prefs: str, tiny: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr("alignkit.assemble.get_available_trackers", list)
+    monkeypatch.setattr("alignkit.engine.assemble.get_available_trackers", list)
     said = call("run", "dpo", "--model", tiny, "--data", prefs, "--set", "trackers=tensorboard")
     assert said.code == 2
     assert "tracker 'tensorboard' is not installed; try: pip install tensorboard" in said.err

@@ -13,11 +13,14 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignkit import cli, console, data, measures, registry, tokenise
+from alignkit import cli, data, registry
+from alignkit.cli import console
 from alignkit.compare import Comparison, check_picture, compare, draw, table, together, write_json
 from alignkit.compare.jobs import Job, Task, check_settings, jobs_of, rows_of
 from alignkit.compare.one import done
 from alignkit.compare.together import Row
+from alignkit.data import tokenise
+from alignkit.demo import against_base as measures
 from alignkit.demo import recipes, world
 from alignkit.errors import ConfigError, PluginError
 from alignkit.rollout import Sampled

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import alignkit
 from alignkit.errors import ConfigError
-from alignkit.runfolder import read_metrics
+from alignkit.runs.folder import read_metrics
 from helpers import make_rows
 
 pytestmark = pytest.mark.slow

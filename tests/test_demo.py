@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignkit import registry
 from alignkit.demo import recipes, show, verdict, world
 from alignkit.errors import ConfigError
-from alignkit.runfolder import read_metrics
+from alignkit.runs.folder import read_metrics
 
 
 @given(st.integers(0, 50))

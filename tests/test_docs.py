@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from alignkit import data, forms, registry
+from alignkit import data, registry
+from alignkit.data import forms
 from alignkit.engine import run
 from helpers import make_rows
 

@@ -266,7 +266,7 @@ def test_adapters_that_an_optional_library_stops(monkeypatch: pytest.MonkeyPatch
 
 
 def test_eight_bits_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignkit.quantise.to_int8", lambda model: torch.nn.Sequential(model, torch.nn.Tanh()))
+    monkeypatch.setattr("alignkit.reference.int8.to_int8", lambda model: torch.nn.Sequential(model, torch.nn.Tanh()))
     if software.installed("bitsandbytes"):
         found = one(software.working)
         assert found.severity == "warn"

@@ -16,7 +16,7 @@ from doctors import facts, fill, one, set_apart, spoil, troubles
 
 from alignkit.errors import CacheError
 from alignkit.insight.doctor import Asked, kept
-from alignkit.logpcache import LogpCache
+from alignkit.reference.cache import LogpCache
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def test_the_devices_of_this_machine() -> None:
 
 
 def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignkit.sessions.cores", lambda: 2)
+    monkeypatch.setattr("alignkit.runs.sessions.cores", lambda: 2)
     monkeypatch.setattr(container, "cores", lambda: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert Trouble(
@@ -143,7 +143,7 @@ def test_the_cores_of_a_container(
 ) -> None:
     grow(own, tree, tmp_path, monkeypatch)
     assert container.cores() == cores
-    monkeypatch.setattr("alignkit.sessions.cores", lambda: 64)
+    monkeypatch.setattr("alignkit.runs.sessions.cores", lambda: 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     said = facts(machine.devices)["processor"]
     assert ("by a container's limit" in said) is (cores is not None)

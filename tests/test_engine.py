@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alignkit
 from alignkit.errors import CheckpointError, ConfigError, TrainingError
-from alignkit.runfolder import read_metrics
+from alignkit.runs.folder import read_metrics
 from alignkit_kernels import linear_logps
 from helpers import make_rows
 
@@ -82,7 +82,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     settings |= {"data": rows, "eval_fraction": 0.2, "save_every": 2, "lora": lora}
     whole = alignkit.run(method, name="whole", **settings)
 
-    from alignkit.engine import Loop
+    from alignkit.engine.loop import Loop
 
     step = Loop.step
 
@@ -106,7 +106,7 @@ def test_tr_dpo_resumes_with_the_reference_where_it_had_moved_to(
 ) -> None:
     settings |= {"data": make_rows("pairs", 12), "save_every": 3, "sync_every": 2}
     whole = alignkit.run("dpo", name="whole", **settings)
-    from alignkit.engine import Loop
+    from alignkit.engine.loop import Loop
 
     step = Loop.step
     monkeypatch.setattr(Loop, "step", lambda s, n, t: step(s, n, t) if n < 4 else (_ for _ in ()).throw(OSError()))

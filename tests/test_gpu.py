@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import alignkit
-from alignkit.runfolder import read_metrics
+from alignkit.runs.folder import read_metrics
 from helpers import make_rows, write_tiny
 
 pytestmark = [

@@ -19,10 +19,10 @@ from alignkit import Alarm, RunView, registry
 from alignkit.alarms import ALARMS, Health
 from alignkit.config import RunConfig, split
 from alignkit.errors import AlarmError, ConfigError, DataError
-from alignkit.listeners import Listeners
 from alignkit.method import MethodConfig
-from alignkit.progress import Progress, line
-from alignkit.runfolder import StepLines, read_lines, read_metrics
+from alignkit.runs.folder import StepLines, read_lines, read_metrics
+from alignkit.runs.log import Listeners
+from alignkit.runs.progress import Progress, line
 from helpers import make_rows
 
 TIMED = ("tokens_per_second", "seconds/")
@@ -232,7 +232,7 @@ def test_what_was_raised_before_a_resume_ends_nothing_and_that_is_said(
 
 def test_every_rank_ends_together(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
     """A rank that heard no alarm itself ends where another one did."""
-    from alignkit.ranks import Ranks
+    from alignkit.models.ranks import Ranks
 
     def summed(self: Ranks, value: Any) -> Any:
         if value.shape == (3,):  # the flags of the end of a step; here another rank's alarm

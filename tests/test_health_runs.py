@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import alignkit
 from alignkit.alarms import Health
-from alignkit.cli import app
-from alignkit.engine import Loop
+from alignkit.cli.app import app
+from alignkit.engine.loop import Loop
 from alignkit.errors import ConfigError, DataError
 from alignkit.insight.health import Watch, replay
-from alignkit.runfolder import read_lines, read_metrics
+from alignkit.runs.folder import read_lines, read_metrics
 from helpers import make_rows
 
 TIMED = ("tokens_per_second", "seconds/")

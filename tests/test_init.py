@@ -15,7 +15,7 @@ from alignkit import registry
 from alignkit.config import LoraSettings, RunConfig
 from alignkit.errors import ConfigError
 from alignkit.insight.recommend import Recommendation, recommend
-from alignkit.loading import add_lora, load_model
+from alignkit.models.loading import add_lora, load_model
 from helpers import make_rows
 
 Command = Callable[..., tuple[Any, str, str]]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.errors import ConfigError, ModelError
-from alignkit.quantise import to_int8
-from alignkit.reference import fingerprint
+from alignkit.reference.int8 import to_int8
+from alignkit.reference.keys import fingerprint
 
 bnb = pytest.importorskip("bitsandbytes")
 transformers = pytest.importorskip("transformers")

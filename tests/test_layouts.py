@@ -19,9 +19,9 @@ from zoo import (
 )
 
 from alignkit.errors import ModelError
-from alignkit.layouts import check_fit, choose_layout
-from alignkit.models import Scorer, probe
-from alignkit.packing import batch_of
+from alignkit.models.layouts import check_fit, choose_layout
+from alignkit.models.packing import batch_of
+from alignkit.models.scoring import Scorer, probe
 from alignkit.types import Completion, Example, Layout
 
 
@@ -43,14 +43,14 @@ def test_a_recurrent_model_gets_padded_rows_with_one_warning_and_stays_exact(
     assert "cannot read the packed forest" in own[0]
     batch = batch_of(examples(), layout)
     with torch.no_grad():
-        got, want = Scorer(model)(batch.rows, batch.targets), one_at_a_time(model, examples())
+        got, want = Scorer(model)(batch.rows, batch.targets).logps, one_at_a_time(model, examples())
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 def test_a_scale_of_none_is_no_scale() -> None:
     model, batch = model_of("mpt, a scale of None"), batch_of(examples(), Layout("padded"))
     with torch.no_grad():
-        got, want = Scorer(model)(batch.rows, batch.targets), one_at_a_time(model, examples())
+        got, want = Scorer(model)(batch.rows, batch.targets).logps, one_at_a_time(model, examples())
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_the_probe_finds_a_wrong_mask_and_says_by_how_much(monkeypatch: pytest.M
         width = rows.input_ids.shape[1]
         return torch.ones(width, width, dtype=torch.bool).tril().expand(len(rows.input_ids), 1, -1, -1)
 
-    monkeypatch.setattr("alignkit.models.attention_mask", causal)
+    monkeypatch.setattr("alignkit.models.scoring.attention_mask", causal)
     assert "log-probabilities differ by" in (probe(scorer, batch) or "")
 
 
@@ -137,7 +137,7 @@ def test_the_probe_finds_a_wrong_mask_in_bf16_too_and_forgives_rounding(monkeypa
     model = fresh("llama").bfloat16()
     batch = batch_of(examples(), Layout())
     assert probe(Scorer(model), batch) is None
-    monkeypatch.setattr("alignkit.models.attention_mask", lambda rows, *_: (rows.tree_ids >= 0).long())
+    monkeypatch.setattr("alignkit.models.scoring.attention_mask", lambda rows, *_: (rows.tree_ids >= 0).long())
     assert "log-probabilities differ by" in (probe(Scorer(model), batch) or "")
 
 

@@ -19,9 +19,9 @@ from zoo import (
 
 from alignkit.config import LoraSettings
 from alignkit.errors import ModelError
-from alignkit.loading import add_lora, load_model, load_tokenizer
-from alignkit.models import Scorer
-from alignkit.packing import batch_of
+from alignkit.models.loading import add_lora, load_model, load_tokenizer
+from alignkit.models.packing import batch_of
+from alignkit.models.scoring import Scorer
 from alignkit.types import Layout
 
 
@@ -41,9 +41,9 @@ def test_dropout_is_off_in_training_mode(name: str, changes: dict[str, float]) -
     assert model.training
     batch = batch_of(examples(), Layout())
     with torch.no_grad():
-        trained = [Scorer(model)(batch.rows, batch.targets) for _ in range(3)]
+        trained = [Scorer(model)(batch.rows, batch.targets).logps for _ in range(3)]
         model.eval()
-        evaluated = Scorer(model)(batch.rows, batch.targets)
+        evaluated = Scorer(model)(batch.rows, batch.targets).logps
     assert all(torch.equal(t, evaluated) for t in trained)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignkit import log_ratios, pair_metrics
-from alignkit.packing import batch_of
+from alignkit.models.packing import batch_of
 from alignkit.types import Batch, Completion, Example, Layout
 
 

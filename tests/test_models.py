@@ -20,13 +20,13 @@ from zoo import (
     same_tree_mask,
 )
 
-from alignkit import models
 from alignkit.config import LoraSettings
 from alignkit.errors import ModelError
-from alignkit.layouts import choose_layout
-from alignkit.loading import add_lora, causal_lm
-from alignkit.models import Scorer, probe
-from alignkit.packing import batch_of
+from alignkit.models import scoring as models
+from alignkit.models.layouts import choose_layout
+from alignkit.models.loading import add_lora, causal_lm
+from alignkit.models.packing import batch_of
+from alignkit.models.scoring import Scorer, probe
 from alignkit.types import Layout
 from alignkit_kernels import linear_logps
 
@@ -40,12 +40,12 @@ def test_forest_and_padded_rows_score_as_the_model_itself_one_sequence_at_a_time
         want = one_at_a_time(model, examples())
         for layout in LAYOUTS:
             batch = batch_of(examples(), layout)
-            got = Scorer(model)(batch.rows, batch.targets)
+            got = Scorer(model)(batch.rows, batch.targets).logps
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5, msg=f"{layout}: {(got - want).abs().max()}")
         # a completion that saw its sibling would have shown
-        monkeypatch.setattr("alignkit.attention.dense_mask", same_tree_mask)
+        monkeypatch.setattr("alignkit.models.attention.dense_mask", same_tree_mask)
         batch = batch_of(examples(), Layout("forest", 64))
-        assert float((Scorer(model)(batch.rows, batch.targets) - want).abs().max()) > 0.05
+        assert float((Scorer(model)(batch.rows, batch.targets).logps - want).abs().max()) > 0.05
     assert got.dtype == torch.float32
 
 
@@ -56,7 +56,7 @@ def test_the_gradient_of_every_weight_is_that_of_one_sequence_at_a_time(name: st
     one_at_a_time(model, examples()).sum().backward()
     want = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    Scorer(model)(batch.rows, batch.targets).sum().backward()
+    Scorer(model)(batch.rows, batch.targets).logps.sum().backward()
     for n, p in model.named_parameters():
         scale = float(want[n].abs().max())
         assert scale > 0, n
@@ -67,7 +67,7 @@ def test_temperature_and_entropy_are_those_of_the_capped_logits() -> None:
     model, given = model_of("gemma 2"), examples()[:2]
     batch = batch_of(given, Layout())
     with torch.no_grad():
-        logps, entropy = Scorer(model)(batch.rows, batch.targets, temperature=0.5, entropy=True)
+        logps, entropy, _ = Scorer(model)(batch.rows, batch.targets, temperature=0.5, entropy=True)
         e = given[0]
         sequence = torch.cat([e.prompt, e.completions[0].tokens]).long()
         logp = (model(input_ids=sequence[None]).logits[0].double() / 0.5).log_softmax(-1)
@@ -107,9 +107,9 @@ def test_adapted_models_score_as_their_own_forward(name: str, settings: dict[str
         adapted = one_at_a_time(model, examples())
         for layout in (Layout("forest", 64), Layout("padded")):
             batch = batch_of(examples(), layout)
-            torch.testing.assert_close(scorer(batch.rows, batch.targets), adapted, rtol=1e-6, atol=1e-5)
+            torch.testing.assert_close(scorer(batch.rows, batch.targets).logps, adapted, rtol=1e-6, atol=1e-5)
         with model.disable_adapter():
-            base = scorer(batch.rows, batch.targets)
+            base = scorer(batch.rows, batch.targets).logps
     # with the adapters off it is the model that they were put on, and with them on it is another one
     with torch.no_grad():
         torch.testing.assert_close(base, one_at_a_time(model_of(name), examples()), rtol=1e-6, atol=1e-5)
@@ -121,7 +121,7 @@ def test_adapted_models_score_as_their_own_forward(name: str, settings: dict[str
 def test_adapters_on_the_head_are_trained_and_the_base_is_not(settings: dict[str, Any]) -> None:
     model = lora_of("llama", r=2, **settings)
     batch = batch_of(examples(), Layout())
-    got = Scorer(model)(batch.rows, batch.targets)
+    got = Scorer(model)(batch.rows, batch.targets).logps
     got.sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert any("lm_head" in n for n in grads)
@@ -159,7 +159,7 @@ def test_each_way_to_train_takes_its_path_through_the_head_and_never_calls_it(
     causal_lm(model).get_output_embeddings().register_forward_pre_hook(called)
     batch = batch_of(examples(), Layout())
     scorer = Scorer(model, kept_logits=1 << 30)
-    scorer(batch.rows, batch.targets).sum().backward()
+    scorer(batch.rows, batch.targets).logps.sum().backward()
     with torch.no_grad():  # a reference pass
         scorer(batch.rows, batch.targets)
     tight = Scorer(model, kept_logits=0)
@@ -176,7 +176,7 @@ def test_a_head_with_low_rank_updates_is_called_on_a_few_rows_at_a_time(monkeypa
         layer = causal_lm(model).get_output_embeddings()
         hook = layer.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
         model.zero_grad()
-        logps, entropy = Scorer(model)(batch.rows, batch.targets, 0.7, True)
+        logps, entropy, _ = Scorer(model)(batch.rows, batch.targets, 0.7, True)
         (logps + 0.3 * entropy).sum().backward()
         hook.remove()
         return [logps.detach(), entropy.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], rows
@@ -205,7 +205,7 @@ def test_a_head_of_another_kind_is_asked_itself_and_its_gradients_are_right(wrap
     nn.init.normal_(layer.weight, 0, 0.2)
     model.set_output_embeddings(nn.Sequential(layer) if wrap else layer)
     batch = batch_of(examples(), Layout())
-    logps, entropy = Scorer(model)(batch.rows, batch.targets, 0.7, True)
+    logps, entropy, _ = Scorer(model)(batch.rows, batch.targets, 0.7, True)
     (logps + 0.3 * entropy).sum().backward()
     got = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()

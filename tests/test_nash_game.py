@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import alignkit
-from alignkit.engine import Loop
+from alignkit.engine.loop import Loop
 
 pytestmark = pytest.mark.slow
 

@@ -22,12 +22,12 @@ from test_engine import close, same
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import alignkit
-from alignkit.engine import Loop
+from alignkit.engine.loop import Loop
+from alignkit.engine.rollouts import Online
 from alignkit.errors import ConfigError, RewardError
-from alignkit.models import Scorer
-from alignkit.online import Online
+from alignkit.models.scoring import Scorer
 from alignkit.rollout.batched import Batched
-from alignkit.runfolder import read_metrics
+from alignkit.runs.folder import read_metrics
 from alignkit.testing.world import tiny_model, tiny_rows, tiny_tokenizer
 from alignkit.types import Layout
 from helpers import make_rows, write_tiny
@@ -136,7 +136,7 @@ class _KilledError(Exception):
 @contextmanager
 def killed(point: str, step: int) -> Iterator[None]:
     """End the process at a point of a step: before it, while it samples or scores, or between two of its updates."""
-    places = {"sampling": "sample", "scoring": "_asked", "update": "_update", "step": "step"}
+    places = {"sampling": "sample", "scoring": "_ask", "update": "_update", "step": "step"}
     owner: Any = Online if point in ("sampling", "scoring") else Loop
     original, begin = getattr(owner, places[point]), Loop.step
     now = {"step": -1, "updates": 0}
@@ -281,7 +281,7 @@ def test_where_memory_runs_out_while_sampling_or_scoring_less_is_done_at_once(
         return score(self, rows, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("alignkit.assemble.choose_layout", lambda *_: Layout("forest", 2048))
+        patch.setattr("alignkit.engine.assemble.choose_layout", lambda *_: Layout("forest", 2048))
         patch.setattr(Batched, "_batch", small_batches)
         patch.setattr(Scorer, "forward", small_rows)
         small = alignkit.run("grpo", **online | own)
@@ -320,7 +320,7 @@ def test_without_a_kl_no_reference_is_loaded(online: dict[str, Any], monkeypatch
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("a reference was made")
 
-    monkeypatch.setattr("alignkit.assemble.Reference", refused)
+    monkeypatch.setattr("alignkit.engine.assemble.Reference", refused)
     line = read_metrics(alignkit.run("grpo", **online | asks("grpo") | {"beta": 0.0}).folder)[-1]
     assert "kl" not in line
     with pytest.raises(AssertionError, match="a reference was made"):

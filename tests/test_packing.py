@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkit.packing import batch_of, dense_mask, pack, tree_mask
+from alignkit.models.packing import batch_of, dense_mask, pack, tree_mask
 from alignkit.types import Batch, Completion, Example, Layout, Outputs, Term, metric
 
 

@@ -22,12 +22,14 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from alignkit import cli, console
-from alignkit.engine import Engine, Loop
+from alignkit import cli
+from alignkit.cli import console
+from alignkit.engine import Engine
+from alignkit.engine.loop import Loop
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
-from alignkit.pipeline import FILE, PipelineResult, read_pipeline, run_pipeline, table
-from alignkit.runfolder import read_metrics
-from alignkit.stages import check, resolve
+from alignkit.runs.folder import read_metrics
+from alignkit.runs.pipeline import FILE, PipelineResult, read_pipeline, run_pipeline, table
+from alignkit.runs.stages import check, resolve
 from helpers import make_rows
 
 TIMED = ("tokens_per_second", "seconds/")

@@ -19,10 +19,12 @@ from typer.testing import CliRunner
 from zoo import CPU
 
 import alignkit
-from alignkit import console, registry
-from alignkit.cli import app
-from alignkit.commands.plan import bytes_of
+from alignkit import registry
+from alignkit.cli import console
+from alignkit.cli.app import app
+from alignkit.cli.commands.plan import bytes_of
 from alignkit.config import RunConfig, split
+from alignkit.data.stream import Stream
 from alignkit.errors import ConfigError, ModelError
 from alignkit.insight.plan import memory as room
 from alignkit.insight.plan import plan, remedies
@@ -32,10 +34,9 @@ from alignkit.insight.plan.planned import heaviest
 from alignkit.insight.plan.rehearsal import collected, learn
 from alignkit.insight.plan.shown import verdict
 from alignkit.insight.plan.unloaded import in_8_bits, n_bytes, unloaded
-from alignkit.loading import load_model
-from alignkit.models import Scorer
-from alignkit.packing import batch_of
-from alignkit.stream import Stream
+from alignkit.models.loading import load_model
+from alignkit.models.packing import batch_of
+from alignkit.models.scoring import Scorer
 from alignkit.types import Completion, Example, Layout
 from helpers import make_rows, write_tiny
 
@@ -201,7 +202,7 @@ def test_the_reference_is_counted_in_its_form(tiny: str) -> None:
 
 def test_an_8_bit_reference_takes_what_the_quantised_model_takes(tiny: str) -> None:
     pytest.importorskip("bitsandbytes")
-    from alignkit.quantise import to_int8
+    from alignkit.reference.int8 import to_int8
 
     config = RunConfig(method="dpo", model=tiny, data="-")
     model, _ = load_model(config, CPU)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from alignkit.cli import app
+from alignkit.cli.app import app
 from helpers import make_rows
 
 ROOT = Path(__file__).resolve().parents[1]

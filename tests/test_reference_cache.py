@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from alignkit.errors import CacheError
-from alignkit.reference import LogpCache, cached_logps, default_path, fill, fingerprint, key
+from alignkit.reference.cache import LogpCache, default_path
+from alignkit.reference.keys import cached_logps, fill, fingerprint, key
 from alignkit.types import Completion, Example
 
 REFERENCE = "f" * 64

@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 import alignkit
-from alignkit.cli import main
+from alignkit.cli.app import main
 from alignkit.config import RunConfig
-from alignkit.engine import Loop
+from alignkit.engine.loop import Loop
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.insight.report import report
 from alignkit.insight.report.audits import audited
@@ -30,7 +30,7 @@ from alignkit.insight.report.read import chapters, read
 from alignkit.insight.report.samples import samples
 from alignkit.insight.report.settings import between, changed
 from alignkit.insight.report.tables import results
-from alignkit.sessions import digest
+from alignkit.runs.sessions import digest
 from helpers import make_rows
 
 EVIL = "<script>document.title='taken'</script><img src=x onerror=\"console.error('taken')\">"

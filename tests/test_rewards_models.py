@@ -12,11 +12,11 @@ import torch
 from classifiers import EOS, alone, byte_tokenizer, ids_of, write_classifier
 
 from alignkit.data import load
+from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, ModelError, RewardError
 from alignkit.rewards import PAIRWISE, Answers, build_rewards, check_rewards, pairwise_ids
 from alignkit.rewards.models import RewardModel
 from alignkit.rewards.sequences import trees
-from alignkit.tokenise import tokenise
 
 
 def answers(pairs: list[tuple[Any, Any]], ended: list[bool] | None = None) -> Answers:

@@ -9,12 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import alignkit
+from alignkit.engine.roles import Roles
 from alignkit.errors import ConfigError, PluginError
-from alignkit.logpcache import LogpCache
-from alignkit.models import Scorer, plain_logps
-from alignkit.packing import batch_of
-from alignkit.roles import Reference, Roles, scored
-from alignkit.runfolder import read_metrics
+from alignkit.models.packing import batch_of
+from alignkit.models.passes import scored
+from alignkit.models.scoring import Scorer, plain_logps
+from alignkit.reference.cache import LogpCache
+from alignkit.reference.reference import Reference
+from alignkit.runs.folder import read_metrics
 from alignkit.types import Completion, Example, Layout
 from helpers import make_rows
 

@@ -11,7 +11,7 @@ import pytest
 
 from alignkit.config import RunConfig, read_yaml
 from alignkit.errors import ConfigError
-from alignkit.runfolder import StepLines, create, read_metrics, undone, write_config
+from alignkit.runs.folder import StepLines, create, read_metrics, undone, write_config
 
 ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from alignkit.config import LoraSettings, RunConfig
 from alignkit.errors import ModelError
-from alignkit.layouts import choose_layout
-from alignkit.loading import add_lora, classifier_like, drop_dropout, from_pretrained, load_model
-from alignkit.models import Scorer
-from alignkit.packing import batch_of
-from alignkit.scalars import ActorCritic, Valuer, number_head, plain_score, value_head
+from alignkit.models.layouts import choose_layout
+from alignkit.models.loading import add_lora, classifier_like, drop_dropout, from_pretrained, load_model
+from alignkit.models.packing import batch_of
+from alignkit.models.scoring import Scorer
+from alignkit.models.values import ActorCritic, Valuer, number_head, plain_score, value_head
 from alignkit.testing.world import tiny_classifier, tiny_examples, tiny_model
 from alignkit.types import Layout
 
@@ -152,11 +152,11 @@ def test_a_language_models_folder_becomes_a_classifier_with_a_new_head(tmp_path:
 def test_the_layout_of_a_classifier_is_probed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tiny_examples("pairs")
     assert choose_layout(Valuer(tiny_classifier()), rows, config(), CPU).kind == "forest"
-    monkeypatch.setattr("alignkit.models.attention_mask", lambda rows, *_: (rows.tree_ids >= 0).long())
+    monkeypatch.setattr("alignkit.models.scoring.attention_mask", lambda rows, *_: (rows.tree_ids >= 0).long())
     valuer = Valuer(tiny_classifier())
     assert "scores differ by" in (valuer.probe(batch_of(rows, Layout("forest", 64))) or "")
     assert valuer.probe(batch_of(rows, Layout("padded"))) is None
-    monkeypatch.setattr("alignkit.models.attention_mask", lambda *_: None)
+    monkeypatch.setattr("alignkit.models.scoring.attention_mask", lambda *_: None)
     with pytest.raises(ModelError, match="this model cannot read the packed forest"):
         choose_layout(valuer, rows, config(layout="forest"), CPU)
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 import alignkit
-from alignkit import sessions
 from alignkit.data import load
-from alignkit.engine import Loop
+from alignkit.data.tokenise import tokenise
+from alignkit.engine.loop import Loop
 from alignkit.errors import AlarmError, ConfigError
-from alignkit.tokenise import tokenise
+from alignkit.runs import sessions
 from helpers import make_rows
 
 

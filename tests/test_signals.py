@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import alignkit
-from alignkit.runfolder import read_metrics
-from alignkit.signals import StopSignals
+from alignkit.runs.folder import read_metrics
+from alignkit.runs.progress import StopSignals
 from helpers import make_rows
 
 STEPS = 80

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignkit.data.stream import Stream, chunks, hold_out, seeded
 from alignkit.errors import DataError
-from alignkit.stream import Stream, chunks, hold_out, seeded
 from alignkit.types import Completion, Example
 
 

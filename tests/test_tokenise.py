@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.data import FaultyRowsError, load
+from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, ModelError
-from alignkit.tokenise import tokenise
 
 DATA = Path(os.environ.get("ALIGNKIT_DATA", Path(__file__).parents[2] / "shared/data"))
 CHATML = (

@@ -8,17 +8,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignkit import data, registry, tokenise
+from alignkit import data, registry
 from alignkit.config import RunConfig, gathered, split, validated
+from alignkit.data import tokenise
+from alignkit.data.rows import RawRows, read_rows
+from alignkit.data.stream import hold_out
 from alignkit.demo import recipes, world
 from alignkit.demo.base import write_start
 from alignkit.engine import Engine
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import Method
-from alignkit.online import check_online
 from alignkit.rewards import check_judge, check_rewards
-from alignkit.rows import RawRows, read_rows
-from alignkit.stream import hold_out
+from alignkit.rollout.checks import check_online
 
 HELD_OUT = 0.1
 _OURS = ("method", "name", "output", "resume")

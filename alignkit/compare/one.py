@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
-from alignkit import data, measures, tokenise
+from alignkit import data
 from alignkit.compare.jobs import Job, rows_of
 from alignkit.config import RunConfig
+from alignkit.data import tokenise
+from alignkit.data.rows import RawRows
+from alignkit.demo import against_base as measures
 from alignkit.engine import Engine
+from alignkit.engine.rollouts import answers_of, distinct
 from alignkit.errors import AlignkitError, DataError
-from alignkit.loading import from_pretrained, load_tokenizer
-from alignkit.online import Online, distinct
+from alignkit.models.loading import from_pretrained, load_tokenizer
 from alignkit.rewards import build_judge, build_rewards
 from alignkit.rollout import Sampled, sample
-from alignkit.rows import RawRows
-from alignkit.sessions import peak_memory
+from alignkit.runs.sessions import peak_memory
 from alignkit.types import Example
 
 ASKED = 128  # held-out pairs that are looked at, and answers that are sampled
@@ -92,9 +94,8 @@ def _win_rate(
     config, device = job.config(), next(base.parameters()).device
     if not job.verdict:
         return None
-    asked = Online(config, tokenizer, None, None)
     opponent = _sampled(base, tokenizer, prompts, config, config.seed)
-    mine, theirs = asked.answers(prompts, sampled), asked.answers(prompts, opponent)
+    mine, theirs = (answers_of(tokenizer, prompts, made) for made in (sampled, opponent))
     if "judge" in job.verdict:
         judge = build_judge(job.verdict["judge"], device)
         wins = judge.wins(mine, theirs)

@@ -14,7 +14,7 @@ from typing import Any
 from alignkit import registry
 from alignkit.compare.jobs import Job, Task, check_settings, demo_task, installed, jobs_of
 from alignkit.config import RunConfig, gathered
-from alignkit.runfolder import find_or_make
+from alignkit.runs.folder import find_or_make
 
 logger = logging.getLogger(__name__)
 

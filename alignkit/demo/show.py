@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from alignkit import data, measures, registry, tokenise
+from alignkit import data, registry
+from alignkit.data import tokenise
+from alignkit.demo import against_base as measures
 from alignkit.demo import world
 from alignkit.demo.base import write_start
 from alignkit.demo.recipes import LENGTH, SETTINGS, SFT, VERDICTS, recipe

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from alignkit.errors import ConfigError
+from alignkit.files import write_text
 
 
 def write(path: Path, template: str, title: str, **context: Any) -> None:
@@ -20,26 +18,6 @@ def write(path: Path, template: str, title: str, **context: Any) -> None:
     All that is put in is escaped, but for `markupsafe.Markup`. Raises ConfigError where the file cannot be written.
     """
     write_text(path, render(template, title, **context))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; its folder is made. Links and devices are written to, never replaced.
-
-    Raises ConfigError where it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        # what /dev/stdout names has to stay what it is
-        target = path if path.is_symlink() or (path.exists() and not path.is_file()) else temporary
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # text of a model may hold halves of characters, which no file can
-        target.write_text(text, encoding="utf-8", errors="replace")
-        if target is temporary:
-            os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file") from error
 
 
 def render(template: str, title: str, **context: Any) -> str:

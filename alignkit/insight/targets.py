@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from alignkit import console
 from alignkit.errors import ConfigError
+from alignkit.insight import terminal
 
 
 def check_targets(targets: Mapping[str, Path | None]) -> None:
     """Raise ConfigError for the first file that could not be written; targets: option -> file, None for none."""
     for option, file in targets.items():
-        console.check_target(option, file)
+        terminal.check_target(option, file)
         if file is None:
             continue
         try:

@@ -10,7 +10,7 @@ from alignkit.rewards.answers import Answers, Scores
 from alignkit.rewards.combine import Rewards, build_rewards, check_rewards, reward_folders
 from alignkit.rewards.judges import Judge, build_judge, check_columns, check_judge, judge_folders
 from alignkit.rewards.models import PAIRWISE
-from alignkit.rewards.moments import RunningStats
+from alignkit.rewards.running import RunningStats
 from alignkit.rewards.sequences import pairwise_ids
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.rows import Content, shown
+from alignkit.data.rows import Content, shown
 
 
 @dataclass(frozen=True)

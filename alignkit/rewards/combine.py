@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
+from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, nearest
 from alignkit.rewards.answers import Answers, Scores
 from alignkit.rewards.functions import Functions, Values
 from alignkit.rewards.spec import REWARD, Device, Leaf, leaf, number
-from alignkit.rows import shown
 
 _COMBINE: dict[str, Callable[[Sequence[float], float], float]] = {
     "mean": lambda scores, _: statistics.fmean(scores),

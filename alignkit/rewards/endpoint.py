@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Self
 import httpx2
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from alignkit.data.rows import shown
 from alignkit.errors import RewardError
 from alignkit.rewards.judgements import Judgements, key_of
 from alignkit.rewards.verifiers import Options
-from alignkit.rows import shown
 
 Messages = list[dict[str, str]]
 _AGAIN = frozenset({408, 409, 425, 429})  # and 5xx: the same request may succeed later

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from alignkit.data.rows import shown
 from alignkit.errors import AlignkitError, ConfigError, RewardError, nearest
 from alignkit.rewards.answers import Answers
-from alignkit.rows import shown
 
 Values = list[float | None]
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

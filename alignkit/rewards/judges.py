@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 import torch
 
+from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, RewardError, nearest
 from alignkit.rewards.answers import Answers
 from alignkit.rewards.combine import Rewards, build_rewards, check_reward_columns, check_rewards, reward_folders
 from alignkit.rewards.functions import Function, Functions
 from alignkit.rewards.spec import JUDGE, Device, leaf, number
-from alignkit.rows import shown
 
 
 class Judge(Protocol):

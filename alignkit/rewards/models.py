@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from alignkit.data.rows import Content
 from alignkit.errors import ConfigError, ModelError
 from alignkit.rewards.functions import RowError
 from alignkit.rewards.sequences import cut, pairwise_ids, trees
 from alignkit.rewards.verifiers import Options
-from alignkit.rows import Content
 
 PAIRWISE = "alignkit_pairwise"  # in config.json of a model that reads two completions
 _HOW = 'its config.json needs one label ("id2label": {"0": ...}) and a ...ForSequenceClassification architecture'

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.data import Dataset
+from alignkit.data.rows import Content, Report, Row
+from alignkit.data.tokenise import tokenise
 from alignkit.rewards.answers import text_of
-from alignkit.rows import Content, Report, Row
-from alignkit.tokenise import tokenise
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def trees(tokenizer: Any, prompts: Sequence[Content], answers: Sequence[Sequence
     """Tokenise each prompt with its completions as training data is, an end-of-sequence token behind each.
 
     Messages go through the tokenizer's chat template. An empty completion is its end-of-sequence token alone.
-    Raises as `alignkit.tokenise.tokenise` does.
+    Raises as `alignkit.data.tokenise.tokenise` does.
     """
     # training data has neither empty nor equal answers, so what is tokenised here must not have them either
     distinct = [[a for k, a in enumerate(some) if not _empty(a) and a not in some[:k]] for some in answers]

@@ -21,12 +21,12 @@ import torch
 
 from alignkit import registry
 from alignkit.config import validated
+from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, PluginError, nearest
 from alignkit.rewards.functions import Function
 from alignkit.rewards.llm import LlmJudge, LlmScore
 from alignkit.rewards.models import Classifier, ModelOptions, PairwiseModel, RewardModel, check_folder
 from alignkit.rewards.verifiers import Brevity, Exact, Format, Json, Length, Numeric, Options
-from alignkit.rows import shown
 
 Device: TypeAlias = torch.device | str
 _FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")

@@ -12,10 +12,10 @@ from typing import Any, Literal, Self
 import regex
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from alignkit.data.rows import Content, shown
 from alignkit.rewards.answers import text_of
 from alignkit.rewards.functions import RowError, present
 from alignkit.rewards.numeric import final_number
-from alignkit.rows import Content, shown
 
 _SECONDS = 5.0  # for a pattern on one completion
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.config import Sampling
-from alignkit.loading import causal_lm
-from alignkit.models import without_flex
+from alignkit.models.loading import causal_lm
+from alignkit.models.scoring import without_flex
 from alignkit.rollout.mixture import MixedLogits, Mixture
 from alignkit.rollout.noise import GumbelNoise
 

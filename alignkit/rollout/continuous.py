@@ -10,7 +10,7 @@ from torch import nn
 
 from alignkit.config import Sampling
 from alignkit.errors import ModelError
-from alignkit.loading import causal_lm
+from alignkit.models.loading import causal_lm
 from alignkit.rollout.batched import Sampled, sampling_mode
 
 PAGE = 32  # tokens

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alignkit.chat import turn_end
 from alignkit.config import Sampling
+from alignkit.data.chat import turn_end
 from alignkit.errors import ConfigError, DataError, ModelError
-from alignkit.loading import causal_lm
+from alignkit.models.loading import causal_lm
 from alignkit.rollout.batched import Batched, Sampled
 from alignkit.rollout.continuous import sample_continuously
 from alignkit.rollout.mixture import Mixture

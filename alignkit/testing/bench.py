@@ -1,7 +1,7 @@
 """A method on the bench: one training step in float64 on a small model, cut in any way, on pretended ranks.
 
 The step is the engine's: collect once, count over all ranks, then a backward for each micro-batch with the counts of
-`alignkit.meter`. Only devices, optimiser and files are missing.
+`alignkit.engine.averages`. Only devices, optimiser and files are missing.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit import meter
+from alignkit.engine import averages
 from alignkit.errors import PluginError
 from alignkit.method import Method
-from alignkit.models import Scorer
-from alignkit.packing import batch_of
-from alignkit.scalars import ActorCritic, Valuer
+from alignkit.models.packing import batch_of
+from alignkit.models.scoring import Scorer
+from alignkit.models.values import ActorCritic, Valuer
 from alignkit.testing.byhand import ScoredRow, score_of, score_rows
 from alignkit.testing.world import EOS, blend, tiny_classifier, tiny_model
 from alignkit.types import Batch, Completion, Example, Layout, Outputs
@@ -69,16 +69,15 @@ class TinyModels:
         """Score with the policy, and with the critic."""
         self._ask("policy")
         if not values:
-            said = self.policy_scorer(batch.rows, batch.targets, 1.0, entropy)
-            return Outputs(*said) if entropy else Outputs(said)
+            return self.policy_scorer(batch.rows, batch.targets, 1.0, entropy)  # type: ignore[no-any-return]
         self._ask("critic")
-        return Outputs(*self.trained(batch.rows, batch.targets, 1.0, entropy, frozen))
+        return self.trained(batch.rows, batch.targets, 1.0, entropy, frozen)  # type: ignore[no-any-return]
 
     def reference(self, batch: Batch) -> Outputs:
         """Score with the reference."""
         self._ask("reference")
         with torch.no_grad():
-            return Outputs(self.reference_scorer(batch.rows, batch.targets))
+            return self.reference_scorer(batch.rows, batch.targets)  # type: ignore[no-any-return]
 
     def reward(self, batch: Batch) -> Tensor:
         """Score whole answers with the reward model."""
@@ -282,20 +281,19 @@ class Bench:
     def step(self, examples: Sequence[Example], cut: Cut = Cut()) -> Measured:
         """Return loss, metrics and gradients of one step."""
         batches = self.collect(examples, cut)
-        per_rank = [meter.counts(b, lambda t: t) for b in batches]
+        per_rank = [averages.counts(b, lambda t: t) for b in batches]
         names = {n for counts in per_rank for n in counts}
-        # a count is at least 1 in `meter.counts`, so what a rank has none of is counted anew
+        # a count is at least 1 in `counts`, so what a rank has none of is counted anew
         totals = {n: max(1.0, float(sum(b.count(n) for b in batches))) for n in names}
-        metrics = meter.Meter()
+        metrics = averages.Averages()
         metrics.expect(totals)
         trained = self.models.trained
         trained.zero_grad()
         for batch in batches:
             for micro in batch.micro_batches(cut.max_tokens):
-                terms = self.method.loss(micro, self.models)
-                term_sums = meter.sums(terms, micro, self.method.name)
-                meter.share(terms, term_sums, totals).backward()  # type: ignore[no-untyped-call]
-                metrics.add(terms, term_sums)
+                summed = averages.term_sums(self.method, micro, self.models)
+                summed.loss_share(totals).backward()  # type: ignore[no-untyped-call]
+                metrics.add(summed)
         gradients = {n: p.grad.clone() for n, p in trained.named_parameters() if p.grad is not None}
         trained.zero_grad()
         means = metrics.means(lambda t: t)

@@ -15,8 +15,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from alignkit import meter
 from alignkit.config import read_yaml, split, write_yaml
+from alignkit.engine.averages import counts, term_sums
 from alignkit.errors import ConfigError, PluginError
 from alignkit.registry import check_class
 from alignkit.testing.bench import Bench, TinyModels
@@ -112,9 +112,8 @@ class ContractChecks(Suite):
         ctx = bench.context(examples)
         with torch.no_grad():
             batch = bench.method.collect(ctx.shard(examples), ctx)
-        terms = bench.method.loss(batch, bench.models)
-        denominators = meter.counts(batch, lambda t: t)
-        meter.share(terms, meter.sums(terms, batch, self.method.name), denominators).backward()  # type: ignore[no-untyped-call]
+        loss = term_sums(bench.method, batch, bench.models).loss_share(counts(batch, lambda t: t))
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         bench.method.after_update(ctx, {"kl": 1.0})
         assert _bits(reference) == before_reference, "a training step changed the reference"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignkit import meter
+from alignkit.engine.averages import counts, sum_terms
 from alignkit.testing.bench import Bench, Cut, Scripted, ScriptedModels, TinyModels, assert_same, reordered
 from alignkit.testing.suite import Suite
 from alignkit.testing.world import same_answers
@@ -97,7 +97,7 @@ class LossChecks(Suite):
             assert bool(term.value.isfinite().all()), (
                 f"'{name}' is not finite for {_culprit(term.value, models, batch)}"
             )
-        loss = meter.share(terms, meter.sums(terms, batch, self.method.name), meter.counts(batch, lambda t: t))
+        loss = sum_terms(terms, batch, self.method.name).loss_share(counts(batch, lambda t: t))
         loss.backward()  # type: ignore[no-untyped-call]
         for leaf in models.leaves:
             assert leaf.grad is not None, "the loss has no gradient with respect to the policy"

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from alignkit import registry
-from alignkit.engine import Engine, Loop, Result
+from alignkit.engine import Engine, Result
+from alignkit.engine.loop import Loop
 from alignkit.method import Method
-from alignkit.runfolder import read_metrics
+from alignkit.runs.folder import read_metrics
 from alignkit.testing.suite import Suite, one_thread
 from alignkit.testing.world import tiny_model, tiny_rows, tiny_tokenizer
 

@@ -45,7 +45,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 
 def tiny_classifier(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Return a one-label classifier on `tiny_model`'s trunk; its head is drawn too."""
-    from alignkit.loading import classifier_like
+    from alignkit.models.loading import classifier_like
 
     model: Any = classifier_like(tiny_model(seed, dtype))
     with torch.no_grad():

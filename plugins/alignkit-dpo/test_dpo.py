@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import alignkit_dpo
-from alignkit.roles import Reference
+from alignkit.reference.reference import Reference
 from alignkit.testing import *
 from alignkit.types import Completion, Example, Layout
 from alignkit_dpo import DPO

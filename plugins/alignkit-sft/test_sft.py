@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignkit import data, tokenise
+from alignkit import data
+from alignkit.data import tokenise
 from alignkit.testing import *
 from alignkit.types import Completion, Example
 from alignkit_sft import SFT

@@ -11,17 +11,17 @@ import numpy as np
 
 from alignkit.config import RunConfig
 from alignkit.data import Dataset, load
+from alignkit.data.forms import FORMS, KINDS
+from alignkit.data.rows import FaultyRowsError, Row, read_rows
 from alignkit.errors import ConfigError, DataError
-from alignkit.forms import FORMS, KINDS
 from alignkit.insight.audit.bias import Bias, biases, counted
 from alignkit.insight.audit.findings import Finding, of_preferences, of_reward, of_rows
 from alignkit.insight.audit.lengths import QUANTILES, Budgets, Length, Measured, budgets, measure, summaries
 from alignkit.insight.audit.repeats import Repeats, repeats, shared_prompts
 from alignkit.insight.audit.scored import Scored, Scorer, scored
 from alignkit.insight.places import device, model_folder
-from alignkit.loading import load_tokenizer
+from alignkit.models.loading import load_tokenizer
 from alignkit.rewards import build_rewards
-from alignkit.rows import FaultyRowsError, Row, read_rows
 
 _LIMITS = {name: RunConfig.model_fields[name].default for name in ("max_prompt_tokens", "max_completion_tokens")}
 _BEST = {form.name: form.kinds[0] for form in FORMS}

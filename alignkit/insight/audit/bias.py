@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from alignkit.data.rows import Row
 from alignkit.insight.audit.features import FEATURES, LENGTH, Feature, answer_text
 from alignkit.insight.intervals import strict, wilson
-from alignkit.rows import Row
 
 Direction = Literal["more", "less"]
 

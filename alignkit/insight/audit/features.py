@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import regex
 
-from alignkit.rows import Content
+from alignkit.data.rows import Content
 
 FILLER = "There is more that could be said about this, and it depends on the details."
 _SENTENCE_END = regex.compile(r"(?<=[.!?。！？])\s+(?=\S)")

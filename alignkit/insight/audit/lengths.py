@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from alignkit.data import Dataset
+from alignkit.data.rows import Row
+from alignkit.data.tokenise import tokenise
 from alignkit.rewards.answers import text_of
-from alignkit.rows import Row
-from alignkit.tokenise import tokenise
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignkit.rows import Content, Row
+from alignkit.data.rows import Content, Row
 
 
 @dataclass(frozen=True)

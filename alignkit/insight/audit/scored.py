@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from alignkit.data.rows import Content, Row
 from alignkit.errors import DataError
 from alignkit.insight.audit.bias import Bias, biases
 from alignkit.insight.audit.features import FEATURES
 from alignkit.insight.intervals import of_mean, strict, wilson
 from alignkit.rewards import Answers, Rewards
 from alignkit.rewards.answers import text_of
-from alignkit.rows import Content, Row
 
 FEWEST = 10  # changed answers: fewer may agree by accident, and then their interval has no width
 _STRICT = strict(2 * len(FEATURES))  # each feature is added, and taken away

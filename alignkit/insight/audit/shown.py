@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit import console
-from alignkit.insight import page
+from alignkit.files import write_text
+from alignkit.insight import page, terminal
 from alignkit.insight.audit.audited import Audit
 from alignkit.insight.audit.bias import Bias
 from alignkit.insight.audit.lengths import QUANTILES
@@ -34,26 +34,26 @@ def print_audit(audit: Audit) -> None:
     from rich.table import Table
 
     for part in parts(audit):
-        console.show(f"\n[bold]{escape(part.title)}[/bold]")
+        terminal.show(f"\n[bold]{escape(part.title)}[/bold]")
         for line in part.lines:
-            console.show(escape(line))
+            terminal.show(escape(line))
         for caption, columns, rows in part.tables:
             table = Table(title=caption or None, title_justify="left", title_style="", box=None, pad_edge=False)
             for i, column in enumerate(columns):
                 table.add_column(column, justify="right" if i else "left", no_wrap=True)
             for row in rows:
                 table.add_row(*map(escape, row))
-            console.show(table)
-    console.show("\n[bold]findings[/bold]")
+            terminal.show(table)
+    terminal.show("\n[bold]findings[/bold]")
     for finding in audit.findings:
-        console.show(f"- {escape(finding.what)}\n  [dim]{escape(finding.remedy)}[/dim]")
+        terminal.show(f"- {escape(finding.what)}\n  [dim]{escape(finding.remedy)}[/dim]")
     if not audit.findings:
-        console.show("none")
+        terminal.show("none")
 
 
 def write_json(audit: Audit, path: Path) -> None:
     """Write all numbers."""
-    page.write_text(path, json.dumps(audit.describe(), indent=1) + "\n")
+    write_text(path, json.dumps(audit.describe(), indent=1) + "\n")
 
 
 def write_html(audit: Audit, path: Path) -> None:

@@ -11,15 +11,15 @@ import torch
 
 from alignkit.config import RunConfig, gathered, validated
 from alignkit.data import Dataset, load
+from alignkit.data.rows import Content
+from alignkit.data.tokenise import tokenise
+from alignkit.engine.rollouts import answers_of
 from alignkit.errors import ConfigError, nearest
 from alignkit.insight.best_of_n.curve import Point, curve
 from alignkit.insight.places import device, model_folder
-from alignkit.loading import from_pretrained, load_tokenizer
-from alignkit.online import Online
-from alignkit.rewards import Answers, Rewards, build_rewards, check_rewards
+from alignkit.models.loading import from_pretrained, load_tokenizer
+from alignkit.rewards import Rewards, build_rewards, check_rewards
 from alignkit.rollout import sample
-from alignkit.rows import Content
-from alignkit.tokenise import tokenise
 from alignkit.types import Example
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _asked(
     examples = [e for e, _ in prompts]
     ids = [e.prompt for e in examples]
     sampled = sample(policy, tokenizer, ids, config.sampling, n=n, seed=config.seed, numbers=numbers)
-    answers: Answers = Online(config, tokenizer, None, None).answers(examples, sampled)
+    answers = answers_of(tokenizer, examples, sampled)
     scores = [judge.score(answers).total for judge in judges]
     found = []
     for i, (example, cut) in enumerate(prompts):

@@ -11,7 +11,7 @@ from typing import Any
 
 from alignkit.compare.shown import check_picture
 from alignkit.errors import ConfigError
-from alignkit.insight import page
+from alignkit.files import write_text
 from alignkit.insight.best_of_n.curve import Mean, Point
 from alignkit.insight.best_of_n.sampled import BestOfN
 
@@ -50,7 +50,7 @@ def write_json(found: BestOfN, path: Path) -> None:
     """Write the curve, every k."""
     about = {"model": found.model, "n": found.n, "prompts": len(found.asked), "reward": found.reward}
     values = {**about, "gold": found.gold, "curve": [asdict(point) for point in found.curve]}
-    page.write_text(path, json.dumps(values, indent=1) + "\n")
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def table(found: BestOfN) -> Any:
@@ -114,4 +114,4 @@ def _cells(mean: Mean) -> list[str]:
 
 
 def _write_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    page.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

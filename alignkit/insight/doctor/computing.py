@@ -98,7 +98,7 @@ def attention(asked: Asked) -> Iterator[Fact | Trouble]:
 
     from alignkit.config import RunConfig
     from alignkit.insight.places import device
-    from alignkit.loading import set_up
+    from alignkit.models.loading import set_up
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.device("meta"):

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from alignkit import console
+from alignkit.insight import terminal
 from alignkit.insight.doctor.parts import Asked, Fact, Trouble, first
 
 LOW, EMPTY = 5 * 2**30, 2**30  # bytes free
@@ -33,7 +33,7 @@ _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 def cache(asked: Asked) -> Iterator[Fact | Trouble]:
     """Yield where the cache of the reference's values is, its size, and whether its values are whole."""
-    from alignkit.logpcache import default_path
+    from alignkit.reference.cache import default_path
 
     try:
         path = default_path()
@@ -69,7 +69,7 @@ def cache(asked: Asked) -> Iterator[Fact | Trouble]:
 def _looked_into(path: Path, asked: Asked) -> Iterator[Fact | Trouble]:
     """Yield what a file holds; only `verify` writes into it, and only where it is alignkit's."""
     from alignkit.errors import CacheError
-    from alignkit.logpcache import APPLICATION, LogpCache, is_whole
+    from alignkit.reference.cache import APPLICATION, LogpCache, is_whole
 
     ours = False
     try:
@@ -84,7 +84,7 @@ def _looked_into(path: Path, asked: Asked) -> Iterator[Fact | Trouble]:
             n = _only(connection, "SELECT count(*) FROM refs")
             entries = _only(connection, "SELECT count(*) FROM logps")
             yield Fact("values", f"{entries:,} of {n} reference{'s' * (n != 1)}")
-            yield Fact("size", console.size(sum(p.stat().st_size for p in (path, _log(path)) if p.exists())))
+            yield Fact("size", terminal.size(sum(p.stat().st_size for p in (path, _log(path)) if p.exists())))
             held = _held(path)
             rows = connection.execute("SELECT key, value, checksum FROM logps LIMIT ?", [SAMPLE]).fetchall()
         bad = sum(not is_whole(*row) for row in rows)
@@ -118,7 +118,7 @@ def _only(connection: sqlite3.Connection, query: str) -> Any:
 
 def _refused(path: Path, ours: bool, version: int) -> Trouble | None:
     """Say that this alignkit cannot use a sound database, None where it can."""
-    from alignkit.logpcache import VERSION
+    from alignkit.reference.cache import VERSION
 
     if not ours:
         return Trouble("problem", f"{path} is a database of another program", _ELSEWHERE)
@@ -171,7 +171,7 @@ def _code(error: BaseException) -> int:
 
 def disks(asked: Asked) -> Iterator[Fact | Trouble]:
     """Yield the room where runs, the cache, downloaded models and temporary files go."""
-    from alignkit.logpcache import default_path
+    from alignkit.reference.cache import default_path
 
     places: dict[str, Callable[[], Path]] = {
         "runs": lambda: asked.runs,
@@ -194,13 +194,13 @@ def disks(asked: Asked) -> Iterator[Fact | Trouble]:
 def _room(name: str, path: Path) -> Iterator[Fact | Trouble]:
     there = existing(path)
     free = shutil.disk_usage(there).free
-    yield Fact(name, f"{path}, {console.size(free)} free")
+    yield Fact(name, f"{path}, {terminal.size(free)} free")
     if not there.is_dir():
         yield Trouble("problem", f"{name}: {there} is not a folder", _REMEDIES[name])
     elif not os.access(there, os.W_OK | os.X_OK):
         yield Trouble("problem", f"{name}: {there} cannot be written", _REMEDIES[name])
     if free < LOW:
-        what = f"{name}: only {console.size(free)} are free at {there}"
+        what = f"{name}: only {terminal.size(free)} are free at {there}"
         remedy = "remove what is not needed (old checkpoints in runs/*/checkpoints), or use another disk"
         yield Trouble("problem" if free < EMPTY else "warn", what, remedy)
 

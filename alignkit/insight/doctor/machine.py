@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignkit import console
+from alignkit.insight import terminal
 from alignkit.insight.doctor import container
 from alignkit.insight.doctor.parts import Asked, Fact, Trouble, first
 
@@ -54,7 +54,7 @@ def hidden() -> bool:
 
 
 def _processor(torch: Any) -> Iterator[Fact | Trouble]:
-    from alignkit import sessions
+    from alignkit.runs import sessions
 
     cores, threads, share = sessions.cores(), torch.get_num_threads(), container.cores()
     least = cores if share is None else min(cores, math.ceil(share))
@@ -90,9 +90,9 @@ def _memory() -> Iterator[Fact | Trouble]:
     limits = [found for found in container.memory() if found.limit < total]
     free = min([free, *(max(found.limit - found.used, 0) for found in limits)])
     total = min([total, *(found.limit for found in limits)])
-    yield Fact("memory", f"{console.size(total)}, {console.size(free)} free")
+    yield Fact("memory", f"{terminal.size(total)}, {terminal.size(free)} free")
     if free < LITTLE:
-        what = f"only {console.size(free)} of memory are free"
+        what = f"only {terminal.size(free)} of memory are free"
         yield Trouble("warn", what, "end other programs, or plan first: alignkit plan config.yaml")
 
 
@@ -106,7 +106,7 @@ def _gpu(torch: Any, i: int) -> Iterator[Fact | Trouble]:
         yield Trouble("problem", what, "look at it with nvidia-smi, or choose others with CUDA_VISIBLE_DEVICES")
         return
     able = f"{about.major}.{about.minor}"
-    yield Fact(name, f"{about.name}, capability {able}, {console.size(total)}, {console.size(free)} free")
+    yield Fact(name, f"{about.name}, capability {able}, {terminal.size(total)}, {terminal.size(free)} free")
     if free < BUSY * total:
         what = f"{name}: more than half of its memory is in use already"
         yield Trouble("warn", what, "see by whom: nvidia-smi; choose another with CUDA_VISIBLE_DEVICES")

@@ -156,7 +156,7 @@ def _int8(asked: Asked) -> Iterator[Fact | Trouble]:
         from torch import nn
 
         from alignkit.insight.places import device
-        from alignkit.quantise import to_int8
+        from alignkit.reference.int8 import to_int8
 
         model = nn.Sequential(nn.Linear(64, 64)).to(device())
         inputs = torch.ones(2, 64, device=device())

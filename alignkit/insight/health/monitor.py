@@ -11,7 +11,7 @@ from alignkit.insight.health.history import History
 from alignkit.insight.health.texts import Row, facts, number, same_opening
 from alignkit.insight.health.words import DETECTORS
 from alignkit.rewards.spec import name_of
-from alignkit.runfolder import EVAL, of_training
+from alignkit.runs.folder import EVAL, of_training
 
 
 class Monitor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.alarms import Alarm
-from alignkit.insight import page
+from alignkit.files import write_text
 from alignkit.insight.health.watch import replay
 
 Found = Sequence[tuple[int, Alarm]]
@@ -33,4 +33,4 @@ def table(found: Found) -> Any:
 
 def write_json(found: Found, path: Path) -> None:
     """Write the alarms as a list, in the form that alarms.jsonl has."""
-    page.write_text(path, json.dumps([{"step": step, **asdict(a)} for step, a in found], indent=1) + "\n")
+    write_text(path, json.dumps([{"step": step, **asdict(a)} for step, a in found], indent=1) + "\n")

@@ -12,7 +12,7 @@ from alignkit.config import gathered, read_yaml, validated
 from alignkit.errors import ConfigError, DataError
 from alignkit.insight.health.monitor import Monitor
 from alignkit.insight.health.texts import Row
-from alignkit.runfolder import of_training, read_metrics
+from alignkit.runs.folder import of_training, read_metrics
 
 
 class Watch:

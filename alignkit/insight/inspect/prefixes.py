@@ -11,6 +11,7 @@ from typing import Any
 import regex
 import torch
 
+from alignkit.data.rows import Content
 from alignkit.errors import ConfigError, RewardError
 from alignkit.insight.inspect.pieces import pieces
 from alignkit.insight.places import device, model_folder
@@ -19,7 +20,6 @@ from alignkit.rewards.answers import text_of
 from alignkit.rewards.functions import RowError
 from alignkit.rewards.models import Classifier, ModelOptions, RewardModel, check_folder
 from alignkit.rewards.sequences import trees
-from alignkit.rows import Content
 
 SAME = 1e-3  # of the largest score: rounding, but no token that is read before its time
 

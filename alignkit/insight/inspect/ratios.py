@@ -12,14 +12,14 @@ import torch
 
 from alignkit.config import RunConfig
 from alignkit.data import Dataset, load
+from alignkit.data.rows import Report, Row
+from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.insight.inspect.pieces import pieces
 from alignkit.insight.places import device, model_folder
-from alignkit.loading import from_pretrained, load_tokenizer
-from alignkit.models import plain_logps
+from alignkit.models.loading import from_pretrained, load_tokenizer
+from alignkit.models.scoring import plain_logps
 from alignkit.rewards.answers import text_of
-from alignkit.rows import Report, Row
-from alignkit.tokenise import tokenise
 from alignkit.types import Completion, Example
 
 

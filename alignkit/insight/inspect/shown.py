@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit import console
-from alignkit.insight import page
+from alignkit.files import write_text
+from alignkit.insight import page, terminal
 from alignkit.insight.inspect.prefixes import Prefixes
 from alignkit.insight.inspect.ratios import PairRatios, Side
 
@@ -32,28 +32,28 @@ def tokens(pieces: Sequence[str], values: Sequence[float], scores: Sequence[floa
 def print_prefixes(found: Prefixes) -> None:
     """Print the answer, coloured by what each piece adds to the score, and the largest of these changes."""
     made = tokens(found.pieces, found.changes, found.scores)
-    console.show(_coloured(made))
+    terminal.show(_coloured(made))
     start = "" if found.start is None else f", {found.start:.4g} before it"
-    console.show(f"\nscore {found.scores[-1]:.4g} of the answer{start}; blue raises it, orange lowers it")
-    console.show(_table(made, ("n", found.unit.removesuffix("s"), "change", "score so far")))
+    terminal.show(f"\nscore {found.scores[-1]:.4g} of the answer{start}; blue raises it, orange lowers it")
+    terminal.show(_table(made, ("n", found.unit.removesuffix("s"), "change", "score so far")))
 
 
 def print_pair(found: PairRatios, beta: float) -> None:
     """Print both answers, coloured by log policy - log reference of each token, their sums and DPO's margin."""
     for name, side in (("chosen", found.chosen), ("rejected", found.rejected)):
         made = _of_side(side)
-        console.show(f"{name}: h = {side.total:+.4f} nats over {sum(side.trained)} tokens")
-        console.show(_coloured(made))
-        console.show(_table(made, ("n", "token", "policy - reference", "policy")), "")
-    console.show(
+        terminal.show(f"{name}: h = {side.total:+.4f} nats over {sum(side.trained)} tokens")
+        terminal.show(_coloured(made))
+        terminal.show(_table(made, ("n", "token", "policy - reference", "policy")), "")
+    terminal.show(
         f"margin h(chosen) - h(rejected) = {found.margin:+.4f} nats; times beta {beta:g}: {beta * found.margin:+.4f}"
     )
-    console.show("blue: likelier under the policy than under the reference; orange: less likely")
+    terminal.show("blue: likelier under the policy than under the reference; orange: less likely")
 
 
 def write_json(found: Prefixes | PairRatios, path: Path) -> None:
     """Write all numbers."""
-    page.write_text(path, json.dumps(found.describe(), indent=1) + "\n")
+    write_text(path, json.dumps(found.describe(), indent=1) + "\n")
 
 
 def write_html(found: Prefixes | PairRatios, path: Path) -> None:

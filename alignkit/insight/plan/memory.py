@@ -22,14 +22,14 @@ from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.rehearsal import collected, few_blocks, layers_of, learn, trunks
 from alignkit.insight.plan.spread import spread
 from alignkit.insight.plan.unloaded import in_8_bits, n_bytes, unloaded
-from alignkit.loading import causal_lm, first_line
 from alignkit.method import Method
-from alignkit.models import Scorer
-from alignkit.packing import batch_of
+from alignkit.models.loading import causal_lm, first_line
+from alignkit.models.packing import batch_of
+from alignkit.models.scoring import Scorer
+from alignkit.models.values import ActorCritic, Valuer
+from alignkit.reference.choice import resolve_reference
 from alignkit.rewards import judge_folders, reward_folders
-from alignkit.roles import resolve_reference
 from alignkit.rollout.noise import GumbelNoise
-from alignkit.scalars import ActorCritic, Valuer
 from alignkit.types import Batch, Example, Layout
 
 FEW = (2, 3)  # layers that an update is rehearsed with

@@ -11,21 +11,22 @@ from typing import Any
 
 import torch
 
-from alignkit import assemble, registry
-from alignkit.branches import BRANCHES
+from alignkit import registry
 from alignkit.config import RunConfig, split
+from alignkit.data.stream import Stream
+from alignkit.engine import assemble
 from alignkit.errors import ConfigError
 from alignkit.insight.plan.memory import Memory, Work, memory
 from alignkit.insight.plan.remedies import Remedy, tried
-from alignkit.layouts import DENSE_ROW_TOKENS
-from alignkit.loading import DTYPES, causal_lm, from_pretrained, load_model, load_tokenizer, set_up
-from alignkit.logpcache import LogpCache, default_path
-from alignkit.online import check_online
-from alignkit.packing import batch_of
-from alignkit.ranks import part_of
-from alignkit.reference import fingerprint, key
-from alignkit.roles import check_reference
-from alignkit.stream import Stream
+from alignkit.models.branches import BRANCHES
+from alignkit.models.layouts import DENSE_ROW_TOKENS
+from alignkit.models.loading import DTYPES, causal_lm, from_pretrained, load_model, load_tokenizer, set_up
+from alignkit.models.packing import batch_of
+from alignkit.models.ranks import part_of
+from alignkit.reference.cache import LogpCache, default_path
+from alignkit.reference.choice import check_reference
+from alignkit.reference.keys import fingerprint, key
+from alignkit.rollout.checks import check_online
 from alignkit.types import Example, Layout
 
 CPU = torch.device("cpu")
@@ -120,7 +121,7 @@ def _program(config: RunConfig) -> int:
 
 
 def _layout(config: RunConfig) -> Layout:
-    """The layout that the probe finds fit for most models; see `alignkit.layouts`."""
+    """The layout that the probe finds fit for most models; see `alignkit.models.layouts`."""
     if config.layout == "padded":
         return Layout("padded")
     model = from_pretrained(config.model, config, weights=False)

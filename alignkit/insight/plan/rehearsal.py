@@ -6,7 +6,8 @@ What a run samples, scores or reads from its cache is made up here at random, in
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,19 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.config import RunConfig
-from alignkit.context import StepContext
+from alignkit.data.stream import seeded
+from alignkit.engine.roles import Roles
+from alignkit.engine.rollouts import Online, Scorers
+from alignkit.engine.state import RunState, Splits
+from alignkit.engine.step import StepContext
 from alignkit.errors import ModelError
 from alignkit.insight.plan.ledger import Ledger
-from alignkit.loading import causal_lm
 from alignkit.method import Method
-from alignkit.models import Scorer
-from alignkit.online import Online
-from alignkit.packing import batch_of
+from alignkit.models.loading import causal_lm
+from alignkit.models.ranks import SINGLE
+from alignkit.models.scoring import Scorer
+from alignkit.models.values import ActorCritic, Valuer
 from alignkit.rewards import Answers, Scores
-from alignkit.roles import Roles
 from alignkit.rollout import Sampled
-from alignkit.scalars import ActorCritic, Valuer
-from alignkit.stream import seeded
 from alignkit.types import Batch, Example, Layout, Outputs
 from alignkit_kernels import row_stats
 
@@ -34,20 +36,20 @@ from alignkit_kernels import row_stats
 class _Roles(Roles):
     """Roles whose passes without a gradient are made, for their memory, and answered at random."""
 
-    def _by_parts(self, batch: Batch, said: Any) -> tuple[Tensor, ...]:
-        first = batch.micro_batches(self.max_tokens)[0]
-        return tuple(torch.rand(len(batch.targets)) - 1 for _ in said(first))
+    def _without_gradient(self, score: Any, batch: Batch) -> Outputs:
+        outputs = score(batch.micro_batches(self.max_tokens)[0])
+        return Outputs(*(None if o is None else _random(batch) for o in outputs))  # type: ignore[arg-type]
 
     def reference(self, batch: Batch) -> Outputs:
-        self._declared("reference")
-        return Outputs(torch.rand(len(batch.targets)) - 1)
+        self._check_declared("reference")
+        return Outputs(_random(batch))
 
 
 class _Reference:
     """Stands for a run's reference, whose own passes take less than an update does."""
 
     def attach(self, batch: Batch, keep: bool = True) -> Batch:
-        return batch.attach(per_token={"reference_logps": torch.rand(len(batch.targets)) - 1})
+        return batch.attach(per_token={"reference_logps": _random(batch)})
 
     def update(self, policy: nn.Module, alpha: float) -> None:
         pass
@@ -56,7 +58,7 @@ class _Reference:
 class _Online(Online):
     """Completions of the greatest length, and scores, out of nothing."""
 
-    def sample(self, ctx: StepContext, examples: Sequence[Example], n: int, draw: int, mixture: float | None) -> Any:
+    def sample(self, ctx: Any, examples: Sequence[Example], n: int, draw: int, mixture: float | None) -> Any:
         tokens = [0] * self.config.sampling.max_new_tokens
         return [[Sampled(tokens, True) for _ in range(n)] for _ in examples]
 
@@ -64,50 +66,46 @@ class _Online(Online):
         n = sum(map(len, sampled))
         return Answers([""] * n, [""] * n, {}, [0] * n, [self.config.sampling.max_new_tokens] * n, [True] * n)
 
-    def score(self, parts: Any, answers: Answers) -> Scores:
+    def score(self, answers: Answers) -> Scores:
         return Scores([float(i % 3) for i in range(len(answers))], {})
 
-    def compare(self, parts: Any, first: Answers, second: Answers) -> list[float]:
+    def compare(self, first: Answers, second: Answers) -> list[float]:
         return [0.5] * len(first)
 
     def write(self, *_: Any) -> None:
         pass
 
 
-class _Loop:
-    """What a step's context asks of the loop around it."""
+def _random(batch: Batch) -> Tensor:
+    return torch.rand(len(batch.targets)) - 1
 
-    def __init__(self, config: RunConfig, method: Method[Any], module: nn.Module, layout: Layout, eos: int) -> None:
-        self.config, self.method, self.extra = config, method, dict[str, float]()
-        online = method.data == "prompts"
-        alone = SimpleNamespace(n=1, own=0, share=list, sum=lambda v: v, largest=lambda v: v, most=lambda n: n)
-        epochs = config.epochs_per_batch or method.epochs_per_batch
-        self.parts = SimpleNamespace(
-            roles=_Roles(method, module, module, None, config.max_tokens, config.sampling.temperature),  # type: ignore[arg-type]
-            reference=_Reference() if "reference" in method.roles() else None,
-            online=_Online(config, None, None, None, epochs_per_batch=epochs) if online else None,
-            plain=module, layout=layout, ranks=alone, eos=eos,
-        )  # fmt: skip
 
-    def shard(self, examples: Sequence[Example], keep: bool = True) -> Batch:
-        batch = batch_of(examples, self.parts.layout)
-        if self.parts.reference is None or self.parts.online:
-            return batch
-        attached: Batch = self.parts.reference.attach(batch, keep)
-        return attached
+def _state(config: RunConfig, method: Method[Any], module: nn.Module, layout: Layout) -> RunState:
+    """Return what a step asks of the run around it, without a folder, data or an optimiser."""
+    reference: Any = _Reference() if "reference" in method.roles() else None
+    online = None
+    if method.data == "prompts":
+        updates = (config.epochs_per_batch or method.epochs_per_batch) * config.minibatches
+        needs, model = method.roles(), module
+        online = _Online(config, needs, None, Scorers(None, None), model, reference, SINGLE, nullcontext, updates)
+    parts: Any = SimpleNamespace(
+        roles=_Roles(method, module, module, None, config.max_tokens, config.sampling.temperature),  # type: ignore[arg-type]
+        reference=reference, online=online, plain=module, layout=layout, ranks=SINGLE, eos=0,
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+    )  # fmt: skip
+    return RunState(config, method, Splits([], [], ""), parts, Path(), {})
 
 
 def collected(
     config: RunConfig, method: Method[Any], module: nn.Module, layout: Layout, examples: Sequence[Example]
 ) -> tuple[list[Batch], Roles]:
     """Collect a step of these examples; return the micro-batches of its first update, the largest first, and roles."""
-    loop = _Loop(config, method, module, layout, eos=0)
-    ctx = StepContext(loop, 0, tuple(examples), seeded(config.seed, 2, 0))  # type: ignore[arg-type]
-    with torch.no_grad():
-        batch = method.collect(loop.shard(examples), ctx)
+    state = _state(config, method, module, layout)
+    ctx = StepContext(state, 0, tuple(examples), seeded(config.seed, 2, 0))
+    batch = ctx.collect()
     minibatch, _ = next(iter(batch.minibatches(config.minibatches, ctx.generator, 0, 1, len(examples))))
     micros = minibatch.micro_batches(config.max_tokens)
-    return sorted(micros, key=lambda m: -m.n_tokens), loop.parts.roles
+    return sorted(micros, key=lambda m: -m.n_tokens), state.parts.roles
 
 
 def learn(method: Method[Any], module: nn.Module, micro: Batch, roles: Roles, ledger: Ledger) -> dict[str, int]:

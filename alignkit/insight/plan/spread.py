@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from alignkit.sharding import blocks_of
+from alignkit.models.sharding import blocks_of
 
 # whole on each rank while a pass is in a block: this one, the next one, and the buffer that it comes in
 BLOCKS = 3

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from alignkit.data import load
+from alignkit.data.forms import KINDS
+from alignkit.data.rows import FaultyRowsError, RawRows, Row, read_rows
 from alignkit.errors import DataError
-from alignkit.forms import KINDS
 from alignkit.insight.audit import Audit, audit
 from alignkit.insight.audit.features import LENGTH
 from alignkit.insight.audit.repeats import votes
@@ -18,7 +19,6 @@ from alignkit.insight.places import is_adapter, model_folder
 from alignkit.insight.recommend.scoring import says_llm, verifier
 from alignkit.method import DataKind
 from alignkit.rewards import check_columns, check_judge, check_rewards, reward_folders
-from alignkit.rows import FaultyRowsError, RawRows, Row, read_rows
 
 # Rules of thumb, said as such in docs/recommend.md.
 FEW = 1000  # rows
@@ -155,7 +155,7 @@ def _lean(found: Audit) -> str | None:
 
 def _tokenizer(model: Any) -> Any:
     from alignkit.config import RunConfig
-    from alignkit.loading import load_tokenizer
+    from alignkit.models.loading import load_tokenizer
 
     return load_tokenizer(RunConfig(method="recommend", model=model_folder(str(model)), data="-"))
 

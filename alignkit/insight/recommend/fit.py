@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from alignkit import console
 from alignkit.errors import ModelError
+from alignkit.insight import terminal
 from alignkit.insight.plan import Plan, Remedy, plan
 from alignkit.insight.recommend.advice import Choice
 
@@ -41,17 +41,17 @@ def fitted(settings: Mapping[str, Any], limit: int) -> Fit:
         return Fit(f"what it needs cannot be reckoned: {error}")
     chosen = _chosen(found)
     if found.memory.peak <= SPARE * limit:
-        return Fit(f"{console.size(found.memory.peak)} at its peak, fits into {console.size(limit)}")
+        return Fit(f"{terminal.size(found.memory.peak)} at its peak, fits into {terminal.size(limit)}")
     if chosen is None:
         return Fit(
-            f"{console.size(found.memory.peak)} at its peak, more than is safe in {console.size(limit)}, and "
+            f"{terminal.size(found.memory.peak)} at its peak, more than is safe in {terminal.size(limit)}, and "
             "no setting that was tried needs less"
         )
     made = " and ".join(f"{name}: {str(value).lower()}" for name, value in chosen.settings.items())
     fits = "fits into" if chosen.peak <= SPARE * limit else "still more than is safe in"
     said = (
-        f"{console.size(found.memory.peak)} at its peak, more than is safe in {console.size(limit)}; "
-        f"with {made} {console.size(chosen.peak)}, {fits} it"
+        f"{terminal.size(found.memory.peak)} at its peak, more than is safe in {terminal.size(limit)}; "
+        f"with {made} {terminal.size(chosen.peak)}, {fits} it"
     )
     return Fit(said, tuple(Choice(k, v, f"{_WHY[k]}, to fit into memory") for k, v in chosen.settings.items()))
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from alignkit import registry
 from alignkit.data import load
+from alignkit.data.rows import FaultyRowsError
 from alignkit.errors import ConfigError, DataError
 from alignkit.insight.places import model_folder
 from alignkit.insight.recommend.advice import ADVICE, Advice, Choice, unfit
@@ -18,7 +19,6 @@ from alignkit.insight.recommend.facts import Facts, facts_of
 from alignkit.insight.recommend.fit import Fit, fitted
 from alignkit.insight.recommend.settings import of_run, rate_of
 from alignkit.method import Method
-from alignkit.rows import FaultyRowsError
 
 _UNKNOWN = 10  # a method that nothing is known of stands behind those that are
 

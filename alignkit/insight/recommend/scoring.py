@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from alignkit.data.rows import Row
 from alignkit.rewards.numeric import final_number
-from alignkit.rows import Row
 
 SHORT = 40  # characters of an answer that can be asked for letter by letter
 _MARKS = ("####", "\\boxed{")

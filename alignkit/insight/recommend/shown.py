@@ -7,14 +7,14 @@ from typing import Any
 import yaml
 from rich.markup import escape
 
-from alignkit import console
+from alignkit.insight import terminal
 from alignkit.insight.recommend.recommended import Recommendation
 
 
 def print_recommendation(found: Recommendation) -> None:
     """Print the methods in their order, each with its reason, and the settings to begin from."""
     for line in lines(found):
-        console.show(line)
+        terminal.show(line)
 
 
 def lines(found: Recommendation) -> list[str]:

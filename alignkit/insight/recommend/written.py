@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ConfigError
-from alignkit.insight.page import write_text
+from alignkit.files import write_text
 from alignkit.insight.recommend.recommended import Option, Recommendation
 from alignkit.insight.recommend.shown import setting
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit import sessions
-from alignkit.card import place
+from alignkit.data.rows import SUFFIXES
 from alignkit.errors import AlignkitError
 from alignkit.insight.audit import Audit, audit
 from alignkit.insight.audit.shown import Part, parts
 from alignkit.insight.report.read import Run
-from alignkit.rows import SUFFIXES
+from alignkit.runs import sessions
+from alignkit.runs.card import place
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from alignkit.alarms import HEALTHY_KL
 from alignkit.insight.report.read import Run
 from alignkit.insight.report.svg import Mark, Point, Series, chart, sample
 from alignkit.insight.report.ticks import finite, number
-from alignkit.runfolder import EVAL
+from alignkit.runs.folder import EVAL
 
 _GROUPS = (
     ("Reward and loss", r"wins/.*|rewards?/.*|advantage/.*|loss"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from alignkit import sessions
-from alignkit.card import place
 from alignkit.insight.report.read import Run
 from alignkit.insight.report.ticks import number
+from alignkit.runs import sessions
+from alignkit.runs.card import place
 
 _GIB = 2**30
 _ENVIRONMENT = (

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignkit import sessions
 from alignkit.config import RunConfig, read_yaml, validated
 from alignkit.errors import ConfigError
-from alignkit.pipeline import FILE as PIPELINE
-from alignkit.runfolder import read_lines
+from alignkit.runs import sessions
+from alignkit.runs.folder import read_lines
+from alignkit.runs.pipeline import FILE as PIPELINE
 
 _OF_A_RUN = ("method", "model", "data")
 _LONGEST = 2**20  # bytes looked at for a line that was cut off

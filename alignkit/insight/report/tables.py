@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from alignkit.insight.report import curves, facts
 from alignkit.insight.report.read import Run
 from alignkit.insight.report.ticks import number
-from alignkit.outcomes import in_training, outcomes
+from alignkit.runs.results import in_training, outcomes
 
 Table = tuple[list[str], list[list[str]]]
 """Columns, and rows of cells."""

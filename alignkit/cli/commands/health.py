@@ -1,0 +1,33 @@
+"""`alignkit health`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignkit.cli import console
+from alignkit.insight import terminal
+
+EXAMPLES = """\b
+Examples:
+  alignkit health runs/grpo-001
+  alignkit health runs/grpo-001 --set kl_high=20 --set opening=null"""
+
+
+def health(
+    run: Annotated[Path, typer.Argument(help="Folder of a run", metavar="RUN")],
+    json: Annotated[Path | None, typer.Option(help="File for the alarms")] = None,
+    more: Annotated[
+        list[str] | None, typer.Option("--set", metavar="LIMIT=VALUE", help="Another limit, see docs/health.md")
+    ] = None,
+) -> None:
+    """Say which alarms a run raises, from its folder; older runs and other limits too."""
+    terminal.check_target("--json", json)
+    from alignkit.insight.health import shown
+
+    found = shown.replayed(run, console.pairs_of(more or []))
+    terminal.show(shown.table(found) if found else f"{run}: no alarms")
+    if json:
+        shown.write_json(found, json)

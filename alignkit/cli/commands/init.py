@@ -1,0 +1,58 @@
+"""`alignkit init`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignkit.cli import console
+from alignkit.cli.commands.plan import bytes_of
+from alignkit.insight import terminal
+
+EXAMPLES = """\b
+Examples:
+  alignkit init --data prefs.jsonl --model MODEL
+  alignkit init --method kto --data prefs.jsonl --model MODEL --lora 16 -o kto.yaml
+  alignkit init --data prompts.jsonl --model MODEL --reward numeric --gpu-memory 24GB"""
+
+
+def init(
+    data: Annotated[str, typer.Option(help="Rows, as of a run")],
+    model: Annotated[str, typer.Option(help="Folder or hub name of the model")],
+    method: Annotated[str | None, typer.Option(help="A method's name  [default: what `recommend` says]")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, help="Train adapters of this rank")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="What a run has to fit into, such as 24GB")] = None,
+    reward: Annotated[str | None, typer.Option(help="What scores samples, see docs/rewards.md")] = None,
+    judge: Annotated[str | None, typer.Option(help="What compares two samples, see docs/rewards.md")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out rows, in the same forms")] = None,
+    columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write")] = Path("config.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there")] = False,
+) -> None:
+    """Write a file of settings to begin from, with a line for each that says why."""
+    from alignkit.errors import ConfigError
+
+    terminal.check_target("--output", output)
+    if output.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--output '{output}': a file of settings is named .yaml or .yml")
+    if output.exists() and not force:
+        raise ConfigError(f"'{output}' is there already; give another --output, or --force to write over it")
+    named, memory = console.columns_of(columns), bytes_of(gpu_memory)
+    specs = {k: None if v is None else console.value_of(v) for k, v in (("reward", reward), ("judge", judge))}
+    console.speak()
+    from alignkit.insight import recommend as room
+    from alignkit.insight.places import model_folder
+
+    found = room.recommend(
+        data, model=model, method=method, columns=named, eval_data=eval_data, lora=lora, memory=memory, **specs
+    )
+    method = room.write_config(found, output, model=model_folder(model), data=data, columns=named)
+    typer.echo(f"{output}: {method}, with what each setting is for")
+    for caution in found.cautions:
+        typer.echo(f"careful: {caution}")
+    if found.fit:
+        typer.echo(f"memory: {found.fit.said}")
+    typer.echo(f"next: alignkit validate {shlex.quote(str(output))}")

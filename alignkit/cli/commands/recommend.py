@@ -1,0 +1,48 @@
+"""`alignkit recommend`."""
+
+from __future__ import annotations
+
+import json as js
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignkit.cli import console
+from alignkit.cli.commands.plan import bytes_of
+from alignkit.insight import terminal
+
+EXAMPLES = """\b
+Examples:
+  alignkit recommend --data prefs.jsonl
+  alignkit recommend --data prefs.jsonl --model MODEL --gpu-memory 24GB
+  alignkit recommend --data prompts.jsonl --reward numeric"""
+
+
+def recommend(
+    data: Annotated[str, typer.Option(help="Rows, as of a run")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of the model: lengths in its tokens")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="What a run has to fit into, such as 24GB")] = None,
+    reward: Annotated[str | None, typer.Option(help="What scores samples, see docs/rewards.md")] = None,
+    judge: Annotated[str | None, typer.Option(help="What compares two samples, see docs/rewards.md")] = None,
+    columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for all of it")] = None,
+) -> None:
+    """Say which installed methods the rows can serve, which to start with, and why; loads no model."""
+    terminal.check_target("--json", json)
+    named, memory = console.columns_of(columns), bytes_of(gpu_memory)
+    specs = {k: None if v is None else console.value_of(v) for k, v in (("reward", reward), ("judge", judge))}
+    console.speak()
+    from alignkit.insight import recommend as room
+
+    found = room.recommend(data, model=model, columns=named, memory=memory, **specs)
+    room.print_recommendation(found)
+    if found.first is not None:
+        given = {"data": data, "model": model or "MODEL", "gpu-memory": gpu_memory, "reward": reward, "judge": judge}
+        words = [f"--{k} {shlex.quote(v)}" for k, v in {**given, "columns": columns}.items() if v is not None]
+        typer.echo(f"\nto begin: alignkit init {' '.join(words)}")
+    if json:
+        from alignkit.files import write_text
+
+        write_text(json, js.dumps(found.describe(), indent=1) + "\n")

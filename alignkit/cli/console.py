@@ -1,0 +1,208 @@
+"""What the command line reads and says: values, errors, the log, settings in words. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from alignkit.config import RunConfig
+
+
+def described(cls: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (name, default, values, meaning) of every field of a settings class, as they are shown everywhere.
+
+    The fields of a mapping follow it as "mapping.field".
+    """
+    import json
+    from pathlib import PurePath
+    from typing import get_args
+
+    from pydantic import BaseModel
+
+    for name, field in cls.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, PurePath | str):
+            shown = str(default)
+        elif isinstance(default, BaseModel):
+            shown = "{}"
+        else:
+            shown = "required" if field.is_required() else json.dumps(default)
+        limits = [f"{sign} {getattr(m, k)}" for m in field.metadata for k, sign in _SIGNS.items() if hasattr(m, k)]
+        yield name, shown, ", ".join([_values(field.annotation), *limits]), field.description or ""
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                for of_field in described(inner):
+                    yield f"{name}.{of_field[0]}", *of_field[1:]
+
+
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _values(annotation: Any) -> str:
+    """Say in a few words what a field takes."""
+    import types
+    from typing import Annotated, Literal, Union, get_args, get_origin
+
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _values(args[0])
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_values, args))
+    if origin is tuple:
+        return ", ".join(map(_values, args))
+    if origin is list:
+        return f"list of {_values(args[0])}"
+    if origin is dict:
+        return "mapping"
+    if annotation is types.NoneType:
+        return "null"
+    known = {"Any": "any", "Sampling": "mapping", "Health": "mapping", "LoraSettings": "mapping or rank"}
+    name = "Any" if annotation is Any else str(annotation.__name__)
+    return known.get(name, name.lower())
+
+
+def value_of(text: str) -> Any:
+    """Read what an option says as YAML, or as text where it is none."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def pairs_of(pairs: list[str]) -> dict[str, Any]:
+    """Read the values of --set."""
+    from alignkit.errors import ConfigError
+
+    settings = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"--set wants KEY=VALUE, such as --set beta=0.2; given: '{pair}'")
+        settings[key.strip().replace("-", "_")] = value_of(value)
+    return settings
+
+
+def settings_of(what: str, given: dict[str, Any], pairs: list[str], only_file: bool = False) -> dict[str, Any]:
+    """Flat settings from a method's name or a YAML file, then options, then --set."""
+    from alignkit.config import read_yaml
+    from alignkit.errors import ConfigError
+
+    from_file = Path(what).suffix in (".yaml", ".yml")
+    if not from_file and (only_file or "/" in what or Path(what).is_file()):
+        raise ConfigError(
+            f"'{what}' is no {'config' if only_file else 'method'}; a file of settings is named .yaml or .yml"
+        )
+    settings = read_yaml(what) if from_file else {"method": what}
+    if "stages" in settings:
+        raise ConfigError(f"{what} has `stages`, which make a pipeline; try: alignkit pipeline {what}")
+    return settings | given | pairs_of(pairs)
+
+
+def checked(settings: dict[str, Any]) -> tuple[RunConfig, Any]:
+    """Find the method and check all settings; what is missing is named with what to type."""
+    from alignkit import registry
+    from alignkit.config import split
+    from alignkit.errors import ConfigError
+
+    if settings.get("method") is None:
+        raise ConfigError(f"no method given; add `method:` to the file. Installed: {', '.join(registry.names())}")
+    cls = registry.get(str(settings["method"]))
+    missing = [name for name in ("model", "data") if settings.get(name) is None]
+    if missing:
+        options = " and ".join(f"--{name}" for name in missing)
+        raise ConfigError(f"no {' and no '.join(missing)} given; add {options}, or the same in the YAML file")
+    config, method_config = split(settings, cls.Config)
+    return config, cls(method_config)
+
+
+def columns_of(text: str | None) -> dict[str, str] | None:
+    """Read the names of columns, {ours: theirs}. Raises ConfigError where it is no mapping of names."""
+    from alignkit.errors import ConfigError
+
+    names = None if text is None else value_of(text)
+    if names is not None and not (isinstance(names, dict) and all(isinstance(v, str) for v in names.values())):
+        raise ConfigError(f"--columns wants a mapping such as '{{prompt: question}}'; given: '{text}'")
+    return names
+
+
+def rank() -> int:
+    """Return this process's place among those of a run, 0 where it is alone."""
+    return int(os.environ.get("RANK", "0"))  # torchrun's
+
+
+def complain(message: str) -> None:
+    """Print an error; ranks that most likely say the same as rank 0 use one line."""
+    start = "error: "
+    if rank():
+        start, message = f"rank {rank()}: error: ", message.split("\n")[0]
+    print(start + message, file=sys.stderr)
+
+
+def unexpected(error: Exception) -> str:
+    """Say what happened and where, and write the whole traceback to a file."""
+    import tempfile
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    package, cli = (str(folder) for folder in (Path(__file__).parents[1], Path(__file__).parent))
+    ours = (f for f in reversed(frames) if f.filename.startswith(package) and not f.filename.startswith(cli))
+    frame = next(ours, frames[-1])
+    first = str(error).strip().split("\n")[0][:300]
+    lines = [f"{type(error).__name__}: {first}", f"  at {frame.filename}:{frame.lineno}, in {frame.name}"]
+    if type(error).__name__ == "OutOfMemoryError":
+        lines.append("  Less memory: lora, gradient_checkpointing, kept_logits_gib: 0, a smaller max_completion_tokens")
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="alignkit-error-", suffix=".txt", delete=False) as file:
+            file.write("".join(traceback.format_exception(error)))
+        lines.append(f"  The whole traceback: {file.name}")
+    except OSError:
+        traceback.print_exception(error)
+    return "\n".join(lines)
+
+
+def speak() -> None:
+    """Let alignkit's own log reach the terminal, once, and other libraries' only where it is news to a user."""
+    import logging
+    import warnings
+
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
+    from transformers.utils import logging as transformers_log
+
+    from alignkit.runs.progress import PlainHandler
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logger = logging.getLogger("alignkit")
+    if not logger.handlers and rank() == 0:
+        logger.addHandler(PlainHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    transformers_log.disable_progress_bar()  # one for each save and load
+    if sys.stderr.isatty():
+        enable_progress_bars()  # a download is worth one
+    # a line for each try, a line for each layer, a table of missing weights (which are an error of ours)
+    for library in (
+        "huggingface_hub",
+        "bitsandbytes",
+        "transformers.modeling_utils",
+        "transformers.utils.loading_report",
+        "transformers.distributed.tensor_parallel",
+    ):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,238 @@
+"""Messages -> text with a tokenizer's chat template, and which of its characters are learned.
+
+Templates come with models, so they are strangers' programs: they run in transformers' sandbox, and here under a time
+limit. Special tokens that stand in a message are hidden from the template's output behind private-use characters, one
+each, so that what looks like a control token in the rendered text always is one of the template's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, Row, shown
+from alignkit.errors import AlignkitError, ConfigError, ModelError
+
+Span = tuple[int, int]
+_HIDDEN = 0xF0000  # the first private-use character of plane 15
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A row as text, before tokenisation.
+
+    prompt: the beginning that all of `texts` share and nobody learns. texts: prompt and completion, one for each
+    completion. spans: the learned characters of each text, None for all that follows the prompt. ended: whether a
+    text already ends in a token that ends the turn. hidden: private-use character -> the special token it stands for.
+    control: special tokens in the text are control tokens. lost_turns: earlier turns that could not be located.
+    """
+
+    row: Row
+    prompt: str
+    texts: tuple[str, ...] = ()
+    spans: tuple[tuple[Span, ...] | None, ...] = ()
+    ended: tuple[bool, ...] = ()
+    hidden: Mapping[str, str] = field(default_factory=dict)
+    control: bool = False
+    lost_turns: int = 0
+
+    def restored(self, text: str) -> str:
+        """Return `text` with the special tokens that users wrote."""
+        for character, token in self.hidden.items():
+            text = text.replace(character, token)
+        return text
+
+
+class SpecialTokens:
+    """The control tokens of a tokenizer, to be found in text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = list(tokenizer.added_tokens_decoder.values())
+        flags = {t.content: (t.lstrip, t.rstrip) for t in added if t.special}
+        self.names = sorted({*tokenizer.all_special_tokens, *flags}, key=len, reverse=True)
+        space = {True: r"\s*", False: ""}  # some tokens swallow the white space beside them
+        patterns = []
+        for name in self.names:
+            left, right = flags.get(name, (False, False))
+            patterns.append(space[left] + re.escape(name) + space[right])
+        self.pattern = re.compile("|".join(patterns) or r"(?!)")
+
+    def turn_end(self, text: str, begin: int) -> int | None:
+        """Where the special token ends that closes `text`, white space behind it or not; None if there is none."""
+        end = len(text.rstrip())
+        return end if text[begin:end].endswith(tuple(self.names)) else None
+
+    def inside(self, text: str) -> bool:
+        """Whether one of them is spelled out in `text`."""
+        return self.pattern.search(text) is not None
+
+    def hide(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+        """Return the messages with private-use characters for special tokens, and what each stands for."""
+        if not any(self.inside(message["content"]) for message in messages):
+            return list(messages), {}
+        written = {character for message in messages for character in message["content"]}
+        free = (chr(code) for code in range(_HIDDEN, 0x10FFFE) if chr(code) not in written)
+        hidden = dict(zip(free, self.names, strict=False))
+        changed = [dict(message) for message in messages]
+        for message in changed:
+            for character, name in hidden.items():
+                message["content"] = message["content"].replace(name, character)
+        return changed, hidden
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """Return the special token that the tokenizer's chat template closes an answer with; None where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    special = SpecialTokens(tokenizer)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template may refuse what it likes; rows of messages will say so
+        return None
+    end = special.turn_end(text, text.rfind("b"))
+    closing = next((n for n in special.names if end and text[:end].endswith(n)), None)
+    return None if closing is None else int(tokenizer.convert_tokens_to_ids(closing))
+
+
+def render(rows: Sequence[Row], source: str, tokenizer: Any, special: SpecialTokens, seconds: float) -> list[Draft]:
+    """Render rows of messages.
+
+    source: the data's name, for messages. seconds: a row whose template runs longer stops everything. Raises
+    ConfigError without a chat template, ModelError after the time limit, FaultyRowsError for rows that the template
+    refuses.
+    """
+    if rows and not tokenizer.chat_template:
+        name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
+        raise ConfigError(
+            f"row {rows[0].row} holds messages, and {name} has no chat template. Use an instruct model's tokenizer, "
+            "set tokenizer.chat_template and save it beside the model, or give prompt and completion as text"
+        )
+    drafts: list[Draft] = []
+    faults: list[Fault] = []
+    _within(seconds, _drafted(rows, tokenizer, special, drafts, faults), rows)
+    if faults:
+        raise FaultyRowsError(f"{source}, in the chat template", faults)
+    return drafts
+
+
+def _drafted(
+    rows: Sequence[Row], tokenizer: Any, special: SpecialTokens, drafts: list[Draft], faults: list[Fault]
+) -> Iterator[None]:
+    for row in rows:
+        try:
+            drafts.append(_draft(row, tokenizer, special))
+        except _Rewritten as error:
+            faults.append(Fault(row.row, "", str(error), "give prompt and completion as text for this model"))
+        except Exception as error:  # a template raises what it likes
+            fix = "change the messages, or the template"
+            faults.append(Fault(row.row, "", f"it says {shown(str(error), 100)}", fix))
+        yield
+
+
+class _Stop(BaseException):
+    """Raised inside a rendering thread from outside, so that a template without an end does not run on."""
+
+
+def _within(seconds: float, steps: Iterator[None], rows: Sequence[Row]) -> None:
+    """Run `steps` in a thread, so that one that never ends can be left: signals only reach the main thread."""
+    done = 0
+    failures: list[Exception] = []
+
+    def work() -> None:
+        nonlocal done
+        try:
+            for _ in steps:
+                done += 1
+        except _Stop:
+            pass
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        before = done
+        thread.join(seconds)
+        if thread.is_alive() and done == before:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stop))
+            raise ModelError(
+                f"the chat template did not finish row {rows[done].row} within {seconds:g} s. "
+                "Read tokenizer.chat_template before you trust this model, or set another template"
+            )
+    if failures:
+        raise failures[0]
+
+
+class _Rewritten(AlignkitError):
+    """The template changes the prompt once an answer follows."""
+
+
+def _messages(content: Content, role: str) -> list[Message]:
+    return content if isinstance(content, list) else [{"role": role, "content": content}]
+
+
+def _draft(row: Row, tokenizer: Any, special: SpecialTokens) -> Draft:
+    def rendered(messages: list[Message], answer_next: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next))
+
+    parts = [_messages(row.prompt, "user"), *(_messages(completion, "assistant") for completion in row.completions)]
+    hidden_all, hidden = special.hide([message for part in parts for message in part])
+    taken = iter(hidden_all)
+    prompt, *answers = [[next(taken) for _ in part] for part in parts]
+    start = rendered(prompt, True)
+    texts, spans, ended, lost = [], [], [], 0
+    for answer in answers:
+        text = rendered(prompt + answer, False)
+        if not text.startswith(start):
+            _check_start(start, rendered(prompt, False), text)
+        end = special.turn_end(text, common(start, text))
+        text = text[:end]
+        found = None
+        if len(answer) > 1:
+            found = tuple(_turns(prompt, answer, text, rendered, special))
+            lost += sum(message["role"] == "assistant" for message in answer) - len(found)
+        texts.append(text)
+        spans.append(found)
+        ended.append(end is not None)
+    shared = start[: min((common(start, text) for text in texts), default=len(start))]
+    return Draft(row, shared, tuple(texts), tuple(spans), tuple(ended), hidden, control=True, lost_turns=lost)
+
+
+def _check_start(start: str, prompt: str, text: str) -> None:
+    """Allow a generation prompt that differs from the answer's header; refuse when the messages before it differ."""
+    if common(start, text) < len(start[: common(start, prompt)].rstrip()):
+        raise _Rewritten("it writes the prompt differently once an answer follows, so the answer cannot be located")
+
+
+def _turns(
+    prompt: list[Message], answer: list[Message], text: str, rendered: Any, special: SpecialTokens
+) -> list[Span]:
+    """Return the characters of each assistant's turn: what rendering one message more adds.
+
+    A turn that is written differently once others follow cannot be located by this and is left out: unlearned is safer
+    than learning what the user said.
+    """
+    spans = []
+    for k, message in enumerate(answer):
+        if message["role"] != "assistant":
+            continue
+        before, start = (rendered(prompt + answer[:k], gen) for gen in (False, True))
+        after = rendered(prompt + answer[: k + 1], False) if k + 1 < len(answer) else text
+        begin, end = common(start, text), common(after, text)
+        stable = begin >= len(start[: common(start, before)].rstrip()) and end >= len(after.rstrip())
+        if stable:
+            spans.append((begin, special.turn_end(text[:end], begin) or end))
+    return spans
+
+
+def common(a: Any, b: Any) -> int:
+    """How many leading items (characters, tokens) two sequences share."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])

@@ -1,0 +1,189 @@
+"""Rows in any form that users bring -> validated rows of the kind that a method needs.
+
+    dataset = load("pairs.jsonl", "pairs")
+    dataset = load("gsm8k.jsonl", "prompts", columns={"prompt": "question"})
+
+The form is detected from the columns, the first of FORMS that is there and serves the kind. What a row of one form
+becomes in another kind:
+
+    pairs -> unpaired   the chosen answer desirable, the rejected one undesirable: two rows with one number
+    pairs -> text       the chosen answer only
+    ranked -> pairs     the best-scored against the worst-scored answer: one pair a row, so that a long list weighs no
+                        more than a short one; equal scores are a tie
+    unpaired -> text    the desirable answers only
+    messages -> text    what follows the last user's message is the completion
+    any -> prompts      the prompt; every other column stays in `Row.extra`, where reward functions find it
+
+Real data has ties, empty and equal answers: such rows are dropped and counted. What cannot be meant (None, a wrong
+type, an unknown role) is a fault, and all faults of a source are raised together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+from alignkit.data.cells import Cells
+from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, DroppedRow, Form, Parsed, parse
+from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, RawRows, Report, Row, read_rows
+from alignkit.errors import ConfigError, DataError, nearest
+from alignkit.method import DataKind
+
+__all__ = ["Dataset", "Fault", "FaultyRowsError", "Message", "RawRows", "Report", "Row", "load", "read_rows"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Validated rows of one kind.
+
+    rows: in the source's order. kind: what the method needs. form: what was found. source: its name for messages.
+    report: what was dropped, with row numbers.
+    """
+
+    rows: list[Row]
+    kind: DataKind
+    form: str
+    source: str
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def lines(self) -> list[str]:
+        """Return what to print: what was found and read as what, then what was dropped."""
+        found = f"{self.source}: {self.report.total} rows of the form '{self.form}', read as {self.kind}"
+        return [found, *self.report.lines()]
+
+
+def load(source: object, kind: DataKind, columns: Mapping[str, str] | None = None) -> Dataset:
+    """Read, check and convert all rows of `source` to what a method with `data = kind` needs.
+
+    source: whatever `read_rows` takes. columns: {our column: theirs} where names differ; "form" forces a form's name.
+    Raises ConfigError for an unknown kind, column name or form; DataError where the form does not serve the kind or
+    no row is left; FaultyRowsError (a DataError) with all faults of the rows.
+    """
+    if kind not in get_args(DataKind):
+        raise ConfigError(f"unknown kind of data '{kind}'.{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}")
+    wanted = dict(columns or {})
+    forced = wanted.pop("form", None)
+    raw = _renamed(read_rows(source), wanted)
+    if not raw.rows:
+        raise FaultyRowsError(raw.source, raw.faults) if raw.faults else DataError(f"{raw.source}: holds no rows")
+    form = _detect(raw, kind, forced)
+    # A margin in some rows only is a fault in the others: half a column of numbers cannot be averaged.
+    margins = kind == "pairs" and any("margin" in cells for _, cells in raw)
+    rows: list[Row] = []
+    faults = list(raw.faults)
+    report = Report(total=len(raw))
+    for number, cells in raw:
+        reader = Cells(number, cells, raw.textual)
+        try:
+            found = _convert(parse(reader, form, kind), form, kind, reader, margins)
+            rows.extend(found if not reader.faults else ())
+        except DroppedRow as dropped:
+            if not reader.faults:
+                report.drop(str(dropped), number)
+        faults += reader.faults
+    if faults:
+        raise FaultyRowsError(raw.source, faults)
+    if not rows:
+        raise DataError(f"{raw.source}: no row is left; {'; '.join(report.lines())}")
+    return Dataset(rows, kind, form.name, raw.source, report)
+
+
+def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
+    """Return the rows under our column names."""
+    for ours in wanted:
+        if ours not in OUR_COLUMNS:
+            names = ", ".join([*OUR_COLUMNS, "form"])
+            raise ConfigError(f"columns: unknown name '{ours}'.{nearest(ours, [*OUR_COLUMNS, 'form'])} Names: {names}")
+    if not wanted or not raw.rows:
+        return raw
+    found = {column for _, cells in raw for column in cells}
+    for ours, theirs in wanted.items():
+        if theirs not in found:
+            there = ", ".join(sorted(found))
+            hint = nearest(theirs, found)
+            raise DataError(f"{raw.source}: no column '{theirs}', which was given for {ours}.{hint} Columns: {there}")
+    taken = set(wanted.values())
+    rows = []
+    for number, cells in raw:
+        rest = {column: value for column, value in cells.items() if column not in taken}
+        rows.append((number, {**rest, **{ours: cells[theirs] for ours, theirs in wanted.items() if theirs in cells}}))
+    return RawRows(raw.source, rows, raw.textual, raw.faults)
+
+
+def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:
+    # A column counts where half of the rows have it: one stray row must not decide for all the others.
+    seen = Counter(column for _, cells in raw for column in cells)
+    columns = {column for column, n in seen.items() if 2 * n >= len(raw)}
+    known = {form.name for form in FORMS}
+    if forced is not None and forced not in known:
+        raise ConfigError(
+            f"columns: unknown form '{forced}'.{nearest(forced, known)} Forms: {', '.join(sorted(known))}"
+        )
+    present = [f for f in FORMS if columns.issuperset(f.columns) and forced in (None, f.name)]
+    serving = [form for form in present if kind in form.kinds]
+    if serving:
+        return serving[0]
+    raise DataError(_mismatch(raw.source, kind, columns, present, forced))
+
+
+def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form], forced: str | None) -> str:
+    """Say what was found, what is needed, and what to type."""
+    serving = [form for form in FORMS if kind in form.kinds]
+    choices = list(dict.fromkeys(form.name for form in serving))
+    listed = "; ".join(next(" + ".join(form.columns) for form in serving if form.name == name) for name in choices)
+    if present:
+        found = f"found rows of the form '{present[0].name}' ({' + '.join(present[0].columns)})"
+    elif forced is not None:
+        wants = " or ".join(" + ".join(form.columns) for form in FORMS if form.name == forced)
+        found = f"the form '{forced}' needs the columns {wants}; found {', '.join(sorted(columns))}"
+    else:
+        found = f"found the columns {', '.join(sorted(columns)) or '(none)'}, which are no known form"
+    wanted = {"pairs": "pairs", "unpaired": "unpaired", "text": "completion", "prompts": "prompt"}[kind]
+    example = ", ".join(f"{c}: <yours>" for c in next(form.columns for form in FORMS if form.name == wanted))
+    return (
+        f"{source}: {found}.\n"
+        f"The method needs {kind}, which are made from one of: {listed}.\n"
+        f"Name your columns (columns: {{{example}}}), or choose a method for the data that is there."
+    )
+
+
+def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: bool) -> list[Row]:
+    """Make the rows of `kind` that one parsed row gives, or drop it."""
+    numbers: dict[str, float] = {}
+    used = {"prompt"} if kind == "prompts" and "prompt" in form.columns else {"prompt", *form.columns}
+    if margins:
+        numbers["margin"] = cells.number_of("margin", cells.cells.get("margin"))
+        used.add("margin")
+    extra = {column: value for column, value in cells.cells.items() if column not in used}
+
+    def row(*answers: Content, **more: float) -> Row:
+        return Row(parsed.prompt, answers, {**numbers, **more}, cells.number, extra)
+
+    if kind == "prompts" and not cells.faults:
+        if _is_empty(parsed.prompt):
+            raise DroppedRow("empty prompts")
+        return [row()]
+    if cells.faults:
+        return []
+    answers = parsed.answers[:1] if kind == "text" else parsed.answers
+    if any(_is_empty(answer) for answer in answers):
+        raise DroppedRow("empty answers")
+    if len(answers) == 2 and answers[0] == answers[1]:
+        raise DroppedRow("identical answers")
+    if kind == "text" and not parsed.label:
+        raise DroppedRow("with an undesirable answer")
+    if kind == "unpaired" and len(answers) == 2:
+        return [row(answers[0], desirable=1.0), row(answers[1], desirable=0.0)]
+    return [row(*answers, desirable=float(parsed.label))] if kind == "unpaired" else [row(*answers)]
+
+
+def _is_empty(content: Content) -> bool:
+    return not (content if isinstance(content, str) else content[-1]["content"]).strip()

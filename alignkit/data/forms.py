@@ -1,0 +1,205 @@
+"""The forms of rows that users bring: how each is known by its columns, and how one row of it is read.
+
+Adding a form is a line in FORMS and a parser in `parse`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from alignkit.data.cells import Cells
+from alignkit.data.rows import Content, Message, shown
+from alignkit.method import DataKind
+
+ASSISTANT = "\n\nAssistant:"
+
+
+class Form(NamedTuple):
+    """A form of rows: its name, the columns it is known by, and the kinds it serves."""
+
+    name: str
+    columns: tuple[str, ...]
+    kinds: tuple[DataKind, ...]
+
+
+KINDS: tuple[DataKind, ...] = ("pairs", "unpaired", "text", "prompts")
+FORMS = (
+    Form("pairs", ("prompt", "chosen", "rejected"), KINDS),
+    Form("conversations", ("chosen", "rejected"), KINDS),
+    *(Form("winner", ("prompt", "winner", f"{a}_a", f"{a}_b"), KINDS) for a in ("response", "answer", "completion")),
+    Form("ranked", ("prompt", "completions", "scores"), KINDS),
+    Form("unpaired", ("prompt", "completion", "label"), ("unpaired", "text", "prompts")),
+    Form("completion", ("prompt", "completion"), ("text", "prompts")),
+    Form("messages", ("messages",), ("text", "prompts")),
+    Form("text", ("text",), ("text", "prompts")),
+    Form("prompt", ("prompt",), ("prompts",)),
+)
+OUR_COLUMNS = sorted({column for form in FORMS for column in form.columns} | {"margin"})
+
+
+class DroppedRow(Exception):
+    """A row that is valid and cannot be used; its text is the report's reason."""
+
+
+class Parsed(NamedTuple):
+    """A row's prompt and answers: (chosen, rejected), (the only one,), or none; label of an unpaired answer."""
+
+    prompt: Content
+    answers: tuple[Content, ...] = ()
+    label: bool = True
+
+
+def parse(cells: Cells, form: Form, kind: DataKind) -> Parsed:
+    """Read one row of `form`. Faults go to `cells.faults` (the result is then a stand-in); raises DroppedRow."""
+    if kind == "prompts" and "prompt" in form.columns:
+        return Parsed(_prompt(cells))  # a fault or a tie among answers that nobody reads is no fault
+    parsers: dict[str, Callable[[Cells], Parsed]] = {
+        "pairs": lambda c: _answered(c, "chosen", "rejected"),
+        "conversations": _parse_conversations,
+        "winner": lambda c: _parse_winner(c, form.columns[2:]),
+        "ranked": lambda c: _parse_ranked(c, kind),
+        "unpaired": lambda c: _answered(c, "completion")._replace(label=c.label("label")),
+        "completion": lambda c: _answered(c, "completion"),
+        "messages": lambda c: _parse_messages(c, kind),
+        "text": lambda c: Parsed(_plain(c)) if kind == "prompts" else Parsed("", (_plain(c),)),
+    }
+    return parsers[form.name](cells)
+
+
+def _plain(cells: Cells) -> str:
+    value = cells.content("text")
+    if not isinstance(value, str):
+        cells.bad("text", f"found {shown(value)}", "call the column 'messages', or give text")
+        return ""
+    return value
+
+
+def _prompt(cells: Cells) -> Content:
+    prompt = cells.content("prompt")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        cells.bad("prompt", "found the assistant's message last", "end the prompt before the turn that is answered")
+    return prompt
+
+
+def _answered(cells: Cells, *columns: str) -> Parsed:
+    prompt = _prompt(cells)
+    return _aligned(cells, prompt, [(column, cells.content(column)) for column in columns])
+
+
+def _aligned(cells: Cells, prompt: Content, answers: list[tuple[str, Content]]) -> Parsed:
+    """Give prompt and answers one type: all text, or all messages with the prompt's own taken off the answers."""
+    if cells.faults:
+        return Parsed("")  # the stand-ins of faulty cells would only bring up more faults
+    if isinstance(prompt, str) and all(isinstance(answer, str) for _, answer in answers):
+        return Parsed(prompt, tuple(answer for _, answer in answers))
+    turns = [
+        (column, [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)
+        for column, answer in answers
+    ]
+    if isinstance(prompt, str):
+        prompt = _prompt_within(prompt, turns[0][1]) or [{"role": "user", "content": prompt}]
+    rest = []
+    for column, messages in turns:
+        own = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
+        if not own or own[0]["role"] != "assistant":
+            found = f"an answer that begins with {shown(own[0]) if own else 'nothing after the prompt'}"
+            cells.bad(column, found, "begin with the assistant's message, or with the whole prompt before it")
+        rest.append(_to_last_answer(own))
+    return Parsed(prompt, tuple(rest))
+
+
+def _prompt_within(prompt: str, messages: list[Message]) -> list[Message] | None:
+    """Return the leading messages up to the user's message that says `prompt`."""
+    for i, message in enumerate(messages):
+        if message["role"] == "user" and message["content"].strip() == prompt.strip():
+            return messages[: i + 1]
+    return None
+
+
+def _to_last_answer(messages: list[Message]) -> list[Message]:
+    """Leave out what follows the assistant's last turn: nobody learns from it."""
+    roles = [message["role"] for message in messages]
+    return messages[: _last(roles, "assistant") + 1] if "assistant" in roles else messages
+
+
+def _parse_conversations(cells: Cells) -> Parsed:
+    """Split off the common beginning of two whole conversations."""
+    chosen, rejected = cells.content("chosen"), cells.content("rejected")
+    if cells.faults:
+        return Parsed("")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        at = chosen.rfind(ASSISTANT)
+        cut = at + len(ASSISTANT)
+        if at < 0 or rejected.rfind(ASSISTANT) != at or rejected[:cut] != chosen[:cut]:
+            raise DroppedRow("without a common last turn")
+        return Parsed(chosen[:cut], (chosen[cut:], rejected[cut:]))
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        cells.bad("rejected", "one answer is text, the other messages", "give both in one form")
+        return Parsed("")
+    lead = _common(chosen, rejected)
+    if chosen == rejected:
+        lead -= 1
+    if lead < 1 or any(c[lead : lead + 1] == [] or c[lead]["role"] != "assistant" for c in (chosen, rejected)):
+        raise DroppedRow("without a common last turn")
+    return Parsed(chosen[:lead], (_to_last_answer(chosen[lead:]), _to_last_answer(rejected[lead:])))
+
+
+def _parse_winner(cells: Cells, columns: tuple[str, ...]) -> Parsed:
+    first, second = columns
+    winner = cells.cells.get("winner")
+    verdict = winner.strip().lower() if isinstance(winner, str) else ""
+    if verdict not in ("a", "b", "tie"):
+        cells.bad("winner", f"found {shown(winner)}", "give a, b or tie")
+    parsed = _answered(cells, *((second, first) if verdict == "b" else (first, second)))
+    if verdict == "tie":
+        raise DroppedRow("ties")
+    return parsed
+
+
+def _parse_ranked(cells: Cells, kind: DataKind) -> Parsed:
+    """The best against the worst answer; the first of equals."""
+    prompt = _prompt(cells)
+    answers = [cells.checked("completions", answer) for answer in cells.list_of("completions")]
+    scores = [cells.number_of("scores", score) for score in cells.list_of("scores")]
+    if not cells.faults and len(answers) != len(scores):
+        cells.bad("scores", f"{len(scores)} scores for {len(answers)} completions", "give each completion one score")
+    if cells.faults:
+        return Parsed("")
+    best = max(range(len(scores)), key=lambda i: scores[i])
+    worst = min(range(len(scores)), key=lambda i: scores[i])
+    parsed = _aligned(cells, prompt, [("completions", answers[best]), ("completions", answers[worst])])
+    if kind != "text" and len(answers) == 1:
+        raise DroppedRow("with a single answer")
+    if kind != "text" and scores[best] == scores[worst]:
+        raise DroppedRow("ties")
+    return parsed
+
+
+def _parse_messages(cells: Cells, kind: DataKind) -> Parsed:
+    """Cut before the assistant's first message, so that all its turns are learned; prompts: after the user's last."""
+    messages = cells.turns("messages")
+    roles = [message["role"] for message in messages]
+    if kind != "prompts":
+        if "assistant" not in roles:
+            raise DroppedRow("without an assistant's turn")
+        roles = roles[: _last(roles, "assistant") + 1]
+    lead = _last(roles, "user") + 1 if kind == "prompts" and "user" in roles else _first_answer(roles)
+    if cells.faults:
+        return Parsed("")
+    if lead == 0:
+        cells.bad("messages", "found the assistant's message first", "begin with a user's or the system's message")
+    return Parsed(messages[:lead], (messages[lead : len(roles)],))
+
+
+def _first_answer(roles: list[str]) -> int:
+    return roles.index("assistant") if "assistant" in roles else len(roles)
+
+
+def _last(roles: list[str], role: str) -> int:
+    return len(roles) - 1 - roles[::-1].index(role)
+
+
+def _common(a: list[Message], b: list[Message]) -> int:
+    """How many leading messages are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

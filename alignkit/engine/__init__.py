@@ -1,0 +1,19 @@
+"""The engine: THE loop, and all that it needs.
+
+engine.py      Engine, run(): settings in, a Result out
+phases.py      Run: the phases of a run, one after the other
+loop.py        THE loop: steps, updates, checkpoints
+state.py       what the loop works with and knows
+assemble.py    settings -> rows, models, reference, optimiser
+step.py        a step as a method sees it (alignkit.method.Context)
+roles.py       the models that a method may ask
+rollouts.py    prompts -> sampled and scored completions
+evaluation.py  held-out rows; early stopping
+averages.py    terms -> a loss, a gradient's share, means
+ranks.py       what the processes of a run tell each other
+saving.py      checkpoints, resumption, the saved model
+"""
+
+from alignkit.engine.engine import Engine, Result, run
+
+__all__ = ["Engine", "Result", "run"]

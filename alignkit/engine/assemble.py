@@ -1,0 +1,246 @@
+"""From settings to everything a loop needs, in the order that finds faults early: settings, rows, tokens, models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    LoggerType,
+    set_seed,
+)
+from torch import nn
+
+from alignkit import data
+from alignkit.config import RunConfig
+from alignkit.data import tokenise
+from alignkit.data.stream import Stream, hold_out
+from alignkit.engine.roles import Roles
+from alignkit.engine.rollouts import Online, Scorers, stand_ins
+from alignkit.engine.state import Parts, Splits
+from alignkit.errors import ConfigError, DataError, nearest
+from alignkit.method import Method
+from alignkit.models.critic import with_critic
+from alignkit.models.layouts import check_fit, choose_layout
+from alignkit.models.loading import Kind, causal_lm, drop_dropout, load_model
+from alignkit.models.ranks import Ranks
+from alignkit.models.scoring import Scorer
+from alignkit.models.sharding import shard
+from alignkit.models.values import ActorCritic, Valuer
+from alignkit.reference.cache import LogpCache
+from alignkit.reference.choice import resolve_reference
+from alignkit.reference.reference import Reference
+from alignkit.types import Example, Layout
+
+logger = logging.getLogger(__name__)
+
+TRACKERS = sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL)
+
+
+def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Splits:
+    """Read, check and tokenise the rows. Raises DataError with every fault; logs what was dropped."""
+    train = _examples(config.data, config, method, tokenizer)
+    if config.eval_data is not None:
+        held_out = _examples(config.eval_data, config, method, tokenizer)
+    else:
+        train, held_out = hold_out(train, config.eval_fraction, config.seed)
+    digest = hashlib.sha256()
+    for e in (*train, *held_out):
+        for part in (e.prompt, *(t for c in e.completions for t in (c.tokens, c.trained_at))):
+            digest.update(len(part).to_bytes(4, "little") + part.numpy().tobytes())
+        digest.update(json.dumps(sorted(e.numbers.items())).encode())
+        digest.update(json.dumps(e.columns, sort_keys=True, default=str).encode())
+    logger.info("%d rows to train on, %d held out", len(train), len(held_out))
+    return Splits(train, held_out, digest.hexdigest())
+
+
+def _examples(source: Any, config: RunConfig, method: Method[Any], tokenizer: Any) -> list[Example]:
+    dataset = data.load(source, method.data, config.columns)
+    examples, report = tokenise.tokenise(dataset, tokenizer, config.max_prompt_tokens, config.max_completion_tokens)
+    report = dataset.report + report
+    for line in [dataset.lines()[0], *report.lines()]:
+        logger.info(line)
+    if not examples:
+        raise DataError(f"{dataset.source}: no usable row is left; {'; '.join(report.lines())}")
+    return examples
+
+
+def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
+    """Return the Accelerator of the run: devices, precision, ranks, trackers."""
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    precision = config.precision
+    if precision == "auto":
+        precision = "fp32" if cpu else "bf16"
+    forget_precision()
+    if unknown := [t for t in config.trackers if t not in TRACKERS]:
+        raise ConfigError(f"no tracker '{unknown[0]}'.{nearest(unknown[0], TRACKERS)} There are {', '.join(TRACKERS)}")
+    installed = {str(kind.value) for kind in get_available_trackers()}
+    if missing := [t for t in config.trackers if t not in installed]:  # Accelerate would leave it out in silence
+        raise ConfigError(f"tracker '{missing[0]}' is not installed; try: pip install {missing[0].replace('_', '-')}")
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=config.trackers or None,
+        project_dir=str(config.output),
+        kwargs_handlers=[
+            # the trunk has no buffers that training changes, and every rank makes its own number of plain passes
+            # while a critic warms up, the policy gets no gradient; gradients live in the buckets that they travel in
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, find_unused_parameters="critic" in method.roles(), gradient_as_bucket_view=True
+            ),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
+        ],
+    )
+
+
+def forget_precision() -> None:
+    """Let the next Accelerator choose its precision: Accelerate keeps one a process, which may run several methods."""
+    AcceleratorState._reset_state()  # there is no public way; Accelerate's own tests use it
+
+
+def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any, accelerator: Accelerator) -> Parts:
+    """Load the models, prepare the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
+    ranks, device = Ranks(accelerator), accelerator.device
+    least = least_examples(config, method, splits, ranks.n)
+    stream = Stream(splits.train, config.batch_size, config.seed, least)
+    set_seed(config.seed)  # fresh adapters are drawn
+    scorers = Scorers.of_run(config, method, [*splits.train, *splits.held_out], device)
+    plain, came_with_adapter = _trained_model(config, method, tokenizer, device)
+    known, layout = _layout(config, method, splits, plain, accelerator)
+    reference = _reference(config, method, plain, layout, accelerator, known) if isinstance(plain, Scorer) else None
+    drop_dropout(plain.model, method.dropout())
+    if config.fsdp:
+        shard(plain, device.type, ranks.n)
+    rate = config.learning_rate
+    if rate is None:
+        rate = method.lora_learning_rate if config.lora or came_with_adapter else method.learning_rate
+    trained: Any = plain
+    if "critic" in method.roles():
+        folder = scorers.rewards.model_folder if scorers and scorers.rewards else None
+        trained = with_critic(plain, config, folder, device)
+    optimizer = torch.optim.AdamW(_groups(trained, config, rate), lr=rate, betas=config.adam_betas, fused=True)
+    # sharded already: only its precision is left to set, and no wrapper of data parallelism to put around it
+    policy = accelerator.prepare_model(trained, evaluation_mode=config.fsdp)
+    prepared = accelerator.prepare_optimizer(optimizer)
+    temperature = config.sampling.temperature if scorers else 1.0
+    roles = Roles(method, policy, trained, reference, config.max_tokens, temperature, ranks, accelerator.autocast)
+    online = None
+    if scorers:
+        updates = (config.epochs_per_batch or method.epochs_per_batch) * config.minibatches
+        autocast, needs = accelerator.autocast, method.roles()
+        online = Online(config, needs, tokenizer, scorers, plain.model, reference, ranks, autocast, updates)
+    eos = int(tokenizer.eos_token_id)
+    return Parts(accelerator, ranks, plain, policy, prepared, roles, reference, online, layout, stream, rate, eos)
+
+
+def _trained_model(
+    config: RunConfig, method: Method[Any], tokenizer: Any, device: torch.device
+) -> tuple[Scorer | Valuer, bool]:
+    """Load what is trained; return it and whether it came with an adapter."""
+    kind: Kind = "classifier" if "reward" in method.trains else "causal"
+    model, came_with_adapter = load_model(config, device, kind)
+    for name, value in method.model_settings().items():
+        setattr(causal_lm(model).config, name, value)
+    if kind == "classifier":
+        # transformers' classifier reads the token before the first padding token, so EOS may not be one
+        causal_lm(model).config.pad_token_id = _pad(tokenizer)
+        return Valuer(model), came_with_adapter
+    return Scorer(model, int(config.kept_logits_gib * 2**30)), came_with_adapter
+
+
+def _layout(
+    config: RunConfig, method: Method[Any], splits: Splits, plain: Scorer | Valuer, accelerator: Accelerator
+) -> tuple[list[Example], Layout]:
+    """Check that the examples fit the model; return them at their longest, and the layout that the probe chose."""
+    known, longest = [method.longest(e) for e in (*splits.train, *splits.held_out)], None
+    if method.data == "prompts":
+        longest = config.sampling.max_new_tokens
+        known = stand_ins(known, longest)
+    check_fit(plain.model, known, longest, mixes=method.reference_need() == "live" and longest is None)
+    with accelerator.autocast():
+        return known, choose_layout(plain.train(), known[: len(splits.train)], config, accelerator.device)
+
+
+def least_examples(config: RunConfig, method: Method[Any], splits: Splits, n_ranks: int) -> int:
+    """Return how many examples a step needs. Raises ConfigError or DataError where the run cannot have them."""
+    least = max(method.min_batch, n_ranks)
+    if config.batch_size < least:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is too small: '{method.name}' on {_ranks(n_ranks)} needs at least {least}"
+        )
+    if config.patience is not None and not splits.held_out:
+        raise ConfigError("patience watches held-out rows, and there are none; give eval_data or eval_fraction")
+    if 0 < len(splits.held_out) < least:
+        raise DataError(
+            f"{len(splits.held_out)} held-out rows are too few: '{method.name}' on {_ranks(n_ranks)} "
+            f"needs at least {least}; raise eval_fraction, give more eval_data, or neither"
+        )
+    return least
+
+
+def _ranks(n: int) -> str:
+    return f"{n} rank{'s' * (n > 1)}"
+
+
+def _pad(tokenizer: Any) -> int | None:
+    pad = tokenizer.pad_token_id
+    return None if pad == tokenizer.eos_token_id else pad
+
+
+def _reference(
+    config: RunConfig,
+    method: Method[Any],
+    plain: Scorer,
+    layout: Layout,
+    accelerator: Accelerator,
+    examples: Sequence[Example],
+) -> Reference | None:
+    n_bytes = sum(p.nbytes for p in plain.parameters())
+    mode = resolve_reference(config, method, accelerator.device, n_bytes)
+    if mode is None:
+        return None
+    sampled = method.data == "prompts"  # nobody will meet those completions again
+    cached = config.reference_cache and method.reference_need() != "moving" and not sampled
+    mixed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    reference = Reference(
+        mode,
+        plain,
+        layout=layout,
+        device=accelerator.device,
+        max_tokens=config.max_tokens,
+        cache=LogpCache(config.cache_file) if cached else None,
+        compute_dtype=mixed or next(plain.parameters()).dtype,
+        autocast=accelerator.autocast if mixed else nullcontext,
+        temperature=config.sampling.temperature if sampled else 1.0,
+    )
+    logger.info("reference: %s%s", mode, f", cache {reference.cache.path}" if reference.cache else "")
+    reference.prepare(examples, accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    reference.release()
+    return reference
+
+
+def _groups(module: nn.Module, config: RunConfig, rate: float) -> list[dict[str, Any]]:
+    """Norms and biases are not decayed; the critic may have a rate of its own, kept as a multiple of the policy's."""
+    critic = {id(p) for p in module.critic.parameters()} if isinstance(module, ActorCritic) else set()
+    groups = []
+    for of_critic in (False, True):
+        trained = [p for p in module.parameters() if p.requires_grad and (id(p) in critic) == of_critic]
+        scale = (config.critic_learning_rate or rate) / rate if of_critic else 1.0
+        for decay, params in (
+            (config.weight_decay, [p for p in trained if p.dim() >= 2]),
+            (0.0, [p for p in trained if p.dim() < 2]),
+        ):
+            groups.append({"params": params, "weight_decay": decay, "rate_scale": scale})
+    return [g for g in groups if g["params"]]

@@ -1,0 +1,48 @@
+"""`Engine(model=...).run(method=..., data=...)`, or `alignkit.run(...)` for both at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.engine.phases import Run
+from alignkit.runs.pipeline import PipelineResult, run_pipeline
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: its last metrics, the model in memory, its tokenizer, and its folder."""
+
+    metrics: dict[str, float]
+    model: Any
+    tokenizer: Any
+    folder: Path
+
+
+class Engine:
+    """Runs methods with shared settings: Engine(model="path", lora=8).run(method="dpo", data="prefs.jsonl", beta=0.2).
+
+    Settings are those of `RunConfig` and of the method; those given to `run` win. Raises AlignkitError on bad input.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def run(self, method: str, **settings: Any) -> Result:
+        """Train and return the Result; the folder holds metrics.jsonl, config.yaml and model/."""
+        one = Run(method, **{**self.settings, **settings})
+        one.read()
+        one.build()
+        metrics = one.loop.train()
+        return Result(metrics, one.save(), one.tokenizer, one.state.folder)
+
+    def pipeline(self, stages: Sequence[Mapping[str, Any]], **settings: Any) -> PipelineResult:
+        """Run a chain of methods (docs/pipeline.md); `stages` are flat settings, the engine's and these are shared."""
+        return run_pipeline(Engine().run, stages, {**self.settings, **settings})
+
+
+def run(method: str, **settings: Any) -> Result:
+    """Short for `Engine(**settings).run(method)`."""
+    return Engine(**settings).run(method)

@@ -1,0 +1,97 @@
+"""A method's loss and metrics over the held-out rows, and early stopping by them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+from alignkit.data.stream import chunks, seeded
+from alignkit.engine.averages import Averages, counts, term_sums
+from alignkit.engine.state import RunState
+from alignkit.engine.step import StepContext
+from alignkit.models.passes import in_step
+from alignkit.runs import checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(state: RunState, step: int) -> dict[str, float]:
+    """Return the loss and the metrics as "eval/NAME" numbers; nothing where no rows are held out.
+
+    What is sampled of a held-out prompt depends on its place among them, so that evaluations can be compared.
+    """
+    rows, ranks, method = state.splits.held_out, state.parts.ranks, state.method
+    if not rows:
+        return {}
+    averages, logged, offset = Averages(), dict[str, float](), 0
+    with evaluating(state.parts.policy, method.dropout()):
+        for part in chunks(rows, state.config.batch_size, max(method.min_batch, ranks.n)):
+            generator = seeded(state.config.seed, 3, offset)
+            ctx = StepContext(state, step, part, generator, training=False, offset=offset)
+            batch = ctx.collect()
+            averages.expect(counts(batch, ranks.sum))
+            for micro, weight in in_step(batch.micro_batches(state.parts.roles.max_tokens), ranks):
+                with torch.no_grad():
+                    averages.add(term_sums(method, micro, state.parts.roles), weight)
+            share = len(part) / len(rows)
+            logged |= {k: logged.get(k, 0.0) + share * v for k, v in ctx.logged.items()}
+            offset += len(part)
+    values = averages.means(ranks.sum, ranks.largest) | logged
+    return {f"eval/{name}": value for name, value in values.items()}
+
+
+@contextmanager
+def evaluating(module: nn.Module, dropout: float) -> Iterator[None]:
+    """Switch dropout off where a method trains with it, and on again, after an error too."""
+    if not dropout:
+        yield
+        return
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
+
+
+def patience_ended(state: RunState) -> bool:
+    """Whether `patience` evaluations in a row were no better than the best one."""
+    return state.config.patience is not None and state.early.waited >= state.config.patience
+
+
+def watch(state: RunState, step: int, values: Mapping[str, float]) -> None:
+    """Compare an evaluation with the best so far, and keep the weights where it is better.
+
+    The reward is compared where there is one, else the loss.
+    """
+    if state.config.patience is None or not values:
+        return
+    # the loss of a method that samples does not tell: it is lowest before the first update
+    value = -values["eval/reward/mean"] if "eval/reward/mean" in values else values["eval/loss"]
+    if not value < state.early.best:  # nor where it is nan
+        state.early.waited += 1
+        return
+    state.early.best, state.early.best_step, state.early.waited = value, step, 0
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights: dict[str, Any] = dict(get_model_state_dict(state.parts.policy, options=options))
+    if state.parts.ranks.is_main:
+        checkpoint.save(state.folder / "best", step, {"model": weights}, {}, keep=1)
+
+
+def take_best(state: RunState, step: int) -> bool:
+    """Load the best weights where they are not those of `step`; return whether they were loaded."""
+    state.parts.ranks.wait()
+    if state.config.patience is None or state.early.best_step in (-1, step):
+        return False
+    found = checkpoint.load(state.folder / "best", logger.warning)
+    if found is None:
+        return False
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(state.parts.policy, dict[str, Any](found.tensors["model"]), options=options)
+    logger.info("the weights of step %d had the best evaluation: they are loaded again", found.step)
+    return True

@@ -1,0 +1,65 @@
+"""A run, phase by phase: check the settings, read the rows, build the models, train, save."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from alignkit import registry
+from alignkit.config import split
+from alignkit.engine import assemble
+from alignkit.engine.loop import Loop
+from alignkit.engine.saving import save_model
+from alignkit.engine.state import RunState, Splits
+from alignkit.models.loading import load_tokenizer
+from alignkit.reference.choice import check_reference
+from alignkit.rollout.checks import check_online
+from alignkit.runs import folder as run_folder
+from alignkit.runs.sessions import Session
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One run. `Engine.run` calls the phases in their order: read(), build(), loop.train(), save().
+
+    Whoever measures a phase calls them one at a time (benchmarks/engine.py does); `loop.step(i, total)` is one step.
+    splits: the rows, after `read`. state, loop: after `build`. Raises AlignkitError on settings that cannot be used.
+    """
+
+    splits: Splits
+    state: RunState
+    loop: Loop
+
+    def __init__(self, method: str, **settings: Any) -> None:
+        self._session = Session()
+        cls = registry.get(method)
+        self.config, method_config = split({**settings, "method": method}, cls.Config)
+        self.method = cls(method_config)
+        check_reference(self.config, self.method)
+        check_online(self.config, self.method)
+        self.tokenizer = load_tokenizer(self.config)
+
+    def read(self) -> Splits:
+        """Read, check and tokenise the rows. Raises DataError."""
+        self.splits = assemble.read(self.config, self.method, self.tokenizer)
+        return self.splits
+
+    def build(self) -> RunState:
+        """Make the run's folder, load the models and fill the reference's cache. Raises AlignkitError."""
+        accelerator = assemble.accelerator_for(self.config, self.method)
+        folder = run_folder.create(self.config, accelerator)
+        config = self.config.model_copy(update={"name": folder.name})
+        written = {**config.describe(), **self.method.config.model_dump(mode="json")}
+        with run_folder.undone(folder, made=not config.resume):
+            if accelerator.is_main_process:
+                run_folder.write_config(folder, written, config.resume)
+            logger.info("run: %s", folder)
+            parts = assemble.build(config, self.method, self.splits, self.tokenizer, accelerator)
+        self.state = RunState(config, self.method, self.splits, parts, folder, written)
+        self.loop = Loop(self.state, self._session)
+        return self.state
+
+    def save(self) -> Any:
+        """Write model/ into the run's folder and return the model in memory."""
+        return save_model(self.state.parts, self.config, self.tokenizer, self.state.folder / "model")

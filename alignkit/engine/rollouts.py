@@ -1,0 +1,280 @@
+"""From prompts to scored completions: what a method's `ctx.rollouts` does, for one rank's part of a step.
+
+A completion depends on the weights, the seed, the step and its place in the step of all ranks, and on nothing else:
+neither on how the step is shared among ranks, nor on which completions it is sampled beside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.config import RunConfig
+from alignkit.data.stream import seed_of
+from alignkit.errors import PluginError, RewardError
+from alignkit.method import Context, Method
+from alignkit.models.packing import batch_of
+from alignkit.models.passes import Autocast
+from alignkit.models.ranks import Ranks
+from alignkit.reference.reference import Reference
+from alignkit.rewards import Answers, Judge, Rewards, Scores, build_judge, build_rewards
+from alignkit.rollout import Mixture, Sampled, sample
+from alignkit.runs.folder import StepLines
+from alignkit.types import Batch, Completion, Example
+from alignkit_kernels import sequence_sum
+
+T = TypeVar("T")
+
+
+class SamplingStep(Context, Protocol):
+    """A step in which completions are sampled."""
+
+    @property
+    def number(self) -> int:
+        """Number of the step that is trained, which seeds its samples; 0 in an evaluation."""
+        ...
+
+    @property
+    def offset(self) -> int:
+        """Place of the first of these rows among the held-out ones; 0 in training."""
+        ...
+
+
+def stand_ins(examples: Sequence[Example], sampling_tokens: int) -> list[Example]:
+    """Return the prompts with two made-up completions each, so that a model can be tried before anything is sampled."""
+    return [
+        replace(e, completions=tuple(Completion(e.prompt[-n:].clone()) for n in (min(sampling_tokens, 8), 3)))
+        for e in examples
+    ]
+
+
+@dataclass
+class Scorers:
+    """What scores and compares the completions of a run. columns: those of its rows, which rewards may ask for."""
+
+    rewards: Rewards | None
+    judge: Judge | None
+    columns: tuple[str, ...] = ()
+
+    @classmethod
+    def of_run(
+        cls, config: RunConfig, method: Method[Any], examples: Sequence[Example], device: torch.device
+    ) -> Scorers | None:
+        """Load them; None for a method that samples nothing. examples: all of the run. Raises RewardError."""
+        if method.data != "prompts":
+            return None
+        rewards = build_rewards(config.reward, device) if config.reward is not None else None
+        judge = build_judge(config.judge, device) if config.judge is not None else None
+        columns = tuple(dict.fromkeys(name for e in examples for name in e.columns))
+        for one in (rewards, judge):
+            if one is not None:
+                one.check_columns(columns)
+        return cls(rewards, judge, columns)
+
+
+@dataclass
+class Online:
+    """What samples, scores and compares in a run; `lines` are open while its loop runs.
+
+    model: the policy, as a language model. updates: those that a collected batch serves. seconds: of this step.
+    """
+
+    config: RunConfig
+    roles: frozenset[str]
+    tokenizer: Any
+    scorers: Scorers
+    model: nn.Module
+    reference: Reference | None
+    ranks: Ranks
+    autocast: Autocast
+    updates: int
+    lines: StepLines | None = None
+    seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "scoring": 0.0})
+
+    def open(self, folder: Path, done: int, evaluated: int) -> None:
+        """Begin completions.jsonl (one file a rank), without the lines of steps that are done again."""
+        name = "completions.jsonl" if self.ranks.is_main else f"completions-{self.ranks.own}.jsonl"
+        self.lines = StepLines(folder / name, done, evaluated)
+
+    def close(self) -> None:
+        """Close the file, and what scores."""
+        for one in (self.lines, self.scorers.rewards, self.scorers.judge):
+            if one is not None:
+                one.close()
+
+    def rollouts(self, ctx: SamplingStep, batch: Batch, n: int, mixture: float | None) -> Batch:
+        """Return the batch's prompts with sampled and scored completions, see `alignkit.method.Context.rollouts`."""
+        if mixture is not None and n != 1:
+            raise PluginError(f"rollouts(mixture=...) compares with one completion of the policy; n is {n}")
+        sampled = self.sample(ctx, batch.examples, n, 0, None)
+        grown, answers = forest(batch.examples, sampled, batch), self.answers(batch.examples, sampled)
+        grown = self._with_logps(ctx, grown)
+        lines: dict[str, Sequence[Any]] = {}
+        if "reward" in self.roles:
+            scores = self.score(answers)
+            lines = {"reward": scores.total, **{f"reward/{k}": v for k, v in scores.parts.items()}}
+            grown = grown.attach(per_completion={"rewards": _float32(scores.total, batch.device)})
+        if mixture is not None:
+            others = self.sample(ctx, batch.examples, 1, 1, mixture)
+            against = self.answers(batch.examples, others)
+            lines |= {"wins": self.compare(answers, against), "against": list(map(_text, against.completions))}
+            grown = grown.attach(per_completion={"wins": _float32(lines["wins"], batch.device)})
+        self._log(ctx, sampled, lines)
+        if "old_logps" in grown:
+            lines |= {"logp": sequence_sum(grown["old_logps"], grown.cu_seqlens).tolist()}
+        self.write(ctx.step + 1 if ctx.training else ctx.step, ctx.training, answers, lines)
+        if not ctx.training:
+            self.took(0.0)  # the seconds of an evaluation are not those of a step
+        return grown
+
+    def _with_logps(self, ctx: SamplingStep, grown: Batch) -> Batch:
+        """Attach what the reference, the policy and the critic say of the sampled tokens, where the method needs it."""
+        if "reference" in self.roles and self.reference is not None:
+            grown = self.reference.attach(grown, keep=False)
+        if "critic" in self.roles or self.updates > 1:
+            outputs = ctx.models.policy(grown, values="critic" in self.roles)
+            grown = grown.attach(per_token={"old_logps": outputs.logps})
+            if outputs.values is not None:
+                grown = grown.attach(per_token={"values": outputs.values})
+        return grown
+
+    def took(self, total: float) -> dict[str, float]:
+        """Return where the seconds of a step went, and begin to count the next one's."""
+        spent, self.seconds = self.seconds, {"sampling": 0.0, "scoring": 0.0}
+        spent["learning"] = total - sum(spent.values())
+        return {f"seconds/{name}": value for name, value in spent.items()}
+
+    def sample(
+        self, ctx: SamplingStep, examples: Sequence[Example], n: int, draw: int, mixture: float | None
+    ) -> list[list[Sampled]]:
+        """Return n completions of each of this rank's prompts, [prompt][completion]."""
+        started, ranks = time.perf_counter(), self.ranks
+        with self.autocast():
+            sampled = sample(
+                self.model,
+                self.tokenizer,
+                [e.prompt for e in examples],
+                self.config.sampling,
+                n=n,
+                seed=seed_of(self.config.seed, (4 if ctx.training else 6) + draw, ctx.number),
+                numbers=[ctx.offset + ranks.own + i * ranks.n for i in range(len(examples))],
+                mixture=None if mixture is None else self._mixture(mixture),
+            )
+        self.seconds["sampling"] += time.perf_counter() - started
+        return sampled
+
+    def score(self, answers: Answers) -> Scores:
+        """Ask the rewards about this rank's completions. Raises RewardError on all ranks where one of them fails."""
+        rewards = self.scorers.rewards
+        assert rewards is not None
+        return self._ask(lambda: rewards.score(answers))
+
+    def compare(self, first: Answers, second: Answers) -> list[float]:
+        """Ask the judge for P(first wins). Raises RewardError on all ranks where one of them fails."""
+        judge = self.scorers.judge
+        if judge is None:
+            raise PluginError("a mixture was sampled without a judge; the method must name 'judge' in `uses`")
+        return self._ask(lambda: judge.wins(first, second))
+
+    def answers(self, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]]) -> Answers:
+        """Return prompts and completions as rewards see them."""
+        return answers_of(self.tokenizer, examples, sampled, self.scorers.columns)
+
+    def write(self, step: int, training: bool, answers: Answers, more: Mapping[str, Sequence[Any]]) -> None:
+        """Write a line for each completion into completions.jsonl."""
+        assert self.lines is not None
+        for i, (row, prompt, completion) in enumerate(
+            zip(answers.rows, answers.prompts, answers.completions, strict=True)
+        ):
+            about = {"training": training, "row": row, "prompt": prompt, "completion": _text(completion)}
+            about |= {"number": i, "tokens": answers.lengths[i], "ended": answers.ended[i]}
+            self.lines.write(step, about | {k: v[i] for k, v in more.items()}, flush=False)
+        self.lines.flush()
+
+    def _log(
+        self, ctx: SamplingStep, sampled: Sequence[Sequence[Sampled]], scored: Mapping[str, Sequence[Any]]
+    ) -> None:
+        flat = [s for some in sampled for s in some]
+        numbers = {k: v for k, v in scored.items() if k == "wins" or k.startswith("reward")}
+        sums: list[float] = [len(flat), sum(len(s.tokens) for s in flat), sum(s.ended for s in flat)]
+        sums += distinct(sampled)
+        for values in numbers.values():
+            sums += [sum(values), sum(x * x for x in values)]
+        count, tokens, ended, different, bigrams, *moments = ctx.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+        logged = {"completion/length": tokens / count, "completion/eos_rate": ended / count}
+        logged["completion/distinct_2"] = different / max(bigrams, 1)
+        for name, total, squares in zip(numbers, moments[0::2], moments[1::2], strict=True):
+            logged[f"{name}/mean"] = total / count
+            if name == "reward":
+                logged["reward/std"] = max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+        ctx.log(**logged)
+
+    def _mixture(self, weight: float) -> Mixture:
+        assert self.reference is not None
+        model, context = self.reference.model_and_context()
+        return Mixture(model, weight, context)
+
+    def _ask(self, ask: Callable[[], T]) -> T:
+        started = time.perf_counter()
+        problem, found = None, None
+        try:
+            found = ask()
+        except RewardError as error:
+            problem = error
+        if self.ranks.most(int(problem is not None)):  # or the other ranks would wait for this one
+            raise problem or RewardError("another rank could not score its completions; see that rank's error")
+        self.seconds["scoring"] += time.perf_counter() - started
+        return found  # type: ignore[return-value]
+
+
+def forest(examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], like: Batch) -> Batch:
+    """Return the prompts with their completions as a batch that carries "ended"."""
+    grown = [
+        replace(e, completions=tuple(Completion(torch.tensor(s.tokens, dtype=torch.int32)) for s in some))
+        for e, some in zip(examples, sampled, strict=True)
+    ]
+    ended = torch.tensor([s.ended for some in sampled for s in some], device=like.device)
+    return batch_of(grown, like.layout, like.device).attach(per_completion={"ended": ended})
+
+
+def _float32(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def answers_of(
+    tokenizer: Any, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], columns: Sequence[str] = ()
+) -> Answers:
+    """Return prompts and completions as rewards see them: text without special tokens, and the rows' columns.
+
+    columns: names that are there for every row, None where a row lacks one; the rows' own names are added.
+    """
+    flat = [(e, s) for e, some in zip(examples, sampled, strict=True) for s in some]
+    texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for _, s in flat]
+    names = dict.fromkeys([*columns, *(name for e in examples for name in e.columns)])
+    return Answers(
+        prompts=[e.asked for e, _ in flat],
+        completions=[
+            t if isinstance(e.asked, str) else [{"role": "assistant", "content": t}]
+            for (e, _), t in zip(flat, texts, strict=True)
+        ],
+        columns={name: [e.columns.get(name) for e, _ in flat] for name in names},
+        rows=[e.row for e, _ in flat],
+        lengths=[len(s.tokens) for _, s in flat],
+        ended=[s.ended for _, s in flat],
+    )
+
+
+def distinct(sampled: Sequence[Sequence[Sampled]], n: int = 2) -> tuple[int, int]:
+    """Count the different n-grams of tokens in all completions, and all n-grams: their ratio is distinct-n."""
+    grams = [tuple(s.tokens[i : i + n]) for some in sampled for s in some for i in range(len(s.tokens) - n + 1)]
+    return len(set(grams)), len(grams)

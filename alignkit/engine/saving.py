@@ -1,0 +1,114 @@
+"""What a run leaves: checkpoints to resume from, bit for bit, and the trained model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+from alignkit.config import RunConfig
+from alignkit.data.chat import turn_end
+from alignkit.engine.state import Parts, RunState
+from alignkit.errors import AlignkitError, CheckpointError
+from alignkit.models.loading import causal_lm
+from alignkit.runs import card, checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def save(state: RunState, step: int) -> None:
+    """Write a checkpoint of everything that the steps after `step` depend on; every rank must call it."""
+    parts = state.parts
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    model = get_model_state_dict(parts.policy, options=options)
+    optimizer, layout = checkpoint.optimizer_state(parts.policy, parts.optimizer.optimizer)
+    rng, rng_values = checkpoint.rng_state()
+    tensors: dict[str, Mapping[str, Any]] = {"model": model, "optimizer": optimizer, "rng": rng}
+    if state.method.reference_need() == "moving" and parts.reference:
+        tensors["reference"] = parts.reference.state()
+    kept = {
+        "optimizer": layout,
+        "rng": rng_values,
+        "method": state.method.state_dict(),
+        "skipped": state.skipped,
+        "rows": state.splits.digest,
+        "early": state.early.state_dict(),
+        "evaluated": state.evaluated,
+    }
+    if parts.ranks.is_main:
+        path = checkpoint.save(state.folder / "checkpoints", step, tensors, kept, state.config.keep_checkpoints)
+        logger.info("checkpoint %s", path)
+    parts.ranks.wait()
+
+
+def restore(state: RunState) -> int:
+    """Load the newest whole checkpoint and return its step, 0 where there is none. Raises CheckpointError."""
+    found = checkpoint.load(state.folder / "checkpoints", logger.warning)
+    if found is None and (state.folder / "model").is_dir():
+        raise CheckpointError(
+            f"{state.folder} is finished: its model is in {state.folder / 'model'}. "
+            f"To train on, start a new run from there"
+        )
+    if found is None:
+        logger.warning("no checkpoint in %s: starting at step 1", state.folder)
+        return 0
+    if found.state["rows"] != state.splits.digest:
+        raise CheckpointError(f"the rows are not those that {found.path} was trained on; resume with the same data")
+    parts = state.parts
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(parts.policy, dict[str, Any](found.tensors["model"]), options=options)
+    checkpoint.set_optimizer_state(
+        parts.policy, parts.optimizer.optimizer, found.tensors["optimizer"], found.state["optimizer"]
+    )
+    if "reference" in found.tensors and parts.reference:
+        parts.reference.load_state(found.tensors["reference"])
+    state.method.load_state_dict(found.state["method"])
+    state.skipped = found.state["skipped"]
+    state.early.load_state_dict(found.state["early"])
+    state.evaluated = found.state["evaluated"]
+    checkpoint.set_rng_state(found.tensors["rng"], found.state["rng"])
+    logger.info("resumed from %s", found.path)
+    return found.step
+
+
+def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) -> Any:
+    """Write the model (an adapter alone, unless it is merged) and its tokenizer in the Hugging Face format.
+
+    Written under a temporary name and renamed, so that `folder` is whole or absent. Returns the model.
+    """
+    model = parts.plain.model
+    causal_lm(model).config.use_cache = True
+    _name_turn_end(model, tokenizer)
+    state = None
+    if config.fsdp:
+        state = get_model_state_dict(parts.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state = {k.removeprefix("model."): v for k, v in state.items()}
+    if config.merge_adapter:
+        model = model.merge_and_unload()  # type: ignore[operator]
+    if parts.ranks.is_main:
+        temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+        model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
+        tokenizer.save_pretrained(temporary)
+        try:
+            card.write(temporary, folder.parent)
+        except (AlignkitError, OSError) as error:  # a model is worth more than its card
+            logger.warning("no model card is written: %s", error)
+        before = folder.with_name(f".{folder.name}-before-{os.getpid()}")
+        if folder.exists():
+            folder.rename(before)
+        temporary.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
+    parts.ranks.wait()
+    return model
+
+
+def _name_turn_end(model: Any, tokenizer: Any) -> None:
+    # `generate` has to stop where the chat template ends an answer
+    settings, end = getattr(causal_lm(model), "generation_config", None), turn_end(tokenizer)
+    if settings is not None and end is not None and end != tokenizer.eos_token_id:
+        settings.eos_token_id = [tokenizer.eos_token_id, end]

@@ -1,0 +1,103 @@
+"""What the loop works with and what it knows, as plain data: its helpers take this and nothing else."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from alignkit.config import RunConfig
+from alignkit.data.stream import Stream
+from alignkit.engine.roles import Roles
+from alignkit.engine.rollouts import Online
+from alignkit.method import Method
+from alignkit.models.ranks import Ranks
+from alignkit.models.scoring import Scorer
+from alignkit.models.values import Valuer
+from alignkit.reference.reference import Reference
+from alignkit.types import Example, Layout
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The examples of a run: to train on, held out, and a digest of both."""
+
+    train: list[Example]
+    held_out: list[Example]
+    digest: str
+
+
+@dataclass
+class Parts:
+    """What is built for a run and lives as long as it.
+
+    plain: what is trained and saved, without wrappers. policy: the same (with the critic, where there is one), wrapped
+    for training. online: of a method that samples. peak_rate: the learning rate after the warm-up. eos: a token id.
+    """
+
+    accelerator: Accelerator
+    ranks: Ranks
+    plain: Scorer | Valuer
+    policy: nn.Module
+    optimizer: Any
+    roles: Roles
+    reference: Reference | None
+    online: Online | None
+    layout: Layout
+    stream: Stream
+    peak_rate: float
+    eos: int
+
+    @property
+    def model(self) -> Any:
+        """The trained model itself: transformers', or peft's around it."""
+        return self.plain.model
+
+
+@dataclass
+class EarlyStop:
+    """The best evaluation so far, and how many after it were no better. best: lower is better."""
+
+    best: float = math.inf
+    best_step: int = -1
+    waited: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, as JSON values."""
+        return {"best": None if self.best == math.inf else self.best, "step": self.best_step, "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.best = math.inf if state["best"] is None else state["best"]
+        self.best_step, self.waited = state["step"], state["waited"]
+
+
+@dataclass
+class RunState:
+    """One run: what it was given, what was built for it, and how far it is.
+
+    written: its settings as in config.yaml. skipped: updates that were not finite. evaluated: the step of the last
+    evaluation, -1 before the first. saved_at: time.monotonic() of the last checkpoint.
+    """
+
+    config: RunConfig
+    method: Method[Any]
+    splits: Splits
+    parts: Parts
+    folder: Path
+    written: Mapping[str, Any]
+    skipped: int = 0
+    evaluated: int = -1
+    early: EarlyStop = field(default_factory=EarlyStop)
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def total_steps(self) -> int:
+        """The optimiser steps of the whole run."""
+        return self.parts.stream.total_steps(self.config.epochs, self.config.max_steps)

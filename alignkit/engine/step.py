@@ -1,0 +1,93 @@
+"""One step as a method sees it in `collect` and `after_update`; the contract is `alignkit.method.Context`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from alignkit.engine.roles import Roles
+from alignkit.engine.state import RunState
+from alignkit.models.packing import batch_of
+from alignkit.types import Batch, Example
+
+
+@dataclass
+class StepContext:
+    """One step of a run.
+
+    number: of the step that is trained, which seeds its samples. offset: of held-out rows, the place of the first.
+    logged: the numbers that `log` was given.
+    """
+
+    state: RunState
+    step: int
+    step_examples: tuple[Example, ...]
+    generator: torch.Generator
+    training: bool = True
+    number: int = 0
+    offset: int = 0
+    logged: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest that a sampled completion may be."""
+        return self.state.config.sampling.max_new_tokens
+
+    @property
+    def eos(self) -> int:
+        """The tokenizer's end-of-sequence token."""
+        return self.state.parts.eos
+
+    @property
+    def models(self) -> Roles:
+        """The roles that the method declared."""
+        return self.state.parts.roles
+
+    def collect(self) -> Batch:
+        """Return this rank's part of the step's examples after the method's `collect`, without gradients."""
+        batch = shard(self.state, self.step_examples)
+        with torch.no_grad():
+            return self.state.method.collect(batch, self)
+
+    def shard(self, examples: Sequence[Example]) -> Batch:
+        """This rank's part of a list with one entry for each of `step_examples`."""
+        return shard(self.state, examples, keep=False)
+
+    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
+        """Sample n completions of each prompt, and score them; see `alignkit.method.Context.rollouts`."""
+        assert self.state.parts.online is not None
+        return self.state.parts.online.rollouts(self, batch, n, mixture)
+
+    def log(self, **values: float) -> None:
+        """Add numbers to the step's metrics."""
+        self.logged |= values
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over the ranks, entry by entry."""
+        return self.state.parts.ranks.sum(value)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over all entries of `value` on all ranks, a scalar."""
+        both = torch.stack([value.double().sum(), value.new_tensor(value.numel(), dtype=torch.float64)])
+        total, count = self.sum(both).unbind()
+        return (total / count).to(value.dtype)
+
+    def update_reference(self, alpha: float) -> None:
+        """Move the reference: alpha * policy + (1 - alpha) * reference."""
+        assert self.state.parts.reference is not None
+        self.state.parts.reference.update(self.state.parts.plain, alpha)
+
+
+def shard(state: RunState, examples: Sequence[Example], keep: bool = True) -> Batch:
+    """Return this rank's part of the examples, with the reference's log-probabilities where the method uses them.
+
+    keep: write what the reference computes into its cache; False for rows that no other run asks about.
+    """
+    parts = state.parts
+    batch = batch_of(parts.ranks.share(examples), parts.layout, parts.accelerator.device)
+    if parts.reference is None or parts.online:
+        return batch
+    return parts.reference.attach(batch, keep)

@@ -1,0 +1,13 @@
+"""Models: loading them, packing rows for them, and reading log-probabilities and numbers from them.
+
+loading.py     tokenizer, model, adapters, dropout
+scoring.py     trunk, the positions that predict, head: log-probabilities of the targets
+values.py      models that say a number: reward models, critics
+critic.py      where PPO's critic comes from
+packing.py     how prompt trees share rows
+attention.py   the mask of a packed row
+branches.py    attention branch by branch on a CPU
+layouts.py     forest or padded rows, decided by a probe
+passes.py      batches of any size in parts that fit into memory
+sharding.py    FSDP2
+"""

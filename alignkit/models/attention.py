@@ -1,0 +1,62 @@
+"""The tree mask in the form a model's attention takes: boolean for SDPA, additive for eager, blocks for FlexAttention.
+
+Models whose layers differ (full and sliding-window attention) take a dict with one mask a layer type.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit.models.branches import BRANCHES, branch_mask
+from alignkit.models.packing import dense_mask, tree_mask
+from alignkit.types import PackedRows
+
+BLOCK = 128  # FlexAttention's block; rows are padded to a multiple of it on a GPU
+
+
+def attention_mask(rows: PackedRows, config: Any, dtype: torch.dtype) -> Any:
+    """Return what a transformers model takes as `attention_mask` for these rows.
+
+    config: the text model's configuration, its attention implementation chosen. dtype: of an additive mask.
+    Padded rows get the plain mask bool [R, T]; a forest a 4-D mask, a BlockMask, or a dict of one a layer type.
+    """
+    if rows.kind == "padded":
+        return (rows.tree_ids >= 0).long()
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if layer_types - {"full_attention"}:
+        return {t: _mask(rows, _window(config, t), config._attn_implementation, dtype) for t in layer_types}
+    return _mask(rows, None if layer_types else _window(config, None), config._attn_implementation, dtype)
+
+
+def _window(config: Any, layer_type: str | None) -> int | None:
+    if layer_type == "full_attention":
+        return None
+    window = getattr(config, "sliding_window", None)
+    return int(window) if window else None
+
+
+def _mask(rows: PackedRows, window: int | None, implementation: str, dtype: torch.dtype) -> Any:
+    if implementation == "flex_attention":
+        return _block_mask(rows, window)
+    if implementation == BRANCHES:
+        return branch_mask(rows, window)
+    mask = dense_mask(rows, window)
+    if implementation == "sdpa":
+        return mask
+    return _additive(mask, dtype)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _block_mask(rows: PackedRows, window: int | None) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    n_rows, width = rows.input_ids.shape
+    return create_block_mask(
+        tree_mask(rows, window), n_rows, None, width, width, device=rows.input_ids.device, BLOCK_SIZE=BLOCK
+    )

@@ -1,0 +1,61 @@
+"""Where PPO's critic comes from: the policy, the reward model, a folder, or a head on the policy's own trunk."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from alignkit.config import RunConfig
+from alignkit.errors import ConfigError
+from alignkit.models.loading import add_lora, causal_lm, classifier_like, from_pretrained, readied
+from alignkit.models.scoring import Scorer
+from alignkit.models.values import ActorCritic, Valuer, number_head, value_head
+
+logger = logging.getLogger(__name__)
+
+
+def with_critic(
+    policy: Scorer | Valuer, config: RunConfig, reward_folder: str | None, device: torch.device
+) -> ActorCritic:
+    """Return policy and critic as one module; under `lora` a critic of its own is trained by adapters too.
+
+    Raises ConfigError or ModelError where the critic that was asked for cannot be had, or reads other tokens.
+    """
+    assert isinstance(policy, Scorer)
+    if config.critic == "shared":
+        return ActorCritic(policy, value_head(policy.model))
+    model = _initial(policy.model, config, reward_folder)
+    theirs, ours = _vocabulary(model), _vocabulary(policy.model)
+    if theirs != ours and config.critic == "auto":
+        logger.info("the reward model reads other tokens than the policy: the critic begins as the policy")
+        model = classifier_like(policy.model)
+    elif theirs != ours:
+        raise ConfigError(
+            f"the critic reads {theirs} different tokens and the policy {ours}: both need one tokenizer; "
+            f"use critic: policy, or a reward model trained from the same base"
+        )
+    nn.init.zeros_(
+        number_head(model).get_parameter("weight")
+    )  # a reward model's speaks of whole answers, in units of its own
+    if config.lora:
+        model = add_lora(model, config.lora, "classifier")
+    return ActorCritic(policy, Valuer(readied(model, config, device)).train())
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(causal_lm(model).get_input_embeddings().weight.shape[0])
+
+
+def _initial(policy: nn.Module, config: RunConfig, folder: str | None) -> nn.Module:
+    if config.critic == "policy" or (config.critic == "auto" and folder is None):
+        return classifier_like(policy)
+    if config.critic in ("auto", "reward"):
+        if folder is None:
+            raise ConfigError("critic: reward needs a reward model's folder as `reward`; use critic: policy or shared")
+        return from_pretrained(str(folder), config, "classifier")
+    if not Path(config.critic).is_dir():
+        raise ConfigError(f"critic: no folder '{config.critic}'; give auto, policy, reward, shared, or a folder")
+    return from_pretrained(config.critic, config, "classifier")

@@ -1,0 +1,218 @@
+"""Loading what is trained: tokenizer and model, adapters, and what a model must not do while it is trained."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from alignkit.config import LoraSettings, RunConfig
+from alignkit.errors import ModelError
+from alignkit.models.branches import attend_by_branches
+
+Kind = Literal["causal", "classifier"]
+_AUTO = {"causal": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_tokenizer(config: RunConfig) -> Any:
+    """Return the tokenizer of the run. Raises ModelError naming the folder when there is none."""
+    given = config.tokenizer if config.tokenizer is not None else config.model
+    if not isinstance(given, str | Path):
+        if config.tokenizer is None:
+            raise ModelError("a model object was given without its tokenizer; pass tokenizer=")
+        return given
+    from transformers import AutoTokenizer
+
+    _look(given)
+    try:
+        return AutoTokenizer.from_pretrained(str(given), trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers raises a dozen kinds here
+        raise ModelError(f"cannot load a tokenizer from '{given}'{_where(given)}: {first_line(error)}") from error
+
+
+def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -> tuple[nn.Module, bool]:
+    """Return the model before training on `device`, adapters attached, and whether it came with a trained adapter.
+
+    Dropout is switched off. Raises ModelError: nothing to load, or LoRA on top of an adapter.
+    """
+    model = config.model
+    if isinstance(model, str | Path):
+        model = from_pretrained(str(model), config, kind)
+    elif kind == "classifier" and not hasattr(causal_lm(model), "score"):
+        model = classifier_like(model)
+    came_with_adapter = hasattr(model, "peft_config")
+    if config.lora and came_with_adapter:
+        raise ModelError("the model already carries an adapter: it is trained on; leave out `lora`")
+    if config.lora:
+        model = add_lora(model, config.lora, kind)
+    return readied(model, config, device), came_with_adapter
+
+
+def readied(model: nn.Module, config: RunConfig, device: torch.device) -> nn.Module:
+    """Set up a model for training on `device`, and move it there."""
+    set_up(model, config, device)
+    return model.to(device)
+
+
+def set_up(model: nn.Module, config: RunConfig, device: torch.device) -> None:
+    """Have a model train as `config` says, on `device`: no dropout, no cache, checkpointing, attention."""
+    drop_dropout(model)
+    lm = causal_lm(model)
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lm.config.use_cache = False
+    if config.attention != "auto":
+        lm.set_attn_implementation(config.attention)
+    elif device.type == "cuda" and config.layout != "padded" and getattr(lm, "_supports_flex_attn", False):
+        lm.set_attn_implementation("flex_attention")
+    elif device.type == "cpu" and config.layout != "padded" and lm.config._attn_implementation == "sdpa":
+        attend_by_branches(lm)
+
+
+def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights: bool = True) -> nn.Module:
+    """Load a folder or hub name as a causal language model, or as a classifier with one label, whose head may be new.
+
+    weights: False reads configurations alone; the model has shapes and types and no numbers (on the meta device).
+    Raises ModelError naming what is wrong with it.
+    """
+    from transformers import AutoConfig
+
+    what = "causal language model" if kind == "causal" else "sequence classifier"
+    _look(name)
+    adapter = Path(name) / "adapter_config.json"
+    try:
+        if adapter.is_file():
+            from peft import PeftConfig, PeftModel, get_peft_model
+
+            base = json.loads(adapter.read_text())["base_model_name_or_path"]
+            model = _made(base, config, kind, weights)
+            if weights:
+                return PeftModel.from_pretrained(model, name, is_trainable=True)  # type: ignore[no-any-return]
+            adapters = PeftConfig.from_pretrained(name)
+            adapters.inference_mode = False
+            return get_peft_model(model, adapters)  # type: ignore[no-any-return]
+        about = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        if getattr(about, "is_encoder_decoder", False):  # its decoder alone would load, with weights missing
+            raise ModelError(f"'{name}' is an encoder and a decoder ({about.model_type}); give a causal language model")
+        if kind == "classifier" and about.num_labels != 1 and "Classification" in str(about.architectures):
+            raise ModelError(f"'{name}' is a classifier with {about.num_labels} labels; a reward model has 1")
+        return _made(name, config, kind, weights)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises a dozen kinds here
+        raise ModelError(f"cannot load a {what} from '{name}'{_where(name)}: {first_line(error)}") from error
+
+
+def _made(name: str, config: RunConfig, kind: Kind, weights: bool) -> nn.Module:
+    import transformers
+
+    auto: Any = getattr(transformers, _AUTO[kind])
+    options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
+    labels = {"num_labels": 1} if kind == "classifier" else {}
+    if weights:
+        return _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
+    trusted = config.trust_remote_code
+    about = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted, **labels)
+    with torch.device("meta"):
+        return auto.from_config(about, **options)  # type: ignore[no-any-return]
+
+
+def _whole(name: str, model: nn.Module, loading: Mapping[str, Any]) -> nn.Module:
+    # transformers draws what a checkpoint lacks at random and only warns, a classifier's missing lm_head for one
+    if missing := sorted(k for k in loading["missing_keys"] if k != "score.weight"):
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ModelError(
+            f"the checkpoint in '{name}' lacks {len(missing)} weight{'s' * (len(missing) > 1)} of "
+            f"{type(model).__name__}: {', '.join(missing[:4])}{more}"
+        )
+    if "score.weight" in loading["missing_keys"]:
+        nn.init.zeros_(model.get_parameter("score.weight"))  # as in `classifier_like`
+    return model
+
+
+def _look(name: str | Path) -> None:
+    # what can only be a path is not asked of the hub
+    text = str(name)
+    if (text.count("/") != 1 or text.startswith((".", "/", "~"))) and "/" in text and not Path(text).exists():
+        raise ModelError(f"there is no folder '{text}'; give one that holds a model, or a hub name such as org/name")
+
+
+def _where(name: str | Path) -> str:
+    return "" if Path(name).exists() else " (no such folder here, so it was looked up on the hub)"
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's kind and first line, of 300 characters at most."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def add_lora(model: nn.Module, settings: LoraSettings, kind: Kind = "causal") -> nn.Module:
+    """Wrap the model with fresh adapters (peft); a classifier's head is trained in full.
+
+    Raises ModelError when no module matches.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=settings.target_modules,
+        modules_to_save=settings.modules_to_save,
+        task_type="CAUSAL_LM" if kind == "causal" else "SEQ_CLS",
+    )
+    try:
+        return get_peft_model(model, lora)  # type: ignore[no-any-return]
+    except ValueError as error:
+        names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ModelError(f"LoRA: {first_line(error)} The linear modules are {', '.join(names)}") from error
+
+
+def drop_dropout(model: nn.Module, probability: float = 0.0) -> None:
+    """Set every dropout probability: to 0, so that policy, reference and old policy compute the same function.
+
+    Goes by names too: residual_dropout, activation_dropout, layerdrop, router_jitter_noise, ... are plain numbers,
+    of which only the dropouts may become anything but 0.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = probability
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, probability if name.endswith("dropout") else 0.0)
+
+
+def causal_lm(model: Any) -> Any:
+    """Return the transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def classifier_like(model: nn.Module) -> nn.Module:
+    """Return a one-label classifier on a copy of a causal language model's trunk; its head begins at 0.
+
+    Adapters are merged into the copy. Raises ModelError where transformers has no classifier for the architecture.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    copied: Any = copy.deepcopy(model)
+    if hasattr(copied, "merge_and_unload"):
+        copied = copied.merge_and_unload()
+    config, body = copied.config, copied.base_model
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            made = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise ModelError(f"no reward model or critic can be made of {type(copied).__name__}: {error}") from error
+    made.config = config
+    setattr(made, made.base_model_prefix, body)
+    first = next(body.parameters())
+    made.score = nn.Linear(made.score.in_features, 1, bias=False, device=first.device, dtype=first.dtype)
+    nn.init.zeros_(made.score.weight)
+    return made.requires_grad_(True)  # type: ignore[no-any-return]

@@ -1,0 +1,173 @@
+"""Examples -> rows a model can read: the forest (prompts once, trees share rows) or plain padded sequences.
+
+    forest:  [ prompt A | chosen A | rejected A | prompt B | chosen B | rejected B | ... ]
+    padded:  [ prompt A | chosen A ]  [ prompt A | rejected A ]  [ prompt B | chosen B ] ...
+
+Both give the same C targets in the same order, so nobody above this room can tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from alignkit.types import Batch, Example, Layout, PackedRows
+
+
+def batch_of(examples: Iterable[Example], layout: Layout, device: torch.device | str = "cpu") -> Batch:
+    """Return the examples as a batch; it packs itself when a model reads it."""
+    return Batch(tuple(examples), packer=pack, layout=layout, device=torch.device(device))
+
+
+def pack(examples: Sequence[Example], layout: Layout) -> PackedRows:
+    """Lay the examples out in rows; int64 tensors on the CPU, see `PackedRows`. Raises ValueError on no examples."""
+    if not examples:
+        raise ValueError("cannot pack a batch of no examples")
+    trees = [_tree(e) for e in examples] if layout.kind == "forest" else [s for e in examples for s in _sequences(e)]
+    lengths = [len(t.ids) for t in trees]
+    if layout.kind == "forest":
+        row_of, start_of, width = _fit(lengths, layout)
+    else:
+        row_of, start_of, width = list(range(len(trees))), [0] * len(trees), max(lengths)
+    width = -(-width // layout.multiple_of) * layout.multiple_of
+    n_rows = max(row_of) + 1
+
+    at = torch.cat(
+        [torch.arange(r * width + s, r * width + s + n) for r, s, n in zip(row_of, start_of, lengths, strict=True)]
+    )
+    predict_at = torch.cat([t.predict_at + (r * width + s) for t, r, s in zip(trees, row_of, start_of, strict=True)])
+    last_at = torch.cat([t.last_at + (r * width + s) for t, r, s in zip(trees, row_of, start_of, strict=True)])
+    tree_numbers = torch.repeat_interleave(torch.arange(len(trees)), torch.tensor(lengths))
+
+    def placed(values: Tensor, empty: int) -> Tensor:
+        return torch.full((n_rows * width,), empty).index_copy_(0, at, values).view(n_rows, width)
+
+    return PackedRows(
+        input_ids=placed(torch.cat([t.ids for t in trees]).long(), 0),
+        position_ids=placed(torch.cat([t.positions for t in trees]), 0),
+        tree_ids=placed(tree_numbers, -1),
+        branch_ids=placed(torch.cat([t.branches for t in trees]), 0),
+        predict_at=predict_at,
+        last_at=last_at,
+        kind=layout.kind,
+    )
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """One tree, or one sequence of the padded layout; predict_at and last_at count from the tree's own start."""
+
+    ids: Tensor
+    positions: Tensor
+    branches: Tensor
+    predict_at: Tensor
+    last_at: Tensor
+
+
+def _tree(example: Example) -> _Tree:
+    n_prompt = len(example.prompt)
+    starts = [n_prompt]
+    for c in example.completions:
+        starts.append(starts[-1] + len(c.tokens))
+    spans = list(pairwise(starts))
+    return _Tree(
+        ids=torch.cat([example.prompt, *(c.tokens for c in example.completions)]),
+        positions=torch.cat([torch.arange(n_prompt), *(torch.arange(n_prompt, n_prompt + b - a) for a, b in spans)]),
+        branches=torch.repeat_interleave(
+            torch.arange(len(spans) + 1), torch.tensor([n_prompt, *(b - a for a, b in spans)])
+        ),
+        # the first token of every completion is predicted by the prompt's last position, the others by the one before
+        predict_at=torch.cat(
+            [
+                torch.where(c.trained_at == 0, n_prompt - 1, start + c.trained_at - 1)
+                for c, start in zip(example.completions, starts, strict=False)
+            ]
+        ),
+        last_at=torch.tensor([end - 1 for _, end in spans], dtype=torch.int64),
+    )
+
+
+def _sequences(example: Example) -> Iterable[_Tree]:
+    n_prompt = len(example.prompt)
+    for c in example.completions:
+        n = n_prompt + len(c.tokens)
+        yield _Tree(
+            ids=torch.cat([example.prompt, c.tokens]),
+            positions=torch.arange(n),
+            branches=torch.zeros(n, dtype=torch.int64),
+            predict_at=n_prompt - 1 + c.trained_at,
+            last_at=torch.tensor([n - 1]),
+        )
+
+
+def _fit(lengths: list[int], layout: Layout) -> tuple[list[int], list[int], int]:
+    """Choose the rows' width that costs least: (row of each tree, its start there, the width).
+
+    A wide row leaves fewer gaps, and under a dense mask its attention costs more; both are weighed.
+    """
+    longest, total = max(lengths), sum(lengths)
+    widest = max(layout.row_tokens, longest)
+    most_rows = min(len(lengths), -(-total // longest))
+    # the width that n even rows would have, with and without room for trees that do not divide evenly
+    widths = {int(total / n * slack) for n in _counts(most_rows) for slack in (1.0, 1.04, 1.1)}
+    tries = [_best_fit(lengths, width) for width in sorted({min(max(w, longest), widest) for w in widths})]
+
+    def cost(packed: tuple[list[int], list[int], int]) -> float:
+        row_of, _, width = packed
+        return (max(row_of) + 1) * width * (1 + width * layout.attention_cost)
+
+    return min(tries, key=cost)
+
+
+def _counts(most: int) -> Iterator[int]:
+    """Numbers of rows to try: all small ones, and of large ones, which differ little, each a quarter more."""
+    n = 1
+    while n <= most:
+        yield n
+        n = n + 1 if n < 12 else n * 5 // 4
+
+
+def _best_fit(lengths: list[int], capacity: int) -> tuple[list[int], list[int], int]:
+    """Best-fit decreasing into rows of `capacity`; the width is that of the fullest row."""
+    used: list[int] = []
+    row_of, start_of = [0] * len(lengths), [0] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [r for r, n in enumerate(used) if n + lengths[i] <= capacity]
+        if fitting:
+            row = max(fitting, key=lambda r: used[r])
+        else:
+            row = len(used)
+            used.append(0)
+        row_of[i], start_of[i] = row, used[row]
+        used[row] += lengths[i]
+    return row_of, start_of, max(used)
+
+
+def tree_mask(rows: PackedRows, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return mask(b, h, q, k): may query q of row b see key k? The form FlexAttention takes; indices broadcast.
+
+    A token sees its own prompt and its own completion up to itself; with `window`, only the last `window` positions.
+    """
+
+    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same_tree = rows.tree_ids[b, q] == rows.tree_ids[b, k]
+        branch = rows.branch_ids[b, k]
+        seen = same_tree & ((branch == 0) | (branch == rows.branch_ids[b, q])) & (k <= q)
+        if window is not None:
+            seen = seen & (rows.position_ids[b, q] - rows.position_ids[b, k] < window)
+        return seen
+
+    return mask
+
+
+def dense_mask(rows: PackedRows, window: int | None = None) -> Tensor:
+    """Return the tree mask as bool [R, 1, T, T]. Padding sees earlier padding, so no row of it is empty."""
+    n_rows, width = rows.input_ids.shape
+    device = rows.input_ids.device
+    b = torch.arange(n_rows, device=device)[:, None, None]
+    q, k = torch.arange(width, device=device)[:, None], torch.arange(width, device=device)[None, :]
+    return tree_mask(rows, window)(b, b, q[None], k[None]).unsqueeze(1)

@@ -1,0 +1,183 @@
+"""The one way alignkit scores tokens: trunk, the C positions that count, head; and how the result is probed.
+
+Nothing above this room knows an architecture; nothing in it knows a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from alignkit.errors import ModelError
+from alignkit.models.attention import attention_mask
+from alignkit.models.loading import causal_lm, first_line
+from alignkit.types import Batch, Example, Outputs, PackedRows
+from alignkit_kernels import linear_logps, selective_logps
+
+DIFFERS = " differ by "
+BLOCK_LOGITS = 1 << 26  # logits at a time of a head that has to be called
+
+
+class Scorer(nn.Module):
+    """A causal language model as a function from rows to log-probabilities; this is what gets wrapped for training.
+
+    kept_logits: bytes of logits that wait for the backward where the head is trained (None: the kernels' default).
+    """
+
+    def __init__(self, model: nn.Module, kept_logits: int | None = None) -> None:
+        super().__init__()
+        self.model, self.kept_logits = model, kept_logits
+
+    def forward(self, rows: PackedRows, targets: Tensor, temperature: float = 1.0, entropy: bool = False) -> Outputs:
+        """Return logps [C] float32 of `targets`, and entropy [C] where asked for."""
+        hidden_CH = trunk(self.model, rows)
+        return head(self.model, hidden_CH, targets, temperature, entropy, self.kept_logits)
+
+    def probe(self, batch: Batch) -> str | None:
+        """Return how packed rows and the model's own forward differ, or None; see `probe`."""
+        return probe(self, batch)
+
+    def check_causal(self, example: Example, device: torch.device) -> None:
+        """Raise ModelError for a model that reads the tokens that it has to predict."""
+        check_causal(self.model, example, device)
+
+
+def trunk(model: nn.Module, rows: PackedRows, at: Tensor | None = None) -> Tensor:
+    """Return the last hidden states [C, H] at the positions that predict, or [k, H] at the flattened positions `at`."""
+    lm = causal_lm(model)
+    mask = attention_mask(rows, lm.config.get_text_config(), next(lm.parameters()).dtype)
+    out = lm.base_model(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False)
+    hidden_RTH = out.last_hidden_state
+    return hidden_RTH.reshape(-1, hidden_RTH.shape[-1]).index_select(0, rows.predict_at if at is None else at)  # type: ignore[no-any-return]
+
+
+def head(
+    model: nn.Module,
+    hidden_CH: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    kept_logits: int | None = None,
+) -> Outputs:
+    """Return logps of the targets, and entropy where asked for; the architecture's logit transforms are applied."""
+    lm = causal_lm(model)
+    config = lm.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    # a configuration may hold None for "no scale"
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    layer = inside_adapter(lm.get_output_embeddings())
+    if layer is None:
+        raise ModelError(f"{type(lm).__name__} names no head (get_output_embeddings() is None) to score tokens with")
+    if type(layer) is nn.Linear:
+        found = linear_logps(
+            hidden_CH, layer.weight, targets, layer.bias, softcap, scale, temperature, entropy, kept_logits
+        )
+    else:
+        # inplace is False: the head's own backward may need its output
+        options = (temperature, entropy, False, softcap, scale)
+        found = _by_rows(layer, hidden_CH, targets, options, config.vocab_size)
+    return Outputs(*found) if isinstance(found, tuple) else Outputs(found)
+
+
+def inside_adapter(layer: Any) -> Any:
+    """Return the layer that an adapter's wrapper would use; a low-rank one, which knows how to multiply, is itself."""
+    # peft: a head trained in full is a copy beside the original; one with low-rank updates holds it as base_layer
+    if hasattr(layer, "modules_to_save"):
+        active = [] if layer.disable_adapters else layer.active_adapters
+        layer = layer.modules_to_save[active[0]] if active else layer.original_module
+    if hasattr(layer, "base_layer") and layer.disable_adapters and not layer.merged:
+        layer = layer.base_layer
+    return layer
+
+
+def _by_rows(layer: Any, hidden_CH: Tensor, targets: Tensor, options: tuple[Any, ...], vocabulary: int) -> Any:
+    # a head with low-rank updates or in 8 bits knows how to multiply, and only its own forward does; so it is asked a
+    # block of rows at a time, and again in the backward
+    def scored(hidden: Tensor, targets: Tensor) -> Any:
+        return selective_logps(layer(hidden), targets, *options)
+
+    n_rows = max(1, BLOCK_LOGITS // vocabulary)
+    parts = [
+        checkpoint(scored, h, t, use_reentrant=False)
+        for h, t in zip(hidden_CH.split(n_rows), targets.split(n_rows), strict=True)
+    ]
+    return tuple(torch.cat(p) for p in zip(*parts, strict=True)) if options[1] else torch.cat(parts)
+
+
+def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
+    """Return the log-probabilities of one sequence's tokens after the first `n_prompt`, by the model's own forward."""
+    lm = causal_lm(model)
+    with without_flex(lm):
+        logits = lm(input_ids=sequence[None].long(), use_cache=False).logits[0].float()
+    logps = logits[:-1].log_softmax(-1).gather(1, sequence[1:, None].long()).squeeze(1)
+    return logps[n_prompt - 1 :]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def without_flex(lm: Any) -> Iterator[None]:
+    """Have the model attend without FlexAttention, which compiles every other length anew; then put it back."""
+    flex = lm.config._attn_implementation == "flex_attention"
+    if flex:
+        lm.set_attn_implementation(dense_attention(lm))
+    try:
+        yield
+    finally:
+        if flex:
+            lm.set_attn_implementation("flex_attention")
+
+
+def dense_attention(lm: Any) -> str:
+    """Return the implementation of attention to use where FlexAttention cannot be."""
+    return "sdpa" if getattr(lm, "_supports_sdpa", False) else "eager"
+
+
+def probe(scorer: Scorer, batch: Batch) -> str | None:
+    """Compare a batch's packed rows with one sequence at a time by the model itself; return what differs, or None.
+
+    In float32 1e-4 nats a token are allowed, in lower precision 0.25: rounding, but no wrong mask or position.
+    """
+    device = batch.device
+    try:
+        with torch.no_grad():
+            got = scorer(batch.rows, batch.targets).logps
+            want = [
+                plain_logps(scorer.model, torch.cat([e.prompt, c.tokens]).to(device), len(e.prompt))[c.trained_at]
+                for e in batch.examples
+                for c in e.completions
+            ]
+    except Exception as error:  # an architecture may refuse a mask in any way it likes
+        return first_line(error)
+    worst = float((got - torch.cat(want)).abs().max())
+    if worst <= allowed_difference(scorer, device):
+        return None
+    return f"log-probabilities{DIFFERS}{worst:.2g} nats a token"
+
+
+def allowed_difference(model: nn.Module, device: torch.device) -> float:
+    """Return how far a model's packed rows and its own forward may be apart: rounding, but no wrong mask."""
+    return 1e-4 if _is_exact(model, device) else 0.25
+
+
+def _is_exact(model: nn.Module, device: torch.device) -> bool:
+    return next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+
+
+def check_causal(model: nn.Module, example: Example, device: torch.device) -> None:
+    """Raise ModelError where a token's log-probability depends on later tokens, as in a masked language model."""
+    sequence = torch.cat([example.prompt, example.completions[0].tokens]).to(device)
+    other = torch.cat([sequence[:-1], (sequence[-1:] == 0).to(sequence.dtype)])  # its last token is another one
+    try:
+        with torch.no_grad():
+            change = plain_logps(model, sequence, 1)[:-1] - plain_logps(model, other, 1)[:-1]
+    except Exception:  # the probe will say why this model cannot be asked
+        return
+    if change.numel() and float(change.abs().max()) > (1e-4 if _is_exact(model, device) else 0.02):
+        raise ModelError(
+            f"{type(causal_lm(model)).__name__} reads the tokens that it has to predict, as masked language models "
+            f"such as BERT do; give a causal language model"
+        )

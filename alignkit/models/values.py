@@ -1,0 +1,114 @@
+"""Models that say a number instead of a token: a reward model's score of an answer, the critic's value at each token.
+
+Both are sequence classifiers with one label. The critic may also be a single linear layer on the policy's own trunk.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.errors import ModelError
+from alignkit.models.loading import causal_lm, first_line
+from alignkit.models.scoring import DIFFERS, Scorer, allowed_difference, head, inside_adapter, trunk
+from alignkit.types import Batch, Example, Outputs, PackedRows
+
+
+class Valuer(nn.Module):
+    """A sequence classifier with one label as a function from rows to numbers; what gets wrapped for training."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: PackedRows, at: Tensor) -> Tensor:
+        """Return float32 [k]: the head's value at the flattened positions `at` [k]."""
+        return _number(number_head(self.model), trunk(self.model, rows, at))
+
+    def probe(self, batch: Batch) -> str | None:
+        """Return how packed rows and the model's own forward differ, or None; see `probe_scores`."""
+        return probe_scores(self, batch)
+
+    def check_causal(self, example: Example, device: torch.device) -> None:
+        """Pass: an answer's score may depend on all of its tokens."""
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic as one module, so that one forward pass serves both and data parallelism wraps both.
+
+    critic: a Valuer with a trunk of its own, or a linear layer [H, 1] that reads the policy's last hidden states.
+    """
+
+    def __init__(self, policy: Scorer, critic: Valuer | nn.Linear) -> None:
+        super().__init__()
+        self.policy, self.critic = policy, critic
+
+    def forward(
+        self, rows: PackedRows, targets: Tensor, temperature: float = 1.0, entropy: bool = False, frozen: bool = False
+    ) -> Outputs:
+        """Return logps [C], entropy [C] where asked for, and values [C]; frozen: the policy gets no gradient."""
+        with torch.no_grad() if frozen else nullcontext():
+            hidden_CH = trunk(self.policy.model, rows)
+            outputs = head(self.policy.model, hidden_CH, targets, temperature, entropy, self.policy.kept_logits)
+        own_trunk = isinstance(self.critic, Valuer)
+        values = self.critic(rows, rows.predict_at) if own_trunk else _number(self.critic, hidden_CH)
+        return outputs._replace(values=values)
+
+
+def _number(layer: nn.Module, hidden: Tensor) -> Tensor:
+    # in float32, outside of autocast: as bfloat16 scores near 12 would be 0.06 apart
+    layer = inside_adapter(layer)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if type(layer) is nn.Linear:
+            wide = torch.promote_types(layer.weight.dtype, torch.float32)
+            bias = None if layer.bias is None else layer.bias.to(wide)
+            return nn.functional.linear(hidden.to(wide), layer.weight.to(wide), bias).squeeze(-1)
+        return layer(hidden.to(next(layer.parameters()).dtype)).squeeze(-1).float()  # type: ignore[no-any-return]
+
+
+def number_head(model: Any) -> nn.Module:
+    """Return the classifier's head. Raises ModelError where there is none, or it has more than one label."""
+    lm = causal_lm(model)
+    layer = getattr(lm, "score", None)
+    if not isinstance(layer, nn.Module):
+        raise ModelError(f"{type(lm).__name__} has no head named `score` with one label, as sequence classifiers have")
+    if lm.config.num_labels != 1:
+        raise ModelError(f"a reward model has 1 label; {type(lm).__name__} here has {lm.config.num_labels}")
+    return layer
+
+
+def value_head(model: nn.Module) -> nn.Linear:
+    """Return a layer for the critic on the policy's trunk; it begins at 0."""
+    lm = causal_lm(model)
+    made = nn.Linear(lm.config.get_text_config().hidden_size, 1, device=next(lm.parameters()).device)
+    nn.init.zeros_(made.weight)
+    nn.init.zeros_(made.bias)
+    return made
+
+
+def plain_score(model: nn.Module, sequence: Tensor) -> Tensor:
+    """Return the score of one whole sequence by the model's own forward, a scalar."""
+    lm = causal_lm(model)
+    pad, lm.config.pad_token_id = lm.config.pad_token_id, None  # or it would read the token before an EOS that pads
+    try:
+        return lm(input_ids=sequence[None].long(), use_cache=False).logits[0, 0].float()  # type: ignore[no-any-return]
+    finally:
+        lm.config.pad_token_id = pad
+
+
+def probe_scores(valuer: Valuer, batch: Batch) -> str | None:
+    """Compare a batch's packed scores with one sequence at a time; return what differs, or None."""
+    sequences = [torch.cat([e.prompt, c.tokens]).to(batch.device) for e in batch.examples for c in e.completions]
+    try:
+        with torch.no_grad():
+            got = valuer(batch.rows, batch.rows.last_at)
+            want = torch.stack([plain_score(valuer.model, s) for s in sequences])
+    except ModelError:
+        raise
+    except Exception as error:  # an architecture may refuse a mask in any way it likes
+        return first_line(error)
+    worst = float((got - want).abs().max() / want.abs().max().clamp(min=1.0))
+    return None if worst <= allowed_difference(valuer, batch.device) else f"scores{DIFFERS}{worst:.2g} of the largest"

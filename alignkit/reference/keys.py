@@ -1,0 +1,211 @@
+"""The reference's log-probabilities, computed once and kept: keyed by what they mean, not by where they came from.
+
+A value is what one reference says about one completion of one prompt: float32 [c] in nats, c its trained tokens. Its
+key hashes the reference's weights, adapter, quantisation, compute dtype and logit transforms, and the token ids;
+neither method, learning rate, row order, data set nor folder. So a sweep, a resumed run and shuffled data all hit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from alignkit.reference.cache import LogpCache, default_path
+from alignkit.types import Example
+
+__all__ = ["LogpCache", "cached_logps", "default_path", "fill", "fingerprint", "key"]
+
+Score = Callable[[list[Example]], Tensor]
+"""Examples -> log-probabilities of their trained tokens, float32 [C], examples x completions x tokens in order."""
+
+_CHUNK = 512  # examples looked up at a time, so that a fill never holds the values of all rows
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
+# Settings that change no log-probability of a model in evaluation.
+_UNRELATED = re.compile(
+    r"_.*|transformers_version|(torch_)?dtype|architectures|quantization_config|use_cache|output_.*|return_dict"
+    r"|id2label|label2id|problem_type|task_specific_params|(pad|bos|eos)_token_id|initializer_.*|.*_?dropout"
+)
+
+
+def fingerprint(
+    model: nn.Module,
+    *,
+    quantisation: str = "none",
+    dtype: torch.dtype,
+    transforms: Mapping[str, object] | None = None,
+    adapters: bool = True,
+) -> str:
+    """Return the sha256 (64 hex digits) of all that decides what a reference says.
+
+    Hashed: every parameter, buffer and quantisation statistic, the configuration, `quantisation`, the compute dtype,
+    and `transforms`, the changes made to logits (temperature, soft caps) as JSON values.
+    adapters=False, or a model inside peft's `disable_adapter()`, gives the fingerprint of the plain base model.
+    """
+    adapters = adapters and not any(getattr(m, "disable_adapters", None) is True for m in model.modules())
+    about = {
+        "quantisation": quantisation,
+        "dtype": str(dtype),
+        "transforms": dict(transforms or {}),
+        "config": _config(model),
+        "adapters": _adapter_settings(model) if adapters else [],
+    }
+    whole = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    digests: dict[object, bytes] = {}  # tied weights are read once
+    for name, t in sorted(_named_tensors(model, adapters).items()):
+        same = (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) if t.numel() else name
+        if same not in digests:
+            digests[same] = _digest(t)
+        whole.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode() + digests[same])
+    return whole.hexdigest()
+
+
+def key(fingerprint: str, prompt: Tensor, completion: Tensor, trained_at: Tensor) -> bytes:
+    """Return the cache key (32 bytes) of one completion: its prompt's and its own tokens, and which are trained."""
+    digest = hashlib.sha256(fingerprint.encode())
+    for part, kind in ((prompt, "<i4"), (completion, "<i4"), (trained_at, "<i8")):
+        raw = part.cpu().numpy().astype(kind).tobytes()
+        digest.update(len(raw).to_bytes(8, "little") + raw)  # the length keeps the border between the parts
+    return digest.digest()
+
+
+def cached_logps(examples: Sequence[Example], cache: LogpCache, fingerprint: str, score: Score) -> Tensor:
+    """Return the reference's log-probabilities of all trained tokens, float32 [C]; `score` gets what is missing."""
+    keys = [_keys(e, fingerprint) for e in examples]
+    found = cache.get([k for ks in keys for k in ks])
+    missing = [e for e, ks in zip(examples, keys, strict=True) if any(k not in found for k in ks)]
+    if missing:
+        # What is stored wins over what was computed beside it, so every reader sees the same value.
+        found = _compute(missing, cache, fingerprint, score) | found
+    return torch.cat([torch.empty(0), *(found[k] for ks in keys for k in ks)])
+
+
+def fill(
+    examples: Sequence[Example],
+    cache: LogpCache,
+    fingerprint: str,
+    score: Score,
+    batch_tokens: int,
+    progress: Callable[[int, int], object] | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Compute what the cache lacks, longest examples first, in batches of about `batch_tokens` tokens.
+
+    Each batch is stored before the next begins: a killed fill loses one batch and goes on where it was.
+    progress: called with (examples done, examples missing) after each batch.
+    rank, world: each rank takes its share of the examples, the same whatever the cache holds; no rank waits.
+    """
+    cache.use(fingerprint)
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].n_tokens)
+    missing = list(_missing([examples[i] for i in order[rank::world]], cache, fingerprint))
+    done = 0
+    for batch in _cut(missing, batch_tokens):
+        _compute(batch, cache, fingerprint, score)
+        done += len(batch)
+        if progress:
+            progress(done, len(missing))
+
+
+def _keys(example: Example, fingerprint: str) -> list[bytes]:
+    return [key(fingerprint, example.prompt, c.tokens, c.trained_at) for c in example.completions]
+
+
+def _missing(examples: Sequence[Example], cache: LogpCache, fingerprint: str) -> Iterator[Example]:
+    """Yield the examples that bring something new; of several with the same tokens the first."""
+    claimed: set[bytes] = set()
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        keys = [_keys(e, fingerprint) for e in chunk]
+        claimed |= set(cache.get([k for ks in keys for k in ks]))
+        for example, ks in zip(chunk, keys, strict=True):
+            if not claimed.issuperset(ks):
+                claimed.update(ks)
+                yield example
+
+
+def _cut(examples: Sequence[Example], batch_tokens: int) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    size = 0
+    for example in examples:
+        if batch and size + example.n_tokens > batch_tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(example)
+        size += example.n_tokens
+    if batch:
+        yield batch
+
+
+def _compute(examples: list[Example], cache: LogpCache, fingerprint: str, score: Score) -> dict[bytes, Tensor]:
+    """Score the examples and store what came out, one transaction; a value that is not finite is never stored."""
+    logps_C = score(examples).detach().to("cpu", torch.float32)
+    keys = [k for e in examples for k in _keys(e, fingerprint)]
+    parts = logps_C.split([n for e in examples for n in e.n_trained])
+    values = dict(zip(keys, parts, strict=True))
+    cache.put({k: v for k, v in values.items() if bool(v.isfinite().all())}, fingerprint)
+    return values
+
+
+def _named_tensors(model: nn.Module, adapters: bool) -> dict[str, Tensor]:
+    """All tensors of a model under the names they have without wrappers; without `adapters`, the base model's only."""
+    tensors: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    # Quantised layers show their scales in the state dict alone.
+    tensors |= {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor) and n not in tensors}
+    bases = {} if adapters else _bases(model)
+    return {_plain(name): t for name, t in tensors.items() if _is_base(name, bases)}
+
+
+def _bases(model: nn.Module) -> dict[str, str]:
+    """Map each peft wrapper's name to the child that it wraps."""
+    bases = {}
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        for child in ("base_layer", "original_module", "base_model"):
+            if child in children and (child != "base_model" or hasattr(module, "peft_config")):
+                bases[name] = child
+    return bases
+
+
+def _is_base(name: str, bases: Mapping[str, str]) -> bool:
+    parts = name.split(".")
+    return all(bases.get(".".join(parts[:i]), part) == part for i, part in enumerate(parts))
+
+
+def _plain(name: str) -> str:
+    return _WRAPPERS.sub("", name).replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _adapter_settings(model: nn.Module) -> list[Any]:
+    """What adapters do that their weights do not show: scale, and which are active or merged."""
+    return [
+        [_plain(name), {k: str(v) for k, v in m.scaling.items()}, list(m.active_adapters), list(m.merged_adapters)]
+        for name, m in model.named_modules()
+        if isinstance(getattr(m, "scaling", None), dict) and hasattr(m, "merged_adapters")
+    ]
+
+
+def _config(model: nn.Module) -> Any:
+    """The first configuration among the modules, less what does not change a model's output."""
+
+    def related(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): related(v) for k, v in value.items() if not _UNRELATED.fullmatch(str(k))}
+        return sorted(map(str, value)) if isinstance(value, set) else value
+
+    configs: Iterator[Any] = (getattr(m, "config", None) for m in model.modules())
+    return next((related(c.to_dict()) for c in configs if hasattr(c, "to_dict")), None)
+
+
+def _digest(t: Tensor) -> bytes:
+    # Bytes, because numpy knows no bfloat16; one tensor at a time, so a GPU's weights never lie in memory twice.
+    raw: np.ndarray[Any, Any] = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(raw.data).digest()

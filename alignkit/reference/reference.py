@@ -1,0 +1,134 @@
+"""The reference of a run, in one of its four forms.
+
+    cached        scored by the policy before its first update, then read from disk; no second model is ever loaded
+    adapter-off   the policy with its adapters switched off
+    full          a frozen copy
+    int8          a frozen copy with 8-bit linear layers (bitsandbytes LLM.int8, threshold 0)
+
+In every form, values that do not change pass through the persistent cache, so no row is scored twice on a machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.config import ReferenceMode
+from alignkit.errors import ConfigError
+from alignkit.models.packing import batch_of
+from alignkit.models.passes import Autocast, scored
+from alignkit.models.scoring import Scorer
+from alignkit.reference.cache import LogpCache
+from alignkit.reference.int8 import to_int8
+from alignkit.reference.keys import cached_logps, fill, fingerprint
+from alignkit.types import Batch, Example, Layout
+
+logger = logging.getLogger(__name__)
+
+
+class Reference:
+    """The reference of a run; `logps(examples)` is its main call."""
+
+    def __init__(
+        self,
+        mode: ReferenceMode,
+        policy: Scorer,
+        *,
+        layout: Layout,
+        device: torch.device,
+        max_tokens: int,
+        cache: LogpCache | None,
+        compute_dtype: torch.dtype,
+        autocast: Autocast = nullcontext,
+        temperature: float = 1.0,
+    ) -> None:
+        self.temperature = temperature
+        self.mode, self.layout, self.device, self.max_tokens = mode, layout, device, max_tokens
+        self.cache, self._autocast = cache, autocast
+        self.scored_examples = 0
+        quantisation = "llm.int8" if mode == "int8" else "none"
+        self._scorer, self._context = _frozen(mode, policy)
+        self.fingerprint = ""
+        if cache is not None:
+            adapters = mode != "adapter-off"
+            self.fingerprint = fingerprint(
+                policy.model, quantisation=quantisation, dtype=compute_dtype, adapters=adapters
+            )
+
+    def prepare(self, examples: Sequence[Example], rank: int = 0, world: int = 1) -> None:
+        """Fill the cache with what it lacks of these examples; an interrupted fill goes on where it was."""
+        if self.cache is not None:
+            fill(
+                examples, self.cache, self.fingerprint, self._score, self.max_tokens, _log_fill, rank=rank, world=world
+            )
+
+    def release(self) -> None:
+        """Let go of the policy in mode "cached": from now on it is trained, and is the reference no more."""
+        if self.mode == "cached":
+            self._scorer = None
+
+    def logps(self, examples: Sequence[Example]) -> Tensor:
+        """Return float32 [C] nats on the CPU, from the cache where it knows them."""
+        if self.cache is not None:
+            return cached_logps(examples, self.cache, self.fingerprint, self._score)
+        return self._score(examples)
+
+    def attach(self, batch: Batch, keep: bool = True) -> Batch:
+        """Return the batch with its `reference_logps`; keep=False for rows that no other run will ask about."""
+        logps = self.logps(batch.examples) if keep else self._score(batch.examples)
+        return batch.attach(per_token={"reference_logps": logps.to(batch.device)})
+
+    def update(self, policy: nn.Module, alpha: float) -> None:
+        """Move the weights: alpha * policy + (1 - alpha) * reference (TR-DPO, 2404.09656)."""
+        assert self.mode == "full"
+        assert self._scorer is not None
+        with torch.no_grad():
+            for mine, theirs in zip(self._scorer.parameters(), policy.parameters(), strict=True):
+                mine.lerp_(theirs.to(mine.dtype), alpha)
+
+    def model_and_context(self) -> tuple[nn.Module, Autocast]:
+        """Return the reference as a language model, and what to enter while it is asked (its adapters off)."""
+        assert self._scorer is not None
+        return self._scorer.model, self._context
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the weights of a reference that moves, for a checkpoint."""
+        assert self._scorer is not None
+        return dict(self._scorer.state_dict())
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state` returned."""
+        assert self._scorer is not None
+        self._scorer.load_state_dict(tensors)
+
+    def _score(self, examples: Sequence[Example]) -> Tensor:
+        if self._scorer is None:
+            raise ConfigError(
+                "the reference was unloaded after its cache was filled, and a row is missing there now; "
+                "was the cache cleared during the run? Start again with --resume"
+            )
+        self.scored_examples += len(examples)
+        batch = batch_of(examples, self.layout, self.device)
+        with torch.no_grad(), self._context(), self._autocast():
+            return scored(self._scorer, batch, self.max_tokens, temperature=self.temperature).cpu()
+
+
+def _frozen(mode: ReferenceMode, policy: Scorer) -> tuple[Scorer | None, Autocast]:
+    if mode == "adapter-off":
+        return policy, policy.model.disable_adapter  # type: ignore[return-value]
+    if mode == "cached":
+        return policy, nullcontext
+    frozen = copy.deepcopy(policy).requires_grad_(False).eval()
+    if mode == "int8":
+        frozen.model = to_int8(frozen.model)
+    return frozen, nullcontext
+
+
+def _log_fill(done: int, missing: int) -> None:
+    if done == missing:
+        logger.info("reference: %d rows scored and written to the cache", done)

@@ -1,0 +1,210 @@
+"""The Hugging Face model card (README.md) of a trained model, made from what its run's folder holds.
+
+It names folders and files by their last part only: a card travels further than the machine that it was written on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignkit import registry
+from alignkit.runs import sessions, usage
+from alignkit.config import RunConfig, read_yaml
+from alignkit.errors import PluginError
+from alignkit.method import Method
+from alignkit.runs.results import in_training, outcomes
+from alignkit.data.rows import SUFFIXES
+from alignkit.runs.folder import read_lines
+
+_SHOWN = (
+    "epochs", "max_steps", "batch_size", "epochs_per_batch", "minibatches", "learning_rate", "schedule",
+    "warmup_fraction", "weight_decay", "adam_betas", "max_grad_norm", "reference", "lora", "sampling", "reward",
+    "judge", "critic", "max_prompt_tokens", "max_completion_tokens", "precision", "dtype", "seed",
+)  # fmt: skip
+_PRIVATE = ("url", "key_env", "cache_file", "body")  # of a reward's or a judge's endpoint
+_ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
+
+
+def place(value: object) -> str:
+    """Return what may be said of a model or a file: a hub name whole, of a path the last part.
+
+    The model/ of a run's folder is called by the run's name, rows that were given in Python by their type.
+    """
+    path = Path(str(value))
+    if not _local(value):
+        return str(value)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def papers(method: type[Method[Any]] | None) -> list[str]:
+    """Return the arXiv numbers that a method's module names in its first paragraph, else the first in all of it."""
+    said = _about(method)
+    return _ARXIV.findall(said.split("\n\n")[0]) or _ARXIV.findall(said)[:1]
+
+
+def write(model: Path, run: Path) -> None:
+    """Write README.md into the folder of a saved model. run: the folder of the run that trained it."""
+    about = _About(model, run)
+    metadata = yaml.safe_dump(about.metadata(), sort_keys=False, allow_unicode=True)
+    how = usage.text(about.speaks, about.base if about.adapter else None)
+    parts = [f"---\n{metadata}---", f"# {about.title}", about.lead(), "## How to load it", how]
+    parts += ["## Results", about.results(), "## Training", about.training(), "## Limits", about.limits()]
+    (model / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+class _About:
+    """The parts of a card."""
+
+    def __init__(self, model: Path, run: Path) -> None:
+        self.settings = read_yaml(run / "config.yaml")
+        self.lines, self.alarms = (_lines(run / name) for name in ("metrics.jsonl", "alarms.jsonl"))
+        self.sessions = sessions.read(run)
+        self.method = _method(str(self.settings["method"]))
+        self.adapter = (model / "adapter_config.json").is_file()
+        self.name, self.base = str(self.settings["method"]), place(self.settings["model"])
+        self.data = _code(place(self.settings["data"]))
+        self.scores = self.method is not None and "reward" in self.method.trains
+        chat = (model / "chat_template.jinja").is_file()
+        pairwise = bool(self.settings.get("pairwise"))
+        self.speaks: usage.Speaks = "chat" if chat else "text"
+        if self.scores:
+            self.speaks = "preference" if pairwise else "score"
+
+    @property
+    def title(self) -> str:
+        """What it is, in a line."""
+        what = {"preference": "Preference model", "score": "Reward model"}.get(self.speaks, "Language model")
+        return " ".join(f"{what} by {self.name}, from {self.base}".split())
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the front matter; data sets only where they are on the hub."""
+        data = self.settings["data"]
+        tags = ["alignkit", self.name, *(["reward-model"] if self.scores else []), *(["lora"] if self.adapter else [])]
+        hub = [] if _local(data) or str(data).startswith("<") else [str(data)]
+        return {
+            "base_model": self.base,
+            "base_model_relation": "adapter" if self.adapter else "finetune",
+            "library_name": "peft" if self.adapter else "transformers",
+            "pipeline_tag": "text-classification" if self.scores else "text-generation",
+            "tags": tags,
+            **({"datasets": hub} if hub else {}),
+        }
+
+    def lead(self) -> str:
+        """Say what was done, with the method's papers."""
+        steps = max((int(line["step"]) for line in self.lines), default=0)
+        first = _about(self.method).split("\n\n")[0]
+        said = (
+            f"The method, {_code(self.name)}: {' '.join(first.split())}"
+            if first
+            else f"The method: {_code(self.name)}."
+        )
+        links = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in papers(self.method))
+        return (
+            f"{_code(self.base)}, trained {'by LoRA ' if self.settings.get('lora') else ''}for {steps} "
+            f"step{'s' * (steps != 1)} on {self.data}.\n\n{said}{f' Papers: {links}.' if links else ''}"
+        )
+
+    def results(self) -> str:
+        """Return the table of what the run is judged by."""
+        found = outcomes(self.lines)
+        if not found:
+            return "None were logged."
+        compared = any(o.compared for o in found)
+        rows = []
+        for o in found:
+            shown = ["-" if v is None else f"{v:.4g}" for v in ((o.before, o.after) if compared else (o.last,))]
+            rows.append(f"| `{o.name}`{'' if o.held_out else ' *'} | {' | '.join(shown)} |")
+        head = ["| metric | before | after |", "|---|---:|---:|"] if compared else ["| metric | value |", "|---|---:|"]
+        lead = ["On held-out rows:\n"] if any(o.held_out for o in found) else []
+        note = f"\n\\* {in_training(found)}" if not all(o.held_out for o in found) else ""
+        return "\n".join([*lead, *head, *rows, *([note] if note else [])])
+
+    def training(self) -> str:
+        """Return rows, hyper-parameters, cost and versions."""
+        own = self.method.Config.model_fields if self.method else {}
+        known = {*RunConfig.model_fields, *own}
+        facts = self.sessions[-1]["facts"] if self.sessions else {}
+        values = {k: self.settings.get(k) for k in _SHOWN}
+        values |= {k: v for k, v in self.settings.items() if k in own or k not in known}
+        values["learning_rate"] = values["learning_rate"] or facts.get("learning_rate")
+        table = [f"| `{k}` | {_code(_public(v))} |" for k, v in values.items() if v is not None]
+        data = [f"- Data: {self.data}" + (f", {facts['rows']} rows" if "rows" in facts else "")]
+        if facts.get("held_out_rows"):
+            of = self.settings.get("eval_data")
+            data.append(f"- Held out: {facts['held_out_rows']} rows of {_code(place(of)) if of else 'it'}")
+        return "\n".join([*data, *self._cost(), "", "| hyper-parameter | value |", "|---|---|", *table])
+
+    def _cost(self) -> list[str]:
+        on = self.sessions[-1]["environment"] if self.sessions else {}
+        if not on:
+            return []
+        seconds, tokens = (sessions.total(self.sessions, key) for key in ("seconds", "tokens"))
+        where = on.get("gpu") or on.get("processor", "?")
+        versions = ", ".join(f"{k} {on[k]}" for k in ("alignkit", "torch", "transformers", "peft") if k in on)
+        return [
+            f"- Cost: {seconds:.0f} s and {tokens:.0f} tokens on {on.get('ranks', 1)} x {where}",
+            f"- Versions: {versions}",
+        ]
+
+    def limits(self) -> str:
+        """Say what is not known of the model, and what its run was warned of."""
+        points = [
+            "No benchmark was run, and nobody looked for harm in what it says. What its base does wrong it may do too."
+        ]
+        if not any(o.held_out for o in outcomes(self.lines)):
+            points.append("No rows were held out, so nothing here says how it does on rows that it was not trained on.")
+        else:
+            points.append("The held-out rows come from where the training rows come from; elsewhere it may do worse.")
+        if self.settings.get("reward") or self.settings.get("judge"):
+            points.append("It learned what its reward or judge likes, which is not the same as what people like.")
+        if self.scores:
+            points.append("It was made to compare answers to one prompt. Answers to different prompts do not compare.")
+        points += [f"Alarm `{a.get('name')}`: {a.get('message')}." for a in self.alarms]
+        return "\n".join(f"- {' '.join(p.split())}" for p in points)
+
+
+def _method(name: str) -> type[Method[Any]] | None:
+    try:
+        return registry.get(name)
+    except PluginError:
+        return None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return list(read_lines(path)) if path.is_file() else []
+
+
+def _local(value: object) -> bool:
+    """Whether it is a path, and no name on the hub."""
+    text = str(value)
+    path = Path(text)
+    far = path.is_absolute() or len(path.parts) > 2 or text.startswith((".", "~"))
+    return far or path.suffix in SUFFIXES or path.exists()
+
+
+def _public(value: Any) -> Any:
+    """A setting without paths and addresses."""
+    if isinstance(value, Mapping):
+        return {k: _public(v) for k, v in value.items() if k not in _PRIVATE}
+    if isinstance(value, list):
+        return [_public(v) for v in value]
+    return place(value) if isinstance(value, str) and _local(value) else value
+
+
+def _about(method: type[Method[Any]] | None) -> str:
+    """What the module of a method says of it."""
+    return (sys.modules[method.__module__].__doc__ or "").strip() if method else ""
+
+
+def _code(value: Any) -> str:
+    """A value as code within a line or a table."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "`" + " ".join(text.replace("`", "'").replace("|", "\\|").split()) + "`"

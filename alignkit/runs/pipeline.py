@@ -1,0 +1,174 @@
+"""A chain of methods, such as SFT -> reward model -> PPO: what a stage trains, the later ones begin with or ask.
+
+    runs/rlhf/
+      pipeline.yaml                every stage with the settings that were given
+      1-sft/  2-reward/  3-ppo/    runs, as `alignkit run` leaves them
+      summary.json                 a row for each finished stage, and the settings that the pipeline was begun with
+
+A stage's model is that of the latest earlier stage that trained a policy; its reward or judge, where it needs one and
+none is given, the latest earlier reward model. "@name" as a value is the model folder of the earlier stage `name`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.runs import folder as runfolder
+from alignkit.config import RunConfig, read_yaml, write_yaml
+from alignkit.errors import ConfigError
+from alignkit.files import write_text
+from alignkit.runs.stages import Stage, check, named, resolve
+
+logger = logging.getLogger(__name__)
+
+FILE = "pipeline.yaml"
+MAIN = ("loss", "rewards/accuracy", "reward/mean", "kl")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage. seconds: of the call that finished it, None where that is not known.
+
+    metrics: the last of each of MAIN that the run logged, on held-out rows where it has them ("eval/...").
+    """
+
+    stage: str
+    method: str
+    steps: int
+    seconds: float | None
+    metrics: dict[str, float]
+    folder: str
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What a pipeline leaves: its folder, and a row for each stage."""
+
+    folder: Path
+    stages: tuple[StageResult, ...]
+
+
+def read_pipeline(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read settings and stages from a YAML file. Raises ConfigError as `read_yaml` does, for every stage too."""
+    settings = read_yaml(path)
+    stages = settings.get("stages")
+    if any(isinstance(s, Mapping) and s.get("trust_remote_code") for s in (stages if isinstance(stages, list) else ())):
+        raise ConfigError(f"{path} asks for trust_remote_code; only the command line or a Python call may grant that")
+    return settings
+
+
+def run_pipeline(run: Callable[..., Any], stages: Any, settings: Mapping[str, Any]) -> PipelineResult:
+    """Run all stages that are not finished yet, in order.
+
+    run: `Engine().run`. stages: flat settings, each with `method` and, optionally, a `name`. settings: those that all
+    stages share; `name` and `output` are the pipeline's folder, `resume` goes on with it. All are checked before
+    anything is trained. Raises AlignkitError, which names the stage.
+    """
+    shared = dict(settings)
+    given: dict[str, Any] = {k: shared.pop(k) for k in ("name", "output", "resume") if k in shared}
+    resolved = resolve(stages, shared)
+    check(resolved)
+    folder = _folder(resolved, given)
+    seconds = _known_seconds(folder)
+    finished: list[StageResult] = []
+    with _how_to_resume(folder):
+        for number, stage in enumerate(resolved, 1):
+            place = folder / f"{number}-{stage.name}"
+            if not (place / "model").is_dir():
+                logger.info("stage %d of %d: %s", number, len(resolved), stage.name)
+                folders = {s.name: str(folder / f"{i}-{s.name}" / "model") for i, s in enumerate(resolved, 1)}
+                seconds[stage.name] = _run(run, stage, place, folders)
+            finished.append(_result(stage, place, seconds.get(stage.name)))
+            if not int(os.environ.get("RANK", "0")):
+                _write_summary(folder, _summary(folder) | {"stages": [asdict(s) for s in finished]})
+    return PipelineResult(folder, tuple(finished))
+
+
+def table(result: PipelineResult) -> Any:
+    """Return a rich table with a row for each stage; folders are those in the pipeline's."""
+    from rich.table import Table
+
+    shown = [m for m in MAIN if any({m, f"eval/{m}"} & s.metrics.keys() for s in result.stages)]
+    made = Table("stage", "method", "steps", "seconds", *shown, "folder", box=None)
+    for s in result.stages:
+        numbers = [s.metrics.get(f"eval/{m}", s.metrics.get(m)) for m in shown]
+        seconds = "-" if s.seconds is None else f"{s.seconds:.0f}"
+        cells = ["-" if n is None else f"{n:.4g}" for n in numbers]
+        made.add_row(s.stage, s.method, str(s.steps), seconds, *cells, Path(s.folder).name)
+    return made
+
+
+def _run(run: Callable[..., Any], stage: Stage, place: Path, folders: Mapping[str, str]) -> float:
+    begun = (place / "config.yaml").is_file()
+    settings = stage.filled(folders)
+    started = time.perf_counter()
+    with named(stage.name):
+        run(**{**settings, "output": place.parent, "name": place.name, "resume": begun})
+    return time.perf_counter() - started
+
+
+def _folder(stages: Sequence[Stage], given: Mapping[str, Any]) -> Path:
+    """Return the pipeline's folder, made anew, or found again with the same stages in it."""
+    config = RunConfig(**{"method": "pipeline", "model": "-", "data": "-", **given})
+    if config.name is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("several processes need one folder: give the pipeline a `name`")
+    if int(os.environ.get("RANK", "0")):
+        return config.output / str(config.name)  # the first process makes it; a stage begins when all are there
+    folder = runfolder.find_or_make(config, FILE)
+    written = [s.written() for s in stages]
+    if config.resume:  # pipeline.yaml itself may have been edited and given again
+        runfolder.check_same(folder, *_comparable(_summary(folder)["begun_with"], written))
+    else:
+        _write_summary(folder, {"begun_with": written, "stages": []})
+        write_yaml(folder / FILE, {"output": str(config.output), "name": folder.name, "stages": written})
+    return folder
+
+
+def _comparable(before: Any, now: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both lists of stages as flat settings: the stages' names, or where these are the same what is in each."""
+    names = [[stage["name"] for stage in stages] for stages in (before, now)]
+    if names[0] != names[1]:
+        return {"stages": ", ".join(names[0])}, {"stages": ", ".join(names[1])}
+    flat = [
+        {f"{s['name']}: {k}": v for s in stages for k, v in s.items() if k not in runfolder.FREE}
+        for stages in (before, now)
+    ]
+    return flat[0], flat[1]
+
+
+@contextmanager
+def _how_to_resume(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        logger.warning("the pipeline is not finished; go on with: alignkit pipeline %s --resume", folder / FILE)
+        raise
+
+
+def _result(stage: Stage, place: Path, seconds: float | None) -> StageResult:
+    lines = runfolder.read_metrics(place)
+    last = {k: v for line in lines for k, v in line.items() if v is not None}
+    shown = {m if f"eval/{m}" not in last else f"eval/{m}" for m in MAIN}
+    metrics = {k: last[k] for k in sorted(shown & last.keys())}
+    return StageResult(stage.name, stage.method.name, int(last["step"]), seconds, metrics, str(place))
+
+
+def _known_seconds(folder: Path) -> dict[str, float]:
+    rows = _summary(folder)["stages"] if (folder / "summary.json").is_file() else []
+    return {row["stage"]: row["seconds"] for row in rows if row["seconds"] is not None}
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _write_summary(folder: Path, values: Mapping[str, Any]) -> None:
+    write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,208 @@
+"""The stages of a pipeline: what each takes from the earlier ones, and what can be known to be wrong beforehand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit import registry
+from alignkit import data
+from alignkit.config import RunConfig, gathered, split
+from alignkit.errors import AlignkitError, ConfigError, ModelError, nearest
+from alignkit.models.loading import load_tokenizer
+from alignkit.method import Method
+from alignkit.rollout.checks import check_online
+from alignkit.rewards import PAIRWISE
+from alignkit.rewards.models import ModelOptions
+from alignkit.reference.choice import check_reference
+from alignkit.data.rows import shown
+
+_EARLIER = re.compile(r"@([A-Za-z0-9_.+=-]+)")
+_OF_THE_PIPELINE = ("output", "resume")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. config: the run's settings, checked. settings: all it is run with, earlier models as "@name"."""
+
+    name: str
+    method: Method[Any]
+    config: RunConfig
+    settings: dict[str, Any]
+
+    def written(self) -> dict[str, Any]:
+        """Return name and settings as plain YAML values."""
+        every = {**self.config.describe(), **self.method.config.model_dump(mode="json")}
+        given = {k: v for k, v in every.items() if k in self.settings or k.removesuffix("_") in self.settings}
+        return {"name": self.name, **{k: v for k, v in given.items() if k != "name"}}
+
+    def filled(self, by: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings with every "@name" replaced; rows of data are left alone. Raises ConfigError."""
+        filled = {}
+        for key, value in self.settings.items():
+            with named(self.name, key):
+                filled[key] = value if key in ("data", "eval_data") else replaced(value, by)
+        return filled
+
+    @property
+    def judges(self) -> bool:
+        """Whether what it trains compares two answers, instead of scoring one."""
+        return bool(self.method.model_settings().get(PAIRWISE))
+
+
+def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
+    """Give every stage the shared settings and what it takes from earlier ones. Raises ConfigError naming the stage.
+
+    A method's own settings cannot be shared. `reward` and `judge` go to the stages whose method needs them.
+    """
+    if not isinstance(stages, Sequence) or isinstance(stages, str) or not stages:
+        raise ConfigError(f"`stages` is a list of settings, each with its `method`; given: {shown(stages)}")
+    shared = gathered(shared)
+    common = [k for k in RunConfig.model_fields if k != "method"]
+    if unknown := [k for k in shared if k not in common]:
+        raise ConfigError(
+            f"unknown setting '{unknown[0]}' beside `stages`.{nearest(unknown[0], [*common, 'stages'])} "
+            f"The settings of a method stand in its stage"
+        )
+    resolved: list[Stage] = []
+    for number, one in enumerate(stages, 1):
+        if not isinstance(one, Mapping) or not isinstance(one.get("method"), str):
+            raise ConfigError(f"stage {number} has no `method`; installed: {', '.join(registry.names())}")
+        name = str(one.get("name", one["method"]))
+        if name in [s.name for s in resolved]:
+            raise ConfigError(f"two stages are called '{name}'; give each a `name` of its own")
+        with named(name):
+            stage = _resolved(name, number, {str(k): v for k, v in one.items()}, dict(shared), resolved)
+        stage.filled({s.name: "" for s in resolved})  # refuses what no earlier stage makes
+        resolved.append(stage)
+    return resolved
+
+
+def check(stages: Sequence[Stage]) -> None:
+    """Look at rewards, data and models of all stages, without loading any model. Raises AlignkitError."""
+    by_name = {s.name: s for s in stages}
+    stand_ins = {s.name: type(s.settings["name"], (_Untrained,), {}) for s in stages}
+    for stage in stages:
+        with named(stage.name):
+            roles = {role: replaced(getattr(stage.config, role), stand_ins) for role in ("reward", "judge")}
+            check_online(stage.config.model_copy(update=roles), stage.method)
+            check_reference(stage.config, stage.method)
+        for role in ("reward", "judge"):
+            with named(stage.name, role):
+                for name, compares in _asked(getattr(stage.config, role), role == "judge"):
+                    _check_asked(by_name[name], compares)
+        for key in ("data", "eval_data"):
+            with named(stage.name, key):
+                if (source := getattr(stage.config, key)) is not None:
+                    data.load(source, stage.method.data, stage.config.columns)
+        with named(stage.name, "model"):
+            _check_model(stage, by_name)
+
+
+@contextmanager
+def named(stage: str, key: str | None = None) -> Iterator[None]:
+    """Put the stage's name, and the setting's, in front of an error's message."""
+    try:
+        yield
+    except AlignkitError as error:
+        error.args = (f"stage '{stage}': {f'{key}: ' if key else ''}{error}",)
+        raise
+
+
+def replaced(value: Any, by: Mapping[str, Any]) -> Any:
+    """Return a setting with every "@name" replaced. Raises ConfigError where `by` has no such name."""
+    if isinstance(value, Mapping):
+        return {k: replaced(v, by) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [replaced(v, by) for v in value]
+    if isinstance(value, str) and (match := _EARLIER.fullmatch(value)):
+        if match[1] not in by:
+            there = ", ".join(f"@{name}" for name in by) or "none"
+            raise ConfigError(f"'{value}' is no earlier stage.{nearest(match[1], by)} Earlier ones: {there}")
+        return by[match[1]]
+    return value
+
+
+def _resolved(name: str, number: int, own: dict[str, Any], shared: dict[str, Any], earlier: list[Stage]) -> Stage:
+    if clash := [k for k in _OF_THE_PIPELINE if k in own]:
+        raise ConfigError(f"`{clash[0]}` is the whole pipeline's; it stands beside `stages`")
+    cls = registry.get(own["method"])
+    asked = {role: shared.pop(role) for role in ("reward", "judge") if role in shared}
+    policies = [s for s in earlier if "policy" in s.method.trains]
+    settings = gathered({**shared, **({"model": f"@{policies[-1].name}"} if policies else {}), **own})
+    settings["name"] = f"{number}-{name}"
+    config, method_config = split(settings, cls.Config)
+    method = cls(method_config)
+    needs = method.roles() if method.data == "prompts" else frozenset[str]()
+    for role in ("reward", "judge"):
+        if role in needs and role not in settings and (found := asked.get(role, _trained(role, earlier))) is not None:
+            settings[role] = found
+    if config.lora and not config.fsdp:  # the next stage begins with weights, not with an adapter on its base
+        settings.setdefault("merge_adapter", True)
+    config, _ = split(settings, cls.Config)
+    return Stage(name, method, config, settings)
+
+
+def _trained(role: str, earlier: Sequence[Stage]) -> Any:
+    """Return the latest earlier reward model as `role` takes it."""
+    models = [s for s in earlier if "reward" in s.method.trains and (role == "judge" or not s.judges)]
+    if not models:
+        return None
+    name = f"@{models[-1].name}"
+    return name if role == "reward" or models[-1].judges else {"bradley_terry": name}
+
+
+class _Untrained(ModelOptions):
+    """Stands for a reward model that is not trained yet, so that its options and what is around it can be checked."""
+
+    def __call__(self, **_: Any) -> list[float]:
+        return []
+
+
+def _asked(spec: Any, compares: bool) -> Iterator[tuple[str, bool]]:
+    """Yield the stages whose models a reward or judge is made of, and whether each is to compare two answers."""
+    if isinstance(spec, Mapping):
+        for key in spec.keys() & {"use", "ensemble", "bradley_terry"}:
+            yield from _asked(spec[key], compares and key != "bradley_terry")
+    elif isinstance(spec, list | tuple):
+        for one in spec:
+            yield from _asked(one, compares)
+    elif isinstance(spec, str) and (match := _EARLIER.fullmatch(spec)):
+        yield match[1], compares
+
+
+def _check_asked(stage: Stage, compares: bool) -> None:
+    """Raise ConfigError where what the stage trains cannot score answers, or compare two of them."""
+    name = f"'@{stage.name}'"
+    if "reward" not in stage.method.trains:
+        raise ConfigError(f"{name} is trained by '{stage.method.name}' and no reward model; give a stage that is one")
+    if compares and not stage.judges:
+        raise ConfigError(
+            f'{name} scores single answers; as a judge it is {{bradley_terry: "@{stage.name}"}}, or train it with '
+            f"`pairwise: true`"
+        )
+    if stage.judges and not compares:
+        raise ConfigError(f"{name} compares two answers; train it without `pairwise`, or give it as a `judge` alone")
+    if stage.config.lora and not stage.config.merge_adapter:
+        raise ConfigError(f"{name} leaves an adapter alone; give that stage `merge_adapter: true`")
+
+
+def _check_model(stage: Stage, by_name: Mapping[str, Stage]) -> None:
+    model = stage.config.model
+    if not isinstance(model, str | Path):
+        return
+    if match := _EARLIER.fullmatch(str(model)):
+        if "policy" in stage.method.trains and "policy" not in by_name[match[1]].method.trains:
+            raise ConfigError(
+                f"'{model}' is a reward model, and '{stage.method.name}' trains a policy; give a stage that trains "
+                f"one, or a model's folder"
+            )
+        return
+    load_tokenizer(stage.config)
+    folder = Path(model)
+    if folder.is_dir() and not any((folder / f).is_file() for f in ("config.json", "adapter_config.json")):
+        raise ModelError(f"'{model}' holds no model: neither config.json nor adapter_config.json is there")
