@@ -118,7 +118,7 @@ def test_files_may_lie_in_the_folder_of_the_runs_which_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: str, pairs: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(console, "speak", lambda: None)
+    monkeypatch.setattr(console, "show_log", lambda: None)
     monkeypatch.setattr(together, "demo_task", lambda folder, seed: task(tiny, pairs))
     monkeypatch.setattr(together, "_row", lambda job, folder: Row(job.name, dict(FIGURES)))
     command = ["compare", "--methods", "dpo", "--json", "runs/c.json"]
@@ -240,7 +240,7 @@ def test_the_demos_task_from_the_command_line_where_one_method_fails_and_the_oth
     monkeypatch.setitem(recipes.SETTINGS, "kto", {"batch_size": 1})  # it needs two
     monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(console, "speak", lambda: None)  # the log stays as the other tests have it
+    monkeypatch.setattr(console, "show_log", lambda: None)  # the log stays as the other tests have it
     runs = tmp_path / "compare-001"
     files = ["--json", str(tmp_path / "c.json"), "--png", str(tmp_path / "c.png")]
     monkeypatch.setattr(
@@ -329,7 +329,7 @@ def test_what_cannot_be_compared_is_said_first(
     arguments: list[str], error: type[Exception], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(console, "speak", lambda: None)
+    monkeypatch.setattr(console, "show_log", lambda: None)
     with pytest.raises(error, match=words):
         typer.main.get_command(cli.app)(["compare", *arguments], standalone_mode=False)
     assert list(tmp_path.iterdir()) == []

@@ -68,7 +68,7 @@ def test_an_alarm_is_said_once_with_step_value_limit_and_remedy(
     hear(one=lambda step, _: [alarm("kl_high", 10.0 + step), alarm("truncation")] if step > 1 else [])
     listeners = opened(tmp_path)
     with caplog.at_level(logging.WARNING, "alignkit"):
-        new = [[a.name for a in listeners.hear(step, {"loss": 1.0})] for step in (1, 2, 3)]
+        new = [[a.name for a in listeners.check(step, {"loss": 1.0})] for step in (1, 2, 3)]
     assert new == [[], ["kl_high", "truncation"], []]
     assert caplog.messages == [
         "alarm kl_high: kl_high is 12.0, above 1. Lower `learning_rate`",
@@ -83,21 +83,21 @@ def test_an_alarm_is_said_once_with_step_value_limit_and_remedy(
 
 def test_two_listeners_and_one_cause_are_one_alarm_the_first(hear: Any, tmp_path: Path) -> None:
     hear(a=lambda *_: [alarm("mine", 3.0)], b=lambda *_: [alarm("mine", 4.0), alarm("other")])
-    assert [(a.name, a.value) for a in opened(tmp_path).hear(1, {"loss": 0.0})] == [("mine", 3.0), ("other", 2.0)]
+    assert [(a.name, a.value) for a in opened(tmp_path).check(1, {"loss": 0.0})] == [("mine", 3.0), ("other", 2.0)]
 
 
 def test_after_a_resume_what_was_said_is_not_said_again_and_what_is_done_again_is(hear: Any, tmp_path: Path) -> None:
     hear(one=lambda step, _: [alarm(f"at-{step}")])
     before = opened(tmp_path)
-    before.hear(4, {"loss": 1.0})
-    before.hear(4, {"eval/loss": 1.0})  # the same cause
-    before.hear(6, {"eval/loss": 1.0})
+    before.check(4, {"loss": 1.0})
+    before.check(4, {"eval/loss": 1.0})  # the same cause
+    before.check(6, {"eval/loss": 1.0})
     before.close()
-    assert opened(tmp_path, done=6, evaluated=6).hear(6, {"loss": 1.0}) == []
+    assert opened(tmp_path, done=6, evaluated=6).check(6, {"loss": 1.0}) == []
     # that evaluation is done again, and its alarm with it
-    assert [a.name for a in opened(tmp_path, done=6).hear(6, {"eval/loss": 1.0})] == ["at-6"]
-    assert opened(tmp_path, done=5).hear(4, {"loss": 1.0}) == []
-    assert [a.name for a in opened(tmp_path, done=3).hear(4, {"loss": 1.0})] == ["at-4"]
+    assert [a.name for a in opened(tmp_path, done=6).check(6, {"eval/loss": 1.0})] == ["at-6"]
+    assert opened(tmp_path, done=5).check(4, {"loss": 1.0}) == []
+    assert [a.name for a in opened(tmp_path, done=3).check(4, {"loss": 1.0})] == ["at-4"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_listener_that_breaks_is_left_out_and_the_others_go_on(
     hear(bad=says, good=lambda step, _: [alarm(f"at-{step}")])
     listeners = opened(tmp_path)
     with caplog.at_level(logging.WARNING, "alignkit"):
-        assert [a.name for step in (1, 2) for a in listeners.hear(step, {"loss": 0.0})] == ["at-1", "at-2"]
+        assert [a.name for step in (1, 2) for a in listeners.check(step, {"loss": 0.0})] == ["at-1", "at-2"]
     (warning,) = [m for m in caplog.messages if "left out" in m]
     assert warning.startswith(f"listener 'bad' is left out: {reason}")
 
@@ -129,7 +129,7 @@ def test_a_listener_cannot_change_what_is_written(hear: Any, tmp_path: Path) -> 
 
     hear(one=meddles)
     values = {"loss": 1.0}
-    opened(tmp_path).hear(1, values)
+    opened(tmp_path).check(1, values)
     assert values == {"loss": 1.0}
 
 
@@ -365,7 +365,7 @@ def test_a_listener_comes_with_a_distribution_and_a_broken_one_is_a_warning(
     install(tmp_path, "misspelt", LISTENER.replace("def on_metrics", "def on_metric"), monkeypatch)
     with caplog.at_level(logging.WARNING, "alignkit"):
         listeners = opened(tmp_path)
-    assert [a.message for a in listeners.hear(3, {"loss": 1.0}) if a.name == "mine"] == [f"{tmp_path.name} at 3"]
+    assert [a.message for a in listeners.check(3, {"loss": 1.0}) if a.name == "mine"] == [f"{tmp_path.name} at 3"]
     broken, misspelt = sorted(m for m in caplog.messages if "cannot be loaded" in m or "unknown hook" in m)
     assert broken == ("listener 'broken' of broken cannot be loaded: RuntimeError: no such luck; runs go on without it")
     assert "listener 'misspelt' of misspelt: unknown hook 'on_metric'" in misspelt

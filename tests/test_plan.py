@@ -431,7 +431,7 @@ def test_where_nothing_needs_less_that_is_said(tiny: str) -> None:
 def test_the_command_says_parts_phases_verdict_and_writes_json(
     tiny: str, tmp_path: Path, write_rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "speak", lambda: None)
+    monkeypatch.setattr(console, "show_log", lambda: None)
     file = tmp_path / "config.yaml"
     settings = of("dpo", tiny, data=write_rows(make_rows("pairs", 12)))
     file.write_text(json.dumps({k: v for k, v in settings.items() if k != "sampling"}))

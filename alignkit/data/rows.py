@@ -1,6 +1,6 @@
-"""Rows as users bring them: the files and objects they come from, the faults found in them, and what was dropped.
+"""Reading rows from files and objects, the faults found in them, and the report of what was dropped.
 
-Nothing here knows a row's form or a tokenizer; `alignkit.data` gives rows their meaning.
+This module knows neither the form of a row nor a tokenizer; `alignkit.data.dataset` interprets the rows.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _SHOWN_ROWS = 8
 class Row:
     """One validated row.
 
-    prompt: text, or messages. completions: the same type as the prompt's; of a pair, the chosen one first; none where
-    the method makes its own. numbers: "margin" (pairs that have one) or "desirable" (1.0 or 0.0, unpaired).
-    row: 1-based row of the source (the line of a JSONL file). extra: the columns that the form does not use.
+    prompt: text, or messages. completions: of the prompt's type; the chosen one of a pair comes first; empty where the
+    method samples its own. numbers: "margin" (pairs that have one) or "desirable" (1.0 or 0.0, unpaired).
+    row: 1-based row of the source (the line of a JSONL file). extra: columns that the form does not use.
     """
 
     prompt: Content
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something in a row that cannot be used: where, what was there, and what to do. column "" is the whole row."""
+    """A part of a row that cannot be used: where, what was found, and how to fix it. column "" is the whole row."""
 
     row: int
     column: str
@@ -54,7 +54,7 @@ class Fault:
 
 
 class FaultyRowsError(DataError):
-    """All faults of one source. `faults` holds every one of them; the message shows the first in at most six lines."""
+    """All faults of one source. `faults` holds all of them; the message shows the first ones in at most six lines."""
 
     def __init__(self, source: str, faults: Iterable[Fault]) -> None:
         self.faults = sorted(faults, key=lambda fault: fault.row)
@@ -72,13 +72,13 @@ def shown(value: object, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-# The plural says what happened, so that a count and the rows can stand around it.
+# reasons are plural phrases; these have another singular
 _SINGULAR = {"ties": "tie", "empty answers": "empty answer", "empty prompts": "empty prompt"}
 
 
 @dataclass
 class Report:
-    """Which of `total` rows were dropped and why, and what else happened to rows that were kept.
+    """Which of `total` rows were dropped and why, and notes about rows that were kept.
 
     dropped, noted: reason -> 1-based rows of the source.
     """
@@ -88,16 +88,16 @@ class Report:
     noted: dict[str, list[int]] = field(default_factory=dict)
 
     def drop(self, reason: str, row: int) -> None:
-        """Count a row that is not trained on."""
+        """Count a row that is dropped."""
         self.dropped.setdefault(reason, []).append(row)
 
     def note(self, reason: str, row: int) -> None:
-        """Count something about a row that is trained on."""
+        """Count a note about a row that is kept."""
         self.noted.setdefault(reason, []).append(row)
 
     @property
     def n_dropped(self) -> int:
-        """Rows of the source of which something was dropped."""
+        """Number of the source's rows that were dropped, in whole or in part."""
         return len({row for rows in self.dropped.values() for row in rows})
 
     def __add__(self, later: Report) -> Report:
@@ -111,7 +111,7 @@ class Report:
         return joined
 
     def lines(self) -> list[str]:
-        """Return what to print: one line for all that was dropped, one for each note; none where nothing happened."""
+        """Return the lines to print: one for all dropped rows, one for each note; empty without either."""
         lines = []
         if self.dropped:
             reasons = ", ".join(_counted(reason, rows) for reason, rows in self.dropped.items())
@@ -129,7 +129,7 @@ def _counted(reason: str, rows: list[int]) -> str:
 
 @dataclass
 class RawRows:
-    """Rows as they were found.
+    """Rows as they were read.
 
     source: its name for messages. rows: (1-based number, columns). textual: every cell is text, as in a CSV file.
     faults: rows that could not be read at all.
@@ -147,7 +147,7 @@ class RawRows:
         return len(self.rows)
 
     def add(self, number: int, row: object) -> None:
-        """Append a row, or the fault that it is not an object with named columns."""
+        """Append a row, or a fault where it is not an object with named columns."""
         if isinstance(row, Mapping):
             self.rows.append((number, dict(row)))
         else:
@@ -156,12 +156,12 @@ class RawRows:
 
 
 def read_rows(source: object) -> RawRows:
-    """Read rows without giving them a meaning.
+    """Read rows without interpreting them.
 
     source: a path to .jsonl, .json, .parquet or .csv, a folder that `datasets.save_to_disk` wrote, a
     `datasets.Dataset`, a list of dicts, or a name on the hub ("org/name" or "org/name:split", the default is train).
     Row numbers start at 1: lines in JSONL, data rows (the header not counted) in CSV. Faults of single rows are
-    gathered in the result. Raises DataError where the source as a whole cannot be read.
+    collected in the result. Raises DataError where the source as a whole cannot be read.
     """
     if isinstance(source, RawRows):
         return source
@@ -207,7 +207,7 @@ def _missing(path: Path) -> str:
 
 def _read_jsonl(path: Path) -> RawRows:
     raw = RawRows(str(path))
-    with path.open("rb") as file:  # bytes, because text mode would also break lines at U+2028 inside a string
+    with path.open("rb") as file:  # bytes: text mode would also split lines at U+2028 inside a string
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -226,7 +226,7 @@ def _read_json(path: Path) -> RawRows:
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        return _read_jsonl(path)  # JSONL under the wrong suffix is common; real faults then get their line numbers
+        return _read_jsonl(path)  # JSONL with the wrong suffix is common; real faults then get their line numbers
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
@@ -243,7 +243,7 @@ def _read_csv(path: Path) -> RawRows:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    limit = csv.field_size_limit(max(len(text), 1))  # the default refuses answers of more than 128 KiB
+    limit = csv.field_size_limit(max(len(text), 1))  # the default limit refuses answers of more than 128 KiB
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         for number, row in enumerate(reader, 1):
@@ -273,7 +273,7 @@ def _read_parquet(path: Path) -> RawRows:
                     raw.add(len(raw) + 1, row)
     except pyarrow.ArrowException as error:
         reason = str(error).split("\n")[0]
-        raise DataError(f"{path}: not a whole parquet file ({reason}); write it again") from error
+        raise DataError(f"{path}: not a complete parquet file ({reason}); write it again") from error
     return raw
 
 
@@ -295,7 +295,7 @@ def _read_hub(name: str, split: str) -> RawRows:
         return _from_datasets(datasets.load_dataset(name, split=split), f"{name}:{split}")
     except DataError:
         raise
-    except Exception as error:  # the hub's client raises its own tree, HTTP's, and plain ValueErrors
+    except Exception as error:  # the hub's client raises its own errors, HTTP errors and plain ValueErrors
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         hint = "Check the name, the split (org/name:split) and the network, or give the path of a local file"
         raise DataError(

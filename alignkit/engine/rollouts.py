@@ -1,7 +1,7 @@
-"""From prompts to scored completions: what a method's `ctx.rollouts` does, for one rank's part of a step.
+"""From prompts to scored completions: the implementation of a method's `ctx.rollouts`, for one rank's part of a step.
 
-A completion depends on the weights, the seed, the step and its place in the step of all ranks, and on nothing else:
-neither on how the step is shared among ranks, nor on which completions it is sampled beside.
+A completion depends only on the weights, the seed, the step and its position in the step over all ranks: not on how the
+ranks share the step, nor on the other completions in its batch.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ class SamplingStep(Context, Protocol):
         ...
 
 
-def stand_ins(examples: Sequence[Example], sampling_tokens: int) -> list[Example]:
-    """Return the prompts with two made-up completions each, so that a model can be tried before anything is sampled."""
+def with_placeholders(examples: Sequence[Example], sampling_tokens: int) -> list[Example]:
+    """Return the prompts with two artificial completions each, for the probe of the model before anything is
+    sampled.
+    """
     return [
         replace(e, completions=tuple(Completion(e.prompt[-n:].clone()) for n in (min(sampling_tokens, 8), 3)))
         for e in examples
@@ -56,7 +58,7 @@ def stand_ins(examples: Sequence[Example], sampling_tokens: int) -> list[Example
 
 @dataclass
 class Scorers:
-    """What scores and compares the completions of a run. columns: those of its rows, which rewards may ask for."""
+    """The rewards and the judge of a run. columns: of its rows, for their arguments."""
 
     rewards: Rewards | None
     judge: Judge | None
@@ -66,7 +68,7 @@ class Scorers:
     def of_run(
         cls, config: RunConfig, method: Method[Any], examples: Sequence[Example], device: torch.device
     ) -> Scorers | None:
-        """Load them; None for a method that samples nothing. examples: all of the run. Raises RewardError."""
+        """Load them; None for a method that does not sample. examples: all of the run. Raises RewardError."""
         if method.data != "prompts":
             return None
         rewards = build_rewards(config.reward, device) if config.reward is not None else None
@@ -80,9 +82,9 @@ class Scorers:
 
 @dataclass
 class Online:
-    """What samples, scores and compares in a run; `lines` are open while its loop runs.
+    """Samples, scores and compares completions in a run; `lines` is open while its loop runs.
 
-    model: the policy, as a language model. updates: those that a collected batch serves. seconds: of this step.
+    model: the policy, as a language model. updates: optimiser steps per collected batch. seconds: of this step.
     """
 
     config: RunConfig
@@ -98,12 +100,12 @@ class Online:
     seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "scoring": 0.0})
 
     def open(self, folder: Path, done: int, evaluated: int) -> None:
-        """Begin completions.jsonl (one file a rank), without the lines of steps that are done again."""
+        """Open completions.jsonl (one file per rank), without the lines of steps that will be repeated."""
         name = "completions.jsonl" if self.ranks.is_main else f"completions-{self.ranks.own}.jsonl"
         self.lines = StepLines(folder / name, done, evaluated)
 
     def close(self) -> None:
-        """Close the file, and what scores."""
+        """Close the file, the rewards and the judge."""
         for one in (self.lines, self.scorers.rewards, self.scorers.judge):
             if one is not None:
                 one.close()
@@ -134,7 +136,7 @@ class Online:
         return grown
 
     def _with_logps(self, ctx: SamplingStep, grown: Batch) -> Batch:
-        """Attach what the reference, the policy and the critic say of the sampled tokens, where the method needs it."""
+        """Attach the log-probabilities and values of the sampled tokens that the method needs."""
         if "reference" in self.roles and self.reference is not None:
             grown = self.reference.attach(grown, keep=False)
         if "critic" in self.roles or self.updates > 1:
@@ -145,7 +147,7 @@ class Online:
         return grown
 
     def took(self, total: float) -> dict[str, float]:
-        """Return where the seconds of a step went, and begin to count the next one's."""
+        """Return how the seconds of a step were spent, and start counting those of the next step."""
         spent, self.seconds = self.seconds, {"sampling": 0.0, "scoring": 0.0}
         spent["learning"] = total - sum(spent.values())
         return {f"seconds/{name}": value for name, value in spent.items()}
@@ -170,24 +172,24 @@ class Online:
         return sampled
 
     def score(self, answers: Answers) -> Scores:
-        """Ask the rewards about this rank's completions. Raises RewardError on all ranks where one of them fails."""
+        """Score this rank's completions. Raises RewardError on all ranks where one of them fails."""
         rewards = self.scorers.rewards
         assert rewards is not None
-        return self._ask(lambda: rewards.score(answers))
+        return self._on_all_ranks(lambda: rewards.score(answers))
 
     def compare(self, first: Answers, second: Answers) -> list[float]:
-        """Ask the judge for P(first wins). Raises RewardError on all ranks where one of them fails."""
+        """Return the judge's P(first wins). Raises RewardError on all ranks where one of them fails."""
         judge = self.scorers.judge
         if judge is None:
-            raise PluginError("a mixture was sampled without a judge; the method must name 'judge' in `uses`")
-        return self._ask(lambda: judge.wins(first, second))
+            raise PluginError("a mixture was sampled without a judge; the method must declare 'judge' in `uses`")
+        return self._on_all_ranks(lambda: judge.wins(first, second))
 
     def answers(self, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]]) -> Answers:
-        """Return prompts and completions as rewards see them."""
+        """Return prompts and completions as rewards receive them."""
         return answers_of(self.tokenizer, examples, sampled, self.scorers.columns)
 
     def write(self, step: int, training: bool, answers: Answers, more: Mapping[str, Sequence[Any]]) -> None:
-        """Write a line for each completion into completions.jsonl."""
+        """Write one line for each completion to completions.jsonl."""
         assert self.lines is not None
         for i, (row, prompt, completion) in enumerate(
             zip(answers.rows, answers.prompts, answers.completions, strict=True)
@@ -220,21 +222,21 @@ class Online:
         model, context = self.reference.model_and_context()
         return Mixture(model, weight, context)
 
-    def _ask(self, ask: Callable[[], T]) -> T:
+    def _on_all_ranks(self, call: Callable[[], T]) -> T:
         started = time.perf_counter()
         problem, found = None, None
         try:
-            found = ask()
+            found = call()
         except RewardError as error:
             problem = error
-        if self.ranks.most(int(problem is not None)):  # or the other ranks would wait for this one
+        if self.ranks.most(int(problem is not None)):  # else the other ranks would wait for this one
             raise problem or RewardError("another rank could not score its completions; see that rank's error")
         self.seconds["scoring"] += time.perf_counter() - started
         return found  # type: ignore[return-value]
 
 
 def forest(examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], like: Batch) -> Batch:
-    """Return the prompts with their completions as a batch that carries "ended"."""
+    """Return the prompts with their completions as a batch with "ended"."""
     grown = [
         replace(e, completions=tuple(Completion(torch.tensor(s.tokens, dtype=torch.int32)) for s in some))
         for e, some in zip(examples, sampled, strict=True)
@@ -254,9 +256,9 @@ def _text(completion: Any) -> str:
 def answers_of(
     tokenizer: Any, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], columns: Sequence[str] = ()
 ) -> Answers:
-    """Return prompts and completions as rewards see them: text without special tokens, and the rows' columns.
+    """Return prompts and completions as rewards receive them: text without special tokens, and the rows' columns.
 
-    columns: names that are there for every row, None where a row lacks one; the rows' own names are added.
+    columns: names to include for every row, None where a row lacks one; the rows' own names are added.
     """
     flat = [(e, s) for e, some in zip(examples, sampled, strict=True) for s in some]
     texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for _, s in flat]
@@ -275,6 +277,6 @@ def answers_of(
 
 
 def distinct(sampled: Sequence[Sequence[Sampled]], n: int = 2) -> tuple[int, int]:
-    """Count the different n-grams of tokens in all completions, and all n-grams: their ratio is distinct-n."""
+    """Return the numbers of different n-grams and of all n-grams in all completions; their ratio is distinct-n."""
     grams = [tuple(s.tokens[i : i + n]) for some in sampled for s in some for i in range(len(s.tokens) - n + 1)]
     return len(set(grams)), len(grams)

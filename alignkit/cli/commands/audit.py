@@ -43,7 +43,7 @@ def audit(
         option = f"--{next(iter(limits)).replace('_', '-')}"
         raise ConfigError(f"{option} is in tokens, which only a tokenizer counts; give --model too, or leave it out")
     named = console.columns_of(columns)
-    console.speak()
+    console.show_log()
     from alignkit.insight import audit as room
 
     found = room.audit(

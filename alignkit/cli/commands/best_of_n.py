@@ -39,7 +39,7 @@ def best_of_n(
 
     check_targets({"--output": output, "--pairs": pairs, "--json": json, "--png": png})
     named, settings = console.columns_of(columns), console.pairs_of(more or [])
-    console.speak()
+    console.show_log()
     from alignkit.compare import check_picture
     from alignkit.insight import best_of_n as room
 

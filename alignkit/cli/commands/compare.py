@@ -35,7 +35,7 @@ def compare(
     check(given, output, json, png)
     if not given:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo
-    console.speak()
+    console.show_log()
     from alignkit import compare as room
 
     if png:

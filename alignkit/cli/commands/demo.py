@@ -26,7 +26,7 @@ def demo(
 
     registry.get(method)
     registry.get("sft")
-    console.speak()
+    console.show_log()
     from alignkit.demo import run_demo
 
     typer.echo(run_demo(method, output, seed))

@@ -42,7 +42,7 @@ def init(
         raise ConfigError(f"'{output}' is there already; give another --output, or --force to write over it")
     named, memory = console.columns_of(columns), bytes_of(gpu_memory)
     specs = {k: None if v is None else console.value_of(v) for k, v in (("reward", reward), ("judge", judge))}
-    console.speak()
+    console.show_log()
     from alignkit.insight import recommend as room
     from alignkit.insight.places import model_folder
 

@@ -28,7 +28,7 @@ def reward(
 ) -> None:
     """Show a reward at every prefix of an answer: which tokens raise it, and which lower it."""
     _check(json, html)
-    console.speak()
+    console.show_log()
     from alignkit.insight import inspect as room
 
     asked = [{"role": "user", "content": prompt}] if chat else prompt
@@ -62,7 +62,7 @@ def pair(
     given = chosen is not None and rejected is not None
     if given == (data is not None) or (chosen is None) != (rejected is None):
         raise ConfigError("give either --data and --row, or --prompt, --chosen and --rejected")
-    console.speak()
+    console.show_log()
     from alignkit.insight import inspect as room
 
     rows = data if data is not None else [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]

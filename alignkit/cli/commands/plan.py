@@ -34,7 +34,7 @@ def plan(
     limit = bytes_of(memory)
     settings = console.settings_of(str(config), {}, more or [], only_file=True)
     console.checked(settings)
-    console.speak()
+    console.show_log()
     from alignkit.insight import plan as room
 
     found = room.plan(settings, limit=limit, gpu=gpu, processes=processes, hits=hits)

@@ -33,7 +33,7 @@ def recommend(
     terminal.check_target("--json", json)
     named, memory = console.columns_of(columns), bytes_of(gpu_memory)
     specs = {k: None if v is None else console.value_of(v) for k, v in (("reward", reward), ("judge", judge))}
-    console.speak()
+    console.show_log()
     from alignkit.insight import recommend as room
 
     found = room.recommend(data, model=model, columns=named, memory=memory, **specs)

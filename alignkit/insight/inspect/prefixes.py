@@ -18,8 +18,7 @@ from alignkit.insight.places import device, model_folder
 from alignkit.rewards import Answers, build_rewards
 from alignkit.rewards.answers import text_of
 from alignkit.rewards.functions import RowError
-from alignkit.rewards.models import Classifier, ModelOptions, RewardModel, check_folder
-from alignkit.rewards.sequences import trees
+from alignkit.rewards.models import Classifier, ModelOptions, RewardModel, check_folder, trees
 
 SAME = 1e-3  # of the largest score: rounding, but no token that is read before its time
 
