@@ -70,8 +70,8 @@ def test_there_are_files_to_judge() -> None:
 
 @pytest.mark.parametrize(
     ("paths", "budget"),
-    [(PLUGINS, 150), (KERNELS, 300), ([ROOT / "alignkit" / "engine.py"], 250)],
-    ids=["plugins", "kernels", "engine"],
+    [(PLUGINS, 150), (KERNELS, 300), (CORE, 250)],
+    ids=["plugins", "kernels", "core"],
 )
 def test_files_keep_to_their_budget_of_lines(paths: list[Path], budget: int) -> None:
     lengths = {name_of(p): len(p.read_text(encoding="utf-8").splitlines()) for p in paths}
@@ -285,3 +285,24 @@ def test_plugins_import_public_names_only_and_never_each_other() -> None:
             if taken:
                 foreign[name_of(path)] = taken
     assert foreign == {}
+
+
+# -------------------------------------------------------------------------------------- the page to read first
+
+
+def test_the_page_to_read_first_names_files_and_functions_that_exist() -> None:
+    """`folder/file.py` `function` (and `another`): the file is there, under alignkit/ or the root, and defines them."""
+    page = (ROOT / "docs/life-of-a-step.md").read_text(encoding="utf-8")
+    assert len(page.splitlines()) <= 80
+
+    def found(file: str) -> Path:
+        return next(p for p in (ROOT / "alignkit" / file, ROOT / file) if p.is_file())
+
+    for file in re.findall(r"`([\w/-]+\.py)`", page):
+        assert found(file)
+    named = re.findall(r"`([\w/-]+\.py)` `(\w+)`(?: and `(\w+)`)?", page)
+    assert len(named) > 30
+    for file, *names in named:
+        nodes = ast.walk(tree_of(found(file)))
+        defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert {name for name in names if name} <= defined, (file, names)

@@ -11,7 +11,8 @@ from typing import Any
 from alignkit import data, registry
 from alignkit.config import RunConfig, gathered, split, validated
 from alignkit.data import tokenise
-from alignkit.data.rows import RawRows, read_rows
+from alignkit.data.rows import RawRows
+from alignkit.data.sources import read_rows
 from alignkit.data.stream import hold_out
 from alignkit.demo import recipes, world
 from alignkit.demo.base import write_start

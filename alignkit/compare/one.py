@@ -17,11 +17,11 @@ from alignkit.data import tokenise
 from alignkit.data.rows import RawRows
 from alignkit.demo import against_base as measures
 from alignkit.engine import Engine
-from alignkit.engine.rollouts import answers_of, distinct
 from alignkit.errors import AlignkitError, DataError
 from alignkit.models.loading import from_pretrained, load_tokenizer
 from alignkit.rewards import build_judge, build_rewards
 from alignkit.rollout import Sampled, sample
+from alignkit.rollout.completions import answers_of, distinct
 from alignkit.runs.sessions import peak_memory
 from alignkit.types import Example
 

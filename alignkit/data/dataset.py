@@ -27,7 +27,8 @@ from typing import get_args
 
 from alignkit.data.cells import Cells
 from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, DroppedRow, Form, Parsed, parse
-from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, RawRows, Report, Row, read_rows
+from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, RawRows, Report, Row
+from alignkit.data.sources import read_rows
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import DataKind
 

@@ -27,7 +27,7 @@ from alignkit.config import RunConfig
 from alignkit.data import tokenise
 from alignkit.data.stream import Stream, hold_out
 from alignkit.engine.roles import Roles
-from alignkit.engine.rollouts import Online, Scorers, with_placeholders
+from alignkit.engine.rollouts import Online, Scorers
 from alignkit.engine.state import Parts, Splits
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import Method
@@ -41,6 +41,7 @@ from alignkit.models.values import ActorCritic, Valuer
 from alignkit.reference.cache import LogpCache
 from alignkit.reference.choice import resolve_reference
 from alignkit.reference.reference import Reference
+from alignkit.rollout.completions import with_placeholders
 from alignkit.types import Example, Layout
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,14 +19,14 @@ from alignkit.config import RunConfig
 from alignkit.data.stream import seed_of
 from alignkit.errors import PluginError, RewardError
 from alignkit.method import Context, Method
-from alignkit.models.packing import batch_of
 from alignkit.models.passes import Autocast
 from alignkit.models.ranks import Ranks
 from alignkit.reference.reference import Reference
 from alignkit.rewards import Answers, Judge, Rewards, Scores, build_judge, build_rewards
 from alignkit.rollout import Mixture, Sampled, sample
+from alignkit.rollout.completions import answers_of, distinct, with_completions
 from alignkit.runs.folder import StepLines
-from alignkit.types import Batch, Completion, Example
+from alignkit.types import Batch, Example
 from alignkit_kernels import sequence_sum
 
 T = TypeVar("T")
@@ -44,16 +44,6 @@ class SamplingStep(Context, Protocol):
     def offset(self) -> int:
         """Place of the first of these rows among the held-out ones; 0 in training."""
         ...
-
-
-def with_placeholders(examples: Sequence[Example], sampling_tokens: int) -> list[Example]:
-    """Return the prompts with two artificial completions each, for the probe of the model before anything is
-    sampled.
-    """
-    return [
-        replace(e, completions=tuple(Completion(e.prompt[-n:].clone()) for n in (min(sampling_tokens, 8), 3)))
-        for e in examples
-    ]
 
 
 @dataclass
@@ -115,7 +105,7 @@ class Online:
         if mixture is not None and n != 1:
             raise PluginError(f"rollouts(mixture=...) compares with one completion of the policy; n is {n}")
         sampled = self.sample(ctx, batch.examples, n, 0, None)
-        grown, answers = forest(batch.examples, sampled, batch), self.answers(batch.examples, sampled)
+        grown, answers = with_completions(batch.examples, sampled, batch), self.answers(batch.examples, sampled)
         grown = self._with_logps(ctx, grown)
         lines: dict[str, Sequence[Any]] = {}
         if "reward" in self.roles:
@@ -235,48 +225,9 @@ class Online:
         return found  # type: ignore[return-value]
 
 
-def forest(examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], like: Batch) -> Batch:
-    """Return the prompts with their completions as a batch with "ended"."""
-    grown = [
-        replace(e, completions=tuple(Completion(torch.tensor(s.tokens, dtype=torch.int32)) for s in some))
-        for e, some in zip(examples, sampled, strict=True)
-    ]
-    ended = torch.tensor([s.ended for some in sampled for s in some], device=like.device)
-    return batch_of(grown, like.layout, like.device).attach(per_completion={"ended": ended})
-
-
 def _float32(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
-
-
-def answers_of(
-    tokenizer: Any, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], columns: Sequence[str] = ()
-) -> Answers:
-    """Return prompts and completions as rewards receive them: text without special tokens, and the rows' columns.
-
-    columns: names to include for every row, None where a row lacks one; the rows' own names are added.
-    """
-    flat = [(e, s) for e, some in zip(examples, sampled, strict=True) for s in some]
-    texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for _, s in flat]
-    names = dict.fromkeys([*columns, *(name for e in examples for name in e.columns)])
-    return Answers(
-        prompts=[e.asked for e, _ in flat],
-        completions=[
-            t if isinstance(e.asked, str) else [{"role": "assistant", "content": t}]
-            for (e, _), t in zip(flat, texts, strict=True)
-        ],
-        columns={name: [e.columns.get(name) for e, _ in flat] for name in names},
-        rows=[e.row for e, _ in flat],
-        lengths=[len(s.tokens) for _, s in flat],
-        ended=[s.ended for _, s in flat],
-    )
-
-
-def distinct(sampled: Sequence[Sequence[Sampled]], n: int = 2) -> tuple[int, int]:
-    """Return the numbers of different n-grams and of all n-grams in all completions; their ratio is distinct-n."""
-    grams = [tuple(s.tokens[i : i + n]) for some in sampled for s in some for i in range(len(s.tokens) - n + 1)]
-    return len(set(grams)), len(grams)

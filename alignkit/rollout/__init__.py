@@ -5,6 +5,7 @@ batched.py       padded batches by transformers' `generate`, each prompt compute
 mixture.py       the geometric mixture of a policy and its reference
 noise.py         the random numbers of a sequence, independent of its batch
 continuous.py    transformers' continuous batching
+completions.py   sampled tokens as a batch of trees, and as text for rewards
 checks.py        whether rewards, judge and sampling settings fit a method
 """
 

@@ -15,13 +15,13 @@ from typing import Any
 import yaml
 
 from alignkit import registry
-from alignkit.runs import sessions, usage
 from alignkit.config import RunConfig, read_yaml
+from alignkit.data.rows import SUFFIXES
 from alignkit.errors import PluginError
 from alignkit.method import Method
-from alignkit.runs.results import in_training, outcomes
-from alignkit.data.rows import SUFFIXES
+from alignkit.runs import sessions, usage
 from alignkit.runs.folder import read_lines
+from alignkit.runs.results import in_training, outcomes
 
 _SHOWN = (
     "epochs", "max_steps", "batch_size", "epochs_per_batch", "minibatches", "learning_rate", "schedule",
@@ -157,16 +157,21 @@ class _About:
     def limits(self) -> str:
         """Return the model's limits, and the alarms of its run."""
         points = [
-            "No benchmark was run, and its outputs were not checked for harm. It may have all problems of its base model."
+            "No benchmark was run, and its outputs were not checked for harm. It may have all problems of its "
+            "base model."
         ]
         if not any(o.held_out for o in outcomes(self.lines)):
             points.append("No rows were held out, so its quality on rows that it was not trained on is unknown.")
         else:
-            points.append("The held-out rows come from the same source as the training rows; on other data it may be worse.")
+            points.append(
+                "The held-out rows come from the same source as the training rows; on other data it may be worse."
+            )
         if self.settings.get("reward") or self.settings.get("judge"):
             points.append("It was optimised for its reward or judge, which can differ from what people prefer.")
         if self.scores:
-            points.append("It compares answers to one prompt. Its scores of answers to different prompts are not comparable.")
+            points.append(
+                "It compares answers to one prompt. Its scores of answers to different prompts are not comparable."
+            )
         points += [f"Alarm `{a.get('name')}`: {a.get('message')}." for a in self.alarms]
         return "\n".join(f"- {' '.join(p.split())}" for p in points)
 

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-00000012` with one safetensors file per group of tensors, state.json, and manifest.json,
 which lists size and sha256 of the others. It is written under a temporary name, the manifest last, and renamed when
-everything is on the disk. So a process killed at any moment leaves the older checkpoints and at most a temporary folder.
+everything is on the disk. So a process killed at any moment leaves the older checkpoints and at most a temporary
+folder.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.errors import CheckpointError
-from alignkit.runs.runstate import flatten_optimizer, optimizer_state, packed, rng_state, set_optimizer_state, set_rng_state, unflatten_optimizer, without_aliases
+from alignkit.runs.runstate import (
+    flatten_optimizer,
+    optimizer_state,
+    packed,
+    rng_state,
+    set_optimizer_state,
+    set_rng_state,
+    unflatten_optimizer,
+    without_aliases,
+)
 
 __all__ = [
     "Loaded",

@@ -116,7 +116,9 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
     if changed:
         was = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed[:3])
-        raise ConfigError(f"{folder} was started with other settings: {was}. Resume with the same settings, or start a new run")
+        raise ConfigError(
+            f"{folder} was started with other settings: {was}. Resume with the same settings, or start a new run"
+        )
 
 
 class StepLines:
@@ -189,7 +191,9 @@ def read_lines(path: Path, needs: tuple[str, ...] = ()) -> Iterator[dict[str, An
             for number, line in enumerate(lines, 1):
                 if bad:
                     what = " and ".join(f"a {key}" for key in ("step", *needs))
-                    raise DataError(f"{path}, line {bad}, is not a JSON object with {what}; remove the line, or run again")
+                    raise DataError(
+                        f"{path}, line {bad}, is not a JSON object with {what}; remove the line, or run again"
+                    )
                 try:
                     found = json.loads(line, parse_int=_integer)
                     whole = (

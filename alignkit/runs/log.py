@@ -113,7 +113,9 @@ class Listeners:
                 returned = hooks.on_metrics(run=self._run, step=step, metrics=dict(metrics))
                 yield from [_checked(alarm) for alarms in returned for alarm in alarms]
             except (Exception, SystemExit) as error:  # a plugin may raise anything
-                logger.warning("listener '%s' failed and is not called again: %s: %s", name, type(error).__name__, error)
+                logger.warning(
+                    "listener '%s' failed and is not called again: %s: %s", name, type(error).__name__, error
+                )
                 del self._hooks[name]
 
 

@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.runs import folder as runfolder
 from alignkit.config import RunConfig, read_yaml, write_yaml
 from alignkit.errors import ConfigError
 from alignkit.files import write_text
+from alignkit.runs import folder as runfolder
 from alignkit.runs.results import HEADLINE
 from alignkit.runs.stages import Stage, check, named, resolve
 
@@ -37,7 +37,8 @@ FILE = "pipeline.yaml"
 class StageResult:
     """A finished stage. seconds: of the call that finished it, None where unknown.
 
-    metrics: the last value of each HEADLINE metric that the run logged, on held-out rows where it has them ("eval/...").
+    metrics: the last value of each HEADLINE metric that the run logged, on held-out rows where it has them
+    ("eval/...").
     """
 
     stage: str
@@ -61,7 +62,9 @@ def read_pipeline(path: str | os.PathLike[str]) -> dict[str, Any]:
     settings = read_yaml(path)
     stages = settings.get("stages")
     if any(isinstance(s, Mapping) and s.get("trust_remote_code") for s in (stages if isinstance(stages, list) else ())):
-        raise ConfigError(f"{path} sets trust_remote_code, which only the command line or a Python call may set; remove it there")
+        raise ConfigError(
+            f"{path} sets trust_remote_code, which only the command line or a Python call may set; remove it there"
+        )
     return settings
 
 
@@ -121,7 +124,9 @@ def _folder(stages: Sequence[Stage], given: Mapping[str, Any]) -> Path:
     if config.name is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes need one folder: set the pipeline's `name`")
     if int(os.environ.get("RANK", "0")):
-        return config.output / str(config.name)  # the first process creates it; a stage starts when all processes are there
+        return config.output / str(
+            config.name
+        )  # the first process creates it; a stage starts when all processes are there
     folder = runfolder.find_or_make(config, FILE)
     written = [s.written() for s in stages]
     if config.resume:  # pipeline.yaml itself may have been edited

@@ -140,7 +140,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
             validated(_Entry, one)
         return found
     except (OSError, ValueError, TypeError, RecursionError, ConfigError) as error:
-        raise ConfigError(f"cannot read {path}: {error}. Remove the file; the record of the run's cost so far is lost") from None
+        raise ConfigError(
+            f"cannot read {path}: {error}. Remove the file; the record of the run's cost so far is lost"
+        ) from None
 
 
 def total(sessions: list[dict[str, Any]], key: str) -> float:

@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit import registry
-from alignkit import data
+from alignkit import data, registry
 from alignkit.config import RunConfig, gathered, split
+from alignkit.data.rows import shown
 from alignkit.errors import AlignkitError, ConfigError, ModelError, nearest
-from alignkit.models.loading import load_tokenizer
 from alignkit.method import Method
-from alignkit.rollout.checks import check_online
+from alignkit.models.loading import load_tokenizer
+from alignkit.reference.choice import check_reference
 from alignkit.rewards import PAIRWISE
 from alignkit.rewards.models import ModelOptions
-from alignkit.reference.choice import check_reference
-from alignkit.data.rows import shown
+from alignkit.rollout.checks import check_online
 
 _EARLIER = re.compile(r"@([A-Za-z0-9_.+=-]+)")
 _OF_THE_PIPELINE = ("output", "resume")
@@ -179,7 +178,9 @@ def _check_scorer(stage: Stage, compares: bool) -> None:
     """Raise ConfigError where the stage's model cannot score answers, or cannot compare two of them."""
     name = f"'@{stage.name}'"
     if "reward" not in stage.method.trains:
-        raise ConfigError(f"{name} is trained by '{stage.method.name}', which does not train a reward model; name a stage that does")
+        raise ConfigError(
+            f"{name} is trained by '{stage.method.name}', which does not train a reward model; name a stage that does"
+        )
     if compares and not stage.judges:
         raise ConfigError(
             f'{name} scores single answers; use it as a judge by {{bradley_terry: "@{stage.name}"}}, or train it with '

@@ -62,8 +62,8 @@ print(torch.sigmoid(score(*answers) - score(*reversed(answers))).item())
 _OF_SCORES = """
 
 The score is that of the whole answer, including its end-of-sequence token. The better of two answers to one prompt has
-the higher score, and σ of the difference is the probability that it is preferred. Apply the tokenizer's chat template to
-messages first. In alignkit the folder can be used as a `reward`."""
+the higher score, and σ of the difference is the probability that it is preferred. Apply the tokenizer's chat template
+to messages first. In alignkit the folder can be used as a `reward`."""
 _OF_PAIRS = """
 
 It prints the probability that the first answer is preferred. Both orders are scored, so that the position does not

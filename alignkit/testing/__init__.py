@@ -19,9 +19,10 @@ import pytest
 for _module in ("bench", "contract", "losses", "runs", "suite"):
     pytest.register_assert_rewrite(f"alignkit.testing.{_module}")
 
-from alignkit.testing.bench import Bench, Cut, Measured, ScriptedModels  # noqa: E402
+from alignkit.testing.bench import Bench, Cut, Measured  # noqa: E402
 from alignkit.testing.byhand import Answer, ScoredRow, log_sigmoid, sigmoid  # noqa: E402
 from alignkit.testing.conformance import Conformance  # noqa: E402
+from alignkit.testing.models import ScriptedModels  # noqa: E402
 from alignkit.testing.runs import train  # noqa: E402
 from alignkit.testing.world import tiny_examples, tiny_model, tiny_rows, tiny_tokenizer  # noqa: E402
 

@@ -7,7 +7,7 @@ The step is the engine's: collect once, count over all ranks, then a backward fo
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from alignkit.engine import averages
-from alignkit.errors import PluginError
 from alignkit.method import Method
 from alignkit.models.packing import batch_of
-from alignkit.models.scoring import Scorer
-from alignkit.models.values import ActorCritic, Valuer
+from alignkit.models.values import ActorCritic
 from alignkit.testing.byhand import ScoredRow, score_of, score_rows
-from alignkit.testing.world import EOS, blend, tiny_classifier, tiny_model
-from alignkit.types import Batch, Completion, Example, Layout, Outputs
+from alignkit.testing.models import TinyModels
+from alignkit.testing.world import EOS
+from alignkit.types import Batch, Completion, Example, Layout
 
 
 @dataclass(frozen=True)
@@ -46,81 +45,6 @@ class Measured:
     loss: float
     metrics: dict[str, float]
     gradients: dict[str, Tensor]
-
-
-class TinyModels:
-    """The models of the bench; a role that the method did not declare is refused, as in a run.
-
-    trained: what a step trains: the policy, with its critic where there is one, or a reward model.
-    """
-
-    def __init__(self, method: Method[Any], dtype: torch.dtype = torch.float64) -> None:
-        self.method = method
-        self.policy_scorer = Scorer(tiny_model(0, dtype))
-        self.reference_scorer = Scorer(tiny_model(0, dtype)).requires_grad_(False)
-        blend(self.policy_scorer, tiny_model(1, dtype), 0.05)
-        self.trained: Any = self.policy_scorer
-        if "critic" in method.roles():
-            self.trained = ActorCritic(self.policy_scorer, Valuer(tiny_classifier(2, dtype)))
-        if "reward" in method.trains:
-            self.trained = Valuer(tiny_classifier(0, dtype))
-
-    def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
-        """Score with the policy, and with the critic."""
-        self._ask("policy")
-        if not values:
-            return self.policy_scorer(batch.rows, batch.targets, 1.0, entropy)  # type: ignore[no-any-return]
-        self._ask("critic")
-        return self.trained(batch.rows, batch.targets, 1.0, entropy, frozen)  # type: ignore[no-any-return]
-
-    def reference(self, batch: Batch) -> Outputs:
-        """Score with the reference."""
-        self._ask("reference")
-        with torch.no_grad():
-            return self.reference_scorer(batch.rows, batch.targets)  # type: ignore[no-any-return]
-
-    def reward(self, batch: Batch) -> Tensor:
-        """Score whole answers with the reward model."""
-        self._ask("reward")
-        return self.trained(batch.rows, batch.rows.last_at)  # type: ignore[no-any-return]
-
-    def _ask(self, role: str) -> None:
-        if role not in self.method.roles():
-            raise PluginError(f"'{self.method.name}' asked for the role '{role}', which it does not declare")
-
-
-class ScriptedModels:
-    """Models that say what they are told: one log-probability in nats for every token of a completion.
-
-    policy_says, reference_says: by completion. leaves: the policy's outputs, whose gradients can be looked at.
-    """
-
-    def __init__(self, policy_says: Mapping[Completion, float], reference_says: Mapping[Completion, float]) -> None:
-        self.policy_says, self.reference_says = policy_says, reference_says
-        self.leaves: list[Tensor] = []
-
-    def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
-        """Return the scripted values as a leaf, entropies of 0, and a critic's values of 0 as another leaf."""
-        wanted = torch.is_grad_enabled()
-        logps_C = _spread(batch, self.policy_says).requires_grad_(wanted and not frozen)
-        values_C = torch.zeros_like(logps_C).requires_grad_(wanted)
-        self.leaves += [leaf for leaf, used in ((logps_C, not frozen), (values_C, values)) if used]
-        return Outputs(logps_C, torch.zeros(len(logps_C)) if entropy else None, values_C if values else None)
-
-    def reference(self, batch: Batch) -> Outputs:
-        """Return the scripted values."""
-        return Outputs(_spread(batch, self.reference_says))
-
-    def reward(self, batch: Batch) -> Tensor:
-        """Return each completion's scripted value as its score, a leaf; -30 for one that a method put together."""
-        said = torch.tensor([self.policy_says.get(c, -30.0) for e in batch.examples for c in e.completions])
-        self.leaves.append(said.requires_grad_(torch.is_grad_enabled()))
-        return said
-
-
-def _spread(batch: Batch, says: Mapping[Completion, float]) -> Tensor:
-    values = torch.tensor([says[c] for e in batch.examples for c in e.completions])
-    return values.repeat_interleave(batch.lengths)
 
 
 Scripted = Callable[[Example, int], Example]

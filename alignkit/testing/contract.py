@@ -19,7 +19,8 @@ from alignkit.config import read_yaml, split, write_yaml
 from alignkit.engine.averages import counts, term_sums
 from alignkit.errors import ConfigError, PluginError
 from alignkit.registry import check_class
-from alignkit.testing.bench import Bench, TinyModels
+from alignkit.testing.bench import Bench
+from alignkit.testing.models import TinyModels
 from alignkit.testing.suite import Suite
 from alignkit.types import Batch, Term
 

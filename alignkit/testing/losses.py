@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from alignkit.engine.averages import counts, sum_terms
-from alignkit.testing.bench import Bench, Cut, Scripted, ScriptedModels, TinyModels, assert_same, reordered
+from alignkit.testing.bench import Bench, Cut, Scripted, assert_same, reordered
+from alignkit.testing.models import ScriptedModels, TinyModels
 from alignkit.testing.suite import Suite
 from alignkit.testing.world import same_answers
 from alignkit.types import Completion, Example, Layout

@@ -12,7 +12,8 @@ import numpy as np
 from alignkit.config import RunConfig
 from alignkit.data import Dataset, load
 from alignkit.data.forms import FORMS, KINDS
-from alignkit.data.rows import FaultyRowsError, Row, read_rows
+from alignkit.data.rows import FaultyRowsError, Row
+from alignkit.data.sources import read_rows
 from alignkit.errors import ConfigError, DataError
 from alignkit.insight.audit.bias import Bias, biases, counted
 from alignkit.insight.audit.findings import Finding, of_preferences, of_reward, of_rows

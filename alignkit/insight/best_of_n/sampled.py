@@ -13,13 +13,13 @@ from alignkit.config import RunConfig, gathered, validated
 from alignkit.data import Dataset, load
 from alignkit.data.rows import Content
 from alignkit.data.tokenise import tokenise
-from alignkit.engine.rollouts import answers_of
 from alignkit.errors import ConfigError, nearest
 from alignkit.insight.best_of_n.curve import Point, curve
 from alignkit.insight.places import device, model_folder
 from alignkit.models.loading import from_pretrained, load_tokenizer
 from alignkit.rewards import Rewards, build_rewards, check_rewards
 from alignkit.rollout import sample
+from alignkit.rollout.completions import answers_of
 from alignkit.types import Example
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from alignkit.data import load
 from alignkit.data.forms import KINDS
-from alignkit.data.rows import FaultyRowsError, RawRows, Row, read_rows
+from alignkit.data.rows import FaultyRowsError, RawRows, Row
+from alignkit.data.sources import read_rows
 from alignkit.errors import DataError
 from alignkit.insight.audit import Audit, audit
 from alignkit.insight.audit.features import LENGTH
