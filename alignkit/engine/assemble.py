@@ -109,9 +109,7 @@ def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
 
 
 def forget_precision() -> None:
-    """Let the next Accelerator set its own precision: Accelerate keeps one per process, which may run several
-    methods.
-    """
+    """Let the next Accelerator set its own precision: Accelerate keeps one for the whole process."""
     AcceleratorState._reset_state()  # Accelerate has no public function for this
 
 

@@ -143,9 +143,7 @@ class LogpCache:
         return good, bad
 
     def clear(self, reference: str | None = None) -> int:
-        """Delete all values, or those of the reference whose fingerprint starts with `reference`; return their
-        number.
-        """
+        """Delete all values, or those of the reference that `reference` begins; return how many were deleted."""
         names = [row[0] for row in self._all("SELECT fingerprint FROM refs")]
         chosen = [n for n in names if reference is None or n.startswith(reference)]
         if reference is not None and len(chosen) != 1:
