@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
 from alignkit.engine.averages import counts, sum_terms
 from alignkit.testing.bench import Bench, Cut, Scripted, assert_same, reordered
 from alignkit.testing.models import ScriptedModels, TinyModels
-from alignkit.testing.suite import Suite
+from alignkit.testing.suite import Suite, only_for
 from alignkit.testing.world import same_answers
 from alignkit.types import Completion, Example, Layout
 
@@ -72,18 +71,15 @@ class LossChecks(Suite):
         for ranks in (2, 3):
             assert_same(whole, bench.step(examples, Cut(ranks=ranks)), "the number of ranks")
 
+    @only_for("text", "pairs", "unpaired")
     def test_ties_count_half(self, config: dict[str, Any]) -> None:
-        """On equal answers an accuracy is one half."""
-        if self.method.data == "prompts":
-            pytest.skip("a method that samples has no pairs")
+        """On equal answers an accuracy is one half, where the method logs one."""
         bench = Bench(self.made(config))
         bench.models.reference_scorer = bench.models.policy_scorer
         tie = same_answers(self.method.data)
         metrics = bench.step([tie] * max(2, self.method.min_batch)).metrics
         accuracies = {n: v for n, v in metrics.items() if n.endswith("accuracy")}
-        if not accuracies:
-            pytest.skip("the method logs no accuracy")
-        assert set(accuracies.values()) == {0.5}, f"on equal answers: {accuracies}"
+        assert set(accuracies.values()) <= {0.5}, f"on equal answers: {accuracies}"
 
     def test_extreme_log_probabilities(self, config: dict[str, Any]) -> None:
         """Loss and gradient are finite in float32 for log-probabilities from 0 to -10,000 per token."""

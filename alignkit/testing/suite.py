@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
 
-from alignkit.method import Method
+from alignkit.method import DataKind, Method, Role
 from alignkit.testing.bench import Bench
 from alignkit.testing.byhand import ScoredRow
 from alignkit.testing.world import tiny_examples
 from alignkit.types import Example
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def only_for(*data: DataKind, role: Role | None = None) -> Callable[[F], F]:
+    """Mark a check that applies to methods of these kinds of data, and to configurations that use this role."""
+
+    def mark(check: F) -> F:
+        check.only_for = data, role  # type: ignore[attr-defined]
+        return check
+
+    return mark
 
 
 class Suite:
@@ -44,6 +56,10 @@ class Suite:
         known = {*tests, *(f"{t}[{config_id(c)}]" for t in tests for c in cls.configs)}
         if unknown := sorted(set(cls.expected_failures) - known):
             raise TypeError(f"{cls.__name__}: expected_failures has unknown checks {unknown}; checks: {tests}")
+        for name in tests if hasattr(cls, "method") else ():
+            data, _ = getattr(getattr(cls, name), "only_for", (None, None))
+            if data is not None and cls.method.data not in data:
+                setattr(cls, name, None)  # pytest collects what can be called: a check that cannot apply is no skip
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:
@@ -54,9 +70,11 @@ class Suite:
         """Run a check with the argument `config` once for each configuration (pytest calls this)."""
         if "config" not in metafunc.fixturenames:
             return
+        _, role = getattr(metafunc.function, "only_for", (None, None))
         marked = [
             pytest.param(dict(c), id=config_id(c), marks=self._marks(metafunc.function.__name__, config_id(c)))
             for c in self.configs
+            if role is None or role in self.made(c).roles()
         ]
         metafunc.parametrize("config", marked)
 
