@@ -1,4 +1,4 @@
-"""Rows of each kind, made from a few words, and a tiny model of these words."""
+"""Rows of each kind, made of a few words, and a tiny model of these words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = (
 
 
 def sentence(rng: random.Random, low: int = 1, high: int = 9) -> str:
-    """A few words; every call another."""
+    """A few random words."""
     return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
 
 
@@ -33,7 +33,7 @@ def make_rows(kind: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write_tiny(folder: Path, **changes: Any) -> None:
-    """Write a tiny Llama, its configuration changed as wanted, and its tokenizer."""
+    """Write a tiny Llama, with these changes of its configuration, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

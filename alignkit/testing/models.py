@@ -1,4 +1,4 @@
-"""The models of the bench: tiny ones in float64, and scripted ones that return given log-probabilities."""
+"""The bench's models: tiny ones in float64, and scripted ones that return fixed log-probabilities."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from alignkit.types import Batch, Completion, Outputs
 
 
 class TinyModels:
-    """The models of the bench; a role that the method did not declare is refused, as in a run.
+    """The bench's models; a role that the method does not declare is refused, as in a run.
 
-    trained: what a step trains: the policy, with its critic where there is one, or a reward model.
+    trained: the module that a step trains: the policy, with its critic if there is one, or a reward model.
     """
 
     def __init__(self, method: Method[Any], dtype: torch.dtype = torch.float64) -> None:
@@ -34,33 +34,33 @@ class TinyModels:
             self.trained = Valuer(tiny_classifier(0, dtype))
 
     def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
-        """Score with the policy, and with the critic."""
-        self._ask("policy")
+        """Score with the policy and, for values, with the critic."""
+        self._check_role("policy")
         if not values:
             return self.policy_scorer(batch.rows, batch.targets, 1.0, entropy)  # type: ignore[no-any-return]
-        self._ask("critic")
+        self._check_role("critic")
         return self.trained(batch.rows, batch.targets, 1.0, entropy, frozen)  # type: ignore[no-any-return]
 
     def reference(self, batch: Batch) -> Outputs:
         """Score with the reference."""
-        self._ask("reference")
+        self._check_role("reference")
         with torch.no_grad():
             return self.reference_scorer(batch.rows, batch.targets)  # type: ignore[no-any-return]
 
     def reward(self, batch: Batch) -> Tensor:
         """Score whole answers with the reward model."""
-        self._ask("reward")
+        self._check_role("reward")
         return self.trained(batch.rows, batch.rows.last_at)  # type: ignore[no-any-return]
 
-    def _ask(self, role: str) -> None:
+    def _check_role(self, role: str) -> None:
         if role not in self.method.roles():
-            raise PluginError(f"'{self.method.name}' asked for the role '{role}', which it does not declare")
+            raise PluginError(f"'{self.method.name}' uses the role '{role}', which it does not declare")
 
 
 class ScriptedModels:
-    """Models that say what they are told: one log-probability in nats for every token of a completion.
+    """Models that return fixed values: one log-probability in nats for every token of a completion.
 
-    policy_says, reference_says: by completion. leaves: the policy's outputs, whose gradients can be looked at.
+    policy_says, reference_says: the value of each completion. leaves: the policy's outputs, to inspect their gradients.
     """
 
     def __init__(self, policy_says: Mapping[Completion, float], reference_says: Mapping[Completion, float]) -> None:
@@ -70,22 +70,22 @@ class ScriptedModels:
     def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
         """Return the scripted values as a leaf, entropies of 0, and a critic's values of 0 as another leaf."""
         wanted = torch.is_grad_enabled()
-        logps_C = _spread(batch, self.policy_says).requires_grad_(wanted and not frozen)
+        logps_C = _per_token(batch, self.policy_says).requires_grad_(wanted and not frozen)
         values_C = torch.zeros_like(logps_C).requires_grad_(wanted)
         self.leaves += [leaf for leaf, used in ((logps_C, not frozen), (values_C, values)) if used]
         return Outputs(logps_C, torch.zeros(len(logps_C)) if entropy else None, values_C if values else None)
 
     def reference(self, batch: Batch) -> Outputs:
         """Return the scripted values."""
-        return Outputs(_spread(batch, self.reference_says))
+        return Outputs(_per_token(batch, self.reference_says))
 
     def reward(self, batch: Batch) -> Tensor:
-        """Return each completion's scripted value as its score, a leaf; -30 for one that a method put together."""
-        said = torch.tensor([self.policy_says.get(c, -30.0) for e in batch.examples for c in e.completions])
-        self.leaves.append(said.requires_grad_(torch.is_grad_enabled()))
-        return said
+        """Return each completion's scripted value as its score, a leaf; -30 for a completion that a method created."""
+        scores = torch.tensor([self.policy_says.get(c, -30.0) for e in batch.examples for c in e.completions])
+        self.leaves.append(scores.requires_grad_(torch.is_grad_enabled()))
+        return scores
 
 
-def _spread(batch: Batch, says: Mapping[Completion, float]) -> Tensor:
-    values = torch.tensor([says[c] for e in batch.examples for c in e.completions])
-    return values.repeat_interleave(batch.lengths)
+def _per_token(batch: Batch, values: Mapping[Completion, float]) -> Tensor:
+    per_completion = torch.tensor([values[c] for e in batch.examples for c in e.completions])
+    return per_completion.repeat_interleave(batch.lengths)
