@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from alignkit.alarms import HEALTHY_KL
+from alignkit.insight.report.charts import Mark, Series, alarm_sample, chart, sample
+from alignkit.insight.report.numbers import Point, finite, number
 from alignkit.insight.report.read import Run
-from alignkit.insight.report.svg import Mark, Point, Series, chart, sample
-from alignkit.insight.report.ticks import finite, number
 from alignkit.runs.folder import EVAL
 
 _GROUPS = (
@@ -101,12 +101,14 @@ def unit(name: str) -> str:
 
 
 def legend(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
-    """Return a sample of each line with its words: of one run training and held-out rows, else the runs."""
+    """Return a sample of each line with its label: training and held-out rows of one run, else the runs; and alarms."""
     held_out = any(key.startswith(EVAL) for run in runs for line in run.lines for key in line)
     if len(runs) == 1:
-        return [(sample(0, False), "training"), *([(sample(1, True), "held-out rows")] if held_out else [])]
-    lines = [(sample(i, False), run.label) for i, run in enumerate(runs)]
-    return [*lines, *([(sample(0, True), "with points: held-out rows")] if held_out else [])]
+        lines = [(sample(0, False), "training"), *([(sample(1, True), "held-out rows")] if held_out else [])]
+    else:
+        lines = [(sample(i, False), run.label) for i, run in enumerate(runs)]
+        lines += [(sample(0, True), "with points: held-out rows")] if held_out else []
+    return [*lines, *([(alarm_sample(), "alarm, by its number")] if any(run.alarms for run in runs) else [])]
 
 
 def _series(runs: Sequence[Run], name: str) -> Iterator[Series]:

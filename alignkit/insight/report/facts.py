@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from alignkit.insight.report.numbers import number
 from alignkit.insight.report.read import Run
-from alignkit.insight.report.ticks import number
 from alignkit.runs import sessions
 from alignkit.runs.card import place
 

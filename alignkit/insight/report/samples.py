@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alignkit.insight.report.numbers import finite
 from alignkit.insight.report.read import Run
-from alignkit.insight.report.ticks import finite
 
 FIRST, CHANGED = 6, 3
 

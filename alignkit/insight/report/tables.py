@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignkit.insight.report import curves, facts
+from alignkit.insight.report.numbers import number
 from alignkit.insight.report.read import Run
-from alignkit.insight.report.ticks import number
 from alignkit.runs.results import in_training, outcomes
 
 Table = tuple[list[str], list[list[str]]]

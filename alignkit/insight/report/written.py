@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.insight import page
-from alignkit.insight.report import audits, curves, facts, samples, settings, tables
+from alignkit.insight.report import audits, charts, curves, facts, samples, settings, tables
 from alignkit.insight.report.read import Chapter, Run, chapters
-from alignkit.insight.report.svg import Mark
 
 _LABELLED = 12  # steps with alarms whose numbers have room above a chart
 
@@ -32,8 +31,9 @@ def report(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str
     """Write what the runs did into one HTML file that needs nothing else, and return its path.
 
     runs: folders of runs, drawn over each other, or of pipelines, stage by stage. Raises ConfigError for a folder that
-    holds none, and DataError for a damaged file in it.
+    holds none, or where matplotlib is missing, and DataError for a damaged file in it.
     """
+    charts.check()
     read = chapters([Path(run) for run in runs])
     names = [Path(run).resolve().name for run in runs]
     title = f"Report on {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
@@ -79,14 +79,14 @@ def _alarms(runs: Sequence[Run]) -> list[Alarm]:
     return [Alarm(i, label, int(a["step"]), **text) for i, (label, a, text) in enumerate(texts, 1)]
 
 
-def _marks(alarms: Sequence[Alarm]) -> list[Mark]:
+def _marks(alarms: Sequence[Alarm]) -> list[charts.Mark]:
     """One mark a step; its label names the alarms where there is room."""
     steps = sorted({a.step for a in alarms})
     found = []
     for step in steps:
         there = [a for a in alarms if a.step == step]
         label = ",".join(str(a.number) for a in there) if len(steps) <= _LABELLED else ""
-        found.append(Mark(step, label, "\n".join(f"{a.number}. {a.name}: {a.message}" for a in there)))
+        found.append(charts.Mark(step, label, "\n".join(f"{a.number}. {a.name}: {a.message}" for a in there)))
     return found
 
 
