@@ -79,7 +79,9 @@ class Balanced(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.add(tag)
-        self.links |= {value for name, value in attrs if name in ("src", "href", "action", "data", "srcset", "style")}
+        self.links |= {
+            value for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data", "srcset")
+        }
         assert not [name for name, _ in attrs if name.startswith("on")]
         if tag not in ("meta", "link", "br", "img"):
             self.open.append(tag)
@@ -201,8 +203,11 @@ def test_several_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
     Balanced().check(page)
     chart = re.search(r'<svg class="chart"[^>]*aria-label="loss".*?</svg>', page, re.DOTALL)
     assert chart
-    for colour, dash in enumerate(("", "7 3", "2 2.5")):
-        assert re.search(rf'<path class="line c{colour}" d="[^"]+" stroke-dasharray="{dash}"', chart[0])
+    styles = re.findall(r'<g class="line"><path d="[^"]+" style="([^"]+)"', chart[0])
+    assert len(styles) == 3
+    for colour, (dash, style) in enumerate(zip((None, "7,3", "2,2.5"), styles, strict=True)):
+        assert f"stroke: var(--s{colour})" in style
+        assert f"stroke-dasharray: {dash};" in style if dash else "dasharray" not in style
     text = words(page)
     assert "What differs between the runs setting one two three seed 0 1 2" in text
     assert "one two three with points: held-out rows" in text
@@ -252,8 +257,9 @@ def test_alarms_are_on_the_curves_and_listed(tmp_path: Path) -> None:
     assert "1 3 kl_high too far" in text
     assert "2 3 other and that raise beta" in text
     assert "Made by alignkit" in text
-    assert len(re.findall(r'<g class="mark"><title>1\. kl_high: too far', page)) == page.count('class="chart"')
-    assert ">1,2</text>" in page
+    charts = page.count('class="chart"')
+    assert len(re.findall(r"\n1\. kl_high: too far [^<]*\n2\. other: and that</title></rect>", page)) == charts
+    assert page.count(">1,2</text>") == charts
     assert "None was raised" not in text
 
 

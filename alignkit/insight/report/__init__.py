@@ -2,7 +2,8 @@
 
 read.py       what is in the folders of runs
 curves.py     which metrics are drawn, in which units
-svg.py        a chart; ticks.py its axes
+charts.py     a chart; inline.py its SVG in the page
+numbers.py    which numbers are drawn, and how they are written
 samples.py    completions before and after
 settings.py   what differs from the defaults, and between runs
 facts.py      reference, environment, cost

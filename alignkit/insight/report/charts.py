@@ -31,7 +31,7 @@ POINTS = 60  # of held-out rows that get a marker; the line goes through all
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "alignkit",
-    "path.simplify_threshold": 0.5,  # pixels: 10,000 noisy steps become some 1,000 points, spikes as high as they were
+    "path.simplify_threshold": 1.0,  # pixels: 10,000 noisy steps become some 1,000 points, spikes as high as they were
     "font.size": 11,
     "lines.scale_dashes": False,
     "figure.facecolor": "none",
@@ -150,6 +150,8 @@ def _plot(axes: Axes, series: Sequence[Series]) -> None:
             alone = [i for i, here in enumerate(ok) if here and not any(ok[max(0, i - 1) : i] + ok[i + 1 : i + 2])]
             _line(axes, one, range(0, len(ok), len(ok) // POINTS + 1) if one.held_out else alone)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
+    if axes.lines:
+        axes.autoscale_view()
     if axes.dataLim.x0 == 1:  # training begins at step 1, and nothing is before it
         axes.set_xlim(left=0)
     if 0 <= axes.dataLim.y0 < 0.4 * axes.dataLim.y1:  # 0 is near, and the distance from it tells more
@@ -175,13 +177,11 @@ def _line(axes: Axes, series: Series, marked: Sequence[int]) -> None:
         markeredgecolor=COLOURS["paper"],
         markeredgewidth=0.8,
         markevery=list(marked),
-        clip_on=False,  # the limits hold all values, and a clip path would be an id of the page
-        in_layout=False,
     )
 
 
 def _mark(axes: Axes, mark: Mark) -> None:
-    axes.axvline(mark.step, gid="mark", color=COLOURS["bad"], linewidth=1.2, dashes=(1.5, 2.5), clip_on=False)
+    axes.axvline(mark.step, gid="mark", color=COLOURS["bad"], linewidth=1.2, dashes=(1.5, 2.5))
     if mark.label:
         axes.annotate(
             mark.label, (mark.step, 1), (0, 2), axes.get_xaxis_transform(), "offset points",
@@ -193,6 +193,4 @@ def _shade(axes: Axes, low: float, high: float) -> None:
     """Shade the values of a band as far as the axis goes."""
     bottom, top = axes.get_ylim()
     if low < top and high > bottom:
-        axes.axhspan(
-            max(low, bottom), min(high, top), gid="band", color=COLOURS["s2"], alpha=0.09, linewidth=0, clip_on=False
-        )
+        axes.axhspan(max(low, bottom), min(high, top), gid="band", color=COLOURS["s2"], alpha=0.09, linewidth=0)

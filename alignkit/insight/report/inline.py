@@ -41,7 +41,8 @@ def inline(figure: Figure) -> Markup:
     )
     text = re.sub(r' id="(?:(line|points|mark|band)|[^"]*)"', lambda m: f' class="{m[1]}"' if m[1] else "", text)
     text = re.sub(r'\bd="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", " ".join(path[0].split())), text)
-    text = re.sub(r"font-family: [^;\"]*;? ?| transform=\"rotate\(-0[^\"]*\"", "", text)
+    # the limits of the axes hold all that is drawn, so nothing has to be clipped
+    text = re.sub(r'font-family: [^;"]*;? ?| clip-path="[^"]*"| transform="rotate\(-0[^"]*"', "", text)
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
     return Markup(re.sub(r">\s+<", "><", text.strip()))
