@@ -1,14 +1,14 @@
-"""Plugins: what is installed, and what of it is broken."""
+"""Installed plugins, and which of them are broken."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
-from alignkit.insight.doctor.parts import Asked, Fact, Trouble
+from alignkit.insight.doctor.probe import Fact, Trouble
 
 
-def plugins(asked: Asked) -> Iterator[Fact | Trouble]:
+def plugins() -> Iterator[Fact | Trouble]:
     """Yield every method, reward, judge and listener that is installed, and which cannot be used."""
     from alignkit import registry
     from alignkit.errors import PluginError
@@ -21,19 +21,19 @@ def plugins(asked: Asked) -> Iterator[Fact | Trouble]:
     for plugin in found:
         if plugin.problem:
             yield Trouble("problem", plugin.problem, _remedy(registry.GROUP, plugin.name))
-    for group, word, load in (
+    for group, kind, load in (
         (registry.REWARDS, "rewards", registry.reward),
         (registry.JUDGES, "judges", registry.judge),
     ):
-        yield Fact(f"{word} of plugins", ", ".join(registry.names(group)) or "none")
+        yield Fact(f"{kind} of plugins", ", ".join(registry.names(group)) or "none")
         for name in registry.names(group):
             try:
                 load(name)
             except PluginError as error:
                 yield Trouble("problem", str(error), _remedy(group, name))
     refused: list[str] = []
-    heard = registry.listeners(refused.append)
-    yield Fact("listeners", ", ".join(heard) or "none")
+    listeners = registry.listeners(refused.append)
+    yield Fact("listeners", ", ".join(listeners) or "none")
     for what in refused:
         yield Trouble("problem", what, "upgrade or uninstall its distribution")
 

@@ -1,42 +1,36 @@
-"""examine(): all probes, one after the other, as text for a bug report and as JSON."""
+"""examine(): run all probes; a diagnosis as text for a bug report and as JSON."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from alignkit.insight.doctor import computing, installed, kept, machine, software, surroundings
-from alignkit.insight.doctor.parts import Asked, Part, Probe, looked
-
-PROBES: dict[str, Probe] = {
-    "versions": software.versions,
-    "libraries": software.working,
-    "devices": machine.devices,
-    "kernels": computing.kernels,
-    "attention": computing.attention,
-    "plugins": installed.plugins,
-    "reference cache": kept.cache,
-    "disks": kept.disks,
-    "environment": surroundings.environment,
-    "terminal": surroundings.terminal,
-}
+from alignkit.insight.doctor.attention import attention
+from alignkit.insight.doctor.devices import devices
+from alignkit.insight.doctor.disks import disks
+from alignkit.insight.doctor.kernels import kernels
+from alignkit.insight.doctor.plugins import plugins
+from alignkit.insight.doctor.probe import Part, Probe, run
+from alignkit.insight.doctor.versions import versions
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found, part by part."""
+    """What each probe found."""
 
     parts: tuple[Part, ...]
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing is a problem; warnings may be there."""
+        """Whether no part has a problem; warnings are allowed."""
         return all(part.severity != "problem" for part in self.parts)
 
     def describe(self) -> dict[str, Any]:
-        """Return everything as it goes into JSON."""
+        """Return everything as JSON values."""
         return {
             "healthy": self.healthy,
             "parts": {
@@ -50,19 +44,30 @@ class Diagnosis:
         }
 
     def text(self) -> str:
-        """Return what to print: plain text, troubles under the part that they are of."""
+        """Return plain text to print, each part with its troubles."""
         return "\n".join([*(line for part in self.parts for line in _lines(part)), _verdict(self.parts)])
 
 
-def examine(asked: Asked | None = None) -> Diagnosis:
-    """Look at versions, devices, kernels, plugins, the cache, disks and the environment. Raises nothing."""
-    wanted = asked or Asked()
+def probes(runs: Path) -> dict[str, Probe]:
+    """Return all probes by their titles; runs: the folder of runs."""
+    return {
+        "versions": versions,
+        "devices": devices,
+        "kernels": kernels,
+        "attention": attention,
+        "plugins": plugins,
+        "disks": partial(disks, runs),
+    }
+
+
+def examine(runs: Path = Path("runs")) -> Diagnosis:
+    """Examine versions, devices, kernels, attention, plugins and disks; runs: the folder of runs. Raises nothing."""
     before = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # what a library has to say of itself while it is imported
+    logging.disable(logging.ERROR)  # what a library logs while it is imported
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Diagnosis(tuple(looked(title, probe, wanted) for title, probe in PROBES.items()))
+            return Diagnosis(tuple(run(title, probe) for title, probe in probes(runs).items()))
     finally:
         logging.disable(before)
 

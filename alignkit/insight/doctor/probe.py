@@ -1,4 +1,4 @@
-"""A part of what is found: facts and troubles. A probe may fail in any way; what it had found by then is kept."""
+"""What a probe finds: facts and troubles. A probe may fail in any way; what it had found by then is kept."""
 
 from __future__ import annotations
 
@@ -12,45 +12,30 @@ from typing import Literal, NamedTuple
 
 Severity = Literal["ok", "warn", "problem"]
 
-# a password may hold any character but a blank; of an address that is taken for a path, one / is left
-_CREDENTIALS = re.compile(
-    r"(?:(?<=://)|(?<=:/)(?!/))[^\s/:]*:\S+@"  # scheme://name:password@host
-    r"|(?<=://)[^\s/]+@"  # scheme://token@host
-    r"|(?<![^\s'\"=,;(])[^\s/\\:@'\"=,;(]+:[^\s/\\]+@"  # name:password@host
-)
 _IN_A_PATH = re.compile(r"[/\\][^/\\\s]+|[^/\\\s]+(?=[/\\])")
-# accounts that tell nothing of a person, and are folders' names too
-_NOBODYS = {
+# accounts that identify nobody, and are folders' names too
+_IMPERSONAL = {
     "admin", "app", "data", "home", "jovyan", "models", "nobody", "root", "runner", "ubuntu", "user", "work",
     "workspace",
 }  # fmt: skip
 
 
 class Fact(NamedTuple):
-    """Something that is so."""
+    """A name and its value."""
 
     name: str
     value: str
 
 
 class Trouble(NamedTuple):
-    """Something that is wrong, or may be; and what to do about it."""
+    """What is wrong, or may be; and what to do about it."""
 
     severity: Literal["warn", "problem"]
     what: str
     remedy: str
 
 
-class Asked(NamedTuple):
-    """What an examination is asked for. runs: the folder for runs. verify: check the cache's every value. int8: a
-    configuration asks for an 8-bit reference."""
-
-    runs: Path = Path("runs")
-    verify: bool = False
-    int8: bool = False
-
-
-Probe = Callable[[Asked], Iterator[Fact | Trouble]]
+Probe = Callable[[], Iterator[Fact | Trouble]]
 
 
 @dataclass(frozen=True)
@@ -69,30 +54,29 @@ class Part:
         return "warn" if self.troubles else "ok"
 
 
-def looked(title: str, probe: Probe, asked: Asked) -> Part:
+def run(title: str, probe: Probe) -> Part:
     """Run a probe; where it fails, that is a trouble of the part."""
     found: list[Fact | Trouble] = []
     try:
-        found.extend(probe(asked))  # what it yields before it fails is kept
+        found.extend(probe())  # what it yields before it fails is kept
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a broken library may raise anything, SystemExit and Rust's panics among it
-        what = f"could not look any further: {type(error).__name__}: {first(error)}"
-        found.append(Trouble("warn", what, "mend what it names; if it names nothing, report this text as a bug"))
+        what = f"the rest could not be examined: {type(error).__name__}: {first_line(error)}"
+        found.append(Trouble("warn", what, "fix what it names; if it names nothing, report this text as a bug"))
     facts = [Fact(f.name, private(f.value)) for f in found if isinstance(f, Fact)]
     troubles = [Trouble(t.severity, private(t.what), private(t.remedy)) for t in found if isinstance(t, Trouble)]
     return Part(title, tuple(facts), tuple(troubles))
 
 
-def first(error: BaseException) -> str:
-    """Return an error's first line, of 300 characters at most."""
+def first_line(error: BaseException) -> str:
+    """Return an error's first line, at most 300 characters of it."""
     return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def private(text: str) -> str:
-    """Return a text without the home folder, the user's name as a word of a path, and names and passwords in
-    addresses."""
-    text = _CREDENTIALS.sub("***@", text)
+    """Return a text without the home folder, the user's name as a word of a path, and credentials in addresses."""
+    text = re.sub(r"(?<=://)[^\s/]+@", "***@", text)
     names = set()
     with suppress(OSError, RuntimeError):  # neither HOME nor an entry in the list of users, as in containers
         homes = {str(Path.home()), str(Path.home().resolve())}
@@ -101,7 +85,7 @@ def private(text: str) -> str:
         names.add(Path.home().name)
     with suppress(OSError, KeyError, ImportError):
         names.add(getpass.getuser())
-    for name in names - _NOBODYS - {""}:
+    for name in names - _IMPERSONAL - {""}:
         word = re.compile(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])")  # alice-runs and my_alice, not malice
         text = _IN_A_PATH.sub(lambda part, word=word: word.sub("USER", part[0]), text)  # type: ignore[misc]
     return text
