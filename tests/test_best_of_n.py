@@ -20,7 +20,7 @@ from alignkit import data
 from alignkit.errors import ConfigError, RewardError
 from alignkit.insight.best_of_n import BestOfN, best_of_n, draw, table, write_best, write_json, write_pairs
 from alignkit.insight.best_of_n.curve import best_of, curve, kl, ordered
-from alignkit.insight.best_of_n.sampled import Asked
+from alignkit.insight.best_of_n.selection import Asked
 from helpers import write_tiny
 
 SHORT = {"sampling.max_new_tokens": 6, "sampling.stop": ["e", "a", "s"]}
@@ -217,10 +217,10 @@ def test_samples_are_scored_and_chosen(base: str) -> None:
 
 
 def test_prompts_that_are_asked_together_change_nothing(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alignkit.insight.best_of_n import sampled
+    from alignkit.insight.best_of_n import selection
 
     whole = best_of_n(base, ROWS, longest, n=2, settings=SHORT).asked
-    monkeypatch.setattr(sampled, "TOGETHER", 2)
+    monkeypatch.setattr(selection, "TOGETHER", 2)
     assert best_of_n(base, ROWS, longest, n=2, settings=SHORT).asked == whole
     assert best_of_n(base, ROWS, longest, n=2, settings=SHORT, limit=1).asked == whole[:1]
 

@@ -237,7 +237,7 @@ def test_the_interpreter_is_found_out() -> None:
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts(attention)["of a Llama on cpu"].startswith("alignkit_branches, branch by branch")
     assert troubles(attention) == []
-    monkeypatch.setattr("alignkit.insight.places.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("alignkit.insight.model_paths.device", lambda: torch.device("cuda"))
     assert facts(attention)["of a Llama on cuda"].startswith("flex_attention, ")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     assert one(attention).remedy == "unset TORCHDYNAMO_DISABLE"

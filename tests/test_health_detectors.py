@@ -18,10 +18,10 @@ from alignkit import Alarm, registry
 from alignkit.alarms import ALARMS, Health
 from alignkit.config import RunConfig, Sampling
 from alignkit.insight.health import Monitor, detectors
+from alignkit.insight.health.alarm_messages import DETECTORS
+from alignkit.insight.health.completion_stats import dead_groups, repetition, same_opening, spreads, words
 from alignkit.insight.health.history import History
 from alignkit.insight.health.monitor import held_out
-from alignkit.insight.health.texts import dead_groups, repetition, same_opening, spreads, words
-from alignkit.insight.health.words import DETECTORS
 
 STEPS = 60
 OFFLINE = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")

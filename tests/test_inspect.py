@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError, RewardError
 from alignkit.insight.inspect import pair_of, pair_ratios, reward_prefixes, write_html, write_json
-from alignkit.insight.inspect.pieces import pieces
+from alignkit.insight.inspect.inspect_output import _coloured, tokens
 from alignkit.insight.inspect.prefixes import prefix_scores
-from alignkit.insight.inspect.shown import _coloured, tokens
+from alignkit.insight.inspect.token_texts import pieces
 from alignkit.rewards.models import RewardModel
 from helpers import write_tiny
 

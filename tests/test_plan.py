@@ -28,12 +28,12 @@ from alignkit.data.stream import Stream
 from alignkit.errors import ConfigError, ModelError
 from alignkit.insight.plan import memory as room
 from alignkit.insight.plan import plan, remedies
+from alignkit.insight.plan.dry_run import collected, learn
 from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.memory import Work, memory
-from alignkit.insight.plan.planned import heaviest
-from alignkit.insight.plan.rehearsal import collected, learn
-from alignkit.insight.plan.shown import verdict
-from alignkit.insight.plan.unloaded import in_8_bits, n_bytes, unloaded
+from alignkit.insight.plan.meta_models import in_8_bits, n_bytes, unloaded
+from alignkit.insight.plan.plan_output import verdict
+from alignkit.insight.plan.run_plan import heaviest
 from alignkit.models.loading import load_model
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
@@ -415,7 +415,7 @@ def test_the_program_is_this_process_alone(tiny: str) -> None:
         "print(subprocess.run([sys.executable, '-c', sys.argv[1]], capture_output=True, text=True, check=True).stdout)"
     )
     asks = (
-        "from alignkit.config import RunConfig; from alignkit.insight.plan.planned import _program;"
+        "from alignkit.config import RunConfig; from alignkit.insight.plan.run_plan import _program;"
         "print(_program(RunConfig(method='sft', model='m', data='d')))"
     )
     said = subprocess.run([sys.executable, "-c", code, asks], capture_output=True, text=True, check=True)

@@ -23,13 +23,13 @@ from alignkit.config import RunConfig
 from alignkit.engine.loop import Loop
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.insight.report import report
-from alignkit.insight.report.audits import audited
+from alignkit.insight.report.completions import samples
 from alignkit.insight.report.curves import groups, names
-from alignkit.insight.report.facts import count, memory, span
-from alignkit.insight.report.read import chapters, read
-from alignkit.insight.report.samples import samples
-from alignkit.insight.report.settings import between, changed
-from alignkit.insight.report.tables import results
+from alignkit.insight.report.data_audits import audited
+from alignkit.insight.report.run_facts import count, memory, span
+from alignkit.insight.report.run_files import chapters, read
+from alignkit.insight.report.run_tables import results
+from alignkit.insight.report.setting_tables import between, changed
 from alignkit.runs.sessions import digest
 from helpers import make_rows
 

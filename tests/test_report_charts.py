@@ -20,9 +20,9 @@ from alignkit.errors import ConfigError
 from alignkit.insight.report import charts, report
 from alignkit.insight.report.charts import DASHES, HEIGHT, LINES, WIDTH, Mark, Series, alarm_sample, chart, sample
 from alignkit.insight.report.curves import groups
-from alignkit.insight.report.inline import STRIPS
+from alignkit.insight.report.inline_svg import STRIPS
 from alignkit.insight.report.numbers import number
-from alignkit.insight.report.read import Run
+from alignkit.insight.report.run_files import Run
 
 Pixels = list[tuple[float, float]]
 

@@ -34,7 +34,7 @@ def audit(
     html: Annotated[Path | None, typer.Option(help="File for a page to read")] = None,
 ) -> None:
     """Look through preference data: repeats, contradictions, lengths, biases; with --reward, what a reward favours."""
-    from alignkit.insight.targets import check_targets
+    from alignkit.insight.output_files import check_targets
 
     check_targets({"--json": json, "--html": html})
     asked_for = {"max_prompt_tokens": max_prompt_tokens, "max_completion_tokens": max_completion_tokens}

@@ -35,7 +35,7 @@ def best_of_n(
     ] = None,
 ) -> None:
     """Sample n answers of each prompt and keep the best; show what reward it has for what KL."""
-    from alignkit.insight.targets import check_targets
+    from alignkit.insight.output_files import check_targets
 
     check_targets({"--output": output, "--pairs": pairs, "--json": json, "--png": png})
     named, settings = console.columns_of(columns), console.pairs_of(more or [])

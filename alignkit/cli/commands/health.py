@@ -25,9 +25,9 @@ def health(
 ) -> None:
     """Say which alarms a run raises, from its folder; older runs and other limits too."""
     terminal.check_target("--json", json)
-    from alignkit.insight.health import shown
+    from alignkit.insight.health import alarm_output
 
-    found = shown.replayed(run, console.pairs_of(more or []))
-    terminal.show(shown.table(found) if found else f"{run}: no alarms")
+    found = alarm_output.replayed(run, console.pairs_of(more or []))
+    terminal.show(alarm_output.table(found) if found else f"{run}: no alarms")
     if json:
-        shown.write_json(found, json)
+        alarm_output.write_json(found, json)

@@ -75,6 +75,6 @@ def pair(
 
 
 def _check(json: Path | None, html: Path | None) -> None:
-    from alignkit.insight.targets import check_targets
+    from alignkit.insight.output_files import check_targets
 
     check_targets({"--json": json, "--html": html})

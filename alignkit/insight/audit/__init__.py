@@ -10,7 +10,7 @@ findings.py    what is beyond chance, in words
 shown.py       terminal, JSON, HTML
 """
 
-from alignkit.insight.audit.audited import Audit, audit
-from alignkit.insight.audit.shown import print_audit, write_html, write_json
+from alignkit.insight.audit.audit_output import print_audit, write_html, write_json
+from alignkit.insight.audit.data_audit import Audit, audit
 
 __all__ = ["Audit", "audit", "print_audit", "write_html", "write_json"]

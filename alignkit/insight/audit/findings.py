@@ -9,7 +9,7 @@ from alignkit.insight.audit.bias import Bias
 from alignkit.insight.audit.features import FEATURES, LENGTH
 from alignkit.insight.audit.lengths import Budgets
 from alignkit.insight.audit.repeats import Repeats
-from alignkit.insight.audit.scored import Scored
+from alignkit.insight.audit.reward_audit import Scored
 
 LARGE_PART = 0.1  # of answers that are cut
 LARGE_EFFECT = 0.1  # standard deviations

@@ -5,7 +5,7 @@ curve.py     the expected best of k, for every k up to n, against its KL
 shown.py     table, files, picture
 """
 
-from alignkit.insight.best_of_n.sampled import BestOfN, best_of_n
-from alignkit.insight.best_of_n.shown import draw, table, write_best, write_json, write_pairs
+from alignkit.insight.best_of_n.best_of_n_output import draw, table, write_best, write_json, write_pairs
+from alignkit.insight.best_of_n.selection import BestOfN, best_of_n
 
 __all__ = ["BestOfN", "best_of_n", "draw", "table", "write_best", "write_json", "write_pairs"]

@@ -21,7 +21,7 @@ def attention() -> Iterator[Fact | Trouble]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from alignkit.config import RunConfig
-    from alignkit.insight.places import device
+    from alignkit.insight.model_paths import device
     from alignkit.models.loading import set_up
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

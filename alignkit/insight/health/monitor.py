@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignkit.alarms import Alarm, Health
+from alignkit.insight.health.alarm_messages import DETECTORS
+from alignkit.insight.health.completion_stats import Row, facts, number, same_opening
 from alignkit.insight.health.history import History
-from alignkit.insight.health.texts import Row, facts, number, same_opening
-from alignkit.insight.health.words import DETECTORS
 from alignkit.rewards.spec import name_of
 from alignkit.runs.folder import EVAL, of_training
 

@@ -10,8 +10,8 @@ from typing import Any
 from alignkit.alarms import Alarm, Health
 from alignkit.config import gathered, read_yaml, validated
 from alignkit.errors import ConfigError, DataError
+from alignkit.insight.health.completion_stats import Row
 from alignkit.insight.health.monitor import Monitor
-from alignkit.insight.health.texts import Row
 from alignkit.runs.folder import of_training, read_metrics
 
 

@@ -6,9 +6,9 @@ pieces.py     tokens as text
 shown.py      terminal, JSON, HTML
 """
 
+from alignkit.insight.inspect.inspect_output import print_pair, print_prefixes, write_html, write_json
 from alignkit.insight.inspect.prefixes import Prefixes, reward_prefixes
 from alignkit.insight.inspect.ratios import PairRatios, pair_of, pair_ratios
-from alignkit.insight.inspect.shown import print_pair, print_prefixes, write_html, write_json
 
 __all__ = [
     "PairRatios", "Prefixes", "pair_of", "pair_ratios", "print_pair", "print_prefixes", "reward_prefixes",

@@ -13,8 +13,8 @@ import torch
 
 from alignkit.data.rows import Content
 from alignkit.errors import ConfigError, RewardError
-from alignkit.insight.inspect.pieces import pieces
-from alignkit.insight.places import device, model_folder
+from alignkit.insight.inspect.token_texts import pieces
+from alignkit.insight.model_paths import device, model_folder
 from alignkit.rewards import Answers, build_rewards
 from alignkit.rewards.answers import text_of
 from alignkit.rewards.functions import RowError

@@ -15,8 +15,8 @@ from alignkit.data import Dataset, load
 from alignkit.data.rows import Report, Row
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, DataError, ModelError
-from alignkit.insight.inspect.pieces import pieces
-from alignkit.insight.places import device, model_folder
+from alignkit.insight.inspect.token_texts import pieces
+from alignkit.insight.model_paths import device, model_folder
 from alignkit.models.loading import from_pretrained, load_tokenizer
 from alignkit.models.scoring import plain_logps
 from alignkit.rewards.answers import text_of

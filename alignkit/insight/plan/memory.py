@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignkit.config import RunConfig
 from alignkit.errors import AlignkitError, ModelError
+from alignkit.insight.plan.dry_run import collected, few_blocks, layers_of, learn, trunks
 from alignkit.insight.plan.ledger import Ledger
-from alignkit.insight.plan.rehearsal import collected, few_blocks, layers_of, learn, trunks
-from alignkit.insight.plan.spread import spread
-from alignkit.insight.plan.unloaded import in_8_bits, n_bytes, unloaded
+from alignkit.insight.plan.meta_models import in_8_bits, n_bytes, unloaded
+from alignkit.insight.plan.sharded_memory import spread
 from alignkit.method import Method
 from alignkit.models.loading import causal_lm, first_line
 from alignkit.models.packing import batch_of

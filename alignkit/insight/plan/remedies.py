@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from alignkit.config import LoraSettings
-from alignkit.insight.places import is_adapter
+from alignkit.insight.model_paths import is_adapter
 from alignkit.insight.plan.memory import Memory, Work, memory
 
 WORTH = 0.98  # of the peak is left at most, where a change is worth naming

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from alignkit.errors import ConfigError
-from alignkit.insight.report.inline import COLOURS, hover, inline
+from alignkit.insight.report.inline_svg import COLOURS, hover, inline
 from alignkit.insight.report.numbers import Point, finite
 
 if TYPE_CHECKING:

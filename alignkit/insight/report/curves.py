@@ -11,7 +11,7 @@ from markupsafe import Markup
 from alignkit.alarms import HEALTHY_KL
 from alignkit.insight.report.charts import Mark, Series, alarm_sample, chart, sample
 from alignkit.insight.report.numbers import Point, finite, number
-from alignkit.insight.report.read import Run
+from alignkit.insight.report.run_files import Run
 from alignkit.runs.folder import EVAL
 
 _GROUPS = (

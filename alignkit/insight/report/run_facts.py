@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignkit.insight.report.numbers import number
-from alignkit.insight.report.read import Run
+from alignkit.insight.report.run_files import Run
 from alignkit.runs import sessions
 from alignkit.runs.card import place
 

@@ -13,7 +13,7 @@ from alignkit.compare.shown import check_picture
 from alignkit.errors import ConfigError
 from alignkit.files import write_text
 from alignkit.insight.best_of_n.curve import Mean, Point
-from alignkit.insight.best_of_n.sampled import BestOfN
+from alignkit.insight.best_of_n.selection import BestOfN
 
 
 def write_best(found: BestOfN, path: Path) -> None:

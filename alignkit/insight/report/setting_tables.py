@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from alignkit import registry
 from alignkit.config import RunConfig
 from alignkit.errors import PluginError
-from alignkit.insight.report.read import Run
+from alignkit.insight.report.run_files import Run
 
 _PLACE = ("output", "name", "resume")  # where a run is, which its heading says
 _NONE = object()

@@ -10,8 +10,8 @@ from typing import Any
 from alignkit.data.rows import SUFFIXES
 from alignkit.errors import AlignkitError
 from alignkit.insight.audit import Audit, audit
-from alignkit.insight.audit.shown import Part, parts
-from alignkit.insight.report.read import Run
+from alignkit.insight.audit.audit_output import Part, parts
+from alignkit.insight.report.run_files import Run
 from alignkit.runs import sessions
 from alignkit.runs.card import place
 

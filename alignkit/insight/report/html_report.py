@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.insight import page
-from alignkit.insight.report import audits, charts, curves, facts, samples, settings, tables
-from alignkit.insight.report.read import Chapter, Run, chapters
+from alignkit.insight.report import charts, completions, curves, data_audits, run_facts, run_tables, setting_tables
+from alignkit.insight.report.run_files import Chapter, Run, chapters
 
 _LABELLED = 12  # steps with alarms whose numbers have room above a chart
 
@@ -42,7 +42,7 @@ def report(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str
         "report.html",
         title,
         chapters=[_shown(chapter, len(read)) for chapter in read],
-        side_by_side=tables.side_by_side,
+        side_by_side=run_tables.side_by_side,
     )
     return Path(output)
 
@@ -54,22 +54,22 @@ def _shown(chapter: Chapter, n_chapters: int) -> dict[str, Any]:
         "title": chapter.title if n_chapters > 1 else None,
         "many": len(runs) > 1,
         "notes": [(run.label, note) for run in runs for note in run.notes],
-        "summary": [(run.label, facts.summary(run)) for run in runs],
-        "results": tables.results(runs),
+        "summary": [(run.label, run_facts.summary(run)) for run in runs],
+        "results": run_tables.results(runs),
         "alarms": alarms,
         "unwatched": [run.label for run in runs if not _watched(run)],
         "legend": curves.legend(runs),
         "groups": curves.groups(runs, _marks(alarms)),
-        "samples": [(run.label, samples.samples(run), _why_not(run)) for run in runs],
-        "audits": audits.audited(runs),
-        "references": [(run.label, facts.reference(run)) for run in runs],
-        "changed": [(run.label, settings.changed(run), settings.everything(run)) for run in runs],
-        "between": settings.between(runs),
+        "samples": [(run.label, completions.samples(run), _why_not(run)) for run in runs],
+        "audits": data_audits.audited(runs),
+        "references": [(run.label, run_facts.reference(run)) for run in runs],
+        "changed": [(run.label, setting_tables.changed(run), setting_tables.everything(run)) for run in runs],
+        "between": setting_tables.between(runs),
         "labels": [run.label for run in runs],
-        "environment": facts.environment(runs[0]),
-        "environments": tables.environment(runs),
-        "moved": [(run.label, note) for run in runs for note in facts.moved(run)],
-        "costs": [(run.label, facts.cost(run)) for run in runs],
+        "environment": run_facts.environment(runs[0]),
+        "environments": run_tables.environment(runs),
+        "moved": [(run.label, note) for run in runs for note in run_facts.moved(run)],
+        "costs": [(run.label, run_facts.cost(run)) for run in runs],
     }
 
 

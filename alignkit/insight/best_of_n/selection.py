@@ -16,7 +16,7 @@ from alignkit.data.tokenise import tokenise
 from alignkit.engine.rollouts import answers_of
 from alignkit.errors import ConfigError, nearest
 from alignkit.insight.best_of_n.curve import Point, curve
-from alignkit.insight.places import device, model_folder
+from alignkit.insight.model_paths import device, model_folder
 from alignkit.models.loading import from_pretrained, load_tokenizer
 from alignkit.rewards import Rewards, build_rewards, check_rewards
 from alignkit.rollout import sample

@@ -10,10 +10,10 @@ from typing import Any
 
 from alignkit.files import write_text
 from alignkit.insight import page, terminal
-from alignkit.insight.audit.audited import Audit
 from alignkit.insight.audit.bias import Bias
+from alignkit.insight.audit.data_audit import Audit
 from alignkit.insight.audit.lengths import QUANTILES
-from alignkit.insight.audit.scored import Effect, Scored
+from alignkit.insight.audit.reward_audit import Effect, Scored
 
 _BIAS = ("feature", "differs in", "{} has more", "95 % interval", "rule's accuracy")
 _EFFECT = ("feature", "change", "answers", "mean change", "95 % interval")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.insight.report.numbers import finite
-from alignkit.insight.report.read import Run
+from alignkit.insight.report.run_files import Run
 
 FIRST, CHANGED = 6, 3
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignkit.insight.report import curves, facts
+from alignkit.insight.report import curves, run_facts
 from alignkit.insight.report.numbers import number
-from alignkit.insight.report.read import Run
+from alignkit.insight.report.run_files import Run
 from alignkit.runs.results import in_training, outcomes
 
 Table = tuple[list[str], list[list[str]]]
@@ -23,7 +23,7 @@ def side_by_side(each: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> Table
 
 def environment(runs: Sequence[Run]) -> Table | None:
     """Return a row for each fact and a column for each run, None where all ran on the same."""
-    each = [facts.environment(run) for run in runs]
+    each = [run_facts.environment(run) for run in runs]
     if all(one == each[0] for one in each):
         return None
     keys = dict.fromkeys(name for one in each for name, _ in one)

@@ -18,8 +18,8 @@ from alignkit.insight.audit.bias import Bias, biases, counted
 from alignkit.insight.audit.findings import Finding, of_preferences, of_reward, of_rows
 from alignkit.insight.audit.lengths import QUANTILES, Budgets, Length, Measured, budgets, measure, summaries
 from alignkit.insight.audit.repeats import Repeats, repeats, shared_prompts
-from alignkit.insight.audit.scored import Scored, Scorer, scored
-from alignkit.insight.places import device, model_folder
+from alignkit.insight.audit.reward_audit import Scored, Scorer, scored
+from alignkit.insight.model_paths import device, model_folder
 from alignkit.models.loading import load_tokenizer
 from alignkit.rewards import build_rewards
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from alignkit.insight import terminal
-from alignkit.insight.plan.planned import Plan
+from alignkit.insight.plan.run_plan import Plan
 
 
 def print_plan(plan: Plan) -> None:
