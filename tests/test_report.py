@@ -25,7 +25,7 @@ from alignkit.errors import AlignkitError, ConfigError
 from alignkit.insight.report import report
 from alignkit.insight.report.completions import samples
 from alignkit.insight.report.curves import groups, names
-from alignkit.insight.report.data_audits import audited
+from alignkit.insight.report.data_audits import audit_sources
 from alignkit.insight.report.run_facts import count, memory, span
 from alignkit.insight.report.run_files import chapters, read
 from alignkit.insight.report.run_tables import results
@@ -158,17 +158,17 @@ def test_the_data_is_audited_and_its_loss_or_change_is_said(
     text = words(shown(run))
     assert "12 rows are kept" in text
     assert "has changed" not in text
-    assert "'dpo' learns from answers that are given, and samples none" in text
+    assert "'dpo' learns from the answers in its data, and samples none" in text
     assert "kept as cached" in text
     with open(data, "a") as file:
         file.write(json.dumps({"prompt": "new", "chosen": "a", "rejected": "b"}) + "\n")
     text = words(shown(run))
-    assert "pairs.jsonl has changed since the run; what follows is of the file as it is now." in text
+    assert "pairs.jsonl has changed since the run; this audits the file as it is now." in text
     assert "13 rows are kept" in text
     Path(data).write_text("no rows\n")
     assert "No audit: " in words(shown(run))
     Path(data).unlink()
-    assert "pairs.jsonl is no longer there, so it is not audited." in words(shown(run))
+    assert "pairs.jsonl no longer exists, so it is not audited." in words(shown(run))
 
 
 def test_a_resumed_run_adds_up_its_cost(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,14 +334,14 @@ def test_runs_with_other_budgets_do_not_share_an_audit(tmp_path: Path) -> None:
         write_run(tmp_path / name, data=str(data), max_completion_tokens=n)
         for name, n in (("one", 64), ("two", 1), ("three", 64))
     ]
-    found = audited([read(run, run.name) for run in runs])
+    found = audit_sources([read(run, run.name) for run in runs])
     assert [one.runs for one in found] == [["one", "three"], ["two"]]
     assert [list(one.notes.values()) for one in found] == [[["one", "three"]], [["two"]]]  # no checksum was kept
     text = words(shown(*runs))
     assert "Runs: one, three." in text
     assert "Runs: two." in text
     data.write_text("no rows\n")
-    assert [len(one.notes) for one in audited([read(run, run.name) for run in runs])] == [2, 2]
+    assert [len(one.notes) for one in audit_sources([read(run, run.name) for run in runs])] == [2, 2]
 
 
 def test_a_note_on_the_data_names_the_runs_that_it_is_about(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_folders_that_are_no_runs_are_refused_with_what_to_do(tmp_path: Path) ->
     empty.mkdir()
     cases = [
         (tmp_path / "runs" / "dpo-009", r"there is no folder .*dpo-009; runs in .*runs: dpo-001"),
-        (empty, r"empty is no run's folder: it has no config\.yaml$"),
+        (empty, r"empty is not the folder of a run: it has no config\.yaml$"),
         (tmp_path / "runs", r"it has no config\.yaml; runs in it: dpo-001; try: alignkit report .*dpo-001"),
         (run / "config.yaml", r"config\.yaml is a file; give the run's folder, such as .*dpo-001"),
     ]
@@ -445,11 +445,11 @@ def test_folders_that_are_no_runs_are_refused_with_what_to_do(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("config.yaml", "name: my-site\nport: 80\n", r"config\.yaml is not of a run: it has no `method`"),
-        ("config.yaml", "method: dpo\nmodel: m\ndata: d\nbatch_size: many\n", r"is not of a run: batch_size: "),
+        ("config.yaml", "name: my-site\nport: 80\n", r"config\.yaml is not a run's: it has no `method`"),
+        ("config.yaml", "method: dpo\nmodel: m\ndata: d\nbatch_size: many\n", r"is not a run's: batch_size: "),
         ("config.yaml", "- 1\n", r"config\.yaml must hold settings"),
         ("config.yaml", "a: [", r"config\.yaml is not YAML"),
-        ("metrics.jsonl", "", r"metrics\.jsonl has no line: the run has not done a step yet"),
+        ("metrics.jsonl", "", r"metrics\.jsonl is empty: the run has done no step yet"),
         ("metrics.jsonl", '{"loss": 1}\n{"step": 1}\n', r"metrics\.jsonl, line 1"),
         ("sessions.json", "{", r"cannot read .*sessions\.json"),
     ],
@@ -499,7 +499,7 @@ def test_a_run_without_metrics_or_with_poor_sessions(tmp_path: Path) -> None:
     (run / "sessions.json").write_text("[{}]")
     assert "Environment and cost" in words(shown(run))
     (run / "metrics.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl: the run has not done a step yet"):
+    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl: the run has done no step yet"):
         read(run, "run")
 
 

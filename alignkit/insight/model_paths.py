@@ -1,4 +1,4 @@
-"""Where the insight tools find a model, and where they put it."""
+"""The model that an insight tool reads, and the device that it uses."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 def model_folder(name: str) -> str:
-    """Return the folder of a run's model where `name` is the run's, else `name` as it is."""
+    """Return the model's folder where `name` is the folder of a run, else `name` unchanged."""
     inner = Path(name).expanduser() / "model"
     return str(inner) if (inner.parent / "config.yaml").is_file() and inner.is_dir() else name
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a model's folder holds an adapter, which a run trains on."""
+    """Return whether a model's folder contains an adapter, which a run continues to train."""
     return (Path(name) / "adapter_config.json").is_file()
 
 
 def device() -> torch.device:
-    """Return the GPU where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

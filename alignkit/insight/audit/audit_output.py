@@ -1,4 +1,4 @@
-"""An audit as text on the terminal, as JSON, and as an HTML page."""
+"""An audit on the terminal, as JSON, and as an HTML page."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from alignkit.insight import page, terminal
 from alignkit.insight.audit.bias import Bias
 from alignkit.insight.audit.data_audit import Audit
 from alignkit.insight.audit.lengths import QUANTILES
-from alignkit.insight.audit.reward_audit import Effect, Scored
+from alignkit.insight.audit.reward_audit import Effect, RewardAudit
 
 _BIAS = ("feature", "differs in", "{} has more", "95 % interval", "rule's accuracy")
 _EFFECT = ("feature", "change", "answers", "mean change", "95 % interval")
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of what is shown: lines of text, then tables (caption, columns, rows of cells)."""
+class Section:
+    """A section of the output: lines of text, then tables (caption, columns, rows of cells)."""
 
     title: str
     lines: tuple[str, ...] = ()
@@ -33,11 +33,11 @@ def print_audit(audit: Audit) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    for part in parts(audit):
-        terminal.show(f"\n[bold]{escape(part.title)}[/bold]")
-        for line in part.lines:
+    for section in sections(audit):
+        terminal.show(f"\n[bold]{escape(section.title)}[/bold]")
+        for line in section.lines:
             terminal.show(escape(line))
-        for caption, columns, rows in part.tables:
+        for caption, columns, rows in section.tables:
             table = Table(title=caption or None, title_justify="left", title_style="", box=None, pad_edge=False)
             for i, column in enumerate(columns):
                 table.add_column(column, justify="right" if i else "left", no_wrap=True)
@@ -52,34 +52,34 @@ def print_audit(audit: Audit) -> None:
 
 
 def write_json(audit: Audit, path: Path) -> None:
-    """Write all numbers."""
+    """Write all numbers as JSON."""
     write_text(path, json.dumps(audit.describe(), indent=1) + "\n")
 
 
 def write_html(audit: Audit, path: Path) -> None:
-    """Write one page that works offline."""
+    """Write one HTML page that works offline."""
     page.write(
         path,
         "audit.html",
         f"Audit of {Path(audit.source).name}",
         audit=audit,
         facts=facts(audit),
-        parts=list(parts(audit)),
+        sections=list(sections(audit)),
     )
 
 
-def parts(audit: Audit) -> Iterator[Part]:
-    """Yield what is shown, in order; the findings stand apart."""
-    yield Part("rows", tuple(_row_lines(audit)))
+def sections(audit: Audit) -> Iterator[Section]:
+    """Yield the sections in order, without the findings."""
+    yield Section("rows", tuple(_row_lines(audit)))
     columns = ("part", "rows", "mean", *(f"{q:.0%}" for q in QUANTILES), "longest")
     lengths = [
         [x.part, str(x.n), f"{x.mean:.1f}", *(f"{q:.0f}" for q in x.quantiles), str(x.longest)] for x in audit.lengths
     ]
-    yield Part(f"lengths in {audit.unit}", tuple(_budget_lines(audit)), (("", columns, lengths),))
+    yield Section(f"lengths in {audit.unit}", tuple(_budget_lines(audit)), (("", columns, lengths),))
     if audit.biases:
-        yield Part("what the preferences favour", (), (_biases("chosen", audit.biases),))
+        yield Section("what the preferences favour", (), (_biases("chosen", audit.biases),))
     if audit.reward:
-        yield from _reward_parts(audit.reward)
+        yield from _reward_sections(audit.reward)
 
 
 def _row_lines(audit: Audit) -> Iterator[str]:
@@ -105,19 +105,19 @@ def _budget_lines(audit: Audit) -> Iterator[str]:
         yield f"{len(rows)} dropped {reason}"
 
 
-def _reward_parts(scored: Scored) -> Iterator[Part]:
-    lines = [f"{scored.rows} rows scored; mean {scored.mean:.4g}, standard deviation {scored.deviation:.4g}"]
-    if scored.accuracy is not None:
-        between = _interval(scored.low, scored.high, "{:.1%}")
+def _reward_sections(reward: RewardAudit) -> Iterator[Section]:
+    lines = [f"{reward.rows} rows scored; mean {reward.mean:.4g}, standard deviation {reward.deviation:.4g}"]
+    if reward.accuracy is not None:
+        between = _interval(reward.low, reward.high, "{:.1%}")
         lines.append(
-            f"agrees with {scored.accuracy:.1%} of the preferences ({between}); ties, counted half: {scored.ties}"
+            f"agrees with {reward.accuracy:.1%} of the preferences ({between}); ties, counted half: {reward.ties}"
         )
-    tables = (_biases("higher score", scored.biases),) if scored.biases else ()
-    yield Part(f"what the reward '{scored.reward}' favours", tuple(lines), tables)
-    yield Part(
+    tables = (_biases("higher score", reward.biases),) if reward.biases else ()
+    yield Section(f"what the reward '{reward.reward}' favours", tuple(lines), tables)
+    yield Section(
         "the same answer, changed",
         ("the change of its score, in standard deviations of the scores",),
-        (("", _EFFECT, [_effect(e) for e in scored.effects if e.n]),),
+        (("", _EFFECT, [_effect(e) for e in reward.effects if e.n]),),
     )
 
 
@@ -145,7 +145,7 @@ def _interval(low: float | None, high: float | None, form: str) -> str:
 
 
 def facts(audit: Audit) -> list[tuple[str, Any]]:
-    """Return the numbers that stand at the head of the page."""
-    made: list[tuple[str, Any]] = [("rows", audit.total), ("kept", audit.kept), ("prompts", audit.repeats.prompts)]
-    made += [("duplicates", len(audit.repeats.duplicates)), ("contradictions", len(audit.repeats.contradictions))]
-    return [*made, ("findings", len(audit.findings))]
+    """Return the numbers at the top of the page."""
+    numbers: list[tuple[str, Any]] = [("rows", audit.total), ("kept", audit.kept), ("prompts", audit.repeats.prompts)]
+    numbers += [("duplicates", len(audit.repeats.duplicates)), ("contradictions", len(audit.repeats.contradictions))]
+    return [*numbers, ("findings", len(audit.findings))]

@@ -1,4 +1,4 @@
-"""audit(): everything about a data set, and about a reward on it, that should be known before training."""
+"""audit(): what to know about a data set, and about a reward on it, before training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from alignkit.data import Dataset, load
 from alignkit.data.forms import FORMS, KINDS
 from alignkit.data.rows import FaultyRowsError, Row, read_rows
 from alignkit.errors import ConfigError, DataError
-from alignkit.insight.audit.bias import Bias, biases, counted
-from alignkit.insight.audit.findings import Finding, of_preferences, of_reward, of_rows
-from alignkit.insight.audit.lengths import QUANTILES, Budgets, Length, Measured, budgets, measure, summaries
+from alignkit.insight.audit.bias import Bias, biases, feature_counts
+from alignkit.insight.audit.findings import Finding, preference_findings, reward_findings, row_findings
+from alignkit.insight.audit.lengths import QUANTILES, Budgets, Length, Lengths, budgets, measure, summaries
 from alignkit.insight.audit.repeats import Repeats, repeats, shared_prompts
-from alignkit.insight.audit.reward_audit import Scored, Scorer, scored
+from alignkit.insight.audit.reward_audit import RewardAudit, Scorer, audit_reward
 from alignkit.insight.model_paths import device, model_folder
 from alignkit.models.loading import load_tokenizer
 from alignkit.rewards import build_rewards
@@ -31,10 +31,11 @@ _BEST = {form.name: form.kinds[0] for form in FORMS}
 class Audit:
     """What `audit` found.
 
-    kind: what the rows were read as, the most that their form can serve; serves: all that it can. total, kept: rows of
-    the source, and those that a method reads. dropped: reason -> rows. labels: of unpaired rows, how many are desirable
-    and undesirable. shared: held-out rows whose prompt is trained on, None without held-out rows. unit: of the lengths.
-    budgets: what a run would cut, None without a tokenizer. biases: of the preferences, empty without pairs.
+    kind: what the rows were read as, the richest kind that their form serves; serves: all kinds that it serves. total,
+    kept: rows of the source, and rows that a method reads. dropped: reason -> rows. labels: numbers of desirable and
+    undesirable rows, None for other kinds. shared: held-out rows whose prompt is trained on, None without held-out
+    rows. unit: of the lengths. budgets: what a run would cut, None without a tokenizer. biases: of the preferences,
+    empty without pairs.
     """
 
     source: str
@@ -51,12 +52,12 @@ class Audit:
     lengths: tuple[Length, ...]
     budgets: Budgets | None
     biases: tuple[Bias, ...]
-    reward: Scored | None
+    reward: RewardAudit | None
     findings: tuple[Finding, ...]
     lines: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:
-        """Return everything as it goes into JSON."""
+        """Return everything as JSON values."""
         return {
             **asdict(self),
             "quantiles": list(QUANTILES),
@@ -75,14 +76,14 @@ def audit(
     max_completion_tokens: int | None = _LIMITS["max_completion_tokens"],
     asked: int = 500,
 ) -> Audit:
-    """Look through a data set, and with a reward through what it makes of the data.
+    """Audit a data set, and a reward on it where one is given.
 
-    data, eval_data, columns: as of a run. model: folder, hub name or tokenizer, to count tokens and see what the
-    budgets cut. reward: a spec (docs/rewards.md), asked about at most `asked` rows, evenly spread. Raises DataError,
+    data, eval_data, columns: as in a run. model: folder, hub name or tokenizer, to count tokens and to report what the
+    budgets cut. reward: a spec (docs/rewards.md), which scores at most `asked` rows, evenly spread. Raises DataError,
     ConfigError, ModelError and RewardError for what cannot be read, loaded or scored.
     """
     if asked < 2:
-        raise ConfigError(f"asked is {asked}; a reward is looked at on 2 rows at least")
+        raise ConfigError(f"asked is {asked}; auditing a reward needs at least 2 rows")
     dataset = _read(data, columns)
     held_out = None if eval_data is None else load(eval_data, "prompts", columns)
     rewards = None if reward is None else build_rewards(reward, device())
@@ -92,18 +93,17 @@ def audit(
         raise DataError(f"{dataset.source}: no row has a token to learn")
     found = repeats(dataset.rows)
     shared = None if held_out is None else shared_prompts(dataset.rows, held_out.rows)
-    both = (max_prompt_tokens, max_completion_tokens)
-    limits = None if model is None else budgets(dataset, measured, tokenizer, *both)
-    rows, answers = _once(measured, found)
-    counts = counted(rows, answers) if dataset.kind == "pairs" else None
+    limits = None if model is None else budgets(dataset, measured, tokenizer, max_prompt_tokens, max_completion_tokens)
+    rows, answers = _without_duplicates(measured, found)
+    counts = feature_counts(rows, answers) if dataset.kind == "pairs" else None
     preferences = biases(counts, np.ones(len(rows))) if counts else ()
-    scores = None if rewards is None else scored(Scorer(rewards, tokenizer), rows, counts, asked)
+    scores = None if rewards is None else audit_reward(Scorer(rewards, tokenizer), rows, counts, asked)
     if rewards is not None:
         rewards.close()
-    findings = [*of_rows(found, shared, limits), *of_preferences(preferences)]
-    findings += of_reward(scores, preferences) if scores else ()
+    findings = [*row_findings(found, shared, limits), *preference_findings(preferences)]
+    findings += reward_findings(scores, preferences) if scores else ()
     return Audit(
-        **_about(dataset),
+        **_dataset_fields(dataset),
         repeats=found,
         shared=shared,
         unit=measured.unit,
@@ -115,19 +115,19 @@ def audit(
     )
 
 
-def _once(measured: Measured, found: Repeats) -> tuple[list[Row], list[tuple[int, ...]]]:
-    """Return rows and their answers' lengths without duplicates: what stands twice is one observation."""
-    again = set(found.duplicates)
-    kept = [(row, n) for row, n in zip(measured.rows, measured.answers, strict=True) if row.row not in again]
+def _without_duplicates(measured: Lengths, found: Repeats) -> tuple[list[Row], list[tuple[int, ...]]]:
+    """Return rows and their answers' lengths without duplicates: a repeated row is one observation."""
+    duplicates = set(found.duplicates)
+    kept = [(row, n) for row, n in zip(measured.rows, measured.answers, strict=True) if row.row not in duplicates]
     return [row for row, _ in kept], [n for _, n in kept]
 
 
-def _about(dataset: Dataset) -> dict[str, Any]:
-    """Return the fields that the rows alone say."""
+def _dataset_fields(dataset: Dataset) -> dict[str, Any]:
+    """Return the fields that follow from the rows alone."""
     report, labels = dataset.report, None
     if dataset.kind == "unpaired":
-        good = sum(row.numbers["desirable"] == 1 for row in dataset.rows)
-        labels = (good, len(dataset) - good)
+        desirable = sum(row.numbers["desirable"] == 1 for row in dataset.rows)
+        labels = (desirable, len(dataset) - desirable)
     return {
         "source": dataset.source,
         "form": dataset.form,
@@ -142,7 +142,7 @@ def _about(dataset: Dataset) -> dict[str, Any]:
 
 
 def _read(data: object, columns: Mapping[str, str] | None) -> Dataset:
-    """Read rows as the most that their form can serve."""
+    """Read rows as the richest kind that their form serves."""
     raw, problems = read_rows(data), list[DataError]()
     for kind in KINDS:
         try:
@@ -154,7 +154,7 @@ def _read(data: object, columns: Mapping[str, str] | None) -> Dataset:
             continue
         if _BEST[found.form] == kind:
             return found
-        raise problems[0]  # every row was dropped for the kind that the form is for
+        raise problems[0]  # every row was dropped for the form's own kind
     raise problems[-1]
 
 

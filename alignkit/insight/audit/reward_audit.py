@@ -1,4 +1,4 @@
-"""What a reward makes of the data: whether it agrees with the preferences, and what it pays for besides content."""
+"""A reward on the data: whether it agrees with the preferences, and what it rewards other than content."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from alignkit.data.rows import Content, Row
 from alignkit.errors import DataError
 from alignkit.insight.audit.bias import Bias, biases
 from alignkit.insight.audit.features import FEATURES
-from alignkit.insight.intervals import of_mean, strict, wilson
+from alignkit.insight.intervals import mean_interval, strict, wilson
 from alignkit.rewards import Answers, Rewards
 from alignkit.rewards.answers import text_of
 
-FEWEST = 10  # changed answers: fewer may agree by accident, and then their interval has no width
-_STRICT = strict(2 * len(FEATURES))  # each feature is added, and taken away
-Asked = Sequence[tuple[Row, Content]]
+FEWEST = 10  # changed answers; fewer may agree by accident, which makes their interval too narrow
+_STRICT = strict(2 * len(FEATURES))  # each feature is added, and removed
+Queries = Sequence[tuple[Row, Content]]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a change of the same answer does to its score.
+    """The effect on the score of changing a feature of the same answer.
 
-    change: "added" or "taken". n: answers changed. mean: of the change of score, in standard deviations of the
+    change: "added" or "taken". n: answers changed. mean: of the score's change, in standard deviations of the
     reward's scores, with its 95 % interval low to high; None where fewer than two answers could be changed.
-    beyond_chance: whether the interval leaves 0 out at 95 % for all effects together; never below FEWEST answers.
+    beyond_chance: whether the interval excludes 0 at 95 % for all effects together; never below FEWEST answers.
     """
 
     feature: str
@@ -41,12 +41,12 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Scored:
+class RewardAudit:
     """A reward on the data.
 
-    rows: that were scored. mean, deviation: of the answers' scores. ties: pairs with equal scores. accuracy: how often
-    the chosen answer has the higher score, ties half, with its 95 % Wilson interval; None without pairs. biases: as of
-    the preferences, with the reward's own. effects: of features added to or taken from the same answer.
+    rows: scored rows. mean, deviation: of the answers' scores. ties: pairs with equal scores. accuracy: how often the
+    chosen answer has the higher score, ties count half, with its 95 % Wilson interval; None without pairs. biases: as
+    for the preferences, with the reward's choice. effects: of features added to or removed from the same answer.
     """
 
     reward: str
@@ -62,21 +62,21 @@ class Scored:
 
 
 class Scorer:
-    """A reward with what it has to be told of answers that come from data; `tokenizer` counts their lengths."""
+    """Scores answers from data with a reward; `tokenizer` counts their lengths."""
 
     def __init__(self, rewards: Rewards, tokenizer: Any | None) -> None:
         self.rewards, self.tokenizer = rewards, tokenizer
 
-    def __call__(self, asked: Asked) -> list[float]:
+    def __call__(self, queries: Queries) -> list[float]:
         """Return the score of each answer to its row's prompt. Raises RewardError."""
-        columns = dict.fromkeys(name for row, _ in asked for name in row.extra)
+        columns = dict.fromkeys(name for row, _ in queries for name in row.extra)
         answers = Answers(
-            prompts=[row.prompt for row, _ in asked],
-            completions=[answer for _, answer in asked],
-            columns={name: [row.extra.get(name) for row, _ in asked] for name in columns},
-            rows=[row.row for row, _ in asked],
-            lengths=[self._length(text_of(answer)) for _, answer in asked],
-            ended=[True] * len(asked),
+            prompts=[row.prompt for row, _ in queries],
+            completions=[answer for _, answer in queries],
+            columns={name: [row.extra.get(name) for row, _ in queries] for name in columns},
+            rows=[row.row for row, _ in queries],
+            lengths=[self._length(text_of(answer)) for _, answer in queries],
+            ended=[True] * len(queries),
         )
         return self.rewards.score(answers).total
 
@@ -84,34 +84,36 @@ class Scorer:
         return len(self.tokenizer(text)["input_ids"]) if self.tokenizer else len(text.split())
 
 
-def scored(scorer: Scorer, rows: Sequence[Row], counts: dict[str, np.ndarray] | None, asked: int) -> Scored:
-    """Ask a reward about at most `asked` rows, evenly spread, as they are and changed.
+def audit_reward(scorer: Scorer, rows: Sequence[Row], counts: dict[str, np.ndarray] | None, asked: int) -> RewardAudit:
+    """Score at most `asked` rows, evenly spread, unchanged and changed.
 
-    counts: of the features of pairs, [rows, 2] each; None where the rows are no pairs. Raises RewardError, and
+    counts: of the features of pairs, [rows, 2] each; None where the rows are not pairs. Raises RewardError, and
     DataError where the rows have no answers.
     """
     if not rows or not rows[0].completions:
         raise DataError("a reward scores answers, and the rows have only prompts; leave out the reward")
     at = np.unique(np.linspace(0, len(rows) - 1, min(asked, len(rows))).round().astype(int))
-    some = [rows[i] for i in at]
-    scores = scorer([(row, answer) for row in some for answer in row.completions])
+    chosen = [rows[i] for i in at]
+    scores = scorer([(row, answer) for row in chosen for answer in row.completions])
     deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
     name = " + ".join(scorer.rewards.names)
-    about: Any = {"reward": name, "rows": len(some), "mean": statistics.fmean(scores), "deviation": deviation}
-    effects = _effects(scorer, some, scores, deviation)
+    fields: Any = {"reward": name, "rows": len(chosen), "mean": statistics.fmean(scores), "deviation": deviation}
+    effects = _effects(scorer, chosen, scores, deviation)
     if counts is None:
         none: Any = {"ties": 0, "accuracy": None, "low": None, "high": None, "biases": ()}
-        return Scored(**about, **none, effects=effects)
+        return RewardAudit(**fields, **none, effects=effects)
     margins = np.subtract(scores[0::2], scores[1::2])
     ties = int((margins == 0).sum())
     right = float((margins > 0).sum() + ties / 2)
-    low, high = wilson(right, len(some))
+    low, high = wilson(right, len(chosen))
     found = biases({feature: values[at] for feature, values in counts.items()}, margins)
-    return Scored(**about, ties=ties, accuracy=right / len(some), low=low, high=high, biases=found, effects=effects)
+    return RewardAudit(
+        **fields, ties=ties, accuracy=right / len(chosen), low=low, high=high, biases=found, effects=effects
+    )
 
 
 def _effects(scorer: Scorer, rows: Sequence[Row], scores: Sequence[float], deviation: float) -> tuple[Effect, ...]:
-    """Change one answer a row, the first and the last in turn, so that no row counts twice."""
+    """Change one answer per row, the first and the last in turn, so that no row counts twice."""
     k = len(rows[0].completions)
     at = [i * k + i % k for i in range(len(rows))]
     originals = [(row, row.completions[j % k], scores[j]) for row, j in zip(rows, at, strict=True)]
@@ -130,8 +132,8 @@ def _effect(feature: str, change: str, moved: Sequence[float], deviation: float)
     if len(moved) < 2 or deviation == 0:
         return Effect(feature, change, len(moved))
     units = [value / deviation for value in moved]
-    low, high = of_mean(units)
-    outer = of_mean(units, _STRICT)
+    low, high = mean_interval(units)
+    outer = mean_interval(units, _STRICT)
     beyond = len(units) >= FEWEST and not outer[0] <= 0 <= outer[1]
     return Effect(feature, change, len(moved), statistics.fmean(units), low, high, beyond)
 

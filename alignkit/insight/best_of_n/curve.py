@@ -14,7 +14,7 @@ from itertools import groupby
 
 import numpy as np
 
-from alignkit.insight.intervals import of_mean
+from alignkit.insight.intervals import mean_interval
 
 
 @dataclass(frozen=True)
@@ -78,5 +78,5 @@ def _point(k: int, ascending: np.ndarray) -> Point:
 
 
 def _mean(values: Sequence[float]) -> Mean:
-    low, high = of_mean(values) if len(values) > 1 else (None, None)
+    low, high = mean_interval(values) if len(values) > 1 else (None, None)
     return Mean(statistics.fmean(values), low, high)

@@ -14,7 +14,7 @@ FIRST, CHANGED = 6, 3
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion with what was measured of it. facts: such as "reward 0.5", in words."""
+    """A completion with its measurements. facts: as text, such as "reward 0.5"."""
 
     text: str
     facts: list[str]
@@ -22,7 +22,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with its first completion in the first and in the last evaluation. why: why it is shown."""
+    """One prompt with its first completion in the first and in the last evaluation. why: the reason for showing it."""
 
     prompt: str
     before: Answer
@@ -32,7 +32,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """What is shown of a run's completions. steps: of the two evaluations. n: prompts that both have."""
+    """The completions of a run to show. steps: of the two evaluations. n: prompts that both have."""
 
     steps: tuple[int, int]
     n: int
@@ -40,7 +40,7 @@ class Samples:
 
 
 def samples(run: Run) -> Samples | None:
-    """Return the prompts to show; None where no completion of held-out prompts was written twice."""
+    """Return the prompts to show; None where no held-out prompt was sampled in two evaluations."""
     before, after = (_by_prompt(some) for some in run.answers)
     both = [key for key in before if key in after]
     if not both:
@@ -57,7 +57,7 @@ def samples(run: Run) -> Samples | None:
 
 
 def _by_prompt(lines: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The first completion of each prompt, by the prompt's row and words."""
+    """Return the first completion of each prompt, by the prompt's row and text."""
     found: dict[str, Mapping[str, Any]] = {}
     for line in lines:
         found.setdefault(f"{line.get('row')} {_text(line.get('prompt'))}", line)
@@ -80,7 +80,7 @@ def _answer(line: Mapping[str, Any]) -> Answer:
 
 
 def _text(prompt: Any) -> str:
-    """A prompt as text; of messages each with its role."""
+    """Return a prompt as text; messages each with their role."""
     if isinstance(prompt, list):
         return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt if isinstance(m, dict))
     return str(prompt)

@@ -41,13 +41,13 @@ _UNITS = (
     (r"tokens_per_second", "tokens a second"),
     (r"seconds/.*", "seconds a step"),
 )
-_FEW = 4  # so many points are drawn even where they are equal
-_UNSEEN = re.compile(r"step|epoch|alarm/.*")
+_FEW = 4  # points that are drawn even where they are equal
+_NOT_DRAWN = re.compile(r"step|epoch|alarm/.*")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric's chart. same: other metrics with the same numbers, which are not drawn again."""
+    """The chart of one metric. same: other metrics with the same numbers, which are not drawn again."""
 
     name: str
     unit: str
@@ -57,7 +57,7 @@ class Panel:
 
 @dataclass
 class Group:
-    """Panels under one heading. constant: "name value" of metrics that never changed, which are not drawn."""
+    """Panels under one heading. constant: "name value" of metrics that never change, which are not drawn."""
 
     title: str
     panels: list[Panel]
@@ -65,7 +65,7 @@ class Group:
 
 
 def groups(runs: Sequence[Run], marks: Sequence[Mark]) -> list[Group]:
-    """Return the curves of all runs, one chart a metric; what no pattern names is a term of the loss."""
+    """Return the curves of all runs, one chart per metric; a metric that no pattern matches is a term of the loss."""
     made = {title: Group(title, [], []) for title, _ in _GROUPS}
     seen: dict[tuple[tuple[Point, ...], ...], Panel] = {}
     for name in names(runs):
@@ -78,25 +78,25 @@ def groups(runs: Sequence[Run], marks: Sequence[Mark]) -> list[Group]:
         elif numbers in seen:
             seen[numbers].same.append(name)
         else:
-            of, band = unit(name), HEALTHY_KL if name == "kl" else None
-            said = f"{of}; shaded: {band[0]:g} to {band[1]:g}" if band else of
-            seen[numbers] = Panel(name, said, [], chart(name, of, series, marks, band))
+            in_units, band = unit(name), HEALTHY_KL if name == "kl" else None
+            caption = f"{in_units}; shaded: {band[0]:g} to {band[1]:g}" if band else in_units
+            seen[numbers] = Panel(name, caption, [], chart(name, in_units, series, marks, band))
             group.panels.append(seen[numbers])
     return [group for group in made.values() if group.panels or group.constant]
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """Return the metrics of all runs without "eval/", the most telling ones first, then as they are written."""
-    there: dict[str, None] = {}
+    """Return the metrics of all runs without "eval/": the most informative first, then in the order of the file."""
+    found: dict[str, None] = {}
     for run in runs:
         for line in run.lines:
-            there |= dict.fromkeys(key.removeprefix(EVAL) for key, v in line.items() if finite(v))
-    shown = [n for n in there if not _UNSEEN.fullmatch(n)]
-    return sorted(shown, key=lambda n: _FIRST.index(n) if n in _FIRST else len(_FIRST))
+            found |= dict.fromkeys(key.removeprefix(EVAL) for key, v in line.items() if finite(v))
+    drawn = [n for n in found if not _NOT_DRAWN.fullmatch(n)]
+    return sorted(drawn, key=lambda n: _FIRST.index(n) if n in _FIRST else len(_FIRST))
 
 
 def unit(name: str) -> str:
-    """Return the unit of a metric, as docs/run.md has it; empty for what is not known."""
+    """Return the unit of a metric, as in docs/run.md; empty for unknown metrics."""
     return next((unit for pattern, unit in _UNITS if re.fullmatch(pattern, name)), "")
 
 
@@ -116,13 +116,13 @@ def _series(runs: Sequence[Run], name: str) -> Iterator[Series]:
         training = _points(run, name)
         held_out = _points(run, EVAL + name)
         if len(runs) == 1:
-            words, styles = ("training", "held-out rows"), (0, 1)
+            labels, styles = ("training", "held-out rows"), (0, 1)
         else:
-            words, styles = (run.label, f"{run.label}, held-out rows"), (i, i)
+            labels, styles = (run.label, f"{run.label}, held-out rows"), (i, i)
         if training:
-            yield Series(words[0], training, styles[0])
+            yield Series(labels[0], training, styles[0])
         if held_out:
-            yield Series(words[1], held_out, styles[1], held_out=True)
+            yield Series(labels[1], held_out, styles[1], held_out=True)
 
 
 def _points(run: Run, name: str) -> list[Point]:

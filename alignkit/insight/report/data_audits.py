@@ -1,4 +1,4 @@
-"""The audit of the data that runs were trained on, as far as it is still there and the same."""
+"""Audits of the data that runs were trained on, where the files still exist."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from typing import Any
 from alignkit.data.rows import SUFFIXES
 from alignkit.errors import AlignkitError
 from alignkit.insight.audit import Audit, audit
-from alignkit.insight.audit.audit_output import Part, parts
+from alignkit.insight.audit.audit_output import Section, sections
 from alignkit.insight.report.run_files import Run
 from alignkit.runs import sessions
 from alignkit.runs.card import place
 
 
 @dataclass(frozen=True)
-class Audited:
+class AuditedSource:
     """A data source of one or more runs, by their labels.
 
-    notes: why there is no audit, or what changed since, each with the labels of the runs that it is about.
+    notes: why there is no audit, or what changed since; each with the labels of the runs concerned.
     """
 
     source: str
     runs: list[str]
     notes: dict[str, list[str]]
     audit: Audit | None
-    parts: list[Part]
+    sections: list[Section]
 
 
-def audited(runs: Sequence[Run]) -> list[Audited]:
-    """Audit every data source once for all runs that read it alike; what cannot be read is said, and stops nothing."""
-    found: dict[str, Audited] = {}
+def audit_sources(runs: Sequence[Run]) -> list[AuditedSource]:
+    """Audit each data source once for all runs that read it alike. A source that cannot be read gets a note."""
+    found: dict[str, AuditedSource] = {}
     for run in runs:
         source, options = run.settings["data"], _options(run)
         key = str((source, options))
         if key not in found:
-            found[key] = _audited(source, options)
+            found[key] = _audit(source, options)
         found[key].runs.append(run.label)
         for name in ("data", "eval_data"):
             value = run.settings.get(name)
-            if value is not None and (note := _state(run, name, value)):
+            if value is not None and (note := _change(run, name, value)):
                 found[key].notes.setdefault(note, []).append(run.label)
     return list(found.values())
 
 
 def _options(run: Run) -> dict[str, Any]:
-    """Return what an audit is made with; where there is no file to audit, what tells one source from another."""
+    """Return the options of an audit; where there is no file to audit, what distinguishes one source from another."""
     settings = run.settings
     if not _file(settings["data"]):
         return {"eval_data": settings.get("eval_data"), "columns": settings.get("columns")}
@@ -60,27 +60,27 @@ def _options(run: Run) -> dict[str, Any]:
     }
 
 
-def _audited(source: Any, options: dict[str, Any]) -> Audited:
+def _audit(source: Any, options: dict[str, Any]) -> AuditedSource:
     runs: list[str] = []
     if not _file(source):
-        return Audited(place(source), runs, {}, None, [])
+        return AuditedSource(place(source), runs, {}, None, [])
     try:
-        made = audit(source, **options)
+        found = audit(source, **options)
     except AlignkitError as error:
-        return Audited(place(source), runs, {f"No audit: {error}": runs}, None, [])
-    return Audited(place(source), runs, {}, made, list(parts(made)))
+        return AuditedSource(place(source), runs, {f"No audit: {error}": runs}, None, [])
+    return AuditedSource(place(source), runs, {}, found, list(sections(found)))
 
 
-def _state(run: Run, name: str, value: object) -> str | None:
-    """Say where a source is gone, is no file, or is not what the run read; None where it is the same."""
+def _change(run: Run, name: str, value: object) -> str | None:
+    """Return a note where a source is missing, is not a file, or has changed since the run, else None."""
     before = run.sessions[-1]["facts"].get(f"{name}_sha256") if run.sessions else None
     if not _file(value):
         gone = before is not None or Path(str(value)).suffix in SUFFIXES
-        return f"{name}: {value} is {'no longer there' if gone else 'no file'}, so it is not audited."
+        return f"{name}: {value} {'no longer exists' if gone else 'is not a file'}, so it is not audited."
     if before is None:
         return f"{name}: the run kept no checksum, so {value} may have changed since."
     if sessions.digest(value) != before:
-        return f"{name}: {value} has changed since the run; what follows is of the file as it is now."
+        return f"{name}: {value} has changed since the run; this audits the file as it is now."
     return None
 
 

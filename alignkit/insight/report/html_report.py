@@ -1,4 +1,4 @@
-"""report(): read the runs, put everything together, write the page."""
+"""report(): read the runs, collect everything, write the page."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from alignkit.insight import page
 from alignkit.insight.report import charts, completions, curves, data_audits, run_facts, run_tables, setting_tables
 from alignkit.insight.report.run_files import Chapter, Run, chapters
 
-_LABELLED = 12  # steps with alarms whose numbers have room above a chart
+_LABELLED = 12  # steps with alarms whose numbers fit above a chart
 
 
 @dataclass(frozen=True)
-class Alarm:
-    """An alarm as it is listed. number: as on the curves."""
+class NumberedAlarm:
+    """An alarm in the list. number: the same as on the curves."""
 
     number: int
     run: str
@@ -28,10 +28,10 @@ class Alarm:
 
 
 def report(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] = "report.html") -> Path:
-    """Write what the runs did into one HTML file that needs nothing else, and return its path.
+    """Write a report on runs as one HTML file that needs nothing else, and return its path.
 
-    runs: folders of runs, drawn over each other, or of pipelines, stage by stage. Raises ConfigError for a folder that
-    holds none, or where matplotlib is missing, and DataError for a damaged file in it.
+    runs: folders of runs, drawn over each other, or of pipelines, stage by stage. Raises ConfigError for any other
+    folder, or where matplotlib is missing, and DataError for a damaged file in it.
     """
     charts.check()
     read = chapters([Path(run) for run in runs])
@@ -41,14 +41,14 @@ def report(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str
         Path(output),
         "report.html",
         title,
-        chapters=[_shown(chapter, len(read)) for chapter in read],
+        chapters=[_context(chapter, len(read)) for chapter in read],
         side_by_side=run_tables.side_by_side,
     )
     return Path(output)
 
 
-def _shown(chapter: Chapter, n_chapters: int) -> dict[str, Any]:
-    """Return a chapter as the template reads it."""
+def _context(chapter: Chapter, n_chapters: int) -> dict[str, Any]:
+    """Return a chapter in the form that the template reads."""
     runs, alarms = chapter.runs, _alarms(chapter.runs)
     return {
         "title": chapter.title if n_chapters > 1 else None,
@@ -61,7 +61,7 @@ def _shown(chapter: Chapter, n_chapters: int) -> dict[str, Any]:
         "legend": curves.legend(runs),
         "groups": curves.groups(runs, _marks(alarms)),
         "samples": [(run.label, completions.samples(run), _why_not(run)) for run in runs],
-        "audits": data_audits.audited(runs),
+        "audits": data_audits.audit_sources(runs),
         "references": [(run.label, run_facts.reference(run)) for run in runs],
         "changed": [(run.label, setting_tables.changed(run), setting_tables.everything(run)) for run in runs],
         "between": setting_tables.between(runs),
@@ -73,20 +73,20 @@ def _shown(chapter: Chapter, n_chapters: int) -> dict[str, Any]:
     }
 
 
-def _alarms(runs: Sequence[Run]) -> list[Alarm]:
+def _alarms(runs: Sequence[Run]) -> list[NumberedAlarm]:
     every = [(run.label, alarm) for run in runs for alarm in run.alarms]
     texts = [(label, a, {k: str(a.get(k, "")) for k in ("name", "message", "remedy")}) for label, a in every]
-    return [Alarm(i, label, int(a["step"]), **text) for i, (label, a, text) in enumerate(texts, 1)]
+    return [NumberedAlarm(i, label, int(a["step"]), **text) for i, (label, a, text) in enumerate(texts, 1)]
 
 
-def _marks(alarms: Sequence[Alarm]) -> list[charts.Mark]:
-    """One mark a step; its label names the alarms where there is room."""
+def _marks(alarms: Sequence[NumberedAlarm]) -> list[charts.Mark]:
+    """Return one mark per step; its label has the alarms' numbers where they fit."""
     steps = sorted({a.step for a in alarms})
     found = []
     for step in steps:
-        there = [a for a in alarms if a.step == step]
-        label = ",".join(str(a.number) for a in there) if len(steps) <= _LABELLED else ""
-        found.append(charts.Mark(step, label, "\n".join(f"{a.number}. {a.name}: {a.message}" for a in there)))
+        raised = [a for a in alarms if a.step == step]
+        label = ",".join(str(a.number) for a in raised) if len(steps) <= _LABELLED else ""
+        found.append(charts.Mark(step, label, "\n".join(f"{a.number}. {a.name}: {a.message}" for a in raised)))
     return found
 
 
@@ -96,9 +96,9 @@ def _watched(run: Run) -> bool:
 
 
 def _why_not(run: Run) -> str:
-    """Why a run has no completions to show."""
+    """Return why a run has no completions to show."""
     if not any("completion/length" in key for line in run.lines for key in line):
-        return f"'{run.method}' learns from answers that are given, and samples none."
+        return f"'{run.method}' learns from the answers in its data, and samples none."
     if not any(run.answers):
         return "No held-out prompts were sampled; give eval_data or eval_fraction to compare the same prompts."
     return "Held-out prompts were sampled once only."

@@ -1,4 +1,4 @@
-"""What a run trained, where, and what it cost, as names and values in words."""
+"""What a run trained, where, and what it cost, as names and values in text form."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _ENDED = {
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
-    """Return what stands at the head: method, base, data, steps, cost."""
+    """Return the facts at the top: method, base, data, steps, cost."""
     rows = [("method", run.method), ("base", place(run.settings["model"])), ("data", place(run.settings["data"]))]
     rows.append(("steps", number(run.steps)))
     if not run.sessions:
         return rows
     rows += [(name, value) for name, value in cost(run) if name not in ("ended", "sessions", "preparing")]
-    trained, whole = (run.sessions[-1]["facts"].get(key, 0) for key in ("trained_parameters", "parameters"))
-    rows.append(("trained parameters", f"{count(trained)} of {count(whole)}" if trained < whole else count(whole)))
+    trained, total = (run.sessions[-1]["facts"].get(key, 0) for key in ("trained_parameters", "parameters"))
+    rows.append(("trained parameters", f"{count(trained)} of {count(total)}" if trained < total else count(total)))
     return rows
 
 
@@ -50,15 +50,15 @@ def cost(run: Run) -> list[tuple[str, str]]:
 
 
 def reference(run: Run) -> list[tuple[str, str]]:
-    """Return how the reference was kept and what the cache gave; empty where the method asks none."""
-    about = run.sessions[-1]["facts"].get("reference") if run.sessions else None
-    if not about:
+    """Return how the reference was kept and what its cache had; empty where the method does not use a reference."""
+    last = run.sessions[-1]["facts"].get("reference") if run.sessions else None
+    if not last:
         return []
-    rows = [("kept as", str(about.get("mode")))]
-    if about.get("fingerprint"):
-        rows.append(("weights", f"{about['fingerprint']}…"))
+    rows = [("kept as", str(last.get("mode")))]
+    if last.get("fingerprint"):
+        rows.append(("weights", f"{last['fingerprint']}…"))
     every = [one["facts"].get("reference") or {} for one in run.sessions]
-    if "values_read" in about:
+    if "values_read" in last:
         read = sum(one.get("values_read", 0) for one in every)
         computed = sum(one.get("values_computed", 0) for one in every)
         rows += [("completions read from the cache", number(read)), ("completions computed", number(computed))]
@@ -70,18 +70,18 @@ def reference(run: Run) -> list[tuple[str, str]]:
 def environment(run: Run) -> list[tuple[str, str]]:
     """Return versions and hardware of the run's last session."""
     about = run.sessions[-1]["environment"] if run.sessions else {}
-    return [(_words(key), _value(key, about)) for key in _ENVIRONMENT if key in about]
+    return [(_name(key), _value(key, about)) for key in _ENVIRONMENT if key in about]
 
 
 def moved(run: Run) -> list[str]:
-    """Say what the environments of a resumed run's sessions differ in."""
+    """Return the differences between the environments of a resumed run's sessions."""
     each = [one["environment"] for one in run.sessions]
     keys = [key for key in _ENVIRONMENT if len({str(one.get(key)) for one in each}) > 1]
-    return [f"{_words(key)}: {', then '.join(dict.fromkeys(_value(key, one) for one in each))}" for key in keys]
+    return [f"{_name(key)}: {', then '.join(dict.fromkeys(_value(key, one) for one in each))}" for key in keys]
 
 
 def span(seconds: float) -> str:
-    """Write a time for a reader: 42 s, 3 min 05 s, 2 h 07 min."""
+    """Return a time as text: 42 s, 3 min 05 s, 2 h 07 min."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -91,12 +91,12 @@ def span(seconds: float) -> str:
 
 
 def memory(n_bytes: float) -> str:
-    """Write a size in GiB, a small one in MiB."""
+    """Return a size as text, in GiB or, where small, in MiB."""
     return f"{n_bytes / _GIB:.1f} GiB" if n_bytes >= _GIB else f"{n_bytes / 2**20:.0f} MiB"
 
 
 def count(n: int) -> str:
-    """Write a large whole number with three digits and a letter: 1.24 B, 61.4 k."""
+    """Return a whole number as text, large ones with three digits and a letter: 1.24 B, 61.4 k."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if n >= size:
             scaled = n / (1e3 if letter == "k" else size)
@@ -104,7 +104,7 @@ def count(n: int) -> str:
     return number(n)
 
 
-def _words(key: str) -> str:
+def _name(key: str) -> str:
     return "GPU memory" if key == "gpu_memory_bytes" else "GPU" if key == "gpu" else key
 
 

@@ -1,6 +1,6 @@
-"""Read what runs have left in their folders: settings, metrics, alarms, sessions, held-out completions.
+"""Read the folders of runs: settings, metrics, alarms, sessions, held-out completions.
 
-A last line that was cut off is left out and said; anything else that is not as a run writes it is an error.
+A last line that was cut off is left out, with a note; anything else that no run writes is an error.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from alignkit.runs import sessions
 from alignkit.runs.folder import read_lines
 from alignkit.runs.pipeline import FILE as PIPELINE
 
-_OF_A_RUN = ("method", "model", "data")
-_LONGEST = 2**20  # bytes looked at for a line that was cut off
+_REQUIRED = ("method", "model", "data")
+_LONGEST = 2**20  # bytes read to find a line that was cut off
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder as it was read.
+    """The contents of one run's folder.
 
     settings: config.yaml. lines: metrics.jsonl. alarms: alarms.jsonl. sessions: sessions.json, oldest first.
-    notes: what is missing or was left out, in words. answers: [before, after], the completions of held-out prompts in
-    the first and in the last evaluation; empty where nothing was sampled.
+    notes: what is missing or was left out. answers: [before, after], the completions of held-out prompts in the first
+    and in the last evaluation; empty where nothing was sampled.
     """
 
     folder: Path
@@ -52,41 +52,41 @@ class Run:
 
 @dataclass(frozen=True)
 class Chapter:
-    """Runs that are shown together: those that were given, or one stage of a pipeline."""
+    """Runs shown together: those that were passed, or one stage of a pipeline."""
 
     title: str
     runs: list[Run]
 
 
 def chapters(folders: Sequence[Path]) -> list[Chapter]:
-    """Read all folders: the runs given make one chapter, each stage of a pipeline one of its own, in order.
+    """Read all folders: the runs form one chapter, each stage of a pipeline its own, in order.
 
-    Raises ConfigError: no such folder, none of a run, or a file in it that no run writes.
+    Raises ConfigError: the folder is missing, is not a run's, or has a file that no run writes.
     """
     if not folders:
         raise ConfigError("no run given; type: alignkit report runs/NAME")
-    plain = [f for f in folders if not (f / PIPELINE).is_file()]
+    single = [f for f in folders if not (f / PIPELINE).is_file()]
     found: list[Chapter] = []
-    if plain:
-        names = labels(plain)
-        runs = [read(f, name) for f, name in zip(plain, names, strict=True)]
+    if single:
+        names = labels(single)
+        runs = [read(f, name) for f, name in zip(single, names, strict=True)]
         found.append(Chapter(names[0] if len(runs) == 1 else f"{len(runs)} runs", runs))
     for folder in folders:
-        if folder not in plain:
+        if folder not in single:
             found += [Chapter(f"{folder.name}: {f.name}", [read(f, f.name)]) for f in _stages(folder)]
     return found
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that tell them apart. Raises ConfigError where one is given twice."""
-    whole = [f.resolve() for f in folders]
-    for i, path in enumerate(whole):
-        if path in whole[:i]:
+    """Return the shortest endings that distinguish the paths. Raises ConfigError where a path is repeated."""
+    resolved = [f.resolve() for f in folders]
+    for i, path in enumerate(resolved):
+        if path in resolved[:i]:
             raise ConfigError(f"{folders[i]} is given twice; name each run once")
     depth = 1
-    while len({p.parts[-depth:] for p in whole}) < len(whole):
+    while len({p.parts[-depth:] for p in resolved}) < len(resolved):
         depth += 1
-    return ["/".join(p.parts[-depth:]) for p in whole]
+    return ["/".join(p.parts[-depth:]) for p in resolved]
 
 
 def read(folder: Path, label: str) -> Run:
@@ -94,18 +94,16 @@ def read(folder: Path, label: str) -> Run:
     if folder.is_file():
         raise ConfigError(f"{folder} is a file; give the run's folder, such as {folder.parent}")
     if not folder.is_dir():
-        there = (
-            sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))[-8:] if folder.parent.is_dir() else []
-        )
-        raise ConfigError(f"there is no folder {folder}; runs in {folder.parent}: {', '.join(there) or 'none'}")
+        runs = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))[-8:] if folder.parent.is_dir() else []
+        raise ConfigError(f"there is no folder {folder}; runs in {folder.parent}: {', '.join(runs) or 'none'}")
     settings = _settings(folder)
     notes: list[str] = []
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise ConfigError(f"{folder} has no metrics.jsonl: the run has not done a step yet, or the file was removed")
+        raise ConfigError(f"{folder} has no metrics.jsonl: the run has done no step yet, or the file was removed")
     lines = list(_lines(path, notes))
     if not lines:
-        raise ConfigError(f"{path} has no line: the run has not done a step yet. Look again when it has")
+        raise ConfigError(f"{path} is empty: the run has done no step yet. Try again when it has")
     alarms = list(_lines(folder / "alarms.jsonl", notes)) if (folder / "alarms.jsonl").is_file() else []
     found = sessions.read(folder)
     if not found:
@@ -114,7 +112,7 @@ def read(folder: Path, label: str) -> Run:
 
 
 def _lines(path: Path, notes: list[str], needs: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """Yield what `read_lines` does, and note where a last line was cut off."""
+    """Yield what `read_lines` does, and add a note where the last line was cut off."""
     yield from read_lines(path, needs)
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _LONGEST))
@@ -130,23 +128,23 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         inside = sorted(p.parent.name for p in folder.glob("*/config.yaml"))
         hint = f"; runs in it: {', '.join(inside[-8:])}; try: alignkit report {folder / inside[-1]}" if inside else ""
-        raise ConfigError(f"{folder} is no run's folder: it has no config.yaml{hint}")
+        raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml{hint}")
     settings = read_yaml(path)
-    if missing := [name for name in _OF_A_RUN if settings.get(name) is None]:
-        raise ConfigError(f"{path} is not of a run: it has no `{missing[0]}`. Give a folder that `alignkit run` made")
+    if missing := [name for name in _REQUIRED if settings.get(name) is None]:
+        raise ConfigError(f"{path} is not a run's: it has no `{missing[0]}`. Give a folder that `alignkit run` created")
     try:
         validated(RunConfig, {k: v for k, v in settings.items() if k in RunConfig.model_fields})
     except ConfigError as error:
-        raise ConfigError(f"{path} is not of a run: {error}") from None
+        raise ConfigError(f"{path} is not a run's: {error}") from None
     return settings
 
 
 def _stages(folder: Path) -> list[Path]:
-    """Return the folders of the stages that were begun."""
-    begun = [p.parent for p in folder.glob("*-*/metrics.jsonl") if p.parent.name.split("-")[0].isdigit()]
-    if not begun:
+    """Return the folders of the stages that have started, in order."""
+    started = [p.parent for p in folder.glob("*-*/metrics.jsonl") if p.parent.name.split("-")[0].isdigit()]
+    if not started:
         raise ConfigError(f"no stage of the pipeline {folder} has done a step yet")
-    return sorted(begun, key=lambda p: int(p.name.split("-")[0]))
+    return sorted(started, key=lambda p: int(p.name.split("-")[0]))
 
 
 def _answers(folder: Path, notes: list[str]) -> list[list[dict[str, Any]]]:

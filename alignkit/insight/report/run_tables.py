@@ -1,4 +1,4 @@
-"""Facts of several runs as tables."""
+"""Tables of several runs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def side_by_side(each: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> Table:
-    """Return a row for each run and a column for each fact that any of them has."""
-    keys = list(dict.fromkeys(name for _, facts_of in each for name, _ in facts_of))
-    rows = [[label, *(dict(facts_of).get(key, "-") for key in keys)] for label, facts_of in each]
+    """Return one row per run and one column per fact that any of them has."""
+    keys = list(dict.fromkeys(name for _, pairs in each for name, _ in pairs))
+    rows = [[label, *(dict(pairs).get(key, "-") for key in keys)] for label, pairs in each]
     return ["run", *keys], rows
 
 
 def environment(runs: Sequence[Run]) -> Table | None:
-    """Return a row for each fact and a column for each run, None where all ran on the same."""
+    """Return one row per fact and one column per run, None where all environments are equal."""
     each = [run_facts.environment(run) for run in runs]
     if all(one == each[0] for one in each):
         return None
@@ -32,7 +32,7 @@ def environment(runs: Sequence[Run]) -> Table | None:
 
 @dataclass(frozen=True)
 class Results:
-    """The main metrics. compared: whether any was measured twice; note: what "*" marks, empty where nothing is."""
+    """The main metrics. compared: whether any was measured twice; note: what "*" marks, empty without one."""
 
     table: Table
     compared: bool
@@ -40,7 +40,7 @@ class Results:
 
 
 def results(runs: Sequence[Run]) -> Results:
-    """Return a row for each metric, with its values before and after, or its only one; "*" marks training rows."""
+    """Return one row per metric, with its values before and after, or its only one; "*" marks training rows."""
     each = [{o.name: o for o in outcomes(run.lines)} for run in runs]
     every = [o for one in each for o in one.values()]
     compared = any(o.compared for o in every)
