@@ -20,7 +20,7 @@ from alignkit import data
 from alignkit.errors import ConfigError, RewardError
 from alignkit.insight.best_of_n import BestOfN, best_of_n, draw, table, write_best, write_json, write_pairs
 from alignkit.insight.best_of_n.curve import best_of, curve, kl, ordered
-from alignkit.insight.best_of_n.selection import Asked
+from alignkit.insight.best_of_n.selection import Samples
 from helpers import write_tiny
 
 SHORT = {"sampling.max_new_tokens": 6, "sampling.stop": ["e", "a", "s"]}
@@ -107,7 +107,7 @@ def test_the_curve_is_a_mean_over_prompts_with_its_interval() -> None:
 
 def asked(row: int, rewards: tuple[float, ...], ended: tuple[bool, ...], **changes: Any) -> Asked:
     texts = tuple(f" answer {i}" for i in range(len(rewards)))
-    return Asked(**{"row": row, "prompt": f"p{row}", "completions": texts, "rewards": rewards, "golds": None,
+    return Samples(**{"row": row, "prompt": f"p{row}", "completions": texts, "rewards": rewards, "golds": None,
                     "ended": ended, "prompt_cut": False, **changes})  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def test_prompts_that_are_asked_together_change_nothing(base: str, monkeypatch: 
     from alignkit.insight.best_of_n import selection
 
     whole = best_of_n(base, ROWS, longest, n=2, settings=SHORT).asked
-    monkeypatch.setattr(selection, "TOGETHER", 2)
+    monkeypatch.setattr(selection, "CHUNK", 2)
     assert best_of_n(base, ROWS, longest, n=2, settings=SHORT).asked == whole
     assert best_of_n(base, ROWS, longest, n=2, settings=SHORT, limit=1).asked == whole[:1]
 

@@ -413,7 +413,7 @@ def test_start_and_now_are_means_of_the_first_and_the_last_lines(values: list[fl
     n = len(values)
     assert h.now("x") == (close(math.fsum(values[-window:]) / window) if n >= window else None)
     assert h.start("x") == (close(math.fsum(values[:window]) / window) if n >= 2 * window else None)
-    assert h.middle("x") == (close(statistics.median(values[-window:])) if n >= 2 * window else None)
+    assert h.median("x") == (close(statistics.median(values[-window:])) if n >= 2 * window else None)
     assert h.before("x") == values[-51:-1]
     assert h.last("x") == values[-1]
     assert h.last("y") is None

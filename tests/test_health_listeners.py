@@ -241,7 +241,7 @@ def test_every_rank_ends_together(monkeypatch: pytest.MonkeyPatch, settings: dic
         return value
 
     monkeypatch.setattr(Ranks, "sum", summed)
-    with pytest.raises(AlarmError, match=r"rank 0 says which\nStopped after step 1"):
+    with pytest.raises(AlarmError, match=r"see the error of rank 0\nStopped after step 1"):
         alignkit.run("sft", data=make_rows("text", 12), **settings)
 
 

@@ -215,7 +215,7 @@ def test_the_limits_of_the_runs_own_settings_count(tmp_path: Path) -> None:
     assert "no alarms" in health(folder)[1]
     assert "raise `beta`" in health(folder, "--set", "kl_high=15")[1]
     (folder / "config.yaml").write_text("health: 3\n")
-    assert health(folder) == (2, f"{folder}/config.yaml: health is 3; it is a mapping, such as {{kl_high: 20}}")
+    assert health(folder) == (2, f"{folder}/config.yaml: health is 3; it must be a mapping, such as {{kl_high: 20}}")
 
 
 def test_bad_input_is_said_in_a_line(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_bad_input_is_said_in_a_line(tmp_path: Path) -> None:
     assert health(tmp_path / "empty") == (2, says)
     assert "give the folder of a run" in health(tmp_path / "nowhere")[1]
     run = write(tmp_path / "run", [])
-    assert health(run) == (2, f"{run}/metrics.jsonl is empty: the run made no step")
+    assert health(run) == (2, f"{run}/metrics.jsonl is empty: the run did no step")
     assert "runs in it: run" in health(tmp_path)[1]
     (run / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     assert "metrics.jsonl, line 2, is no JSON object" in health(run)[1]

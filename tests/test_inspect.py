@@ -19,31 +19,31 @@ from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError, R
 from alignkit.insight.inspect import pair_of, pair_ratios, reward_prefixes, write_html, write_json
 from alignkit.insight.inspect.inspect_output import _coloured, tokens
 from alignkit.insight.inspect.prefixes import prefix_scores
-from alignkit.insight.inspect.token_texts import pieces
+from alignkit.insight.inspect.token_texts import token_texts
 from alignkit.rewards.models import RewardModel
 from helpers import write_tiny
 
 TEXT = "Sure: 3 < 4"
 
 
-# ------------------------------------------------------------------------------------------------------ pieces
+# ------------------------------------------------------------------------------------------------- token texts
 
 
 @settings(deadline=None)
 @given(st.text(max_size=20), st.text(min_size=1, max_size=20))
 def test_pieces_are_the_text_also_where_a_character_is_several_tokens(prompt: str, text: str) -> None:
     tokenizer = byte_tokenizer()
-    made = pieces(tokenizer, ids_of(prompt), ids_of(text))
+    made = token_texts(tokenizer, ids_of(prompt), ids_of(text))
     assert len(made) == len(ids_of(text))
     assert "".join(made) == text
 
 
 def test_the_end_of_a_sequence_has_its_name() -> None:
-    assert pieces(byte_tokenizer(), ids_of("a"), [*ids_of("é"), EOS]) == ["", "é", "<|end|>"]
+    assert token_texts(byte_tokenizer(), ids_of("a"), [*ids_of("é"), EOS]) == ["", "é", "<|end|>"]
 
 
 def test_a_character_that_is_never_finished() -> None:
-    assert pieces(byte_tokenizer(), ids_of("a"), ids_of("é")[:1]) == ["\ufffd"]
+    assert token_texts(byte_tokenizer(), ids_of("a"), ids_of("é")[:1]) == ["\ufffd"]
 
 
 # ---------------------------------------------------------------------------------------------------- prefixes

@@ -28,7 +28,7 @@ from alignkit.data.stream import Stream
 from alignkit.errors import ConfigError, ModelError
 from alignkit.insight.plan import memory as room
 from alignkit.insight.plan import plan, remedies
-from alignkit.insight.plan.dry_run import collected, learn
+from alignkit.insight.plan.dry_run import collect, learn
 from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.memory import Work, memory
 from alignkit.insight.plan.meta_models import in_8_bits, n_bytes, unloaded
@@ -103,7 +103,7 @@ def test_an_update_on_paper_takes_what_the_update_itself_takes(lora: int | None,
         for tensor in (*scorer.parameters(), *scorer.buffers()):
             ledger.count(tensor, "weights")
         with ledger:
-            micros, roles = collected(work.config, work.method, scorer, FOREST, work.examples)
+            micros, roles = collect(work.config, work.method, scorer, FOREST, work.examples)
             found.append(learn(work.method, scorer, micros[0], roles, ledger))
     assert found[0]["weights"] == found[1]["weights"]
     assert found[0]["activations"] == found[1]["activations"] > 0
@@ -303,7 +303,7 @@ def test_remedies_follow_the_peak_into_another_phase(
     found = reckoned(work)
     assert found.peak == 128  # 32 weights, 64 of moments, 32 gradients
     reckoned.asked.clear()
-    said = list(remedies.tried(work, found, limit))
+    said = list(remedies.find_remedies(work, found, limit))
     assert (said[-1].settings, said[-1].peak) == (best, peak) if best else not said
     assert len(reckoned.asked) == plans
 
@@ -326,7 +326,7 @@ def test_16_bits_are_offered_for_frozen_weights_alone(
 ) -> None:
     reckoned = Reckoned(monkeypatch)
     work = replace(work_of(method, "m", **changes), bf16=bf16)
-    said = [r.settings for r in remedies.tried(work, reckoned(work), None)]
+    said = [r.settings for r in remedies.find_remedies(work, reckoned(work), None)]
     assert ({"dtype": "bfloat16"} in said) == offered
 
 
@@ -340,7 +340,7 @@ def test_an_adapter_and_a_reference_that_moves_get_no_adapters(tmp_path: Path, m
     reckoned = Reckoned(monkeypatch)
 
     def offered(work: Work) -> list[dict[str, Any]]:
-        return [r.settings for r in remedies.tried(work, reckoned(work), None)]
+        return [r.settings for r in remedies.find_remedies(work, reckoned(work), None)]
 
     assert {"lora": 16} in offered(work_of("dpo", str(tmp_path)))
     moving = work_of("dpo", str(tmp_path), sync_every=2)

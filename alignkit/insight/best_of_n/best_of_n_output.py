@@ -1,8 +1,7 @@
-"""The best of n as files of rows, as a table, as JSON, and as a picture."""
+"""The best of n as files of rows, a table, JSON, and a picture."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from alignkit.insight.best_of_n.selection import BestOfN
 
 
 def write_best(found: BestOfN, path: Path) -> None:
-    """Write the best completion of each prompt, one JSON object a line; methods on answers read it."""
+    """Write the best completion of each prompt, one JSON object per line; methods on answers read it."""
     rows = []
     for a in found.asked:
         i = a.best
@@ -28,17 +27,17 @@ def write_best(found: BestOfN, path: Path) -> None:
 
 
 def write_pairs(found: BestOfN, path: Path) -> dict[str, int]:
-    """Write best against worst, one JSON object a line; methods on pairs read it.
+    """Write best against worst, one JSON object per line; methods on pairs read it.
 
-    Returns how many were written, and how many were left out: "equal", where all samples have one reward, and "cut",
-    where the best one was cut by `max_new_tokens`: trained on, it would teach to end where nothing ends.
+    Returns how many pairs were written, and how many were left out: "equal", where all samples have the same reward,
+    and "cut", where the best was cut by `max_new_tokens`: training on it would teach to stop in the middle.
     """
     rows, counts = [], {"written": 0, "equal": 0, "cut": 0}
     for a in found.asked:
         best, worst = a.best, a.worst
-        why = "equal" if a.rewards[best] == a.rewards[worst] else "written" if a.ended[best] else "cut"
-        counts[why] += 1
-        if why == "written":
+        outcome = "equal" if a.rewards[best] == a.rewards[worst] else "written" if a.ended[best] else "cut"
+        counts[outcome] += 1
+        if outcome == "written":
             row = {"row": a.row, "prompt": a.prompt, "chosen": a.completions[best], "rejected": a.completions[worst]}
             rewards = {"reward_chosen": a.rewards[best], "reward_rejected": a.rewards[worst]}
             rows.append({**row, **rewards, "prompt_cut": a.prompt_cut})
@@ -47,9 +46,9 @@ def write_pairs(found: BestOfN, path: Path) -> dict[str, int]:
 
 
 def write_json(found: BestOfN, path: Path) -> None:
-    """Write the curve, every k."""
-    about = {"model": found.model, "n": found.n, "prompts": len(found.asked), "reward": found.reward}
-    values = {**about, "gold": found.gold, "curve": [asdict(point) for point in found.curve]}
+    """Write the curve as JSON, every k."""
+    header = {"model": found.model, "n": found.n, "prompts": len(found.asked), "reward": found.reward}
+    values = {**header, "gold": found.gold, "curve": [asdict(point) for point in found.curve]}
     write_text(path, json.dumps(values, indent=1) + "\n")
 
 
@@ -57,39 +56,36 @@ def table(found: BestOfN) -> Any:
     """Return a rich table of the curve at the powers of two and at n."""
     from rich.table import Table
 
-    made = Table(box=None, pad_edge=False)
+    grid = Table(box=None, pad_edge=False)
     names = ["best of", "KL, nats", "reward", "95 % interval", *(["gold", "95 % interval"] if found.gold else [])]
     for name in names:
-        made.add_column(name, justify="right", no_wrap=True)
+        grid.add_column(name, justify="right", no_wrap=True)
     for point in found.curve:
         if point.k & (point.k - 1) == 0 or point.k == found.n:
             cells = [*_cells(point.proxy), *(_cells(point.gold) if point.gold else [])]
-            made.add_row(str(point.k), f"{point.kl:.3f}", *cells)
-    return made
+            grid.add_row(str(point.k), f"{point.kl:.3f}", *cells)
+    return grid
 
 
 def draw(found: BestOfN, path: Path) -> None:
-    """Draw the reward, and the gold reward beside it, against KL to a PNG, with 95 % bands."""
+    """Draw the reward, and next to it the gold reward, against KL to a PNG, with 95 % bands."""
     check_picture()
-    matplotlib: Any = importlib.import_module("matplotlib")
-    matplotlib.use("agg")
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    from matplotlib.figure import Figure
+
     panels = [("reward", found.reward, [p.proxy for p in found.curve], "#0072b2")]
     golds = [p.gold for p in found.curve if p.gold is not None]
     if golds:
         panels.append(("gold reward", str(found.gold), golds, "#d55e00"))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="tight")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (name, spec, means, colour) in zip(axes[0], panels, strict=True):
         _panel(axis, found.curve, means, colour)
         axis.set_title(f"{name}: {spec}", fontsize=10)
         axis.set_ylabel(f"expected {name} of the best by {found.reward}", fontsize=9)
-    figure.tight_layout()
     try:
         figure.savefig(path, dpi=130)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file") from error
-    finally:
-        pyplot.close(figure)
 
 
 def _panel(axis: Any, points: Sequence[Point], means: Sequence[Mean], colour: str) -> None:

@@ -24,15 +24,23 @@ from alignkit.types import Example
 
 logger = logging.getLogger(__name__)
 
-TOGETHER = 32  # prompts between two lines of the log
-USED = ("sampling", "seed", "max_prompt_tokens", "tokenizer", "dtype", "device", "trust_remote_code")  # of a run's
+CHUNK = 32  # prompts between two lines of the log
+USED = (
+    "sampling",
+    "seed",
+    "max_prompt_tokens",
+    "tokenizer",
+    "dtype",
+    "device",
+    "trust_remote_code",
+)  # settings of a run
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt with its n samples. golds: None without a gold reward. ended: False where max_new_tokens cut.
+class Samples:
+    """A prompt with its n samples. golds: None without a gold reward. ended: False where max_new_tokens cut the sample.
 
-    prompt_cut: whether only the end of the prompt was asked, by max_prompt_tokens; rewards and files have all of it.
+    prompt_cut: whether max_prompt_tokens left the model only the end of the prompt; rewards and files have all of it.
     """
 
     row: int
@@ -56,13 +64,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class BestOfN:
-    """All samples, and the curve of their best ones; reward, gold: what scored them."""
+    """All samples, and the curve of the best; reward, gold: names of what scored them."""
 
     model: str
     n: int
     reward: str
     gold: str | None
-    asked: tuple[Asked, ...]
+    asked: tuple[Samples, ...]
     curve: tuple[Point, ...]
 
 
@@ -79,10 +87,10 @@ def best_of_n(
 ) -> BestOfN:
     """Sample n completions of each prompt, and score them.
 
-    model: folder or hub name of a model, an adapter, or a run. data: rows whose prompts are asked, `limit` of them at
-    most. reward, gold: specs (docs/rewards.md); samples are chosen by the reward, and the gold reward only looks on.
-    settings: those of a run that are in USED, such as {"sampling.temperature": 0.8, "seed": 1}. Raises AlignkitError
-    for what cannot be done.
+    model: folder or hub name of a model, an adapter, or a run. data: rows with prompts, of which at most `limit`
+    are used. reward, gold: specs (docs/rewards.md); samples are chosen by the reward; the gold reward only measures.
+    settings: settings of a run that are in USED, such as {"sampling.temperature": 0.8, "seed": 1}. Raises
+    AlignkitError.
     """
     if n < 1:
         raise ConfigError(f"n is {n}; give 1 or more")
@@ -95,16 +103,16 @@ def best_of_n(
     rows = replace(rows, rows=rows.rows[:limit])
     tokenizer = load_tokenizer(config)
     prompts = _prompts(rows, tokenizer, config.max_prompt_tokens)
-    where = torch.device("cpu") if config.device == "cpu" else device()
-    judges = [build_rewards(spec, where) for spec in (reward, gold) if spec is not None]
-    policy = from_pretrained(folder, config).to(where).eval()
-    asked: list[Asked] = []
-    for start in range(0, len(prompts), TOGETHER):
-        asked += _asked(policy, tokenizer, config, prompts[start : start + TOGETHER], start, n, judges)
+    run_on = torch.device("cpu") if config.device == "cpu" else device()
+    scorers = [build_rewards(spec, run_on) for spec in (reward, gold) if spec is not None]
+    policy = from_pretrained(folder, config).to(run_on).eval()
+    asked: list[Samples] = []
+    for start in range(0, len(prompts), CHUNK):
+        asked += _sample_and_score(policy, tokenizer, config, prompts[start : start + CHUNK], start, n, scorers)
         logger.info("sampled and scored %d of %d prompts", len(asked), len(prompts))
-    for judge in judges:
-        judge.close()
-    names = [" + ".join(judge.names) for judge in judges]
+    for scorer in scorers:
+        scorer.close()
+    names = [" + ".join(scorer.names) for scorer in scorers]
     golds = [a.golds for a in asked if a.golds is not None]
     found = curve([a.rewards for a in asked], golds or None)
     return BestOfN(folder, n, names[0], names[1] if gold is not None else None, tuple(asked), found)
@@ -122,41 +130,41 @@ def _config(model: str, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def _prompts(rows: Dataset, tokenizer: Any, limit: int | None) -> list[tuple[Example, bool]]:
-    """Return the prompts, each with whether it was cut; says of the rows what a run says."""
+    """Return the prompts, each with whether it was cut; logs about the rows what a run logs."""
     prompts, report = tokenise(rows, tokenizer, limit)
     for line in [rows.lines()[0], *(rows.report + report).lines()]:
         logger.info(line)
     whole, _ = tokenise(rows, tokenizer)
-    return [(cut, len(cut.prompt) < len(all_of_it.prompt)) for cut, all_of_it in zip(prompts, whole, strict=True)]
+    return [(cut, len(cut.prompt) < len(complete.prompt)) for cut, complete in zip(prompts, whole, strict=True)]
 
 
-def _asked(
+def _sample_and_score(
     policy: Any,
     tokenizer: Any,
     config: RunConfig,
     prompts: Sequence[tuple[Example, bool]],
     first: int,
     n: int,
-    judges: Sequence[Rewards],
-) -> list[Asked]:
-    """Sample and score prompts whose numbers begin at `first`."""
+    scorers: Sequence[Rewards],
+) -> list[Samples]:
+    """Sample and score prompts, numbered from `first`."""
     numbers = range(first, first + len(prompts))
     examples = [e for e, _ in prompts]
     ids = [e.prompt for e in examples]
     sampled = sample(policy, tokenizer, ids, config.sampling, n=n, seed=config.seed, numbers=numbers)
     answers = answers_of(tokenizer, examples, sampled)
-    scores = [judge.score(answers).total for judge in judges]
+    scores = [scorer.score(answers).total for scorer in scorers]
     found = []
     for i, (example, cut) in enumerate(prompts):
-        own = slice(i * n, (i + 1) * n)
+        part = slice(i * n, (i + 1) * n)
         found.append(
-            Asked(
+            Samples(
                 example.row,
-                answers.prompts[own][0],
-                tuple(answers.completions[own]),
-                tuple(scores[0][own]),
-                tuple(scores[1][own]) if len(scores) > 1 else None,
-                tuple(answers.ended[own]),
+                answers.prompts[part][0],
+                tuple(answers.completions[part]),
+                tuple(scores[0][part]),
+                tuple(scores[1][part]) if len(scores) > 1 else None,
+                tuple(answers.ended[part]),
                 cut,
             )
         )

@@ -1,4 +1,4 @@
-"""What alarms say and advise, and which of them look at evaluations too."""
+"""Message and remedies of each alarm, and whether it checks evaluations too."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from alignkit.insight.health.history import History
 
 @dataclass(frozen=True)
 class Detector:
-    """One alarm. what: its message, of {value} and {limit}. remedies: a setting and what to do with it.
+    """One alarm. message: with {value} and {limit}. remedies: a setting and what to do with it.
 
-    A remedy whose setting has a dot in front is a method's own, and is given where the run has it.
+    A setting with a leading dot is a method's own; its remedy is listed only where the run has it.
     """
 
     find: Callable[[History, float, Health], float | None]
-    what: str
+    message: str
     remedies: tuple[tuple[str, str], ...]
     evaluations: bool = True
 
     @property
     def name(self) -> str:
-        """Of the alarm, and of its limit."""
+        """The name of the alarm and of its limit."""
         return self.find.__name__
 
     def advice(self, settings: Mapping[str, Any]) -> str:
-        """Return the remedies that the run's settings allow, as a sentence without its full stop."""
-        said = [what.format(f"`{name.removeprefix('.')}`") for name, what in self.remedies if _there(name, settings)]
-        text = " or ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
+        """Return the remedies that the run's settings allow, as a sentence without a full stop."""
+        steps = [do.format(f"`{name.removeprefix('.')}`") for name, do in self.remedies if _has(name, settings)]
+        text = " or ".join([", ".join(steps[:-1]), steps[-1]] if len(steps) > 1 else steps)
         return text[:1].upper() + text[1:]
 
 
-def _there(name: str, settings: Mapping[str, Any]) -> bool:
+def _has(name: str, settings: Mapping[str, Any]) -> bool:
     return not name.startswith(".") or name[1:] in settings
 
 
 SLOWER = ("learning_rate", "lower {}")
 HELD = ((".beta", "raise {}"), (".tau", "raise {}"))
-OTHER_REWARD = ("reward", "mend {}: read what it likes in completions.jsonl")
-BOTH = ("reward", "add to {} what it forgets, or take an ensemble")
+OTHER_REWARD = ("reward", "fix {}: read in completions.jsonl what it favours")
+BOTH = ("reward", "add what is missing to {}, or use an ensemble")
 SHORTER = ("max_steps", "stop earlier by {}")
 
 DETECTORS = (
@@ -54,13 +54,13 @@ DETECTORS = (
         (("learning_rate", "raise {}"), (".beta", "lower {}"), (".tau", "lower {}")), evaluations=False,
     ),
     Detector(
-        d.reward_kl, "the reward has risen while the KL runs away, to {value:.3g} nats a sequence, above {limit:g}",
+        d.reward_kl, "the reward has risen while the KL grew to {value:.3g} nats a sequence, above {limit:g}",
         (OTHER_REWARD, SLOWER, *HELD),
     ),
     Detector(
         d.reward_length,
         "the reward has risen while completions grew to {value:.3g} times their length, above {limit:g}",
-        (("reward", "take length out of {}, or add brevity to it"), ("sampling.max_new_tokens", "lower {}")),
+        (("reward", "remove length from {}, or reward brevity in it"), ("sampling.max_new_tokens", "lower {}")),
     ),
     Detector(
         d.reward_held_out,
@@ -68,15 +68,15 @@ DETECTORS = (
         (BOTH, SHORTER, *HELD),
     ),
     Detector(
-        d.distinct, "distinct-2 is {value:.2g} of what it was at the start, below {limit:g}: completions become alike",
+        d.distinct, "distinct-2 is {value:.2g} of its start, below {limit:g}: completions become alike",
         (SLOWER, *HELD, (".entropy_coef", "raise {}"), OTHER_REWARD),
     ),
     Detector(
-        d.entropy, "the entropy has fallen to {value:.2g} nats a token, below {limit:g}: nothing is left to sample",
+        d.entropy, "the entropy has fallen to {value:.2g} nats a token, below {limit:g}: samples no longer vary",
         (SLOWER, *HELD, (".entropy_coef", "raise {}"), SHORTER),
     ),
     Detector(
-        d.repetition, "{value:.0%} of a completion's 4-grams repeat others in it, above {limit:.0%}",
+        d.repetition, "{value:.0%} of a completion's 4-grams repeat earlier ones, above {limit:.0%}",
         (OTHER_REWARD, SLOWER, *HELD),
     ),
     Detector(
@@ -90,13 +90,13 @@ DETECTORS = (
         (SLOWER, (".rpo_alpha", "set {} to 1"), (".sft_weight", "set {} to 1"), (".alpha", "raise {}"), SHORTER),
     ),
     Detector(
-        d.zero_variance, "{value:.0%} of the prompts have completions that all score alike, above {limit:.0%}: they "
-        "teach nothing",
-        (("reward", "give a {} with finer steps"), ("data", "take other prompts in {}"), (".group_size", "raise {}")),
+        d.zero_variance, "{value:.0%} of the prompts have completions that all have the same score, above {limit:.0%}: "
+        "nothing is learned from them",
+        (("reward", "use a {} with finer steps"), ("data", "use other prompts in {}"), (".group_size", "raise {}")),
         evaluations=False,
     ),
     Detector(
-        d.clip_fraction, "the gradient of {value:.0%} of the tokens is clipped away, above {limit:.0%}",
+        d.clip_fraction, "the gradient of {value:.0%} of the tokens is clipped, above {limit:.0%}",
         (SLOWER, ("epochs_per_batch", "lower {}"), ("minibatches", "lower {}")), evaluations=False,
     ),
     Detector(
@@ -105,12 +105,12 @@ DETECTORS = (
     ),
     Detector(
         d.explained_variance, "the critic's explained variance is {value:.2g}, below {limit:g}: a constant is better",
-        (("critic_learning_rate", "lower {}"), (".critic_warmup_steps", "raise {}"), ("critic", "take another {}")),
+        (("critic_learning_rate", "lower {}"), (".critic_warmup_steps", "raise {}"), ("critic", "use another {}")),
         evaluations=False,
     ),
     Detector(
         d.grad_spike, "the gradient's norm is {value:.3g} times its running median, above {limit:g}",
-        (("data", "look at this step's rows of {}"), ("max_grad_norm", "lower {}"), SLOWER), evaluations=False,
+        (("data", "check this step's rows of {}"), ("max_grad_norm", "lower {}"), SLOWER), evaluations=False,
     ),
     Detector(
         d.truncation, "{value:.0%} of the completions were cut, above {limit:.0%}",

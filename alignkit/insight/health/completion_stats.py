@@ -1,4 +1,4 @@
-"""What the completions of a step say that its metrics do not: repetition, openings, groups that teach nothing."""
+"""Statistics of a step's completions beyond its metrics: repetition, openings, groups without a learning signal."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]  # a line of completions.jsonl
-NGRAM, OPENING = 4, 3  # units of text
+NGRAM, OPENING = 4, 3  # words, or characters
 
 
 def repetition(text: str) -> float:
-    """Return the part of a text's 4-grams that occurred in it before; 0 where it has none."""
+    """Return the part of a text's 4-grams that repeat earlier ones; 0 for a text without 4-grams."""
     units = words(text)
     grams = [tuple(units[i : i + NGRAM]) for i in range(len(units) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def same_opening(rows: Sequence[Row]) -> float | None:
-    """Return the part of the prompts that is answered with the commonest first words, None of fewer than four prompts.
+    """Return the part of the prompts answered with the most common first words; None with fewer than four prompts.
 
-    Every prompt counts once, by the part of its completions that begin so.
+    Each prompt counts once, by the part of its completions that begin so.
     """
     by_prompt: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     for row in rows:
@@ -36,18 +36,18 @@ def same_opening(rows: Sequence[Row]) -> float | None:
 
 
 def dead_groups(rows: Sequence[Row], best: float, worst: float) -> float | None:
-    """Return the part of the prompts whose completions all score alike; None where no prompt has several.
+    """Return the part of the prompts whose completions all have the same score; None where no prompt has several.
 
-    best, worst: rewards of the run so far. A prompt whose completions are all at the best is solved and does not count,
-    unless no other reward was ever seen.
+    best, worst: rewards of the run so far. A prompt whose completions all have the best reward is solved and does not
+    count, unless the run has had no other reward.
     """
     groups: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if (reward := number(row.get("reward"))) is not None:
             groups[str(row.get("row"))].append(reward)
-    several = [g for g in groups.values() if len(g) > 1]
-    dead = [g for g in several if min(g) == max(g) and (g[0] < best or best == worst)]
-    return len(dead) / len(several) if several else None
+    multiple = [g for g in groups.values() if len(g) > 1]
+    dead = [g for g in multiple if min(g) == max(g) and (g[0] < best or best == worst)]
+    return len(dead) / len(multiple) if multiple else None
 
 
 def spreads(rows: Sequence[Row]) -> dict[str, float]:
@@ -58,28 +58,28 @@ def spreads(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def words(text: str) -> list[str]:
-    """Split into words, or into characters where a language writes hardly any spaces."""
+    """Split into words, or into characters for languages that hardly use spaces."""
     split = text.split()
     return split if len(text) < 20 * max(len(split), 1) else list("".join(split))
 
 
 def number(value: Any) -> float | None:
-    """Return a value as a finite number, None where it is none."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-    return float(value) if good else None
+    """Return a value as a finite float, None where it is not a number."""
+    finite = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    return float(value) if finite else None
 
 
 def _text(row: Row) -> str:
     return str(row.get("completion", ""))
 
 
-def facts(rows: Sequence[Row], best: float, worst: float) -> dict[str, float]:
-    """Return all of it as numbers by name; nothing of no completions."""
+def completion_stats(rows: Sequence[Row], best: float, worst: float) -> dict[str, float]:
+    """Return all statistics by name; empty without completions."""
     if not rows:
         return {}
-    said = {
+    stats = {
         "text/repetition": statistics.fmean(repetition(_text(row)) for row in rows),
         "text/opening": same_opening(rows),
         "text/dead_groups": dead_groups(rows, best, worst),
     }
-    return {name: value for name, value in said.items() if value is not None} | spreads(rows)
+    return {name: value for name, value in stats.items() if value is not None} | spreads(rows)

@@ -1,4 +1,4 @@
-"""Tokens as text, so that they can be read one behind the other."""
+"""Tokens as text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def pieces(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> list[str]:
-    """Return what each token adds to the text behind the prompt, special tokens by their names.
+def token_texts(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> list[str]:
+    """Return what each token adds to the text after the prompt; special tokens by name.
 
-    Where several tokens make one character, the last of them has it, and the others have nothing.
+    Where several tokens encode one character, the last has it and the others are empty.
     """
 
     def text(upto: int) -> str:
@@ -18,7 +18,7 @@ def pieces(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> list[st
     found, before = [], text(0)
     for i, token in enumerate(ids, 1):
         now = text(i)
-        if not now.startswith(before):  # a decoder that rewrites what it has said
+        if not now.startswith(before):  # the decoder changed its earlier output
             found.append(str(tokenizer.convert_ids_to_tokens(token)))
             before = now
         elif now.endswith("\ufffd") and i < len(ids):

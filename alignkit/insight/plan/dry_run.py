@@ -1,6 +1,6 @@
-"""One step of a run with models that have no numbers: its own code collects, scores and updates, and memory is counted.
+"""One step of a run with models that have no data: the run's own code collects, scores and updates; memory is counted.
 
-What a run samples, scores or reads from its cache is made up here at random, in the shapes that it would have.
+What a run samples, scores or reads from its cache is random here, in the same shapes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from alignkit_kernels import row_stats
 
 
 class _Roles(Roles):
-    """Roles whose passes without a gradient are made, for their memory, and answered at random."""
+    """Roles whose passes without a gradient are run for their memory, and return random values."""
 
     def _without_gradient(self, score: Any, batch: Batch) -> Outputs:
         outputs = score(batch.micro_batches(self.max_tokens)[0])
@@ -46,7 +46,7 @@ class _Roles(Roles):
 
 
 class _Reference:
-    """Stands for a run's reference, whose own passes take less than an update does."""
+    """Replaces a run's reference, whose passes take less memory than an update."""
 
     def attach(self, batch: Batch, keep: bool = True) -> Batch:
         return batch.attach(per_token={"reference_logps": _random(batch)})
@@ -56,7 +56,7 @@ class _Reference:
 
 
 class _Online(Online):
-    """Completions of the greatest length, and scores, out of nothing."""
+    """Completions of maximum length, and scores, without a model."""
 
     def sample(self, ctx: Any, examples: Sequence[Example], n: int, draw: int, mixture: float | None) -> Any:
         tokens = [0] * self.config.sampling.max_new_tokens
@@ -81,7 +81,7 @@ def _random(batch: Batch) -> Tensor:
 
 
 def _state(config: RunConfig, method: Method[Any], module: nn.Module, layout: Layout) -> RunState:
-    """Return what a step asks of the run around it, without a folder, data or an optimiser."""
+    """Return the state of a run that a step needs, without a folder, data or an optimiser."""
     reference: Any = _Reference() if "reference" in method.roles() else None
     online = None
     if method.data == "prompts":
@@ -96,7 +96,7 @@ def _state(config: RunConfig, method: Method[Any], module: nn.Module, layout: La
     return RunState(config, method, Splits([], [], ""), parts, Path(), {})
 
 
-def collected(
+def collect(
     config: RunConfig, method: Method[Any], module: nn.Module, layout: Layout, examples: Sequence[Example]
 ) -> tuple[list[Batch], Roles]:
     """Collect a step of these examples; return the micro-batches of its first update, the largest first, and roles."""
@@ -109,16 +109,16 @@ def collected(
 
 
 def learn(method: Method[Any], module: nn.Module, micro: Batch, roles: Roles, ledger: Ledger) -> dict[str, int]:
-    """Compute loss and gradients; return the bytes by label, weights left out, at the largest moment before the
-    first gradient of a layer is there: from then on activations go and gradients come."""
+    """Compute loss and gradients; return the bytes by label at the peak before the first gradient of a layer exists:
+    from then on activations are freed and gradients allocated."""
     layers = [p for trunk in trunks(module) for p in layers_of(trunk).parameters() if p.requires_grad]
     found: dict[str, int] = {}
 
-    def reached(_: Tensor) -> None:
+    def at_first_gradient(_: Tensor) -> None:
         found.update(found or ledger.peak)
 
-    handles = [p.register_post_accumulate_grad_hook(reached) for p in layers]
-    handles += [hook for trunk in trunks(module) for hook in _labelling(trunk, ledger)]
+    handles = [p.register_post_accumulate_grad_hook(at_first_gradient) for p in layers]
+    handles += [hook for trunk in trunks(module) for hook in _label_hooks(trunk, ledger)]
     ledger.forget_peak()
     with ledger.labelled("head"):
         terms = method.loss(micro, roles)
@@ -132,7 +132,7 @@ def learn(method: Method[Any], module: nn.Module, micro: Batch, roles: Roles, le
 
 @contextmanager
 def few_blocks(elements: int) -> Iterator[None]:
-    """Have the head's passes over this many logits made in 64 blocks at most: nothing lies in a cache on paper."""
+    """Limit the head's passes over this many logits to 64 blocks: without data, cache-sized blocks gain nothing."""
     before = row_stats.BLOCK_ELEMENTS
     row_stats.BLOCK_ELEMENTS = max(before, elements // 64)
     try:
@@ -148,14 +148,14 @@ def trunks(module: nn.Module) -> list[nn.Module]:
 
 
 def layers_of(trunk: nn.Module) -> nn.ModuleList:
-    """Return the trunk's layers. Raises ModelError where it has no list of them."""
+    """Return the trunk's layers. Raises ModelError where it has no list of layers."""
     lists = [m for m in trunk.modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         raise ModelError(f"{type(trunk).__name__} has no list of layers, so its memory cannot be planned")
     return max(lists, key=len)
 
 
-def _labelling(trunk: nn.Module, ledger: Ledger) -> list[Any]:
+def _label_hooks(trunk: nn.Module, ledger: Ledger) -> list[Any]:
     inside: list[Any] = []
 
     def enter(*_: Any) -> None:

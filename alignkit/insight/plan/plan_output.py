@@ -1,4 +1,4 @@
-"""A plan as text on the terminal."""
+"""A plan on the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from alignkit.insight.plan.run_plan import Plan
 
 
 def print_plan(plan: Plan) -> None:
-    """Print what the run will do, its memory by part, and what would need less."""
+    """Print what the run will do, its memory by part, and settings that need less."""
     held = f", {plan.held_out:,} held out" if plan.held_out else ""
     terminal.show(f"{plan.method}: {plan.rows:,} rows to train on{held}; {plan.tokens:,} tokens, prompts counted once")
     terminal.show(f"steps: {plan.steps:,} of {plan.batch_size} examples")
@@ -36,34 +36,34 @@ def print_plan(plan: Plan) -> None:
 
 
 def packing(plan: Plan) -> str:
-    """Say what the heaviest update costs packed, and with a row for each completion."""
+    """Return the size of the heaviest update, packed and with one row per completion."""
     m = plan.memory
-    said = f"heaviest update: {m.tokens:,} tokens in {m.positions:,} places"
+    text = f"heaviest update: {m.tokens:,} tokens in {m.positions:,} positions"
     if m.positions >= m.padded:
-        return said
+        return text
     saved = 1 - m.positions / m.padded
-    return f"{said}, {saved:.0%} fewer than the {m.padded:,} of padded rows that repeat their prompts"
+    return f"{text}, {saved:.0%} fewer than the {m.padded:,} of padded rows that repeat their prompts"
 
 
 def reference(plan: Plan) -> str:
-    """Say how the reference is kept, and what its cache knows."""
+    """Return how the reference is kept, and how many of its values are in the cache."""
     if plan.reference is None:
         return "reference: none"
     if plan.cache is None:
         return f"reference: {plan.reference}"
-    wanted, known = plan.cache
+    needed, known = plan.cache
     if known is None:
-        return f"reference: {plan.reference}; {wanted:,} values (--hits loads the weights, and says how many are known)"
-    return f"reference: {plan.reference}; {known:,} of {wanted:,} values are in the cache ({known / wanted:.0%})"
+        return (
+            f"reference: {plan.reference}; {needed:,} values (--hits loads the weights, and counts those in the cache)"
+        )
+    return f"reference: {plan.reference}; {known:,} of {needed:,} values are in the cache ({known / needed:.0%})"
 
 
 def verdict(plan: Plan) -> str:
-    """Say whether the run fits into the memory that was given."""
+    """Return whether the run fits into the given memory."""
     assert plan.limit is not None
     limit, left = terminal.size(plan.limit), plan.limit - plan.memory.peak
     if left >= 0:
         return f"it fits into {limit}, {terminal.size(left)} to spare"
-    less = (
-        "What needs less:" if plan.remedies else "No setting is known that needs less: shorter rows, or another model"
-    )
+    less = "Settings that need less:" if plan.remedies else "No setting needs less: use shorter rows, or another model"
     return f"it does not fit into {limit}: {terminal.size(-left)} too much. {less}"

@@ -1,4 +1,4 @@
-"""What a run will do, before anything of it is loaded but settings, rows and the models' configurations."""
+"""A plan of a run, from its settings, its rows and the configurations of its models alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alignkit.data.stream import Stream
 from alignkit.engine import assemble
 from alignkit.errors import ConfigError
 from alignkit.insight.plan.memory import Memory, Work, memory
-from alignkit.insight.plan.remedies import Remedy, tried
+from alignkit.insight.plan.remedies import Remedy, find_remedies
 from alignkit.models.branches import BRANCHES
 from alignkit.models.layouts import DENSE_ROW_TOKENS
 from alignkit.models.loading import DTYPES, causal_lm, from_pretrained, load_model, load_tokenizer, set_up
@@ -34,11 +34,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before it begins. Tokens are those of the training rows, prompts counted once; bytes everywhere, of one of
-    its processes.
+    """A run before its start. tokens: of the training rows, prompts counted once. Memory is in bytes, of one process.
 
-    reference: its form, None without one. cache: values that the run will ask for, and those known already (None: not
-    looked up). limit: the memory that it has to fit into.
+    reference: its form, None without one. cache: the number of values that the run needs, and of those in the cache
+    (None: not looked up). limit: the memory that the run must fit into.
     """
 
     method: str
@@ -56,7 +55,7 @@ class Plan:
     processes: int = 1
 
     def describe(self) -> dict[str, Any]:
-        """Return all of it as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self) | {"peak": self.memory.peak, "peak_phase": self.memory.peak_phase}
 
 
@@ -69,12 +68,11 @@ def plan(
     hits: bool = False,
     remedies: bool = True,
 ) -> Plan:
-    """Reckon what a run with these flat settings will do and take.
+    """Plan a run with these flat settings.
 
-    limit: bytes that it has to fit into. gpu: plan for one, by default where there is one. processes: of torchrun, each
-    on a GPU of its own. hits: load the weights, and count what the cache of reference values knows. remedies: also try
-    what would need less memory.
-    Raises as a run does before its first step.
+    limit: bytes that it must fit into. gpu: plan for a GPU, by default if there is one. processes: of torchrun, each on
+    its own GPU. hits: load the weights, and count the reference values in the cache. remedies: also plan settings that
+    need less memory. Raises what a run raises before its first step.
     """
     method_class = registry.get(str(settings.get("method")))
     config, own = split(settings, method_class.Config)
@@ -84,10 +82,10 @@ def plan(
     check_reference(config, method)
     check_online(config, method)
     if config.fsdp and processes == 1:
-        raise ConfigError("fsdp shards over several processes, and this plans one; say how many: --processes 8")
+        raise ConfigError("fsdp shards over several processes, and this plans one; give their number: --processes 8")
     gpu = torch.cuda.is_available() and config.device == "auto" if gpu is None else gpu
     rows = assemble.read(config, method, load_tokenizer(config))
-    known = [method.longest(e) for e in rows.train]
+    examples = [method.longest(e) for e in rows.train]
     least = assemble.least_examples(config, method, rows, processes)
     stream = Stream(rows.train, config.batch_size, config.seed, least)
     steps = stream.total_steps(config.epochs, config.max_steps)
@@ -98,9 +96,9 @@ def plan(
     found = memory(work)
     return Plan(
         config.method, _device(gpu, processes), len(rows.train), len(rows.held_out), steps,
-        config.batch_size, sum(e.n_tokens for e in known), found.reference,
-        _cache(work, found.reference, [*known, *map(method.longest, rows.held_out)], hits), found,
-        tuple(tried(work, found, limit)) if remedies else (), limit, processes,
+        config.batch_size, sum(e.n_tokens for e in examples), found.reference,
+        _cache(work, found.reference, [*examples, *map(method.longest, rows.held_out)], hits), found,
+        tuple(find_remedies(work, found, limit)) if remedies else (), limit, processes,
     )  # fmt: skip
 
 
@@ -111,17 +109,17 @@ def _device(gpu: bool, processes: int) -> str:
 
 
 def _program(config: RunConfig) -> int:
-    """Return the bytes of this process, which has imported what a run does and holds its rows."""
+    """Return the bytes of this process, which has imported what a run imports and has its rows."""
     if config.lora:
-        importlib.import_module("peft")  # with all that it brings
+        importlib.import_module("peft")  # with all its imports
     pages = Path("/proc/self/statm")
-    if pages.is_file():  # getrusage counts the process that started this one too
+    if pages.is_file():  # getrusage includes the process that started this one
         return int(pages.read_text().split()[1]) * resource.getpagesize()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _layout(config: RunConfig) -> Layout:
-    """The layout that the probe finds fit for most models; see `alignkit.models.layouts`."""
+    """Return the layout that the probe chooses for most models; see `alignkit.models.layouts`."""
     if config.layout == "padded":
         return Layout("padded")
     model = from_pretrained(config.model, config, weights=False)
@@ -137,12 +135,12 @@ def heaviest(stream: Stream, steps: int, layout: Layout, max_tokens: int, proces
     def largest(examples: Sequence[Example]) -> int:
         return max(part.n_tokens for part in batch_of(examples, layout).micro_batches(max_tokens))
 
-    every = (stream[step] for step in range(min(steps, 1000)))
-    return max((part_of(step, rank, processes) for step in every for rank in range(processes)), key=largest)
+    steps_read = (stream[step] for step in range(min(steps, 1000)))
+    return max((part_of(step, rank, processes) for step in steps_read for rank in range(processes)), key=largest)
 
 
 def _cache(work: Work, form: str | None, examples: Sequence[Example], hits: bool) -> tuple[int, int | None] | None:
-    """Return how many different values of the reference the run asks for, and how many its cache has."""
+    """Return the number of different reference values that the run needs, and how many its cache has."""
     config, method = work.config, work.method
     if form is None or not config.reference_cache or method.reference_need() == "moving" or method.data == "prompts":
         return None
