@@ -105,7 +105,7 @@ def test_the_curve_is_a_mean_over_prompts_with_its_interval() -> None:
 # ------------------------------------------------------------------------------------------------------- files
 
 
-def asked(row: int, rewards: tuple[float, ...], ended: tuple[bool, ...], **changes: Any) -> Asked:
+def asked(row: int, rewards: tuple[float, ...], ended: tuple[bool, ...], **changes: Any) -> Samples:
     texts = tuple(f" answer {i}" for i in range(len(rewards)))
     return Samples(**{"row": row, "prompt": f"p{row}", "completions": texts, "rewards": rewards, "golds": None,
                     "ended": ended, "prompt_cut": False, **changes})  # fmt: skip

@@ -137,7 +137,7 @@ def test_what_is_no_reward_model(tmp_path: Path) -> None:
         reward_prefixes(str(tmp_path / "none"), "a")
     with pytest.raises(ConfigError, match="Did you mean 'numeric'"):
         reward_prefixes("numerical", "a")
-    with pytest.raises(ConfigError, match="no text to look at"):
+    with pytest.raises(ConfigError, match="the text is empty; give an answer"):
         reward_prefixes(three, " ")
     with pytest.raises(RewardError, match="have 101 tokens, the model in "):
         reward_prefixes(write_classifier(tmp_path / "short", "gpt2"), "a" * 99, "p")
@@ -243,10 +243,10 @@ def test_pairs_and_models_that_do_not_fit(models: Path, tmp_path: Path) -> None:
     rows = [PAIR, {**PAIR, "rejected": PAIR["chosen"]}]
     with pytest.raises(DataError, match=r"row 2 is dropped \(identical answers\)"):
         pair_of(rows, 2)
-    with pytest.raises(DataError, match="there is no row 3; it has 2 rows"):
+    with pytest.raises(DataError, match="row 3 does not exist; it has 2 rows"):
         pair_of(rows, 3)
     row = pair_of(rows, 1)
-    with pytest.raises(ConfigError, match="is no adapter, whose base would be the reference; give --reference"):
+    with pytest.raises(ConfigError, match="is not an adapter, so it has no base to use as the reference; give --reference"):
         pair_ratios(str(models / "policy"), row)
     other = tmp_path / "other"
     write_tiny(other)

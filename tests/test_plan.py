@@ -177,7 +177,7 @@ def test_a_plan_of_several_processes_is_of_the_busiest_of_them(tiny: str) -> Non
 
 
 def test_processes_that_a_run_would_refuse_are_refused(tiny: str) -> None:
-    with pytest.raises(ConfigError, match="this plans one; say how many: --processes 8"):
+    with pytest.raises(ConfigError, match="this plans one; give their number: --processes 8"):
         plan(of("dpo", tiny, fsdp=True))
     with pytest.raises(ConfigError, match="batch_size 4 is too small: 'dpo' on 8 ranks needs at least 8"):
         plan(of("dpo", tiny), processes=8)
@@ -424,7 +424,7 @@ def test_the_program_is_this_process_alone(tiny: str) -> None:
 
 def test_where_nothing_needs_less_that_is_said(tiny: str) -> None:
     found = plan(of("dpo", tiny), gpu=True, limit=1, remedies=False)
-    assert "No setting is known that needs less" in verdict(found)
+    assert "No setting needs less: use shorter rows, or another model" in verdict(found)
     assert "to spare" in verdict(plan(of("dpo", tiny), gpu=True, limit=2**40))
 
 

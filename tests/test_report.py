@@ -288,7 +288,7 @@ def test_numbers_that_are_missing_do_not_stop_it(tmp_path: Path) -> None:
         {"step": 3, "loss": float("inf"), "kl": 0.3, "alarm/kl": 3.0, "epoch": 1.0, "skipped": 0},
     ]
     run = write_run(tmp_path / "run", lines)
-    assert names([read(run, "run")]) == ["kl", "loss", "skipped"]
+    assert names([read(run, "run")]) == ["loss", "kl", "skipped"]
     page = shown(run)
     assert "Never changed" not in page
     assert "nan" not in words(page)

@@ -1,7 +1,7 @@
 """A line chart as inline SVG, drawn by matplotlib: gaps where a value is missing, values on hover, nothing that runs.
 
-Lines differ in colour and in dashes, points in shape, so that they can be told apart on grey paper too. matplotlib is
-the extra "report" and not a requirement: it brings seven distributions, and nothing else that a run does draws.
+Lines differ in colour and dashes, points in shape, so that they are distinct in greyscale too. matplotlib is in the
+extra "report", not a requirement: it adds seven distributions, and machines that only train do not draw.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _plot(axes: Axes, series: Sequence[Series]) -> None:
         axes.set_xlim(left=0)
     if 0 <= axes.dataLim.y0 < 0.4 * axes.dataLim.y1:  # 0 is near, and the distance from it tells more
         axes.set_ylim(bottom=0)
-    # an exponent stands to the left of the axis, where no alarm's number is; the layout would leave it a whole column
+    # an exponent goes left of the axis, where no alarm's number is; the layout would reserve a column for it
     axes.yaxis.get_offset_text().set(horizontalalignment="right", in_layout=False)
     axes.set_autoscale_on(False)
 

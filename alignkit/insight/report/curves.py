@@ -13,6 +13,7 @@ from alignkit.insight.report.charts import Mark, Series, alarm_sample, chart, sa
 from alignkit.insight.report.numbers import Point, finite, number
 from alignkit.insight.report.run_files import Run
 from alignkit.runs.folder import EVAL
+from alignkit.runs.results import RESULTS
 
 _GROUPS = (
     ("Reward and loss", r"wins/.*|rewards?/.*|advantage/.*|loss"),
@@ -20,7 +21,6 @@ _GROUPS = (
     ("Length and variety", r"completion/.*|length/.*"),
     ("Optimiser and speed", r"grad_norm|lr|skipped|tokens_per_second|seconds/.*"),
 )
-_FIRST = ("reward/mean", "wins/mean", "rewards/accuracy", "rewards/margin", "kl", "completion/length")
 _UNITS = (
     (r"kl", "nats a sequence"),
     (r"entropy", "nats a token"),
@@ -86,13 +86,13 @@ def groups(runs: Sequence[Run], marks: Sequence[Mark]) -> list[Group]:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """Return the metrics of all runs without "eval/": the most informative first, then in the order of the file."""
+    """Return the metrics of all runs without "eval/": RESULTS first, then in the order of the file."""
     found: dict[str, None] = {}
     for run in runs:
         for line in run.lines:
             found |= dict.fromkeys(key.removeprefix(EVAL) for key, v in line.items() if finite(v))
     drawn = [n for n in found if not _NOT_DRAWN.fullmatch(n)]
-    return sorted(drawn, key=lambda n: _FIRST.index(n) if n in _FIRST else len(_FIRST))
+    return sorted(drawn, key=lambda n: RESULTS.index(n) if n in RESULTS else len(RESULTS))
 
 
 def unit(name: str) -> str:

@@ -15,7 +15,7 @@ def finite(value: object) -> TypeGuard[float]:
 
 
 def number(value: float | None) -> str:
-    """Write a number for a reader: four significant digits, a true minus sign, "-" where there is none."""
+    """Return a number as text: four significant digits, a true minus sign, "-" for None and what is not finite."""
     if value is None or not math.isfinite(value):
         return "-"
     if value == 0:
