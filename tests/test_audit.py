@@ -362,7 +362,7 @@ def test_a_reward_models_folder_brings_its_tokenizer(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path / "reward")
     found = audit([pair("ab", "cd", "efg"), pair("a", "bc", "d")], reward=folder)
     assert found.unit == "tokens"
-    assert found.budgets is None  # the reward's model says nothing about what a policy reads
+    assert found.budgets is None  # the reward's model does not tell what a policy reads
     assert found.reward is not None
     assert found.reward.deviation > 0
 

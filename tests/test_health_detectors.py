@@ -105,7 +105,7 @@ def together(*changes: Change) -> Change:
     return change
 
 
-def says(text: str) -> Change:
+def writes(text: str) -> Change:
     def change(step: int, metrics: dict[str, float], rows: list[dict[str, Any]]) -> None:
         for row in rows:
             if step > 20:
@@ -133,8 +133,8 @@ PLANTED: list[tuple[str, Any, Change]] = [
     ("reward_held_out", online_line, together(rising, scores("reward/right", lambda s, r: (r["number"] % 2) - s / 60))),
     ("distinct", online_line, sets(completion__distinct_2=lambda step: 0.07 if step < 20 else 0.02)),
     ("entropy", online_line, sets(entropy=lambda step: 0.09 * 0.9**step)),
-    ("repetition", online_line, says("{0} {1} red red red red red red red red red red")),
-    ("opening", online_line, says("What a lovely question, {0} {1}")),
+    ("repetition", online_line, writes("{0} {1} red red red red red red red red red red")),
+    ("opening", online_line, writes("What a lovely question, {0} {1}")),
     ("displacement", offline_line, sets(logps__chosen=lambda step: -1.0 - step / 10)),
     ("displacement", offline_line, sets(logratios__chosen=lambda s: -s / 90, logratios__rejected=lambda s: -s / 40)),
     ("zero_variance", online_line, scores("reward", lambda step, row: 0.5)),
@@ -373,7 +373,7 @@ def test_groups_that_teach_nothing() -> None:
 
     assert dead_groups(rows([0, 0], [1, 1], [0, 1], [0, 0]), best=1, worst=0) == 0.5  # the second is solved
     assert dead_groups(rows([1, 1], [1, 1]), best=1, worst=0) == 0
-    assert dead_groups(rows([1, 1], [1, 1]), best=1, worst=1) == 1  # a reward that says nothing else
+    assert dead_groups(rows([1, 1], [1, 1]), best=1, worst=1) == 1  # the only reward so far
     assert dead_groups(rows([1], [0]), best=1, worst=0) is None
     assert spreads([{"reward/a": 0.0}, {"reward/a": 2.0}, {"wins": 1}]) == {"spread/reward/a": 1.0}
 

@@ -62,17 +62,17 @@ def test_every_prefix_has_the_score_that_it_has_alone(architecture: str, tmp_pat
 
 
 def count_sequences(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    asked: list[int] = []
+    counts: list[int] = []
     scores = model.scores
-    monkeypatch.setattr(model, "scores", lambda sequences: asked.append(len(sequences)) or scores(sequences))
-    return asked
+    monkeypatch.setattr(model, "scores", lambda sequences: counts.append(len(sequences)) or scores(sequences))
+    return counts
 
 
 def test_a_causal_model_is_asked_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = RewardModel(write_classifier(tmp_path / "reward"), "cpu", 1000)
-    asked = count_sequences(model, monkeypatch)
+    counts = count_sequences(model, monkeypatch)
     assert len(prefix_scores(model, [5], list(range(20, 32)))) == 13
-    assert asked == [1, 2]
+    assert counts == [1, 2]
 
 
 def test_a_decoder_that_looks_ahead_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,10 +87,10 @@ def test_a_decoder_that_looks_ahead_is_found_out(tmp_path: Path, monkeypatch: py
         return out
 
     monkeypatch.setattr(model.model.base_model, "forward", ahead)
-    asked = count_sequences(model, monkeypatch)
+    counts = count_sequences(model, monkeypatch)
     ids = list(range(20, 32))
     got = prefix_scores(model, [5], ids)
-    assert asked == [1, 2, 13]
+    assert counts == [1, 2, 13]
     assert got == pytest.approx([model.scores([[5, *ids[:n]]])[0] for n in range(13)], abs=1e-5)
 
 
@@ -226,10 +226,10 @@ def test_turns_that_are_not_learned_do_not_count(models: Path, tmp_path: Path) -
     )
     tokenizer.save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
-    said = {"role": "assistant", "content": "red"}
+    answer = {"role": "assistant", "content": "red"}
     row = {
         "prompt": [{"role": "user", "content": "owl"}],
-        "chosen": [said, {"role": "user", "content": "big hill"}, {"role": "assistant", "content": "fox"}],
+        "chosen": [answer, {"role": "user", "content": "big hill"}, {"role": "assistant", "content": "fox"}],
         "rejected": [{"role": "assistant", "content": "blue"}],
     }
     found = pair_ratios(str(tmp_path / "policy"), pair_of([row], 1), str(models / "base")).chosen
@@ -246,7 +246,9 @@ def test_pairs_and_models_that_do_not_fit(models: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 3 does not exist; it has 2 rows"):
         pair_of(rows, 3)
     row = pair_of(rows, 1)
-    with pytest.raises(ConfigError, match="is not an adapter, so it has no base to use as the reference; give --reference"):
+    with pytest.raises(
+        ConfigError, match="is not an adapter, so it has no base to use as the reference; give --reference"
+    ):
         pair_ratios(str(models / "policy"), row)
     other = tmp_path / "other"
     write_tiny(other)

@@ -1,4 +1,4 @@
-"""The report: it reads what runs left, says what is missing, and shows every part of it in one file."""
+"""The report: it reads the folders of runs, reports what is missing, and shows every part in one file."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_completions_shown_are_those_of_the_file(online: Path) -> None:
             assert answer.facts[0] == f"reward {first['reward']:.4g}"
 
 
-def test_the_data_is_audited_and_its_loss_or_change_is_said(
+def test_the_data_is_audited_and_its_loss_or_change_is_noted(
     settings: dict[str, Any], write_rows: Callable[..., str]
 ) -> None:
     data = write_rows(make_rows("pairs", 12), "pairs.jsonl")
@@ -406,7 +406,7 @@ def test_sizes() -> None:
 # ---------------------------------------------------------------------------------------------------- bad folders
 
 
-def test_a_line_that_was_cut_off_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_is_left_out_with_a_note(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     whole = read(run, "run")
     with (run / "metrics.jsonl").open("a") as file:
@@ -521,12 +521,12 @@ def test_the_command_writes_the_file_and_refuses_in_a_line(
         f"report: {tmp_path / 'out.html'}\n",
     )
     assert (tmp_path / "out.html").read_text().startswith("<!DOCTYPE html>")
-    code, _, said = command("report", str(tmp_path / "nothing"))
-    assert (code, said.count("\n")) == (2, 1)
-    assert said.startswith("error: there is no folder")
-    code, _, said = command("report", str(run), "--output", str(tmp_path))
+    code, _, err = command("report", str(tmp_path / "nothing"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: there is no folder")
+    code, _, err = command("report", str(run), "--output", str(tmp_path))
     assert code == 2
-    assert "is a folder" in said
+    assert "is a folder" in err
 
 
 # ------------------------------------------------------------------------------------------------------- a browser
@@ -550,8 +550,8 @@ def test_in_chromium_nothing_runs_nothing_is_fetched_and_nothing_is_complained_o
             ],
             capture_output=True, text=True, check=True, timeout=120,
         )  # fmt: skip
-        said = [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
-        seen.append((re.search("<title>(.*?)</title>", ran.stdout)[1], said))  # type: ignore[index]
+        errors = [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
+        seen.append((re.search("<title>(.*?)</title>", ran.stdout)[1], errors))  # type: ignore[index]
     assert seen[0] == ("Report on grpo", [])
     assert seen[1][0] == "taken"
     assert any("taken" in line for line in seen[1][1])
