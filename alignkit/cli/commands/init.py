@@ -44,7 +44,7 @@ def init(
     specs = {k: None if v is None else console.value_of(v) for k, v in (("reward", reward), ("judge", judge))}
     console.show_log()
     from alignkit.insight import recommend as room
-    from alignkit.insight.places import model_folder
+    from alignkit.insight.model_paths import model_folder
 
     found = room.recommend(
         data, model=model, method=method, columns=named, eval_data=eval_data, lora=lora, memory=memory, **specs

@@ -16,7 +16,7 @@ from alignkit.errors import DataError
 from alignkit.insight.audit import Audit, audit
 from alignkit.insight.audit.features import LENGTH
 from alignkit.insight.audit.repeats import votes
-from alignkit.insight.places import is_adapter, model_folder
+from alignkit.insight.model_paths import is_adapter, model_folder
 from alignkit.insight.recommend.scoring import says_llm, verifier
 from alignkit.method import DataKind
 from alignkit.rewards import check_columns, check_judge, check_rewards, reward_folders

@@ -12,7 +12,7 @@ from alignkit import registry
 from alignkit.data import load
 from alignkit.data.rows import FaultyRowsError
 from alignkit.errors import ConfigError, DataError
-from alignkit.insight.places import model_folder
+from alignkit.insight.model_paths import model_folder
 from alignkit.insight.recommend.advice import ADVICE, Advice, Choice, unfit
 from alignkit.insight.recommend.cautions import cautions
 from alignkit.insight.recommend.facts import Facts, facts_of
