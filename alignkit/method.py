@@ -26,6 +26,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from alignkit.advice import Advice, DataFacts
 from alignkit.errors import PluginError
 from alignkit.types import Batch, Example, Outputs, Term
 
@@ -139,7 +140,8 @@ class Method(Generic[C]):
 
     name: what users type. data: the kind of rows it reads. uses: the roles it may ask for. trains: those it changes.
     learning_rate, lora_learning_rate: defaults of a full and a LoRA run. min_batch: examples a step needs at least.
-    epochs_per_batch: default of the passes over a collected batch.
+    epochs_per_batch: default of the passes over a collected batch. demo_settings: those of a run in `alignkit demo`,
+    the run's own among them; its model is small and wants high rates.
     """
 
     name: ClassVar[str]
@@ -150,11 +152,21 @@ class Method(Generic[C]):
     lora_learning_rate: ClassVar[float] = 5e-6
     min_batch: ClassVar[int] = 1
     epochs_per_batch: ClassVar[int] = 1
+    demo_settings: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4}
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(self, config: C) -> None:
         self.config = config
+
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Return how well the method fits a data set that can serve it, for `alignkit recommend` and `alignkit init`.
+
+        Default: a rank in the middle, the first line of the class's docstring as reason, and no settings.
+        """
+        lines = (cls.__doc__ or "").strip().splitlines()
+        return Advice(50, lines[0].rstrip(".") if lines else f"reads rows as {cls.data}; see its documentation")
 
     def roles(self) -> frozenset[str]:
         """Return the roles that these settings need: `uses`, or fewer, so that none is loaded in vain."""

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit import registry
-from alignkit.demo import recipes, show, verdict, world
+from alignkit.demo import before_after, recipes, verdict, world
 from alignkit.errors import ConfigError
 from alignkit.runs.folder import read_metrics
+
+METHODS = ["cpo", "dpo", "grpo", "ipo", "kto", "nash", "orpo", "ppo", "rloo", "simpo"]
 
 
 @given(st.integers(0, 50))
@@ -48,22 +50,23 @@ def test_the_base_is_trained_on_both_styles_alike() -> None:
 
 
 def test_a_method_that_the_demo_lacks_is_named_with_those_it_has(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the demo has no 'dpoo'; it has dpo, ipo, .* Did you mean 'dpo'\?"):
-        show.run_demo("dpoo", tmp_path, 0)
+    with pytest.raises(ConfigError, match=r"the demo has no 'dpoo'; it has cpo, dpo, .* Did you mean 'dpo'\?"):
+        before_after.run_demo("dpoo", tmp_path, 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(show.SETTINGS))
+@pytest.mark.parametrize("method", METHODS)
 def test_it_runs_from_nothing_to_a_table_and_leaves_what_it_promises(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(recipes.SFT, "epochs", 2)
     monkeypatch.setitem(recipes.SHARED, "epochs", 1)
-    monkeypatch.setitem(recipes.SETTINGS, method, recipes.SETTINGS[method] | {"epochs": 1})
+    cls = registry.get(method)
+    monkeypatch.setattr(cls, "demo_settings", {**cls.demo_settings, "epochs": 1})
     monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])
-    last = show.run_demo(method, tmp_path, 0)
+    last = before_after.run_demo(method, tmp_path, 0)
     table = capsys.readouterr().out
-    for row in ("win rate against the base", "preference accuracy", "KL to the base (nats a sequence)", "question"):
+    for row in ("win rate against the base", "preference accuracy", "KL to the base (nats per sequence)", "question"):
         assert row in table
     folder = tmp_path / f"demo-{method}-001"
     assert str(folder / method / "model") in last
@@ -72,7 +75,7 @@ def test_it_runs_from_nothing_to_a_table_and_leaves_what_it_promises(
     model = AutoModelForCausalLM.from_pretrained(folder / method / "model")
     ids = AutoTokenizer.from_pretrained(folder / method / "model")("Question:", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
-    online = registry.get(method).data == "prompts"
+    online = cls.data == "prompts"
     rows = [json.loads(line) for line in (folder / f"data/{'prompts' if online else 'pairs'}.jsonl").open()]
     assert set(rows[0]) == ({"prompt", "fact"} if online else {"prompt", "chosen", "rejected"})
     assert ("mean reward" in table) == online
@@ -81,8 +84,8 @@ def test_it_runs_from_nothing_to_a_table_and_leaves_what_it_promises(
 
 @pytest.mark.slow
 def test_grpo_raises_the_reward_near_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show.run_demo("grpo", tmp_path, 0)
+    before_after.run_demo("grpo", tmp_path, 0)
     figures = dict(re.findall(r"^ (\w[^%\d]+?) +[\d.%-]+ +([\d.]+)", capsys.readouterr().out, re.MULTILINE))
     assert float(figures["mean reward"]) > 0.85
     assert float(figures["win rate against the base"]) > 60
-    assert 0.5 < float(figures["KL to the base (nats a sequence)"]) < 10
+    assert 0.5 < float(figures["KL to the base (nats per sequence)"]) < 10

@@ -10,15 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from alignkit import registry
 from alignkit.config import split
 from alignkit.errors import ConfigError, ModelError
 from alignkit.insight.plan import Memory, Plan, Remedy
 from alignkit.insight.recommend import Recommendation, fit, recommend
-from alignkit.insight.recommend.advice import ADVICE, _weights
 from alignkit.insight.recommend.fit import fitted
 from helpers import make_rows, write_tiny
 
@@ -127,9 +124,9 @@ def test_a_method_that_is_named_comes_first_and_one_that_cannot_be_served_is_ref
     assert found.first is not None
     assert found.first.method == "kto"
     assert served(found) == PAIRS | {"kto", "sft"}
-    with pytest.raises(ConfigError, match=r"'grpo' cannot be served: .* give --reward"):
+    with pytest.raises(ConfigError, match=r"'grpo' cannot be used: .* give --reward"):
         recommend(rows, method="grpo")
-    with pytest.raises(ConfigError, match="'dpo' cannot be served: it needs pairs"):
+    with pytest.raises(ConfigError, match="'dpo' cannot be used: it needs pairs"):
         recommend(make_rows("unpaired", 60), method="dpo")
 
 
@@ -168,7 +165,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, data: str, role: str,
 @pytest.mark.parametrize(
     ("data", "role", "why"), [("pairs", "reference", None), ("prompts", "judge", "--judge"), ("unpaired", "policy", "")]
 )
-def test_a_strangers_method_is_judged_by_its_rows_and_roles(
+def test_a_strangers_method_without_advice_is_judged_by_its_rows_and_roles(
     data: str, role: str, why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path / "site", monkeypatch, data, role)
@@ -176,7 +173,9 @@ def test_a_strangers_method_is_judged_by_its_rows_and_roles(
     if why == "--judge":
         assert "--judge" in found.refused["stranger"]
         return
-    assert found.also[-1].method == "stranger"  # of which nothing is known
+    assert reason(found, "stranger") == "reads rows as pairs; see its documentation"
+    ranks = {o.method: o.rank for o in (found.first, *found.also) if o}
+    assert min(ranks.values()) < ranks["stranger"] < max(ranks.values())
     chosen = recommend(make_rows("pairs", 60), method="stranger")
     assert values(chosen)["tau"] == 0.7
     assert next(c.why for c in chosen.settings if c.name == "tau") == "how strange"
@@ -193,7 +192,7 @@ def test_a_broken_method_is_listed_as_such(tmp_path: Path, monkeypatch: pytest.M
 def test_noise_is_estimated_from_pairs_that_are_judged_twice() -> None:
     found = recommend(noisy_rows(same=41, against=9))
     # 2 e (1 - e) = 9 / 50, so e = (1 - sqrt(1 - 0.36)) / 2 = 0.1
-    assert found.facts.flipped == pytest.approx(0.1)
+    assert found.facts.data.flipped == pytest.approx(0.1)
     assert values(found)["label_smoothing"] == 0.1
     assert values(found)["loss_type"] == "robust"
     # and the other methods that were made for it move up
@@ -204,7 +203,7 @@ def test_noise_is_estimated_from_pairs_that_are_judged_twice() -> None:
 
 def test_noise_that_cannot_be_estimated_is_guessed_and_said_to_be() -> None:
     found = recommend(noisy_rows(same=0, against=4, others=60))
-    assert found.facts.flipped is None
+    assert found.facts.data.flipped is None
     assert values(found)["label_smoothing"] == 0.1
     assert "loss_type" not in values(found)  # robust wants to know the part
     assert any("a tenth is a guess" in c.why for c in found.settings)
@@ -223,7 +222,7 @@ def test_many_ties_count_as_noise_and_few_do_not() -> None:
 
 def test_clean_pairs_get_no_smoothing() -> None:
     found = recommend(make_rows("pairs", 60))
-    assert found.facts.noisy is None
+    assert found.facts.data.noisy is None
     assert not values(found).keys() & {"label_smoothing", "loss_type", "ld_alpha"}
     assert "With clean pairs DPO comes first" in reason(found, "kto")
 
@@ -231,7 +230,7 @@ def test_clean_pairs_get_no_smoothing() -> None:
 @pytest.mark.parametrize(("chosen", "rejected", "which"), [("a b c", "a", "longer"), ("a", "a b c", "shorter")])
 def test_a_lean_to_length_is_answered(chosen: str, rejected: str, which: str) -> None:
     found = recommend([{"prompt": f"{i}?", "chosen": chosen, "rejected": rejected} for i in range(60)])
-    assert found.facts.lean == f"the {which} answer is chosen in 100% of the pairs that differ in length"
+    assert found.facts.data.length_bias == f"the {which} answer is chosen in 100% of the pairs that differ in length"
     assert values(found)["ld_alpha"] == 0.5
     assert found.also[0].method == "simpo"
 
@@ -244,18 +243,7 @@ def test_a_lean_that_is_little_is_none() -> None:
     ]
     found = recommend(rows)
     assert found.facts.audit.biases[0].beyond_chance
-    assert found.facts.lean is None
-
-
-@given(st.integers(1, 10_000), st.integers(1, 10_000))
-def test_ktos_weights_bring_the_counts_together_as_far_as_a_row_may_weigh(good: int, bad: int) -> None:
-    settings = {c.name: c.value for c in _weights(good, bad)}
-    ratio = settings.get("desirable_weight", 1.0) * good / (settings.get("undesirable_weight", 1.0) * bad)
-    if max(good, bad) <= 10 * min(good, bad):
-        assert 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9
-    else:
-        assert list(settings.values()) == [10.0]
-    assert all(0 < value <= 10 for value in settings.values())
+    assert found.facts.data.length_bias is None
 
 
 def test_ktos_weights_are_in_its_settings() -> None:
@@ -316,9 +304,11 @@ def test_what_is_advised_is_accepted(rows: Rows, method: str) -> None:
     assert run.batch_size >= cls.min_batch
 
 
-def test_there_is_advice_on_every_first_party_method() -> None:
+@pytest.mark.parametrize("name", sorted(PAIRS | SAMPLING | {"kto", "sft"}))
+def test_every_first_party_method_advises_for_itself(name: str) -> None:
+    assert "advice" in vars(registry.get(name))
     pages = Path(__file__).parents[1] / "docs/methods"
-    assert sorted(ADVICE) == sorted(p.stem for p in pages.glob("*.md"))
+    assert (pages / f"{name}.md").is_file()
 
 
 # --------------------------------------------------------------------------------------------------------- memory
@@ -357,7 +347,7 @@ def test_the_gentlest_remedy_is_taken(
     monkeypatch.setattr(fit, "plan", plan)
     found = fitted({}, 20 * GIB)  # of which a tenth is spared
     assert {c.name: c.value for c in found.settings} == chosen
-    assert said in found.said
+    assert said in found.sentence
 
 
 def test_what_memory_asks_for_is_in_the_settings(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +367,7 @@ def test_a_model_that_cannot_be_planned_is_said_to_be(monkeypatch: pytest.Monkey
         raise ModelError("too strange")
 
     monkeypatch.setattr(fit, "plan", refused)
-    assert fitted({}, GIB) == ("what it needs cannot be reckoned: too strange", ())
+    assert fitted({}, GIB) == ("what it needs cannot be estimated: too strange", ())
 
 
 @pytest.mark.slow
@@ -389,7 +379,7 @@ def test_a_real_plan_fits_with_what_it_asks_for(tmp_path: Path, write_rows: Call
     found = recommend(data, model=str(tmp_path / "wide"), memory=30 * 10**6)
     assert found.fit is not None
     assert values(found)["lora"] == 16
-    assert "more than is safe in 28.6 MiB" in found.fit.said
+    assert "more than is safe in 28.6 MiB" in found.fit.sentence
 
 
 def test_memory_without_a_model_is_refused() -> None:
@@ -419,7 +409,7 @@ def test_the_command_says_and_writes_what_was_found(
 def test_the_command_where_nothing_can_be_served(command: Callable[..., Any], write_rows: Callable[..., str]) -> None:
     code, out, _ = command("recommend", "--data", write_rows([{"prompt": f"{i}?"} for i in range(9)]))
     assert code == 0
-    assert "no installed method can be started with these rows alone:" in out
+    assert "no installed method can be used with these rows alone:" in out
     assert "alignkit init" not in out
 
 
@@ -464,7 +454,7 @@ def test_init_does_not_write_over_a_file(
     (tmp_path / "config.yaml").write_text("mine")
     code, _, err = command("init", "--data", data, "--model", tiny)
     assert code == 2
-    assert "'config.yaml' is there already" in err
+    assert "'config.yaml' exists; give another --output" in err
     assert (tmp_path / "config.yaml").read_text() == "mine"
     assert command("init", "--data", data, "--model", tiny, "--force")[0] == 0
     assert "method: dpo" in (tmp_path / "config.yaml").read_text()
@@ -476,11 +466,11 @@ def test_init_does_not_write_over_a_file(
         (["--data", "none.jsonl", "--model", "TINY"], "no such file: none.jsonl"),
         (["--data", "rows.jsonl", "--model", "./none"], "there is no folder './none'"),
         (["--data", "rows.jsonl", "--model", "TINY", "--method", "dop"], "Did you mean 'dpo'?"),
-        (["--data", "rows.jsonl", "--model", "TINY", "-o", "c.txt"], "is named .yaml or .yml"),
+        (["--data", "rows.jsonl", "--model", "TINY", "-o", "c.txt"], "must end in .yaml or .yml"),
         (["--data", "rows.jsonl", "--model", "TINY", "-o", "no/c.yaml"], "there is no folder 'no'"),
         (["--data", "rows.jsonl", "--model", "TINY", "--gpu-memory", "big"], "'big' is no size of memory"),
         (["--data", "rows.jsonl", "--model", "TINY", "--reward", "jsn"], "Did you mean 'json'?"),
-        (["--data", "prompts.jsonl", "--model", "TINY"], "no installed method can be started with these rows"),
+        (["--data", "prompts.jsonl", "--model", "TINY"], "no installed method can be used with these rows"),
         (["--data", "bad.jsonl", "--model", "TINY"], "row 1, column 'chosen'"),
     ],
 )
@@ -512,10 +502,12 @@ def test_no_text_leaves_its_comment(command: Callable[..., Any], write_rows: Cal
 
 
 def test_the_page_has_the_limits_as_they_are() -> None:
-    from alignkit.insight.recommend import advice, facts, scoring, settings
+    from alignkit.insight.recommend import data_facts as facts
+    from alignkit.insight.recommend import run_settings, verifiable_rewards
+    from alignkit_kto import MAX_WEIGHT
 
     text = " ".join((Path(__file__).parents[1] / "docs/recommend.md").read_text().split())
     said = [f"{facts.FEW:,} rows", f"{facts.NOISY:.1%}", f"{facts.TIES:.0%}", f"{facts.TWICE} pairs"]
-    said += [f"{0.5 + facts.LEAN:.0%}", f"{scoring.SHORT} characters", f"{1 - fit.SPARE:.0%}"]
-    said += [f"{facts.BLIND:.0%}", f"{advice.MOST:g} times", f"{settings.LEAST} rows"]
+    said += [f"{0.5 + facts.LENGTH_BIAS:.0%}", f"{verifiable_rewards.SHORT} characters", f"{1 - fit.SPARE:.0%}"]
+    said += [f"{facts.UNINFORMATIVE:.0%}", f"{MAX_WEIGHT:g} times", f"{run_settings.LEAST} rows"]
     assert [one for one in said if one.replace("%", " %") not in text] == []

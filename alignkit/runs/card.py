@@ -15,13 +15,13 @@ from typing import Any
 import yaml
 
 from alignkit import registry
-from alignkit.runs import sessions, usage
 from alignkit.config import RunConfig, read_yaml
+from alignkit.data.rows import SUFFIXES
 from alignkit.errors import PluginError
 from alignkit.method import Method
-from alignkit.runs.results import in_training, outcomes
-from alignkit.data.rows import SUFFIXES
+from alignkit.runs import sessions, usage
 from alignkit.runs.folder import read_lines
+from alignkit.runs.results import in_training, outcomes
 
 _SHOWN = (
     "epochs", "max_steps", "batch_size", "epochs_per_batch", "minibatches", "learning_rate", "schedule",

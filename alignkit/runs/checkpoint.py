@@ -22,7 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.errors import CheckpointError
-from alignkit.runs.runstate import flatten_optimizer, optimizer_state, packed, rng_state, set_optimizer_state, set_rng_state, unflatten_optimizer, without_aliases
+from alignkit.runs.runstate import (
+    flatten_optimizer,
+    optimizer_state,
+    packed,
+    rng_state,
+    set_optimizer_state,
+    set_rng_state,
+    unflatten_optimizer,
+    without_aliases,
+)
 
 __all__ = [
     "Loaded",

@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.runs import folder as runfolder
 from alignkit.config import RunConfig, read_yaml, write_yaml
 from alignkit.errors import ConfigError
 from alignkit.files import write_text
+from alignkit.runs import folder as runfolder
 from alignkit.runs.stages import Stage, check, named, resolve
 
 logger = logging.getLogger(__name__)

@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit import registry
-from alignkit import data
+from alignkit import data, registry
 from alignkit.config import RunConfig, gathered, split
+from alignkit.data.rows import shown
 from alignkit.errors import AlignkitError, ConfigError, ModelError, nearest
-from alignkit.models.loading import load_tokenizer
 from alignkit.method import Method
-from alignkit.rollout.checks import check_online
+from alignkit.models.loading import load_tokenizer
+from alignkit.reference.choice import check_reference
 from alignkit.rewards import PAIRWISE
 from alignkit.rewards.models import ModelOptions
-from alignkit.reference.choice import check_reference
-from alignkit.data.rows import shown
+from alignkit.rollout.checks import check_online
 
 _EARLIER = re.compile(r"@([A-Za-z0-9_.+=-]+)")
 _OF_THE_PIPELINE = ("output", "resume")
