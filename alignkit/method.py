@@ -165,8 +165,8 @@ class Method(Generic[C]):
 
         Default: a rank in the middle, the first line of the class's docstring as reason, and no settings.
         """
-        lines = (cls.__doc__ or "").strip().splitlines()
-        return Advice(50, lines[0].rstrip(".") if lines else f"reads rows as {cls.data}; see its documentation")
+        unknown = f"reads rows of the kind '{cls.data}'; see its documentation"
+        return Advice(50, (cls.__doc__ or unknown).strip().splitlines()[0].rstrip("."))
 
     def roles(self) -> frozenset[str]:
         """Return the roles that these settings need: `uses`, or fewer, so that none is loaded in vain."""

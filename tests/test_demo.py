@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit import registry
 from alignkit.demo import before_after, recipes, verdict, world
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, PluginError
 from alignkit.runs.folder import read_metrics
+from helpers import ADVISED, write_plugin
 
 METHODS = ["cpo", "dpo", "grpo", "ipo", "kto", "nash", "orpo", "ppo", "rloo", "simpo"]
 
@@ -54,16 +58,49 @@ def test_a_method_that_the_demo_lacks_is_named_with_those_it_has(tmp_path: Path)
         before_after.run_demo("dpoo", tmp_path, 0)
 
 
+def test_every_method_that_trains_a_policy_is_offered_but_that_of_the_base() -> None:
+    assert recipes.offered() == METHODS
+    assert (recipes.best("pairs"), recipes.best("text"), recipes.best("pairs", "reward")) == ("dpo", "sft", "reward")
+
+
+def test_without_a_method_for_the_base_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [plugin for plugin in registry.plugins() if plugin.name != "sft"]
+    monkeypatch.setattr(registry, "plugins", lambda: others)
+    with pytest.raises(PluginError, match="trains a policy on rows of the kind 'text'; try: pip install alignkit-sft"):
+        before_after.run_demo("dpo", Path("nowhere"), 0)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo of few questions and steps."""
+    monkeypatch.setitem(recipes.SFT, "epochs", 2)
+    monkeypatch.setitem(recipes.SHARED, "epochs", 1)
+    monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])
+
+
+@pytest.mark.usefixtures("small")
+def test_a_strangers_method_runs_with_its_own_settings(
+    command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(write_plugin(tmp_path / "site", "stranger", ADVISED))
+    code, out, err = command("demo", "--method", "stranger", "--output", tmp_path / "runs")
+    assert code == 0, err
+    assert "after stranger" in out
+    run = tmp_path / "runs/demo-stranger-001/stranger"
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert (settings["learning_rate"], settings["tau"], settings["batch_size"]) == (5e-4, 0.3, 16)
+    assert "eval/stranger" in read_metrics(run)[-1]
+    assert (run / "model/model.safetensors").is_file()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("method", METHODS)
 def test_it_runs_from_nothing_to_a_table_and_leaves_what_it_promises(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(recipes.SFT, "epochs", 2)
-    monkeypatch.setitem(recipes.SHARED, "epochs", 1)
     cls = registry.get(method)
     monkeypatch.setattr(cls, "demo_settings", {**cls.demo_settings, "epochs": 1})
-    monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])
     last = before_after.run_demo(method, tmp_path, 0)
     table = capsys.readouterr().out
     for row in ("win rate against the base", "preference accuracy", "KL to the base (nats per sequence)", "question"):

@@ -17,7 +17,7 @@ from alignkit.errors import ConfigError, ModelError
 from alignkit.insight.plan import Memory, Plan, Remedy
 from alignkit.insight.recommend import Recommendation, fit, recommend
 from alignkit.insight.recommend.fit import fitted
-from helpers import make_rows, write_tiny
+from helpers import ADVISED, make_rows, write_plugin, write_tiny
 
 Rows = list[dict[str, Any]]
 PAIRS = {"cpo", "dpo", "ipo", "orpo", "reward", "simpo"}
@@ -130,50 +130,45 @@ def test_a_method_that_is_named_comes_first_and_one_that_cannot_be_served_is_ref
         recommend(make_rows("unpaired", 60), method="dpo")
 
 
-STRANGER = """
-from pydantic import Field
-from alignkit import Method, MethodConfig, Term, hookimpl
+PLAIN = """
+    from pydantic import Field
+    from alignkit import Method, MethodConfig, Term, hookimpl
 
 
-class Stranger(Method):
-    name = "stranger"
-    data = "{data}"
-    uses = frozenset({{"policy", "{role}"}})
+    class Stranger(Method):
+        name = "stranger"
+        data = "{data}"
+        uses = frozenset({{"policy", "{role}"}})
 
-    class Config(MethodConfig):
-        tau: float = Field(0.7, description="how strange")
+        class Config(MethodConfig):
+            tau: float = Field(0.7, description="how strange")
 
-    def loss(self, batch, models):
-        return {{}}
+        def loss(self, batch, models):
+            return {{}}
 
 
-@hookimpl
-def register_methods():
-    return [Stranger]
+    @hookimpl
+    def register_methods():
+        return [Stranger]
 """
 
 
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch, data: str, role: str, code: str = STRANGER) -> None:
-    info = folder / f"alignkit_stranger_{data}_{role}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (folder / f"stranger_{data}_{role}.py").write_text(code.format(data=data, role=role))
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: alignkit-stranger\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[alignkit]\nstranger = stranger_{data}_{role}\n")
-    monkeypatch.syspath_prepend(folder)
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Install a distribution with the method "stranger"."""
+    return lambda code: monkeypatch.syspath_prepend(write_plugin(tmp_path / "site", "stranger", code))
 
 
-@pytest.mark.parametrize(
-    ("data", "role", "why"), [("pairs", "reference", None), ("prompts", "judge", "--judge"), ("unpaired", "policy", "")]
-)
+@pytest.mark.parametrize(("data", "role"), [("pairs", "reference"), ("prompts", "judge"), ("unpaired", "policy")])
 def test_a_strangers_method_without_advice_is_judged_by_its_rows_and_roles(
-    data: str, role: str, why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: str, role: str, install: Callable[[str], None]
 ) -> None:
-    install(tmp_path / "site", monkeypatch, data, role)
+    install(PLAIN.format(data=data, role=role))
     found = recommend(make_rows("pairs", 60))
-    if why == "--judge":
+    if role == "judge":
         assert "--judge" in found.refused["stranger"]
         return
-    assert reason(found, "stranger") == "reads rows as pairs; see its documentation"
+    assert reason(found, "stranger") == f"reads rows of the kind '{data}'; see its documentation"
     ranks = {o.method: o.rank for o in (found.first, *found.also) if o}
     assert min(ranks.values()) < ranks["stranger"] < max(ranks.values())
     chosen = recommend(make_rows("pairs", 60), method="stranger")
@@ -181,8 +176,57 @@ def test_a_strangers_method_without_advice_is_judged_by_its_rows_and_roles(
     assert next(c.why for c in chosen.settings if c.name == "tau") == "how strange"
 
 
-def test_a_broken_method_is_listed_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path / "site", monkeypatch, "text", "broken", "raise RuntimeError('oh')\n")
+def test_a_docstring_is_the_reason_of_a_method_without_advice(install: Callable[[str], None]) -> None:
+    install(
+        PLAIN.format(data="pairs", role="policy").replace("name =", '"""Learns twice.\n\n    More."""\n        name =')
+    )
+    assert reason(recommend(make_rows("pairs", 60)), "stranger") == "Learns twice"
+
+
+def test_a_strangers_advice_is_followed(
+    install: Callable[[str], None], command: Callable[..., Any], write_rows: Callable[..., str]
+) -> None:
+    install(ADVISED)
+    rows = [{"prompt": f"{i}?", "chosen": "a b c", "rejected": "a"} for i in range(60)]
+    found = recommend(rows)
+    assert found.first is not None
+    assert found.first.reason == "made for this: the longer answer is chosen in 100% of the pairs that differ in length"
+    # once: a setting that the method advises takes the place of the run's word on it
+    assert [(c.value, c.why) for c in found.settings if c.name == "tau"] == [(0.2, "half of the bias")]
+    code, out, err = command("recommend", "--data", write_rows(rows))
+    assert (code, err) == (0, "")
+    assert "start with stranger: made for this: the longer answer" in out
+    clean = recommend(make_rows("pairs", 60))
+    assert clean.refused["stranger"] == "nothing to learn: answers are of like lengths"
+    assert served(clean) == PAIRS | {"kto", "sft"}
+
+
+@pytest.mark.parametrize(
+    ("advice", "problem"),
+    [
+        ("1 / 0", "the advice of 'stranger' failed: ZeroDivisionError: division by zero"),
+        ("(90, 'good')", "the advice of 'stranger' must be an alignkit.Advice, got tuple"),
+        ("Advice(101, 'good')", "the advice of 'stranger' has rank 101; it must be 0 to 100, or None"),
+    ],
+)
+def test_broken_advice_is_reported_and_stops_nobody_else(
+    advice: str, problem: str, install: Callable[[str], None]
+) -> None:
+    install(ADVISED.replace("if facts.length_bias is None:", f"return {advice}\n            if True:"))
+    found = recommend(make_rows("pairs", 60))
+    assert found.refused["stranger"] == f"it is broken: {problem}"
+    assert served(found) == PAIRS | {"kto", "sft"}
+
+
+def test_a_setting_that_a_subclass_lacks_is_not_advised(install: Callable[[str], None]) -> None:
+    install(ADVISED.replace('Choice("tau"', 'Choice("ta"'))
+    found = recommend([{"prompt": f"{i}?", "chosen": "a b c", "rejected": "a"} for i in range(60)])
+    assert values(found)["tau"] == 0.7
+    assert "ta" not in values(found)
+
+
+def test_a_broken_method_is_listed_as_such(install: Callable[[str], None]) -> None:
+    install("raise RuntimeError('oh')\n")
     assert "broken" in recommend(make_rows("pairs", 60)).refused["stranger"]
 
 

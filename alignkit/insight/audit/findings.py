@@ -30,7 +30,7 @@ def of_rows(repeats: Repeats, shared: Sequence[int] | None, budgets: Budgets | N
         rows = _listed([f"{a} and {b}" for a, b in repeats.contradictions])
         yield Finding(
             f"{_times(len(repeats.contradictions), 'row says', 'rows say')} the opposite of another row (rows {rows})",
-            "decide for one of the two; where the noise must stay, see the methods and settings of `alignkit recommend`",
+            "decide for one of the two; where noise must stay, see the methods and settings of `alignkit recommend`",
         )
     if repeats.duplicates:
         n = len(repeats.duplicates)
