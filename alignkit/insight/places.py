@@ -1,4 +1,4 @@
-"""Where the insight tools find a model, and where they put it."""
+"""Where the insight tools find a model, and on which device it goes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 def model_folder(name: str) -> str:
-    """Return the folder of a run's model where `name` is the run's, else `name` as it is."""
-    inner = Path(name).expanduser() / "model"
-    return str(inner) if (inner.parent / "config.yaml").is_file() and inner.is_dir() else name
+    """Return the model's folder where `name` is the folder of a run, else `name` unchanged."""
+    model = Path(name).expanduser() / "model"
+    return str(model) if (model.parent / "config.yaml").is_file() and model.is_dir() else name
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a model's folder holds an adapter, which a run trains on."""
+    """Whether a model's folder holds an adapter, which a run continues to train."""
     return (Path(name) / "adapter_config.json").is_file()
 
 
 def device() -> torch.device:
-    """Return the GPU where there is one."""
+    """Return the GPU where one is available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Where the insight tools write: checked before anything is sampled, scored or loaded."""
+"""The files that the insight tools write: checked before anything is sampled, scored or loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignkit.insight import terminal
 
 
 def check_targets(targets: Mapping[str, Path | None]) -> None:
-    """Raise ConfigError for the first file that could not be written; targets: option -> file, None for none."""
+    """Raise ConfigError for the first file that cannot be written; targets: option -> file, or None."""
     for option, file in targets.items():
         terminal.check_target(option, file)
         if file is None:
@@ -21,7 +21,7 @@ def check_targets(targets: Mapping[str, Path | None]) -> None:
         try:
             if file.exists() and not os.access(file, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            if file.is_file() or not file.exists():  # made beside it and moved, so its folder has to take a file
+            if file.is_file() or not file.exists():  # written next to it and moved, so the folder must be writable
                 with tempfile.TemporaryFile(dir=file.parent):
                     pass
         except OSError as error:
