@@ -9,7 +9,7 @@ h = log policy(y) - log reference(y), D = h_chosen - h_rejected, s the logistic 
     ld_alpha            weight of the tokens past the shorter answer's length, 2409.06411 (LD-DPO)
     divergence          f'(policy / reference) instead of h, 2309.16240 (f-DPO)
     rpo_alpha           weight of the chosen answer's negative log-likelihood per token, 2404.19733
-    sync_every          after this many steps, reference <- sync_alpha policy + (1 - sync_alpha) reference, 2404.09656
+    sync_every          steps between updates reference <- sync_alpha policy + (1 - sync_alpha) reference, 2404.09656
 
 For forward KL and alpha-divergences f' grows without bound as the ratio falls, so the log-ratio is clamped at -20.
 """
