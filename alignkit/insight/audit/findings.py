@@ -29,8 +29,8 @@ def row_findings(repeats: Repeats, shared: Sequence[int] | None, budgets: Budget
     if repeats.contradictions:
         rows = _listed([f"{a} and {b}" for a, b in repeats.contradictions])
         yield Finding(
-            f"{_times(len(repeats.contradictions), 'row contradicts', 'rows contradict')} another row (rows {rows})",
-            "keep one of the two; where such noise must stay, try `label_smoothing` of dpo, or ipo",
+            f"{_times(len(repeats.contradictions), 'row says', 'rows say')} the opposite of another row (rows {rows})",
+            "decide for one of the two; where noise must stay, see the methods and settings of `alignkit recommend`",
         )
     if repeats.duplicates:
         n = len(repeats.duplicates)
@@ -60,7 +60,7 @@ def preference_findings(biases: Sequence[Bias]) -> Iterator[Finding]:
             remedy = "a method can learn this instead of the content: balance the pairs, or watch for it in the samples"
             if bias.feature == LENGTH.name:
                 how = f"a method can win by writing {bias.direction}"
-                remedy = f"{how}: try simpo, or `length_normalised` or `ld_alpha` of dpo"
+                remedy = f"{how}: see the methods and settings of `alignkit recommend`"
             yield Finding(f"{_preferred(bias)} is chosen in {_share(bias)} of the pairs in which they differ", remedy)
 
 

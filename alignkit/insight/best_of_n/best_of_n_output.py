@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignkit.compare.shown import check_picture
+from alignkit.compare import check_picture
 from alignkit.errors import ConfigError
 from alignkit.files import write_text
 from alignkit.insight.best_of_n.curve import Mean, Point

@@ -1,4 +1,4 @@
-"""All methods of a comparison, one after the other, each in a process of its own."""
+"""All methods of a comparison, one after the other, each in its own process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIGURES = ("win_rate", "accuracy", "kl", "distinct_2", "seconds", "peak_mib")
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one method, by the names of FIGURES; or why it failed."""
+    """The figures of one method, by the names in FIGURES; or why it failed."""
 
     method: str
     figures: dict[str, float | None]
@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The base and every method, the folder that holds their runs, and which methods were left out and why."""
+    """The base and every method, the folder with their runs, and why each other method was left out."""
 
     rows: tuple[Row, ...]
     left_out: dict[str, str]
@@ -42,11 +42,11 @@ class Comparison:
 def compare(
     given: Mapping[str, Any], settings: Mapping[str, Any], methods: Sequence[str] | None, output: Path, seed: int = 0
 ) -> Comparison:
-    """Run every method that a task's rows can serve, in a new folder of `output`, which gets their runs and logs.
+    """Run every method that a task's rows can serve, in a new folder of `output` for their runs and logs.
 
-    given: fields of `Task` besides its settings; without any the demo's task is made. settings: of a run, and of any
-    method. methods: names, or None for all that are installed. A method that fails gets a row that says why, and the
-    others go on. Raises AlignkitError for what is wrong with the task itself.
+    given: fields of `Task` besides its settings; without any the demo's task is created. settings: of a run, and of any
+    method. methods: names, or None for all that are installed. A method that fails gets a row with the reason, and the
+    others still run. Raises AlignkitError where the task itself is wrong.
     """
     found = installed() if methods is None else {name: registry.get(name) for name in methods}
     check_settings(settings, found)
@@ -64,9 +64,9 @@ def compare(
 def _row(job: Job, folder: Path) -> Row:
     path = job.write(folder / f"{job.name}.json")
     log = folder / f"{job.name}.log"
-    with log.open("w", encoding="utf-8") as said:
+    with log.open("w", encoding="utf-8") as out:
         command = [sys.executable, "-m", "alignkit.compare", str(path)]
-        code = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
     if code == 0:
         return Row(job.name, json.loads(path.with_suffix(".figures.json").read_text(encoding="utf-8")))
     last = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()][-1:]

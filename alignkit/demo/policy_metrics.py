@@ -1,4 +1,4 @@
-"""What an aligned model is measured by against its base, on prompts that it was not trained on."""
+"""Metrics of an aligned policy against its base, on held-out prompts: preference accuracy, KL, win rate."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def preference_accuracy(model: Any, base: Any, pairs: Sequence[Example]) -> floa
 
 
 def kl_of_samples(model: Any, base: Any, prompts: Iterable[Example], sampled: Iterable[Sequence[Sampled]]) -> float:
-    """Return KL(policy || base) in nats a sequence: the mean of log policy - log base over the policy's own samples."""
+    """Return KL(policy || base) in nats per sequence: the mean of log policy - log base over the policy's samples."""
     ratios = [
-        _log_ratio(model, base, e.prompt, torch.tensor(one.tokens)).sum()
-        for e, some in zip(prompts, sampled, strict=True)
-        for one in some
+        _log_ratio(model, base, e.prompt, torch.tensor(sample.tokens)).sum()
+        for e, samples in zip(prompts, sampled, strict=True)
+        for sample in samples
     ]
     return float(torch.stack(ratios).mean())
 
 
-def win_rate(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    """Return how often a score is above the one that stands opposite, ties half."""
-    return float(wins(torch.tensor(mine), torch.tensor(theirs)).mean())
+def win_rate(scores: Sequence[float], opponent: Sequence[float]) -> float:
+    """Return how often a score is above the opponent's score at the same place, ties half."""
+    return float(wins(torch.tensor(scores), torch.tensor(opponent)).mean())
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One method: trained, then measured on held-out prompts against the base; or the base alone."""
+"""One method: trained, then evaluated on held-out prompts against its base; or the base alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alignkit.compare.jobs import Job, rows_of
 from alignkit.config import RunConfig
 from alignkit.data import tokenise
 from alignkit.data.rows import RawRows
-from alignkit.demo import against_base as measures
+from alignkit.demo import policy_metrics
 from alignkit.engine import Engine
 from alignkit.errors import AlignkitError, DataError
 from alignkit.models.loading import from_pretrained, load_tokenizer
@@ -25,25 +25,25 @@ from alignkit.rollout.completions import answers_of, distinct
 from alignkit.runs.sessions import peak_memory
 from alignkit.types import Example
 
-ASKED = 128  # held-out pairs that are looked at, and answers that are sampled
+N_EVALUATED = 128  # held-out pairs, and sampled answers
 
 
 def main(path: Path) -> None:
-    """Do the job in the file and write what was measured beside it; what alignkit refuses is printed, exit code 2."""
+    """Do the job in the file and write the figures next to it; an AlignkitError is printed, with exit code 2."""
     try:
-        figures = done(Job.read(path))
+        figures = run_job(Job.read(path))
     except AlignkitError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     path.with_suffix(".figures.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
 
 
-def done(job: Job) -> dict[str, float | None]:
-    """Train (where there is a method) and return the figures; None where the task gives none.
+def run_job(job: Job) -> dict[str, float | None]:
+    """Train (where the job has a method) and return the figures; None where the task does not define one.
 
     win_rate: of sampled answers against the base's, by the task's judge or reward. accuracy: of preferences on held-out
-    pairs. kl: nats a sequence. distinct_2: different pairs of tokens, of all. seconds: of the whole run. peak_mib: of
-    the process until the run ended; on a GPU of its own memory.
+    pairs. kl: nats per sequence. distinct_2: distinct bigrams of tokens divided by all. seconds: of the whole run.
+    peak_mib: memory of the process until the run ended; on a GPU its own memory.
     """
     tokenizer = load_tokenizer(job.config())
     train, held_out = rows_of(job, tokenizer)
@@ -56,35 +56,35 @@ def done(job: Job) -> dict[str, float | None]:
         model = Engine().run(job.method, **settings, output=job.folder, name=job.method).model
         figures = {"seconds": time.perf_counter() - started, "peak_mib": peak_memory(torch.cuda.is_available()) / 2**20}
     base = base.to(next(model.parameters()).device).eval()
-    return measured(job, model, base, tokenizer, held_out) | figures
+    return evaluated(job, model, base, tokenizer, held_out) | figures
 
 
-def measured(job: Job, model: Any, base: Any, tokenizer: Any, held_out: RawRows) -> dict[str, float | None]:
-    """Return what `done` says, of a model in memory."""
+def evaluated(job: Job, model: Any, base: Any, tokenizer: Any, held_out: RawRows) -> dict[str, float | None]:
+    """Return the figures that `run_job` defines for a model in memory."""
     config = job.config()
     limits = (config.max_prompt_tokens, config.max_completion_tokens)
 
     def examples(kind: Any) -> list[Example]:
-        return tokenise.tokenise(data.load(held_out, kind, config.columns), tokenizer, *limits)[0][:ASKED]
+        return tokenise.tokenise(data.load(held_out, kind, config.columns), tokenizer, *limits)[0][:N_EVALUATED]
 
     prompts = examples("prompts")
-    # the same noise for every method; the base meets itself with another
+    # the same noise for every method; the base plays against itself with different noise
     sampled = _sampled(model, tokenizer, prompts, config, config.seed + 1)
     n_different, n_all = distinct(sampled)
     try:
-        accuracy = measures.preference_accuracy(model, base, examples("pairs"))
+        accuracy = policy_metrics.preference_accuracy(model, base, examples("pairs"))
     except DataError:  # rows without preferences
         accuracy = None
     return {
         "win_rate": _win_rate(job, base, tokenizer, prompts, sampled),
         "accuracy": accuracy,
-        "kl": measures.kl_of_samples(model, base, prompts, sampled),
+        "kl": policy_metrics.kl_of_samples(model, base, prompts, sampled),
         "distinct_2": n_different / max(n_all, 1),
     }
 
 
 def _sampled(model: Any, tokenizer: Any, prompts: list[Example], config: RunConfig, seed: int) -> list[list[Sampled]]:
-    n = max(1, ASKED // len(prompts))  # few prompts are asked more than once
+    n = max(1, N_EVALUATED // len(prompts))  # with few prompts, several answers to each
     return sample(model, tokenizer, [e.prompt for e in prompts], config.sampling, n=n, seed=seed)
 
 
@@ -95,13 +95,13 @@ def _win_rate(
     if not job.verdict:
         return None
     opponent = _sampled(base, tokenizer, prompts, config, config.seed)
-    mine, theirs = (answers_of(tokenizer, prompts, made) for made in (sampled, opponent))
+    answers, opposing = (answers_of(tokenizer, prompts, samples) for samples in (sampled, opponent))
     if "judge" in job.verdict:
         judge = build_judge(job.verdict["judge"], device)
-        wins = judge.wins(mine, theirs)
+        wins = judge.wins(answers, opposing)
         judge.close()
         return sum(wins) / len(wins)
     rewards = build_rewards(job.verdict["reward"], device)
-    scores = [rewards.score(answers).total for answers in (mine, theirs)]
+    scores = [rewards.score(side).total for side in (answers, opposing)]
     rewards.close()
-    return measures.win_rate(*scores)
+    return policy_metrics.win_rate(*scores)
