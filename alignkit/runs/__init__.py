@@ -1,0 +1,12 @@
+"""What a run leaves on disk and shows while it goes on, and chains of runs.
+
+folder.py      the folder: config.yaml, files of one JSON object a line, whole files
+log.py         metrics.jsonl, trackers, listeners and their alarms
+progress.py    the terminal: one line or a bar; Ctrl-C and SIGTERM
+sessions.py    what each session ran on and cost
+results.py     the headline metrics, before and after training
+checkpoint.py  checkpoints that are whole or absent
+runstate.py    random generators and optimisers as tensors and JSON
+card.py        the model card; usage.py its code
+pipeline.py    chains of methods; stages.py what a stage takes from the earlier ones
+"""
