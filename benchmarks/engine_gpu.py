@@ -150,11 +150,11 @@ def full_logits_head(model: Any, **_: Any) -> None:
 
 
 def free_memory() -> None:
-    """Free what an earlier pass left, and restart the memory's high-water mark."""
+    """On a GPU free what an earlier pass left, and restart the memory's high-water mark; a CPU's cannot restart."""
     import torch
 
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

@@ -104,12 +104,14 @@ part() { echo $((seconds * share[$1] / (whole ? whole : 1))); }
 within() { awk -v s="$(part "$1")" 'BEGIN { printf "%.2f", s * 0.8 / 60 }'; }
 
 tests=(-m gpu -rfEs --durations=15 --continue-on-collection-errors tests/test_gpu.py kernels/tests)
-kernels=(--json "$out/kernels.json" --png "$out/kernels.png" --minutes "$(within kernels)")
+kernels=(--json "$out/kernels.json" --minutes "$(within kernels)")
 engine=(--json "$out/engine.json" --minutes "$(within engine)")
 if [ -n "${TINY:-}" ]; then
   tests=(kernels/tests/test_bench.py -k both_ways_of_path_4)  # a Triton kernel, interpreted on a CPU
   kernels+=(--tiny --threads 1)
   engine+=(--tiny --threads 1)
+else
+  kernels+=(--png "$out/kernels.png")
 fi
 if [ -n "${TRL_PYTHON:-}" ]; then
   engine+=(--trl-python "$TRL_PYTHON")
