@@ -157,14 +157,22 @@ def test_all_stages_of_gpu_sh_with_engine_gpu_and_kernels(tmp_path: Path) -> Non
 # ----------------------------------------------------------------------------------------- a contender that fails
 
 
-@pytest.mark.slow
-def test_engine_with_a_contender_that_fails(no_trl: Path, tmp_path: Path) -> None:
+def test_engine_without_its_baseline(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     json_file = tmp_path / "e.json"
-    done = run("engine.py", "--tiny", "--only", "padded,trl", "--trl-python", no_trl, "--json", json_file)
-    assert done.returncode == 1
-    assert rows(done.stdout, "padded")["padded"][2:5] == ["1.00", "-", "-"]
-    assert "\ntrl failed: ModuleNotFoundError: No module named 'trl'\n" in done.stdout
-    assert json.loads(json_file.read_text())["failed"] == {"trl": "ModuleNotFoundError: No module named 'trl'"}
+    contest = script("contest")
+    engine = script("engine", "--tiny", "--trl-python", "python", "--json", json_file)
+    figures = {"pairs_per_second": 2.0, "peak_mib": 3.0, "losses": [0.7, 0.6]}
+    found = {"prepare": {}, "forest": figures, "forest-warm": figures, "trl-checkpointing": figures}
+    missing = {"failed": "ValueError: planted"}
+    monkeypatch.setattr(
+        contest.Contest, "_child", lambda _, __, names, *___: {name: found.get(name, missing) for name in names}
+    )
+    assert engine.main() == 1
+    printed = capsys.readouterr().out
+    ours = rows(printed, "forest", "forest-warm", "trl-checkpointing")
+    assert ours["forest"] == ["2.00", "3", "-", "-", "-", "0.600000"]
+    assert "padded failed: ValueError: planted" in printed
+    assert json.loads(json_file.read_text())["failed"] == {"padded": missing["failed"], "trl": missing["failed"]}
 
 
 LIGHT = """
@@ -189,19 +197,20 @@ args = common.parsed(parser)
 if args.child:
     sys.exit(contest.answer(args, prepare, contend))
 ran = contest.Contest(__file__, args, __import__("pathlib").Path(sys.argv[0]).parent)
-ran.run(["raises", "works", "dies", "last"])
+ran.run(["trl", "raises", "works", "dies", "last"])
 sys.exit(common.finish(args, sorted(ran.runs), ran.failed, {}))
 """
 
 
 @pytest.mark.parametrize("tiny", [[], ["--tiny"]], ids=["a process each", "one process"])
-def test_a_contest_tells_every_failure_and_keeps_the_others(tiny: list[str], tmp_path: Path) -> None:
+def test_a_contest_tells_every_failure_and_keeps_the_others(tiny: list[str], no_trl: Path, tmp_path: Path) -> None:
     (tmp_path / "light.py").write_text(LIGHT)
-    done = run(tmp_path / "light.py", *tiny, PYTHONPATH=str(SCRIPTS))
+    done = run(tmp_path / "light.py", *tiny, "--trl-python", no_trl, PYTHONPATH=str(SCRIPTS))
     assert done.returncode == 1
     # in one process nothing runs after the death of that process
     kept = ["works"] if tiny else ["last", "works"]
     assert done.stdout.splitlines()[: len(kept)] == kept
+    assert "trl failed: ModuleNotFoundError: No module named 'trl'" in done.stdout
     assert "raises failed: ValueError: first line second line" in done.stdout
     assert "dies failed: " in done.stdout
     assert "Traceback" in done.stderr
