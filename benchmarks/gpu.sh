@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command: versions, tests, kernels, engine, each into files of the given folder.
+# Everything that needs a GPU, in one command: versions, tests, kernels, engine, each into files of one folder.
 #
-#   benchmarks/gpu.sh OUT [MINUTES]        MINUTES: for all stages together (default 8)
-#   QUICK=1 benchmarks/gpu.sh OUT          tiny shapes and models, on a CPU too: does everything run?
+#   benchmarks/gpu.sh OUT [MINUTES]        MINUTES: for all stages together (default 8); OUT: default $OUT
+#   TINY=1 benchmarks/gpu.sh OUT           one test, tiny shapes and models, on a CPU too: does everything run?
 #
-# The minutes are shared 40 : 35 : 25 among tests, kernels and engine. So few cut much short: three calls, each with
-# minutes of its own, measure everything (any list of stages may be named; they share the minutes in that proportion):
+# The stages tests, kernels and engine share the minutes 40 : 35 : 25. That cuts much of them short; three calls, each
+# with its own minutes, measure everything (STAGES can list several; they share the minutes in that proportion):
 #
 #   STAGES=tests benchmarks/gpu.sh OUT 8
 #   STAGES=kernels benchmarks/gpu.sh OUT 9
 #   STAGES=engine benchmarks/gpu.sh OUT 9
 #
-# Without a GPU the stages are skipped, unless QUICK=1. Runs from a checkout, nothing of it installed. A failing stage
-# does not stop the next; the exit code is 1 then.
+# PYTHON: the interpreter (default python3). TRL_PYTHON: one that has TRL (default: PYTHON when it has it, else TRL does
+# not take part). Without a GPU kernels and engine are skipped, unless TINY=1. Runs from a checkout, nothing of it
+# installed, and needs no network. A stage that fails does not stop the next; the exit code is 1 then.
 set -uo pipefail
-out=${1:?usage: gpu.sh OUT [MINUTES]}
+out=${1:-${OUT:-}}
+[ -n "$out" ] || { echo "usage: gpu.sh OUT [MINUTES]" >&2 && exit 2; }
 seconds=$(awk -v minutes="${2:-8}" 'BEGIN { printf "%d", 60 * minutes }')
 stages=${STAGES:-tests kernels engine}
 for name in $stages; do
   case $name in
     tests | kernels | engine) ;;
-    *) echo "no stage '$name'; there are tests, kernels and engine" >&2 && exit 2 ;;
+    *) echo "unknown stage '$name'; choose from tests, kernels and engine" >&2 && exit 2 ;;
   esac
 done
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
@@ -28,7 +30,7 @@ root=$(cd "$(dirname "$0")/.." && pwd) || exit 2
 cd "$root" || exit 2
 python=${PYTHON:-python3}
 
-# Methods are found by their entry points: those of the checkout, as an installation would leave them.
+# Plugins are found by their entry points: write those of the checkout, as an installation would.
 metadata=$(mktemp -d) || exit 2
 trap 'rm -rf "$metadata"' EXIT
 "$python" - "$metadata" plugins/*/pyproject.toml <<'PY' || exit 2
@@ -65,19 +67,19 @@ PY
 } >"$out/versions.txt" 2>&1
 cat "$out/versions.txt"
 
-# in a script that runs in the background commands ignore the interrupt with which a stage is ended
-heeding=(env --default-signal=INT)
-"${heeding[@]}" true 2>/dev/null || heeding=(env)
+# commands of a script in the background ignore SIGINT, which ends a stage: restore its default action
+interruptible=(env --default-signal=INT)
+"${interruptible[@]}" true 2>/dev/null || interruptible=(env)
 
 failed=0
-# stage NAME SECONDS COMMAND...: run it, keep its output, say how it ended
+# stage NAME SECONDS COMMAND...: run it, keep its output and how it ended
 stage() {
   local name=$1 limit=$2 started=$SECONDS code=0
   shift 2
   case " $stages " in *" $name "*) ;; *) return ;; esac
   echo "== $name, at most $limit s"
-  # interrupted, a stage tells what it has by then
-  timeout -s INT --kill-after=15 "$limit" "${heeding[@]}" "$@" 2>&1 | tee "$out/$name.log"
+  # an interrupted stage reports what it has measured by then
+  timeout -s INT --kill-after=15 "$limit" "${interruptible[@]}" "$@" 2>&1 | tee "$out/$name.log"
   code=${PIPESTATUS[0]}
   if [ "$code" -ne 0 ]; then
     failed=1
@@ -87,8 +89,8 @@ stage() {
   fi
 }
 
-if [ -z "${QUICK:-}" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "kernels and engine are skipped: torch sees no GPU" | tee -a "$out/versions.txt"
+if [ -z "${TINY:-}" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "kernels and engine are skipped: torch finds no GPU" | tee -a "$out/versions.txt"
   case " $stages " in *" tests "*) stages=tests ;; *) stages=none ;; esac
 fi
 
@@ -97,20 +99,28 @@ whole=0
 for name in tests kernels engine; do
   case " $stages " in *" $name "*) whole=$((whole + share[$name])) ;; esac
 done
-# a stage's seconds, and the same in minutes with time left to end in order
+# a stage's seconds, and 80 % of them in minutes: the rest is for an orderly end
 part() { echo $((seconds * share[$1] / (whole ? whole : 1))); }
 within() { awk -v s="$(part "$1")" 'BEGIN { printf "%.2f", s * 0.8 / 60 }'; }
 
-pytest=(-m gpu -rfEs --durations=15 --continue-on-collection-errors)
-kernels=(--json "$out/kernels.json" --png "$out/kernels.png" --minutes "$(within kernels)")
-engine=(--json "$out/engine.json" --minutes "$(within engine)" --trl-python "${TRL_PYTHON:-$python}")
-if [ -n "${QUICK:-}" ]; then
-  kernels+=(--quick)
-  engine+=(--tiny --pairs 16)
+tests=(-m gpu -rfEs --durations=15 --continue-on-collection-errors tests/test_gpu.py kernels/tests)
+kernels=(--json "$out/kernels.json" --minutes "$(within kernels)")
+engine=(--json "$out/engine.json" --minutes "$(within engine)")
+if [ -n "${TINY:-}" ]; then
+  tests=(kernels/tests/test_bench.py -k both_ways_of_path_4)  # a Triton kernel, interpreted on a CPU
+  kernels+=(--tiny --threads 1)
+  engine+=(--tiny --threads 1)
+else
+  kernels+=(--png "$out/kernels.png")
+fi
+if [ -n "${TRL_PYTHON:-}" ]; then
+  engine+=(--trl-python "$TRL_PYTHON")
+elif "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("trl") is None)'; then
+  engine+=(--trl-python "$python")
 fi
 
 results=()
-stage tests "$(part tests)" "$python" -m pytest "${pytest[@]}" tests/test_gpu.py kernels/tests
+stage tests "$(part tests)" "$python" -m pytest "${tests[@]}"
 stage kernels "$(part kernels)" "$python" benchmarks/kernels.py "${kernels[@]}"
 stage engine "$(part engine)" "$python" benchmarks/engine_gpu.py "${engine[@]}"
 echo "== ended"

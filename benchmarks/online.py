@@ -1,20 +1,21 @@
 """GRPO and RLOO on real prompts: alignkit and TRL's trainers, phase by phase, in one run.
 
     python benchmarks/online.py --data gsm8k_train.jsonl --trl-python path/to/its/python --json online.json
+    python benchmarks/online.py --tiny               made-up prompts and a tiny model, in seconds: does everything run?
 
-Every contender runs in a process of its own, on the same prompts in the same order, with the 28 M-parameter Llama of
-engine.py in float32: a step is 2 prompts, 8 completions of exactly 64 tokens each, one update, with a reference.
-Sampling is from prompts to text, scoring the reward function, learning all else in a step: passes of policy and
-reference, advantages, backward, optimiser. Figures are medians over the steps after the first, which warms up; peak
-memory is the process's largest resident set. TRL runs with gradient checkpointing, its default, and without, which is
-faster and which the bars are held to. Without TRL alignkit is measured alone.
+Every contender has its own process, the same prompts in the same order, and the 28 M-parameter Llama of engine.py in
+float32 on the CPU: a step has 2 prompts, 8 completions of exactly 64 tokens each, one update, and a reference. Sampling
+is from prompts to text, scoring is the reward function, learning is the rest of a step: passes of policy and reference,
+advantages, backward, optimiser. Figures are medians over the steps after the first, which warms up; peak memory is the
+largest resident set of the process. TRL takes part with --trl-python: with gradient checkpointing, its default, and
+without, which is faster; the bars compare with the latter. A contender that fails is reported with its error, and the
+exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import statistics
 import sys
@@ -24,13 +25,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import engine
-import engine_gpu
+import common
+import contest
 
 METHODS = ("grpo", "rloo")
 CONTENDERS = ("trl", "alignkit", "trl-checkpointing")
 PHASES = ("sampling", "scoring", "learning", "step")
-PROMPTS, GROUP, TOKENS, BETA, RATE = 2, 8, 64, 0.04, 1e-6
+PROMPTS, BETA, RATE = 2, 0.04, 1e-6
+GROUP, TOKENS = 8, 64  # completions of a prompt, tokens of a completion
+TINY_GROUP, TINY_TOKENS = 2, 8
 BARS = {"learning": 3.0, "step": 1.8, "peak_mib": 0.6}
 
 
@@ -39,18 +42,17 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
     return [bool(re.search(r"#### -?\d", text)) - len(text) / 1000 for text in completions]
 
 
-def run_alignkit(method: str, work: Path, steps: int) -> dict[str, Any]:
+def run_alignkit(method: str, work: Path, steps: int, group: int, tokens: int) -> dict[str, Any]:
     """Train as a user would, and read the phases from the run's metrics."""
     import alignkit
 
     result = alignkit.run(
         method, model=str(work / "start"), data=str(work / "rows.jsonl"), reward=reward, output=work / "runs",
-        batch_size=PROMPTS, group_size=GROUP, beta=BETA, max_steps=steps, learning_rate=RATE, schedule="constant",
-        warmup_fraction=0.0, eval_fraction=0.0, max_prompt_tokens=None, device="cpu",
-        sampling={"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}, **({"kl": "k3"} if method == "grpo" else {}),
+        batch_size=PROMPTS, group_size=group, beta=BETA, max_steps=steps, learning_rate=RATE, schedule="constant",
+        warmup_fraction=0.0, eval_fraction=0.0, max_prompt_tokens=None, device="cpu", seed=0, log_every=1,
+        sampling={"max_new_tokens": tokens, "min_new_tokens": tokens}, **({"kl": "k3"} if method == "grpo" else {}),
     )  # fmt: skip
-    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "seconds/sampling" in line]
+    lines = [line for line in common.read_jsonl(result.folder / "metrics.jsonl") if "seconds/sampling" in line]
     seconds = [{phase: line[f"seconds/{phase}"] for phase in PHASES[:-1]} for line in lines]
     return {
         "seconds": [{**s, "step": sum(s.values())} for s in seconds],
@@ -59,7 +61,7 @@ def run_alignkit(method: str, work: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def run_trl(method: str, work: Path, steps: int, checkpointing: bool) -> dict[str, Any]:
+def run_trl(method: str, work: Path, steps: int, group: int, tokens: int, checkpointing: bool) -> dict[str, Any]:
     """Train with TRL's trainer on the same prompts, unshuffled, all completions of a step in one pass."""
     import torch
     from datasets import Dataset
@@ -69,16 +71,15 @@ def run_trl(method: str, work: Path, steps: int, checkpointing: bool) -> dict[st
     clock = Clock()
     trainer, settings = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[method]
     args = settings(
-        output_dir=str(work / "trl"), per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-        steps_per_generation=1, max_completion_length=TOKENS, generation_kwargs={"min_new_tokens": TOKENS},
+        output_dir=str(work / "trl"), per_device_train_batch_size=PROMPTS * group, num_generations=group,
+        steps_per_generation=1, max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens},
         beta=BETA, learning_rate=RATE, lr_scheduler_type="constant", max_steps=steps, shuffle_dataset=False,
         gradient_checkpointing=checkpointing, use_cpu=True, bf16=False, save_strategy="no", report_to=[],
         logging_steps=1, disable_tqdm=True, seed=0, **({"loss_type": "grpo"} if method == "grpo" else {}),
     )  # fmt: skip
-    rows = [json.loads(line) for line in (work / "in-order.jsonl").read_text().splitlines()]
     trained = clock.around(trainer)(
         model=AutoModelForCausalLM.from_pretrained(work / "start", dtype=torch.float32),
-        reward_funcs=reward, args=args, train_dataset=Dataset.from_list(rows),
+        reward_funcs=reward, args=args, train_dataset=Dataset.from_list(common.read_jsonl(work / "in-order.jsonl")),
         processing_class=AutoTokenizer.from_pretrained(work / "start", padding_side="left"),
         callbacks=[clock.callback()],
     )  # fmt: skip
@@ -99,13 +100,13 @@ class Clock:
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the time of what runs inside to the step's phase."""
+        """Add the time of the block to a phase of the step."""
         started = time.perf_counter()
         yield
         self.seconds[-1][phase] += time.perf_counter() - started
 
     def around(self, trainer: Any) -> Any:
-        """Return the trainer's class with its two phases before learning timed."""
+        """Return a subclass of the trainer that times its two phases before learning."""
         clock = self
 
         class Timed(trainer):  # type: ignore[misc]
@@ -122,7 +123,7 @@ class Clock:
         return Timed
 
     def callback(self) -> Any:
-        """Return the callback that begins and ends the steps; the update lies between, logging does not."""
+        """Return the callback that starts and stops the clock of a step: around the update, without logging."""
         from transformers import TrainerCallback
 
         clock = self
@@ -137,34 +138,29 @@ class Clock:
         return Steps()
 
 
-def contend(name: str, work: Path) -> dict[str, Any]:
-    """Run one contender, METHOD:CONTENDER, in this process and return its figures."""
-    import resource
-
-    engine.hide_scripts()
-    method, contender = name.split(":")
-    steps = json.loads((work / "steps.json").read_text())
-    if contender == "alignkit":
-        figures = run_alignkit(method, work, steps)
-    else:
-        figures = run_trl(method, work, steps, contender == "trl-checkpointing")
-    if set(figures["length"]) != {TOKENS}:
-        raise SystemExit(f"completions of {figures['length']} tokens were learned from, not of {TOKENS}")
-    return {**figures, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-
-
-def prepare(data: Path, steps: int, work: Path) -> None:
+def prepare(args: argparse.Namespace, work: Path) -> None:
     """Write the start model, the prompts, and the prompts in the order in which alignkit's seed 0 visits them."""
     from alignkit.data.stream import Stream
 
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = common.made_up_questions(8) if args.data is None else common.read_jsonl(args.data)
     prompts: list[Any] = [{"prompt": row["question"]} for row in rows]
     stream = Stream(prompts, PROMPTS, seed=0)
-    in_order = [row for step in range(steps) for row in stream[step]]
-    for name, lines in (("rows", prompts), ("in-order", in_order)):
-        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    (work / "steps.json").write_text(json.dumps(steps))
-    engine.write_start(work / "start", [f"{row['question']}\n{row['answer']}" for row in rows])
+    common.write_jsonl(work / "rows.jsonl", prompts)
+    common.write_jsonl(work / "in-order.jsonl", (row for step in range(args.steps) for row in stream[step]))
+    common.write_start(work / "start", [f"{row['question']}\n{row['answer']}" for row in rows], args.tiny)
+
+
+def contend(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Run one contender, METHOD:CONTENDER, in this process and return its figures."""
+    method, contender = name.split(":")
+    group, tokens = (TINY_GROUP, TINY_TOKENS) if args.tiny else (GROUP, TOKENS)
+    if contender == "alignkit":
+        figures = run_alignkit(method, work, args.steps, group, tokens)
+    else:
+        figures = run_trl(method, work, args.steps, group, tokens, contender == "trl-checkpointing")
+    if set(figures["length"]) != {tokens}:
+        raise RuntimeError(f"learned from completions of {figures['length']} tokens; all must have {tokens}")
+    return figures
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, float]:
@@ -174,64 +170,53 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, float]:
     return {**medians, "peak_mib": statistics.median(figures["peak_mib"] for figures in rounds)}
 
 
-def report(table: dict[str, dict[str, float]], left_out: dict[str, str]) -> str:
-    """Lay out the table, with ratios of TRL without gradient checkpointing to each, and alignkit's bars."""
-    lines = ["method contender          sampling scoring learning   step s  peak MiB  x learning  x step  memory/trl"]
-    verdicts = []
-    for name, row in table.items():
+def report(rows: dict[str, dict[str, float]], bars: bool) -> list[str]:
+    """Lay out the table, with ratios to TRL without gradient checkpointing, and the verdict on alignkit's bars."""
+    head = ["method", "contender", *PHASES[:-1], "step s", "peak MiB", "x learning", "x step", "memory/trl"]
+    cells, verdicts = [], []
+    for name, row in rows.items():
         method, contender = name.split(":")
-        seconds = f"{row['sampling']:8.2f} {row['scoring']:7.3f} {row['learning']:8.2f} {row['step']:8.2f}"
-        line = f"{method:6} {contender:18} {seconds}  {row['peak_mib']:8.0f}"
-        if rival := table.get(f"{method}:trl"):
-            to = {"learning": rival["learning"] / row["learning"], "step": rival["step"] / row["step"]}
-            to["peak_mib"] = row["peak_mib"] / rival["peak_mib"]
-            line += f"  {to['learning']:10.2f}  {to['step']:6.2f}  {to['peak_mib']:10.2f}"
-            if contender == "alignkit":
-                missed = [k for k, bar in BARS.items() if (to[k] > bar if k == "peak_mib" else to[k] < bar)]
-                verdicts.append(f"{method}: {'missed: ' + ', '.join(missed) if missed else 'all bars met'}")
-        lines.append(line)
-    bars = "bars: learning {learning:g} times as fast as TRL, step {step:g} times, peak memory at most {peak_mib:g}"
-    lines += [bars.format(**BARS), *verdicts] if verdicts else ["no bars without both TRL and alignkit"]
-    return "\n".join([*lines, *(f"{name} left out: {why}" for name, why in left_out.items())])
+        trl = rows.get(f"{method}:trl", {})
+        to = {phase: common.ratio(trl.get(phase), row[phase]) for phase in ("learning", "step")}
+        to["peak_mib"] = common.ratio(row["peak_mib"], trl.get("peak_mib"))
+        figures = [f"{row[phase]:.{3 if phase == 'scoring' else 2}f}" for phase in PHASES]
+        ratios = [common.shown(value, ".2f") for value in to.values()]
+        cells.append([method, contender, *figures, f"{row['peak_mib']:.0f}", *ratios])
+        if contender == "alignkit" and trl:
+            missed = [k for k, bar in BARS.items() if (to[k] > bar if k == "peak_mib" else to[k] < bar)]  # type: ignore[operator]
+            verdicts.append(f"{method}: {'missed: ' + ', '.join(missed) if missed else 'all bars met'}")
+    lines = [common.table(head, cells, names=2)]
+    if bars and verdicts:
+        form = (
+            "bars: learning {learning:g} times as fast as TRL, step {step:g} times, at most {peak_mib:g} of its memory"
+        )
+        lines += [form.format(**BARS), *verdicts]
+    return lines
 
 
 def main() -> int:
-    """Parse arguments, run the contenders in turn, print and write; 1 where one has no figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="JSONL with the columns question and answer")
-    parser.add_argument("--steps", type=int, default=6, help="steps of a round, the first not counted (default 6)")
-    parser.add_argument("--repeat", type=int, default=1, help="rounds; steps of all count alike (default 1)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders (default: %(default)s)")
-    engine.add_process_arguments(parser)
-    args = parser.parse_args()
+    """Parse arguments, run the contenders in turn, print and write."""
+    parser = common.parser_of(__doc__, trl=True)
+    parser.add_argument("--data", type=Path, help="JSONL with the columns question and answer (tiny: made-up rows)")
+    parser.add_argument("--steps", type=int, help="steps of a round, the first not counted (default 6, tiny 2)")
+    parser.add_argument("--repeat", type=int, default=1, help="rounds; medians are over the steps of all (default 1)")
+    parser.add_argument("--methods", help=f"comma-separated, of {', '.join(METHODS)}")
+    parser.add_argument("--only", help=f"contenders, comma-separated, of {', '.join(CONTENDERS)}")
+    args = common.parsed(parser)
+    args.steps = args.steps or (2 if args.tiny else 6)
     if args.child:
-        Path(args.out).write_text(json.dumps(contend(args.child, Path(args.work))))
-        return 0
-    if args.data is None or args.steps < 2:
-        parser.error("--data is needed, a JSONL file with a column question, and at least 2 --steps")
-    methods = engine_gpu.chosen(parser, "--methods", args.methods, METHODS)
-    contenders = engine_gpu.chosen(parser, "--only", args.only, CONTENDERS)
-    runs: dict[str, list[dict[str, Any]]] = {}
-    left_out: dict[str, str] = {}
+        return contest.answer(args, prepare, contend)
+    if args.steps < 2 or (args.data is None and not args.tiny):
+        parser.error("--data is needed, a JSONL file with the columns question and answer, and at least 2 --steps")
+    methods = common.chosen(parser, "--methods", args.methods, METHODS)
+    names = common.contenders(parser, args, CONTENDERS)
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        prepare(args.data, args.steps, work)
-        for name in [f"{m}:{c}" for m in methods for _ in range(args.repeat) for c in contenders]:
-            python = args.trl_python if ":trl" in name else sys.executable
-            figures = engine.child(name, python, work, work, args.threads, __file__)
-            if isinstance(figures, str):
-                left_out[name] = figures
-            else:
-                runs.setdefault(name, []).append(figures)
-            print(f"{name}: {figures if isinstance(figures, str) else summary([figures])}", file=sys.stderr)
-    table = {name: summary(rounds) for name, rounds in runs.items()}
-    print(report(table, left_out))
-    if args.json:
-        about = {**engine_gpu.machine(args.threads), "steps": args.steps, "rounds": args.repeat}
-        found = {"machine": about, "table": table, "left_out": left_out, "runs": runs}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    return int(bool(left_out))
+        ran = contest.Contest(__file__, args, Path(folder))
+        for i in range(args.repeat):
+            ran.run([f"{method}:{name}" for method in methods for name in names], i)
+    rows = {name: summary(rounds) for name, rounds in ran.runs.items()}
+    found = {"steps": args.steps, "rounds": args.repeat, "table": rows, "runs": ran.runs}
+    return common.finish(args, report(rows, bars=not args.tiny), ran.failed, found)
 
 
 if __name__ == "__main__":

@@ -1,89 +1,112 @@
-"""Sampling several completions a prompt: alignkit, transformers' generate, and its continuous batching, in one run.
+"""Sampling several completions of a prompt: alignkit, transformers' generate, and its continuous batching, in one run.
 
-    OMP_NUM_THREADS=2 python benchmarks/rollout.py --json rollout.json
+    python benchmarks/rollout.py --json rollout.json
+    python benchmarks/rollout.py --tiny              a tiny model, in seconds: does everything run?
 
 The 28 M-parameter Llama of engine.py, untrained, in float32 on the CPU: 2 prompts of 120 to 180 tokens, 8 completions
-of 64 tokens each. The contenders take turns, the first turn warms up, and figures are medians of the others.
+of 64 tokens each. The contenders take turns, the first turn warms up, and figures are medians of the others. A
+contender that fails is reported with its error, and the exit code is 1.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
+import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import engine
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from alignkit.config import Sampling
-from alignkit.demo.base import tokenizer_from
-from alignkit.rollout import sample
+import common
 
 PROMPTS, GROUP, TOKENS = 2, 8, 64
+TINY_GROUP, TINY_TOKENS = 2, 8
+BASELINE = "alignkit, generate"
 
 
-def start() -> tuple[Any, Any, list[list[int]]]:
+def load_start(tiny: bool) -> tuple[Any, Any, list[list[int]]]:
     """Return the model, a tokenizer for its end-of-sequence token, and prompts of random tokens."""
-    tokenizer, draw = tokenizer_from(["a"]), random.Random(0)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=engine.VOCABULARY, hidden_size=engine.HIDDEN, num_hidden_layers=engine.LAYERS,
-        intermediate_size=1280, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True,
-        max_position_embeddings=4096, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    prompts = [draw.choices(range(1, engine.VOCABULARY), k=draw.randint(120, 180)) for _ in range(PROMPTS)]
-    return LlamaForCausalLM(config).eval(), tokenizer, prompts
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        common.write_start(Path(folder), ["a"], tiny)
+        model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    draw, low, high = random.Random(0), *((12, 18) if tiny else (120, 180))
+    ids = range(1, model.config.vocab_size)
+    return model.eval(), tokenizer, [draw.choices(ids, k=draw.randint(low, high)) for _ in range(PROMPTS)]
 
 
-def with_generate(model: Any, tokenizer: Any, prompts: list[list[int]], seed: int) -> list[Any]:
-    """Sample as transformers does it by itself: padded prompts, each read once for every completion."""
+def with_generate(model: Any, tokenizer: Any, prompts: list[list[int]], group: int, tokens: int, seed: int) -> Any:
+    """Sample with transformers alone: padded prompts, each of them computed once for every completion."""
+    import torch
+
     torch.manual_seed(seed)
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    done = model.generate(
-        **padded, do_sample=True, top_k=0, num_return_sequences=GROUP, max_new_tokens=TOKENS,
+    return model.generate(
+        **padded, do_sample=True, top_k=0, num_return_sequences=group, max_new_tokens=tokens,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    return list(done)
 
 
-def main() -> None:
-    """Parse arguments, let the contenders take turns, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=3, help="turns that count (default 3)")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    args = parser.parse_args()
-    model, tokenizer, prompts = start()
+def contenders(tiny: bool) -> dict[str, Callable[[int], Any]]:
+    """Return the contenders by name: functions of the turn, which is the seed."""
+    from alignkit.config import Sampling
+    from alignkit.rollout import sample
 
-    def ours(backend: Any) -> Callable[[int], Any]:
-        how = Sampling(max_new_tokens=TOKENS, backend=backend)
-        return lambda turn: sample(model, tokenizer, prompts, how, n=GROUP, seed=turn)
+    model, tokenizer, prompts = load_start(tiny)
+    group, tokens = (TINY_GROUP, TINY_TOKENS) if tiny else (GROUP, TOKENS)
 
-    contenders = {
-        "alignkit, generate": ours("generate"),
-        "alignkit, continuous": ours("continuous"),
-        "transformers, generate": lambda turn: with_generate(model, tokenizer, prompts, turn),
+    def own(backend: Any) -> Callable[[int], Any]:
+        how = Sampling(max_new_tokens=tokens, backend=backend)
+        return lambda turn: sample(model, tokenizer, prompts, how, n=group, seed=turn)
+
+    return {
+        BASELINE: own("generate"),
+        "alignkit, continuous": own("continuous"),
+        "transformers, generate": lambda turn: with_generate(model, tokenizer, prompts, group, tokens, turn),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(args.repeat + 1):
-        for name, run in contenders.items():
+
+
+def measure(running: dict[str, Callable[[int], Any]], turns: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Return the seconds of every turn by contender, and the reasons of those that failed."""
+    running, failed = dict(running), dict[str, str]()
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    for turn in range(turns):
+        for name, run in list(running.items()):
             started = time.perf_counter()
-            run(turn)
-            seconds[name].append(time.perf_counter() - started)
+            try:
+                run(turn)
+            except Exception as error:
+                traceback.print_exc()
+                failed[name] = common.reason(error)
+                del running[name], seconds[name]
+            else:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds, failed
+
+
+def main() -> int:
+    """Parse arguments, measure the contenders in turn, print and write."""
+    parser = common.parser_of(__doc__)
+    parser.add_argument("--repeat", type=int, help="turns that count (default 3, tiny 1)")
+    args = common.parsed(parser)
+    common.hide_scripts()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    seconds, failed = measure(contenders(args.tiny), (args.repeat or (1 if args.tiny else 3)) + 1)
     medians = {name: statistics.median(s[1:]) for name, s in seconds.items()}
-    for name, median in medians.items():
-        rate = PROMPTS * GROUP * TOKENS / median
-        print(
-            f"{name:24}{median:8.2f} s{rate:8.0f} tokens/s{median / medians['alignkit, generate']:8.2f} times the time"
-        )
-    if args.json:
-        args.json.write_text(json.dumps({"threads": torch.get_num_threads(), "medians": medians, "seconds": seconds}))
+    sampled = PROMPTS * (TINY_GROUP * TINY_TOKENS if args.tiny else GROUP * TOKENS)
+    rows = [
+        [name, f"{s:.2f}", f"{sampled / s:.0f}", common.shown(common.ratio(s, medians.get(BASELINE)), ".2f")]
+        for name, s in medians.items()
+    ]
+    lines = [common.table(["contender", "seconds", "tokens/s", f"x {BASELINE}"], rows)]
+    return common.finish(args, lines, failed, {"medians": medians, "seconds": seconds})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

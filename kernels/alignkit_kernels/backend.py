@@ -1,6 +1,6 @@
-"""Which implementation runs: Triton where the tensors lie on a GPU, plain PyTorch elsewhere.
+"""Which implementation runs: Triton for tensors on a GPU, plain PyTorch elsewhere.
 
-The environment's ALIGNKIT_KERNELS=eager|triton forces one; "triton" on CPU tensors needs the interpreter
+The environment variable ALIGNKIT_KERNELS=eager|triton forces one; "triton" on CPU tensors needs the interpreter
 (TRITON_INTERPRET=1 before the first import), which is for tests: it is thousands of times slower.
 """
 
@@ -22,11 +22,11 @@ except ImportError:  # no wheels for this platform, or not installed: plain PyTo
 
 __all__ = ["jit", "launching", "tl", "triton", "uses_triton"]
 
-LOW = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels read; float64 is always eager
+LOW = (torch.float32, torch.bfloat16, torch.float16)  # the types that the Triton kernels read; float64 is always eager
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """Return the function as a Triton kernel; without Triton as it is, never to be called."""
+    """Return the function as a Triton kernel; without Triton return it as it is: it is never called then."""
     return kernel if triton is None else triton.jit(kernel)
 
 
@@ -42,16 +42,16 @@ def uses_triton(values: Tensor) -> bool:
         return False
     if forced == "triton":
         if triton is None:
-            raise RuntimeError("ALIGNKIT_KERNELS=triton, and triton is not installed: pip install triton")
+            raise RuntimeError("ALIGNKIT_KERNELS=triton, but triton is not installed: pip install triton")
         if not values.is_cuda and not triton.knobs.runtime.interpret:
             raise RuntimeError(
-                f"ALIGNKIT_KERNELS=triton, and the tensors lie on '{values.device}': move them to a GPU, unset "
-                f"ALIGNKIT_KERNELS, or set TRITON_INTERPRET=1 to try the kernels slowly"
+                f"ALIGNKIT_KERNELS=triton, but the tensors are on '{values.device}': move them to a GPU, unset "
+                f"ALIGNKIT_KERNELS, or set TRITON_INTERPRET=1 to run the kernels in the slow interpreter"
             )
         return True
     return triton is not None and values.is_cuda
 
 
 def launching(values: Tensor) -> AbstractContextManager[Any]:
-    """Return the context in which kernels on `values` are launched: on its device, whichever is the current one."""
+    """Return a context that launches kernels on the device of `values`, whichever device is current."""
     return torch.cuda.device(values.device) if values.is_cuda else nullcontext()

@@ -1,8 +1,8 @@
-"""Generalised advantage estimation over ragged completions that lie one behind the other.
+"""Generalised advantage estimation over ragged, concatenated completions.
 
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   return_t = A_t + V_t
 
-V and A are 0 behind a completion's last token. Both versions compute in float64 and round once.
+V and A are 0 after a completion's last token. Both versions compute in float64 and round once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Return the advantages [C] and the returns [C], both without a gradient.
 
-    rewards, values: [C], one a token, in the reward's units. cu_seqlens: int64 [S + 1], ascending from 0 to C.
+    rewards, values: [C], one per token, in the reward's units. cu_seqlens: int64 [S + 1], ascending from 0 to C.
     gamma, lam: in [0, 1]. Returns float32 (float64 for float64 values).
-    Raises ValueError on shapes that differ, borders that do not cover the tokens, a gamma or lam out of range.
-    Source: 1506.02438 eq. 16. A completion's end counts as terminal: nothing is bootstrapped behind it.
+    Raises ValueError on shapes that differ, boundaries that do not cover the tokens, a gamma or lam out of range.
+    Source: 1506.02438 eq. 16. A completion's end counts as terminal: nothing is bootstrapped after it.
     """
     if values.dim() != 1 or rewards.shape != values.shape:
-        raise ValueError(f"wanted rewards and values of one shape [C], got {[*rewards.shape]} and {[*values.shape]}")
+        raise ValueError(f"expected rewards and values of one shape [C], got {[*rewards.shape]} and {[*values.shape]}")
     check_segments(values, cu_seqlens)
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gamma and lam must lie in [0, 1], got {gamma} and {lam}")
@@ -43,7 +43,7 @@ def _eager(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, la
     ends = cu_seqlens[1:].contiguous()
     ends = ends[torch.searchsorted(ends, at, right=True)]
     advantages = rewards + gamma * torch.where(at + 1 < ends, values.roll(-1), 0.0) - values
-    # after each turn A_t holds the deltas of the next `step` tokens; a GPU cannot say how long its longest segment is
+    # after each round A_t holds the deltas of the next `step` tokens; reading the longest segment would wait for a GPU
     step, decay, longest = 1, gamma * lam, n_tokens
     if not values.is_cuda:
         longest = max(cu_seqlens.diff().tolist(), default=0)
@@ -65,7 +65,7 @@ def _gae_kernel(  # type: ignore[no-untyped-def]
     cu_seqlens_ptr,
     advantages_ptr,
     returns_ptr,
-    # a float argument is float32 unless it says otherwise, and lam to the power of a thousand shows that
+    # float arguments are float32 unless annotated, and lam to the power of a thousand would show it
     gamma: tl.float64,
     decay: tl.float64,
     BLOCK: tl.constexpr,
@@ -73,9 +73,9 @@ def _gae_kernel(  # type: ignore[no-untyped-def]
     s = tl.program_id(0).to(tl.int64)
     start, end = tl.load(cu_seqlens_ptr + s).to(tl.int64), tl.load(cu_seqlens_ptr + s + 1).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    behind = tl.sum(tl.zeros([BLOCK], tl.float64))  # the advantage of the token behind this block
+    behind = tl.sum(tl.zeros([BLOCK], tl.float64))  # the advantage of the token after this block
     for first in range(0, end - start, BLOCK):
-        # lane 0 is the latest token: a forward scan over mirrored addresses, as reverse=True has a history of bugs
+        # lane 0 is the last token: a forward scan over reversed addresses, because reverse=True has had bugs
         at = end - 1 - first - lanes
         inside = at >= start
         values = tl.load(values_ptr + at, mask=inside, other=0.0).to(tl.float64)

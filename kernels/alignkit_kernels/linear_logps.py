@@ -2,14 +2,14 @@
 
     z = softcap(scale * (hidden @ weight.T + bias)) / temperature,   logp_n = z_n[t_n] - lse(z_n)
 
-Four exact paths, by what needs a gradient; G is one product with the head, 2 N H V FLOP:
+Four exact paths, chosen by what needs a gradient; G is one product with the head, 2 N H V FLOP:
 
-    1  the head is frozen    2G   the upstream gradient is one number a token, so d(sum of logps) / d hidden is made in
-                                  the forward, a block of rows at a time; the backward only scales it
-    2  it is trained         3G   the logits are kept and become their own gradient in place
-    3  ... and memory short  4G   the backward makes the logits again, a piece of the vocabulary at a time; what fits
-                                  the budget is kept as in 2
-    4  no gradient           1G   a piece of the vocabulary at a time
+    1  the head is frozen    2G   the upstream gradient is one number per token, so the forward computes
+                                  d(sum of logps) / d hidden, a block of rows at a time; the backward only scales it
+    2  it is trained         3G   the logits are kept and overwritten by their own gradient
+    3  ... and memory short  4G   the backward recomputes the logits, a slice of the vocabulary at a time; as many as
+                                  fit the budget are kept as in 2
+    4  no gradient           1G   a slice of the vocabulary at a time
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from alignkit_kernels.transform import Transform, accumulator, check_targets
 
 
 class LinearLogps:
-    """`linear_logps(...)`, a function, and `linear_logps.plan(...)`, what a call would do; see `__call__` for both."""
+    """`linear_logps(...)`, a function, and `linear_logps.plan(...)`, the plan of a call; see `__call__` for both."""
 
     __name__ = "linear_logps"
 
@@ -69,13 +69,13 @@ class LinearLogps:
         entropy: bool = False,
         memory_budget: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the log-probability of each target under softmax(hidden @ weight.T), and the entropy when asked for.
+        """Return the log-probability of each target under softmax(hidden @ weight.T), with `entropy` the entropy too.
 
-        hidden: [N, H], only the positions that predict something. weight: [V, H]. targets: int64 [N]. bias: [V].
-        softcap: c in c * tanh(z / c), applied after `scale`. temperature: > 0, divides last.
-        memory_budget: bytes of logits that may be kept for the backward where the head is trained (default 1 GiB).
+        hidden: [N, H], only the positions that predict a target. weight: [V, H]. targets: int64 [N]. bias: [V].
+        softcap: c in c * tanh(z / c), applied after `scale`. temperature: above 0, divides last.
+        memory_budget: bytes of logits that may be kept for the backward when the head is trained (default 1 GiB).
         Returns float32 [N] in nats (float64 for float64 inputs), or a pair of them with `entropy`.
-        Raises ValueError on shapes or types that do not fit.
+        Raises ValueError on shapes or types that do not match.
         """
         transform = Transform(softcap, scale, temperature).checked()
         hidden, weight, bias = _checked(hidden, weight, targets, bias)
@@ -105,14 +105,14 @@ def _checked(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"wanted hidden [N, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
+        raise ValueError(f"expected hidden [N, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
     if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"wanted one target a row of hidden, got {list(targets.shape)} for {list(hidden.shape)}")
+        raise ValueError(f"expected one target per row of hidden, got {list(targets.shape)} for {list(hidden.shape)}")
     check_targets(hidden, targets)
     if weight.device != hidden.device:
-        raise ValueError(f"weight lies on '{weight.device}', and hidden on '{hidden.device}'")
+        raise ValueError(f"weight is on '{weight.device}', but hidden is on '{hidden.device}'")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"wanted a bias of {list(weight.shape[:1])}, got {list(bias.shape)}")
+        raise ValueError(f"expected a bias of {list(weight.shape[:1])}, got {list(bias.shape)}")
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
@@ -172,7 +172,7 @@ class _How(NamedTuple):
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Path 1: unit_N,H = d(sum of logps) / d hidden, made in the forward."""
+    """Path 1: the forward computes unit [N, H] = d(sum of logps) / d hidden."""
 
     @staticmethod
     def forward(
@@ -187,7 +187,7 @@ class _FrozenHead(torch.autograd.Function):
             logits = _logits(hidden[rows], weight, bias, memory)
             stats.rows(rows).fold_into_unit_gradient(logits)
             torch.mm(logits, weight, out=unit[rows])
-        # targets are saved so that a change of theirs is noticed, the others for the entropy's gradient alone
+        # targets are saved so that autograd notices a change, the others for the entropy's gradient alone
         ctx.save_for_backward(unit, targets, *((hidden, weight, bias) if entropy else ()))
         ctx.stats = stats
         ctx.set_materialize_grads(False)
@@ -201,7 +201,7 @@ class _FrozenHead(torch.autograd.Function):
             if g_logps is None:
                 return (None,) * 5
             return torch.mul(unit, g_logps[:, None], out=torch.empty_like(unit)), *(None,) * 4
-        # the entropy's gradient is another vector a token, which few losses want: the logits are made again
+        # the entropy's gradient is another vector per token, which few losses need: recompute the logits
         hidden, weight, _ = head
         sizes = (len(hidden), hidden.shape[1], len(weight), hidden.dtype)
         again = plan_linear_logps(*sizes, weight_grad=True, device=hidden.device.type, memory_budget=0)
@@ -210,7 +210,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _TrainedHead(torch.autograd.Function):
-    """Paths 2 and 3: the first `plan.kept` columns of the logits wait for the backward, the others are made again."""
+    """Paths 2 and 3: the first `plan.kept` columns of the logits are kept for the backward, the others recomputed."""
 
     @staticmethod
     def forward(
@@ -228,7 +228,7 @@ class _TrainedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_logps: Tensor | None, g_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
         _, *head = ctx.saved_tensors
-        # the logits become their own gradient, so a second walk over the same graph makes them all again
+        # the gradient overwrites the logits, so a second backward over the same graph recomputes all of them
         stash, ctx.stash = ctx.stash, None
         with torch.autocast(head[0].device.type, enabled=False):
             return *_backward(ctx, head, stash, ctx.plan.chunk, g_logps, g_entropies), None, None
@@ -237,7 +237,7 @@ class _TrainedHead(torch.autograd.Function):
 def _backward(
     ctx: Any, head: Any, stash: Tensor | None, chunk: int, g_logps: Tensor | None, g_entropies: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Walk the vocabulary with all N tokens: every slice of d weight is written once, d hidden adds up in float32."""
+    """Go through the vocabulary with all N tokens: write each slice of d weight once, sum d hidden in float32."""
     hidden, weight, bias = head
     of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
     kept = 0 if stash is None else stash.shape[1]
@@ -267,6 +267,6 @@ def _add_product(total: Tensor | None, dz: Tensor, weight: Tensor, alone: bool) 
         total = torch.zeros(len(dz), weight.shape[1], dtype=accumulator(dz.dtype), device=dz.device)
     if dz.dtype == total.dtype:
         return torch.addmm(total, dz, weight, out=total)
-    if dz.is_cuda and torch.version.hip is None:  # into memory of its own: with out= it has refused valid arguments
+    if dz.is_cuda and torch.version.hip is None:  # into new memory: with out= it has refused valid arguments
         return torch.addmm(total, dz, weight, out_dtype=total.dtype)
     return total.add_(dz @ weight)

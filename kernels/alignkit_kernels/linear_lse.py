@@ -1,7 +1,7 @@
-"""The head's product folded into its row statistics tile by tile, in Triton: not even a piece of the logits exists.
+"""The product with the head and its row statistics, fused tile by tile in Triton: no logits are written to memory.
 
-It stands in for product and fold of `linear_logps` where nothing needs a gradient. A program multiplies one block of
-rows with every tile of its part of the vocabulary; the parts' statistics are put together at the end, in a fixed order.
+It replaces product and fold in `linear_logps` when nothing needs a gradient. A program multiplies one block of rows
+by every tile of its part of the vocabulary; the statistics of the parts are combined at the end, in a fixed order.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from alignkit_kernels.backend import jit, launching, tl, triton, uses_triton
 from alignkit_kernels.row_stats import RowStats, joined
 from alignkit_kernels.transform import transformed
 
-LARGEST_HIDDEN = 1024  # above it the fold is cheap beside the product, at which the vendor's library is better
+LARGEST_HIDDEN = 1024  # above it the fold is cheap compared with the product, which the vendor's library does faster
 ROWS, DEPTH = 128, 64  # a tile of the product is ROWS by COLUMNS and DEPTH deep
-COLUMNS, FEWER_COLUMNS = 128, 64  # the processors but those named below spill with 128
-WIDE = (9, 10)  # compute capabilities, and gfx942 which calls itself 9.4
-PROGRAMS = 1024  # aimed at, some for every processor of a large GPU
+COLUMNS, FEWER_COLUMNS = 128, 64  # GPUs other than those below spill registers with 128
+WIDE = (9, 10)  # major compute capabilities; gfx942 reports 9.4
+PROGRAMS = 1024  # the aim: several for every multiprocessor of a large GPU
 
 
 def fuses(hidden: Tensor, weight: Tensor) -> bool:
-    """Return whether the fused product is the better choice for such rows."""
+    """Return whether the fused product is the better choice for these rows."""
     if not uses_triton(hidden) or hidden.dtype == torch.float32 or not len(hidden):
         return False
-    # the interpreter multiplies bfloat16 wrongly: it takes the raw bits
+    # the interpreter multiplies bfloat16 wrongly: it uses the raw bits
     if not hidden.is_cuda and hidden.dtype != torch.float16:
         return False
-    # odd strides are neither loaded ahead nor kept in registers
+    # unaligned strides are not prefetched and spill registers
     aligned = all(size % 16 == 0 for t in (hidden, weight) for size in (t.shape[1], t.stride(0)))
     return aligned and hidden.shape[1] <= LARGEST_HIDDEN
 
 
 def fold_product(stats: RowStats, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Fold hidden @ weight.T + bias into empty `stats`. hidden: [N, H], weight: [V, H], both 16 bits wide."""
+    """Fold hidden @ weight.T + bias into empty `stats`. hidden: [N, H], weight: [V, H], both of a 16-bit type."""
     (n, h), v = hidden.shape, len(weight)
     wide = not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device)[0] in WIDE
     columns = COLUMNS if wide else FEWER_COLUMNS
@@ -94,7 +94,7 @@ def _lse_kernel(  # type: ignore[no-untyped-def]
         z, _ = transformed(product, scale, softcap, inverse_temperature, SOFTCAP)
         z = tl.where(known[None, :], z, float("-inf"))
         held = (targets >= tile * COLUMNS) & (targets < tile * COLUMNS + COLUMNS) & valid
-        # one column at most is the target's, so the sum picks it out
+        # at most one column is the target's, so the sum selects it
         hit = tl.sum(tl.where(columns[None, :] == targets[:, None], z, 0.0), 1)
         tl.store(hit_ptr + rows64, hit, mask=held)
         block_top = tl.max(z, 1)

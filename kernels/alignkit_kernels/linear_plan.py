@@ -1,4 +1,4 @@
-"""Which of its four paths `linear_logps` takes, in what chunks, and what that costs."""
+"""The path that `linear_logps` takes, of four, its chunks, and their cost."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-BUDGET = 1 << 30  # bytes of kept logits, unless said otherwise
-# bytes of logits at a time, by path. On a GPU paths 1 and 3 want large products; in 4 a piece stays in the second-level
-# cache until it has been folded. On a CPU anything from 32 to 128 MiB is as fast.
+BUDGET = 1 << 30  # bytes of kept logits, by default
+# bytes of logits at a time, by path. On a GPU paths 1 and 3 need large products; in path 4 a slice stays in the
+# second-level cache until it is folded. On a CPU anything from 32 to 128 MiB is as fast.
 CHUNK = {"cpu": {1: 64 << 20, 3: 64 << 20, 4: 32 << 20}, "cuda": {1: 512 << 20, 3: 256 << 20, 4: 32 << 20}}
-MULTIPLE = 128  # rows or columns of a chunk: what a GPU's product is tiled by
+MULTIPLE = 128  # of the rows or columns of a chunk: the tile size of a GPU's product
 
 
 class Plan(NamedTuple):
@@ -39,13 +39,16 @@ def plan_linear_logps(
     device: str = "cuda",
     memory_budget: float | None = None,
 ) -> Plan:
-    """Return what `linear_logps` does with such tensors; nothing is computed. memory_budget: bytes, as there.
+    """Return the plan of `linear_logps` for tensors of these sizes; nothing is computed. memory_budget: in bytes.
 
     Raises ValueError on a negative size or budget.
     """
     budget = BUDGET if memory_budget is None else _bytes(memory_budget)
     if n_tokens < 0 or hidden_size < 0 or vocabulary < 1:
-        raise ValueError(f"no head has {n_tokens} tokens, {hidden_size} hidden and {vocabulary} vocabulary entries")
+        raise ValueError(
+            f"sizes must be 0 or more, the vocabulary 1 or more; got {n_tokens} tokens, hidden size {hidden_size}, "
+            f"vocabulary {vocabulary}"
+        )
     row = dtype.itemsize * vocabulary
     column = dtype.itemsize * max(1, n_tokens)
     chunks = CHUNK["cpu" if device == "cpu" else "cuda"]
@@ -59,16 +62,16 @@ def plan_linear_logps(
     if n_tokens * row <= budget:
         return Plan(2, vocabulary, vocabulary, products, n_tokens * row)
     kept = min(budget // column // MULTIPLE * MULTIPLE, vocabulary - 1)
-    # a piece of small logits is a part of them too, or path 2 would be as lean
+    # a slice of few logits must be less than all of them, or path 2 would need as little memory
     chunk = _even(vocabulary - kept, min(chunks[3] // column, -(-vocabulary // 4)))
-    # a float32 sum, and in low precision the one before it or what is added to it
+    # a float32 sum, and in low precision its earlier value or the addend
     sums = n_tokens * hidden_size * max(4, dtype.itemsize) * (1 + (dtype.itemsize < 4)) * hidden_grad
     return Plan(3, chunk, kept, products + 1 - kept / vocabulary, (chunk + kept) * column + sums)
 
 
 def _bytes(budget: float) -> int:
     if not 0 <= budget < float("inf"):
-        raise ValueError(f"memory_budget is in bytes, 0 or more; got {budget}")
+        raise ValueError(f"memory_budget must be in bytes, 0 or more; got {budget}")
     return int(budget)
 
 

@@ -6,12 +6,12 @@
 
 The KL between policy and reference, with r = logp - reference (http://joschu.net/blog/kl-approx.html), on-policy:
 
-    k1 = r               unbiased value; its gradient is 0 in expectation: as a loss it does nothing but add noise
+    k1 = r               unbiased value; its gradient is 0 in expectation: as a loss it only adds noise
     k2 = r^2 / 2         biased value; its gradient r grad(logp) is the KL's gradient: the one for a loss
     k3 = e^-r - 1 + r    unbiased value, never negative; its gradient is biased (that of the reversed KL)
 
-Both versions compute in float64 and round once. Log-ratios beyond 60 nats count as 60 and pass no gradient: e^88 is the
-end of float32.
+Both versions compute in float64 and round once. Log-ratios beyond 60 nats count as 60 and pass no gradient: float32
+ends at e^88.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RATIOS, KLS = ("token", "sequence"), ("k1", "k2", "k3")
 
 
 class PolicyLoss(NamedTuple):
-    """losses [C]; ratios [C], clipped bool [C] (the clip took the gradient), kl [C] (raw): these three detached."""
+    """losses [C]; ratios [C], clipped bool [C] (the clip removed the gradient), kl [C] (raw): these three detached."""
 
     losses: Tensor
     ratios: Tensor
@@ -54,24 +54,24 @@ def policy_loss(
     entropy_coef: float = 0.0,
     mask: Tensor | None = None,
 ) -> PolicyLoss:
-    """Return one loss a token, its ratio, whether the clip is active, and the KL to the reference (0 without one).
+    """Return one loss per token, its ratio, whether the clip is active, and the KL to the reference (0 without one).
 
-    logps, old_logps, reference_logps, entropies: [C] nats. Gradients flow to logps and entropies alone.
-    advantages: [C], or [S] for one a completion (read as [C] where both fit). cu_seqlens: int64 [S + 1].
+    logps, old_logps, reference_logps, entropies: [C] nats. Only logps and entropies get gradients.
+    advantages: [C], or [S] for one per completion (read as [C] when both fit). cu_seqlens: int64 [S + 1].
     clip: (low, high), low in [0, 1]; a high above low is DAPO's clip-higher, 2503.14476. mask: bool [C]; where it is
-    False loss, KL and gradient are 0, the ratio 1, and the token is no part of a sequence's mean.
+    False loss, KL and gradient are 0, the ratio is 1, and a sequence's mean leaves the token out.
     With "sequence" a mean over each completion's tokens, then over completions, is GSPO's objective.
-    Returns float32 (float64 for float64 logps). Raises ValueError on unknown names, shapes that do not fit, a clip out
-    of range, or a coefficient whose reference_logps or entropies are missing.
+    Returns float32 (float64 for float64 logps). Raises ValueError on unknown names, shapes that do not match, a clip
+    out of range, or a coefficient without its reference_logps or entropies.
     """
     if ratio not in RATIOS or kl not in KLS:
         raise ValueError(f"ratio must be one of {RATIOS} and kl one of {KLS}, got '{ratio}' and '{kl}'")
     if not (0 <= clip[0] <= 1 and clip[1] >= 0):
-        raise ValueError(f"clip must be (low, high) with low in [0, 1] and high from 0 on, got {clip}")
+        raise ValueError(f"clip must be (low, high) with low in [0, 1] and high 0 or more, got {clip}")
     if kl_coef and reference_logps is None:
-        raise ValueError(f"kl_coef is {kl_coef}, and there is no reference: pass reference_logps [C]")
+        raise ValueError(f"kl_coef is {kl_coef}, but reference_logps is missing: pass reference_logps [C]")
     if entropy_coef and entropies is None:
-        raise ValueError(f"entropy_coef is {entropy_coef}, and there are no entropies: pass entropies [C]")
+        raise ValueError(f"entropy_coef is {entropy_coef}, but entropies is missing: pass entropies [C]")
     named = {"old_logps": old_logps, "reference_logps": reference_logps, "entropies": entropies, "mask": mask}
     _check_shapes(logps, named, advantages, cu_seqlens)
     options = _Options(ratio == "sequence", 1 - clip[0], 1 + clip[1], KLS.index(kl) + 1, kl_coef, entropy_coef)
@@ -94,17 +94,17 @@ class _Options(NamedTuple):
 
 def _check_shapes(logps: Tensor, named: dict[str, Tensor | None], advantages: Tensor, cu_seqlens: Tensor) -> None:
     if logps.dim() != 1:
-        raise ValueError(f"wanted logps [C], got {[*logps.shape]}")
+        raise ValueError(f"expected logps [C], got {[*logps.shape]}")
     for name, tensor in named.items():
         if tensor is not None and tensor.shape != logps.shape:
-            raise ValueError(f"wanted {name} of logps' shape {[*logps.shape]}, got {[*tensor.shape]}")
+            raise ValueError(f"expected {name} of the shape of logps {[*logps.shape]}, got {[*tensor.shape]}")
     mask = named["mask"]
     if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"wanted a mask of bool, got {mask.dtype}")
+        raise ValueError(f"expected a bool mask, got {mask.dtype}")
     check_segments(logps, cu_seqlens)
     if [*advantages.shape] not in ([len(logps)], [len(cu_seqlens) - 1]):
-        wanted = f"one a token [{len(logps)}] or one a completion [{len(cu_seqlens) - 1}]"
-        raise ValueError(f"wanted advantages {wanted}, got {[*advantages.shape]}")
+        sizes = f"one per token [{len(logps)}] or one per completion [{len(cu_seqlens) - 1}]"
+        raise ValueError(f"expected advantages, {sizes}, got {[*advantages.shape]}")
 
 
 def _eager(
@@ -125,7 +125,7 @@ def _eager(
     ratios = torch.where(counted, log_ratios.clamp(-LIMIT, LIMIT).exp(), 1.0)
     a = kept(advantages if advantages.shape == logps.shape else advantages[segments])
     clipped = ((ratios > options.ceiling) & (a > 0)) | ((ratios < options.floor) & (a < 0))
-    # where() and not minimum(), which halves the gradient on the clip's edge
+    # where(), because minimum() halves the gradient at the clip's edge
     losses = -torch.where(clipped, ratios.clamp(options.floor, options.ceiling).detach(), ratios) * a
     kl = torch.zeros_like(losses)
     if reference_logps is not None:
@@ -152,7 +152,7 @@ def _load(ptr, at, counted):  # type: ignore[no-untyped-def]
 
 @jit
 def _saturated(x, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    # comparisons and not clamp(): NaN must stay NaN
+    # comparisons, not clamp(): NaN must stay NaN
     x = tl.where(x > LIMIT, LIMIT, x)
     return tl.where(x < -LIMIT, -LIMIT, x)
 
@@ -190,7 +190,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     floor: tl.float64, ceiling: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64,
     SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr, KL: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    # several programs share a long completion's blocks; each sums the whole of it, so that one launch does
+    # several programs share the blocks of a long completion; each sums all of it, so that one launch is enough
     s = tl.program_id(0).to(tl.int64)
     start, end = tl.load(cu_seqlens_ptr + s).to(tl.int64), tl.load(cu_seqlens_ptr + s + 1).to(tl.int64)
     if SEQUENCE:
@@ -204,7 +204,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         a = _load(advantages_ptr, at if PER_TOKEN else at * 0 + s, counted)
         high, low = (ratios > ceiling) & (a > 0), (ratios < floor) & (a < 0)
         losses = -tl.where(high, ceiling, tl.where(low, floor, ratios)) * a
-        # d loss / d log ratio; a sequence's tokens share theirs out in the backward
+        # d loss / d log ratio; the backward distributes a sequence's over its tokens
         slopes = tl.where(high | low | (tl.abs(x) > LIMIT), 0.0, -ratios * a)
         if SEQUENCE:
             slopes /= n
@@ -255,7 +255,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        """Take what _eager takes."""
+        """Take the arguments of _eager."""
         per_token, options = args[3].shape == args[0].shape, args[-1]
         tensors: list[Any] = [None if t is None else t.contiguous() for t in args[:-1]]
         logps, *given, mask = tensors
@@ -292,6 +292,6 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def _grid(tokens: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
-    """Return programs: completions times the blocks of one of average length."""
+    """Return the grid: completions by the blocks of a completion of average length."""
     n_completions = len(cu_seqlens) - 1
     return n_completions, min(256, triton.cdiv(len(tokens), n_completions * BLOCK))

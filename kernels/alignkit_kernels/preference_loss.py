@@ -55,21 +55,21 @@ def preference_loss(
     baseline: Tensor | None = None,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> PreferenceLoss:
-    """Return one loss a pair (one a completion for "kto"), the rewards and the summed log-probabilities.
+    """Return one loss per pair (per completion for "kto"), the rewards and the summed log-probabilities.
 
     policy_logps, reference_logps: float32 [C] nats; reference_logps is None for a loss without a reference.
-    cu_seqlens: int64 [S + 1]; for pairs chosen and rejected in turn, S = 2 E.
-    desirable: bool [S], baseline: [S] (nats, no gradient), weights: (desirable, undesirable), all for "kto" alone.
-    Raises ValueError on an unknown kind, numbers out of range, shapes that do not fit, or a reference too many.
+    cu_seqlens: int64 [S + 1]; in pairs chosen and rejected alternate, S = 2 E.
+    desirable: bool [S], baseline: [S] (nats, no gradient), weights: (desirable, undesirable); all three only for "kto".
+    Raises ValueError on an unknown kind, numbers out of range, shapes that do not match, or a superfluous reference.
     """
     if kind not in _LOSSES and kind != "kto":
-        raise ValueError(f"unknown kind '{kind}'; there are {', '.join([*_LOSSES, 'kto'])}")
+        raise ValueError(f"unknown kind '{kind}'; choose from {', '.join([*_LOSSES, 'kto'])}")
     if not beta >= 0 or (kind == "ipo" and beta == 0):
         raise ValueError(f"beta must be {'above 0' if kind == 'ipo' else '0 or more'}, got {beta}")
     if not 0 <= label_smoothing < (0.5 if kind == "robust" else 1):
-        raise ValueError(f"'{kind}' wants label_smoothing from 0 to below 1 (robust: 0.5), got {label_smoothing}")
+        raise ValueError(f"'{kind}' needs label_smoothing from 0 to below 1 (robust: 0.5), got {label_smoothing}")
     if kind in REFERENCE_FREE and reference_logps is not None:
-        raise ValueError(f"'{kind}' has no reference: pass reference_logps=None")
+        raise ValueError(f"'{kind}' does not use a reference: pass reference_logps=None")
     if reference_logps is not None and reference_logps.shape != policy_logps.shape:
         given = f"{[*policy_logps.shape]} and {[*reference_logps.shape]}"
         raise ValueError(f"policy_logps and reference_logps differ in shape: {given}")
@@ -85,7 +85,7 @@ def preference_loss(
         floats.append(baseline)
     else:
         if n_completions % 2:
-            raise ValueError(f"'{kind}' wants pairs, got {n_completions} completions")
+            raise ValueError(f"'{kind}' needs pairs, got {n_completions} completions")
         desirable = baseline = None
     options = _Options(kind, beta, label_smoothing, gamma, desirable, baseline, weights)
     if n_completions and all(uses_triton(each) for each in floats):
@@ -109,7 +109,7 @@ def _eager(policy: Tensor, reference: Tensor | None, cu_seqlens: Tensor, options
     h = sequence_sum(ratios, cu_seqlens, mean=kind in AVERAGED)
     logps = sequence_sum(policy.detach(), cu_seqlens)
     if desirable is not None and baseline is not None:
-        # new_tensor: plain numbers would be rounded to float32 where h is float64
+        # new_tensor: plain numbers would be rounded to float32 when h is float64
         sign = torch.where(desirable.bool(), h.new_tensor(1.0), h.new_tensor(-1.0))
         weight = torch.where(desirable.bool(), h.new_tensor(weights[0]), h.new_tensor(weights[1]))
         # 1 - s(x) = s(-x)
@@ -120,9 +120,9 @@ def _eager(policy: Tensor, reference: Tensor | None, cu_seqlens: Tensor, options
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """Return log(1 - e^x) for x <= 0, exact near both ends; x = 0 is taken as the largest number below it."""
+    """Return log(1 - e^x) for x <= 0, exact near both ends; x = 0 counts as the largest number below it."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    # where() differentiates both branches, so each gets only arguments that it is finite on
+    # where() differentiates both branches, so each gets only arguments for which it is finite
     near = x > -math.log(2.0)
     log_small = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
     log_large = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
@@ -161,14 +161,14 @@ _LOSSES = {
 }  # fmt: skip
 
 
-# ---- the same in one launch, a pair (or a completion) a program, all in float64; a slope is d loss / d h (or d m)
+# ---- the same in one launch, one program per pair (or completion), in float64; a slope is d loss / d h (or d m)
 
 
 @jit
 def _preference_loss_kernel(  # type: ignore[no-untyped-def]
     policy_ptr, reference_ptr, cu_seqlens_ptr, desirable_ptr, baseline_ptr,
     losses_ptr, rewards_ptr, logps_ptr, slopes_ptr,
-    # a float argument is float32 unless it says otherwise
+    # float arguments are float32 unless annotated
     beta: tl.float64, label_smoothing: tl.float64, offset: tl.float64,
     weight_desirable: tl.float64, weight_undesirable: tl.float64,
     KIND: tl.constexpr, MEAN: tl.constexpr, REFERENCE: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -221,7 +221,7 @@ def _sums(policy_ptr, reference_ptr, cu_seqlens_ptr, rewards_ptr, logps_ptr, s, 
 
 @jit
 def _loss_and_slope(x, label_smoothing, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    if KIND == "hinge":  # asked this way round, NaN stays NaN
+    if KIND == "hinge":  # with this comparison NaN stays NaN
         loss, slope = tl.where(x >= 1.0, 0.0, 1.0 - x), tl.where(x >= 1.0, 0.0, -1.0)
     elif KIND == "ipo":
         loss, slope = x * x, 2.0 * x
@@ -238,7 +238,7 @@ def _loss_and_slope(x, label_smoothing, KIND: tl.constexpr):  # type: ignore[no-
 
 @jit
 def _log_odds(x, EPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    # the clamp of log1mexp: no slope comes through it above
+    # the clamp of log1mexp: above it the slope is that of x alone
     rest = _log1p(-tl.exp(tl.minimum(x, -EPS)))
     return x - rest, tl.where(x <= -EPS, tl.exp(-rest), 1.0)
 
@@ -256,7 +256,7 @@ def _logistic(x):  # type: ignore[no-untyped-def]
 
 @jit
 def _log1p(u):  # type: ignore[no-untyped-def]
-    # Triton has no log1p. 1 + u loses the end of u; u over what is left of it makes up for that.
+    # Triton has no log1p. 1 + u rounds u; the ratio of u to its rounded value corrects that.
     w = 1.0 + u
     return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
 

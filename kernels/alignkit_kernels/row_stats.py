@@ -1,10 +1,10 @@
-"""What rows of a softmax come down to, folded in piece by piece of the vocabulary, and the gradient of the logits.
+"""The statistics of softmax rows, folded slice by slice of the vocabulary, and the gradient of the logits.
 
     z = softcap(scale * logits) / temperature,   logp_n = z_n[t_n] - lse(z_n)
     entropy_n = lse(z_n) - sum_v p_nv z_nv
 
-`selective_logps` and `linear_logps` are made of this. In plain PyTorch it works row block by row block: the float32
-temporaries fit the cache and low-precision logits are never copied whole.
+`selective_logps` and `linear_logps` are built on it. In plain PyTorch it works on blocks of rows: the float32
+temporaries fit the cache, and low-precision logits are never copied as a whole.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from alignkit_kernels.backend import jit, launching, tl, uses_triton
 from alignkit_kernels.transform import Transform, accumulator, transformed
 
-BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32: a few such temporaries stay in the caches
-TRITON_BLOCK = 4096  # columns that a program holds at a time
-ZERO = -1000.0  # e to this is 0 in float32 and float64; where p is 0, p log p shall be 0 and not 0 * inf
+BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32: several such temporaries stay in the caches
+TRITON_BLOCK = 4096  # columns that a program processes at a time
+ZERO = -1000.0  # exp(ZERO) is 0 in float32 and float64; where p is 0, p log p must be 0, not 0 * inf
 
 
 def row_blocks(n_rows: int, n_columns: int) -> list[slice]:
@@ -29,32 +29,32 @@ def row_blocks(n_rows: int, n_columns: int) -> list[slice]:
 
 
 class RowStats:
-    """What N rows of a softmax come down to: top, the target's z, sums of e^(z - top) and of e^(z - top) (z - top).
+    """Statistics of N softmax rows: top, the target's z, sums of e^(z - top) and of e^(z - top) (z - top).
 
-    Maximum and sum are kept apart: added up, large logits would round the small one off.
+    Maximum and sum are kept apart: their total would round a small sum off next to large logits.
     """
 
     def __init__(self, like: Tensor, targets: Tensor, vocabulary: int, transform: Transform, entropy: bool) -> None:
         if not targets.is_cuda and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
             raise ValueError(
                 f"targets must be 0 to {vocabulary - 1}, got {int(targets.min())} to {int(targets.max())}: "
-                f"leave out the positions that predict nothing"
+                f"leave out the positions that predict no target"
             )
         self.targets, self.transform = targets.contiguous(), transform
-        # on a GPU nobody looks at the targets: one that no piece holds leaves a NaN behind
+        # on a GPU the targets are not checked: one outside the vocabulary leaves a NaN
         self.hit = torch.full((len(targets),), torch.nan, dtype=accumulator(like.dtype), device=like.device)
         self.top, self.total = torch.empty_like(self.hit), torch.empty_like(self.hit)
         self.moment = torch.empty_like(self.hit) if entropy else None
 
     def rows(self, rows: slice) -> RowStats:
-        """Return the part of some rows, in the same memory."""
+        """Return the statistics of some rows, in the same memory."""
         part = copy.copy(self)
         part.targets, part.hit, part.top, part.total = (t[rows] for t in (self.targets, self.hit, self.top, self.total))
         part.moment = None if self.moment is None else self.moment[rows]
         return part
 
     def fold(self, logits: Tensor, first: int = 0) -> None:
-        """Take in logits [N, n], the vocabulary's columns from `first` on; those from 0 on come first."""
+        """Add logits [N, n], the columns of the vocabulary from `first` on; the call with `first` 0 comes first."""
         (_launch if uses_triton(logits) else _fold)(self, logits, first)
 
     def grad(self, logits: Tensor, out: Tensor, g: Tensor | None, g_entropy: Tensor | None, first: int = 0) -> None:
@@ -65,7 +65,7 @@ class RowStats:
             _grad(self, logits, first, out, g, g_entropy)
 
     def fold_into_unit_gradient(self, logits: Tensor) -> None:
-        """Take in whole rows and leave the gradient of logps.sum() in their place; on a GPU in one launch."""
+        """Add whole rows and overwrite them with the gradient of logps.sum(); on a GPU in one launch."""
         if uses_triton(logits):
             _launch(self, logits, 0, logits)
         else:
@@ -78,7 +78,7 @@ class RowStats:
         return self.hit - self.top - self.total.log()
 
     def entropies(self) -> Tensor | None:
-        """Return the entropies, [N], where they were asked for."""
+        """Return the entropies, [N], None when they were not requested."""
         return None if self.moment is None else self.total.log() - self.moment / self.total
 
 
@@ -105,7 +105,7 @@ def _fold(stats: RowStats, logits: Tensor, first: int, into_unit_gradient: bool 
 def _join(stats: RowStats, rows: slice, top: Tensor, total: Tensor, moment: Tensor | None, first: int) -> None:
     if first:
         new = torch.maximum(stats.top[rows], top)
-        # a row may hold nothing but -inf so far
+        # so far a row may hold nothing but -inf
         drop, piece_drop = ((t - new).nan_to_num_(ZERO).clamp_(min=ZERO) for t in (stats.top[rows], top))
         kept, piece_kept = drop.exp(), piece_drop.exp()
         if moment is not None and stats.moment is not None:
@@ -142,9 +142,9 @@ def _grad(stats: RowStats, logits: Tensor, first: int, out: Tensor, g: Tensor | 
 
 @jit
 def joined(top, total, moment, block_top, block_total, block_moment):  # type: ignore[no-untyped-def]
-    """The statistics of a row, one of a block of its columns taken in; the block's are relative to its own maximum."""
+    """Combine the statistics of a row and of a block of its columns; the block's are relative to its own maximum."""
     new = tl.maximum(top, block_top)
-    base = tl.where(new == float("-inf"), 0.0, new)  # a row may hold nothing else so far
+    base = tl.where(new == float("-inf"), 0.0, new)  # so far a row may hold nothing else
     drop, block_drop = tl.maximum(top - base, -1000.0), tl.maximum(block_top - base, -1000.0)
     kept, block_kept = tl.exp(drop), tl.exp(block_drop)
     moment = kept * (moment + drop * total) + block_kept * (block_moment + block_drop * block_total)
@@ -194,9 +194,9 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     logits_stride, out_stride, n_columns, first, scale, softcap, inverse_temperature,
     SOFTCAP: tl.constexpr, FOLD: tl.constexpr, FIRST: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: FOLD its columns into the statistics, write their GRADient, or for whole rows both in turn.
+    """One row per program: FOLD its columns into the statistics, write their GRADient, or for whole rows both in turn.
 
-    What is not wanted has no pointer: moment for the entropy, g and g_entropy for their gradients (with FOLD, g is 1).
+    A pointer that is not needed is None: moment for the entropy, g and g_entropy for their gradients (in FOLD, g is 1).
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
@@ -208,7 +208,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         if moment_ptr is not None:
             moment = tl.load(moment_ptr + row)
     if FOLD:
-        # first of all: the reductions that follow keep fast threads from overwriting it before slow ones have read
+        # first: the reductions that follow keep fast threads from overwriting it before slow ones have read it
         if (at >= 0) & (at < n_columns):
             hit, _ = transformed(tl.load(logits_ptr + at), scale, softcap, inverse_temperature, SOFTCAP)
             tl.store(hit_ptr + row, hit)
@@ -242,11 +242,11 @@ def _launch(
 ) -> None:
     if not len(logits):
         return
-    if out is logits:  # autograd shall notice the writing, as it does with PyTorch's own
+    if out is logits:  # so that autograd notices the write, as with PyTorch's own operations
         torch.autograd.graph.increment_version(logits)
     n, transform = logits.shape[1], stats.transform
     to = logits if out is None else out
-    # with a cap and the entropy a whole block spills where the vocabulary is odd
+    # with a soft cap and the entropy a full block spills registers when the vocabulary is odd
     block = TRITON_BLOCK // (1 if transform.softcap is None or stats.moment is None else 2)
     with launching(logits):
         _rows_kernel[(len(logits),)](
@@ -259,5 +259,5 @@ def _launch(
 
 
 def _dense(g: Tensor | None) -> Tensor | None:
-    # an upstream gradient is often one number, expanded
+    # an upstream gradient is often a single expanded number
     return None if g is None else g.contiguous()

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens from logits, with a backward that keeps no second [N, V] tensor.
+"""Log-probabilities of given tokens from logits, with a backward that keeps no second [N, V] tensor.
 
 Both passes are those of row_stats.py, over whole rows.
 """
@@ -25,16 +25,16 @@ def selective_logps(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the log-probability of each target, and the entropy of each row when asked for.
+    """Return the log-probability of each target, with `entropy` also the entropy of each row.
 
-    logits: [N, V], any float type. targets: int64 [N]. temperature: > 0, divides last.
+    logits: [N, V], any float type. targets: int64 [N]. temperature: above 0, divides last.
     softcap: c in c * tanh(z / c), applied after `scale`.
-    overwrite: the backward may write the gradient into the logits' own memory (they must not be used again).
+    overwrite: the backward may write the gradient into the memory of the logits (they must not be used again).
     Returns float32 [N] in nats (float64 for float64 logits), or a pair of them with `entropy`.
-    Raises ValueError on shapes that do not fit.
+    Raises ValueError on shapes that do not match.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(f"wanted logits [N, V] and targets [N], got {list(logits.shape)} and {list(targets.shape)}")
+        raise ValueError(f"expected logits [N, V] and targets [N], got {list(logits.shape)} and {list(targets.shape)}")
     check_targets(logits, targets)
     transform = Transform(softcap, scale, temperature).checked()
     logps, entropies = _SelectiveLogps.apply(logits, targets, transform, entropy, overwrite)
@@ -50,7 +50,7 @@ class _SelectiveLogps(torch.autograd.Function):
             logits, overwrite = logits.contiguous(), False
         stats = RowStats(logits, targets, logits.shape[1], transform, entropy)
         stats.fold(logits)
-        ctx.save_for_backward(logits, targets)  # saved, so that a change of theirs is noticed
+        ctx.save_for_backward(logits, targets)  # saved so that autograd notices a change
         ctx.stats, ctx.overwrite = stats, overwrite
         ctx.set_materialize_grads(False)
         return stats.logps(), stats.entropies()

@@ -1,6 +1,6 @@
-"""Sums and means of ragged sequences that lie one behind the other.
+"""Sums and means of ragged, concatenated sequences.
 
-A segment is added up in float64 and rounded once: in float32 a long one would lose its end.
+A segment is summed in float64 and rounded once: in float32 a long one would lose its small terms.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch.autograd.function import once_differentiable
 
 from alignkit_kernels.backend import jit, launching, tl, uses_triton
 
-BLOCK = 1024  # tokens that a program holds at a time
+BLOCK = 1024  # tokens that a program processes at a time
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor, mean: bool = False) -> Tensor:
     """Return the sum (or mean) of each segment of `values`; an empty segment gives 0.
 
     values: [C], any float type. cu_seqlens: int64 [S + 1], ascending from 0 to C. Returns [S] of the values' type.
-    Raises ValueError when the borders do not cover the values. Deterministic, and so is its backward.
+    Raises ValueError when the boundaries do not cover the values. Deterministic, as is its backward.
     """
     check_segments(values, cu_seqlens)
     if len(cu_seqlens) == 1:
@@ -29,12 +29,12 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor, mean: bool = False) -> Tens
 
 
 def check_segments(values: Tensor, cu_seqlens: Tensor) -> None:
-    """Raise ValueError unless cu_seqlens [S + 1] cuts values [C] into segments."""
+    """Raise ValueError unless cu_seqlens [S + 1] divides values [C] into segments."""
     if values.dim() != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"wanted values [C] and cu_seqlens [S + 1], got {[*values.shape]} and {[*cu_seqlens.shape]}")
+        raise ValueError(f"expected values [C] and cu_seqlens [S + 1], got {[*values.shape]} and {[*cu_seqlens.shape]}")
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"wanted cu_seqlens of int64 (or int32), got {cu_seqlens.dtype}")
-    if not values.is_cuda:  # on a GPU the comparison would wait for the device
+        raise ValueError(f"expected cu_seqlens of int64 (or int32), got {cu_seqlens.dtype}")
+    if not values.is_cuda:  # on a GPU the check would wait for the device
         borders = cu_seqlens.tolist()
         if borders[0] != 0 or borders[-1] != len(values) or borders != sorted(borders):
             raise ValueError(f"cu_seqlens must ascend from 0 to {len(values)}, got {borders!s:.200}")
@@ -48,9 +48,9 @@ def _eager(values: Tensor, cu_seqlens: Tensor, mean: bool) -> Tensor:
 def spread(
     values: Tensor, cu_seqlens: Tensor, n_tokens: int, mean: bool = False, factors: Tensor | None = None
 ) -> Tensor:
-    """Return [C]: each of the C = n_tokens tokens gets its segment's value; meant for backwards, has none itself.
+    """Return [C]: each of the C = n_tokens tokens gets the value of its segment; for backwards, without a gradient.
 
-    values: [S], of any stride (one value for every k segments where it is [S / k]). cu_seqlens: int64 [S + 1].
+    values: [S], of any stride (one value for every k segments if [S / k]). cu_seqlens: int64 [S + 1].
     mean: divide by the segment's length. factors: float32 or float64 [S], multiply.
     Works in float64, returns the values' type.
     """
@@ -70,7 +70,7 @@ def _sequence_sum_kernel(values_ptr, cu_seqlens_ptr, sums_ptr, MEAN: tl.constexp
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(start, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        # by way of float32: the interpreter makes nonsense of bfloat16 to float64 and back
+        # through float32: the interpreter converts bfloat16 to float64 and back wrongly
         total += tl.load(values_ptr + at, mask=at < end, other=0.0).to(tl.float32).to(tl.float64)
     result = tl.sum(total)
     if MEAN:

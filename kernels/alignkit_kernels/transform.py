@@ -1,4 +1,4 @@
-"""What an architecture does to its logits before the softmax: z = softcap(scale * logits) / temperature."""
+"""The transform of an architecture's logits before the softmax: z = softcap(scale * logits) / temperature."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from alignkit_kernels.backend import jit, tl
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that z and sums over the vocabulary are made in: float64 for float64, else float32."""
+    """Return the type in which z and sums over the vocabulary are computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_targets(values: Tensor, targets: Tensor) -> None:
-    """Raise ValueError unless `values` are real numbers and `targets` ids beside them."""
+    """Raise ValueError unless `values` are real numbers and `targets` are ids on the same device."""
     if not values.is_floating_point():
-        raise ValueError(f"wanted float32, bfloat16, float16 or float64, got {values.dtype}")
+        raise ValueError(f"expected float32, bfloat16, float16 or float64, got {values.dtype}")
     if targets.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"wanted targets of int64 (or int32), got {targets.dtype}")
+        raise ValueError(f"expected targets of int64 (or int32), got {targets.dtype}")
     if targets.device != values.device:
-        raise ValueError(f"targets lie on '{targets.device}', and the rest on '{values.device}'")
+        raise ValueError(f"targets are on '{targets.device}', but the other tensors are on '{values.device}'")
 
 
 class Transform(NamedTuple):
@@ -34,9 +34,9 @@ class Transform(NamedTuple):
     temperature: float = 1.0
 
     def checked(self) -> Transform:
-        """Return it; raises ValueError where it cannot be applied."""
+        """Return self. Raises ValueError when it cannot be applied."""
         if any(isinstance(x, Tensor) for x in self):
-            raise ValueError("softcap, scale and temperature are numbers: no gradient goes to them; got a tensor")
+            raise ValueError("softcap, scale and temperature must be numbers, which get no gradient; got a tensor")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
@@ -47,11 +47,11 @@ class Transform(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """dz / dlogits where the soft cap does not bend it."""
+        """dz / dlogits without the soft cap."""
         return self.scale / self.temperature
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return z in the accumulator's type, in memory of its own."""
+        """Return z in the accumulator's type, in new memory."""
         z = logits.to(accumulator(logits.dtype), copy=True)
         if self.scale != 1.0:
             z.mul_(self.scale)
@@ -60,8 +60,8 @@ class Transform(NamedTuple):
         return z.div_(self.temperature) if self.temperature != 1.0 else z
 
     def below_top(self, logits: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return z less `top` [N], by default each row's maximum, in memory of its own, and that maximum."""
-        plain = self == Transform()  # then z need not be made before the maximum is taken off
+        """Return z minus `top` [N], by default the maximum of each row, in new memory, and that maximum."""
+        plain = self == Transform()  # then z is not computed before the maximum is subtracted
         z = logits if plain else self.apply(logits)
         if top is None:
             top = z.amax(1).to(accumulator(z.dtype))
@@ -69,7 +69,7 @@ class Transform(NamedTuple):
         return (z - base if plain else z.sub_(base)), top
 
     def bend(self, z_below_top: Tensor, top: Tensor) -> Tensor | None:
-        """Return what the soft cap leaves of the slope: d tanh = 1 - tanh^2."""
+        """Return the factor of the slope that the soft cap adds: d tanh = 1 - tanh^2."""
         if self.softcap is None:
             return None
         return (z_below_top + top[:, None]).mul_(self.temperature / self.softcap).square_().neg_().add_(1)
@@ -77,7 +77,7 @@ class Transform(NamedTuple):
 
 @jit
 def transformed(x, scale, softcap, inverse_temperature, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """z of logits x in float32, and the tanh of the soft cap where there is one."""
+    """Return z of logits x in float32, and the tanh of the soft cap if there is one."""
     y = x.to(tl.float32) * scale
     t = y
     if SOFTCAP:
@@ -85,7 +85,7 @@ def transformed(x, scale, softcap, inverse_temperature, SOFTCAP: tl.constexpr): 
         e = tl.exp(-2 * tl.abs(y))
         t = (1 - e) / (1 + e)
         t = tl.where(y < 0, -t, t)
-        y2 = y * y  # near 0 the quotient would lose its digits
+        y2 = y * y  # near 0 the quotient would lose precision
         t = tl.where(y2 < 0.01, y * (1 - y2 * (1 / 3 - y2 * (2 / 15 - y2 * (17 / 315)))), t)
         y = t * softcap
     return y * inverse_temperature, t

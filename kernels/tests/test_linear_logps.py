@@ -444,15 +444,15 @@ def test_the_same_input_gives_the_same_bits() -> None:
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     targets = torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"wanted hidden \[N, H\] and weight \[V, H\], got \[3, 4\] and \[7, 5\]"):
+    with pytest.raises(ValueError, match=r"expected hidden \[N, H\] and weight \[V, H\], got \[3, 4\] and \[7, 5\]"):
         linear_logps(torch.zeros(3, 4), torch.zeros(7, 5), targets)
     with pytest.raises(ValueError, match=r"got \[1, 3, 4\] and \[7, 4\]"):
         linear_logps(torch.zeros(1, 3, 4), torch.zeros(7, 4), targets)
-    with pytest.raises(ValueError, match=r"wanted one target a row of hidden, got \[3\] for \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"expected one target per row of hidden, got \[3\] for \[2, 4\]"):
         linear_logps(torch.zeros(2, 4), torch.zeros(7, 4), targets)
     with pytest.raises(ValueError, match=r"temperature must be above 0, got 0"):
         linear_logps(torch.zeros(3, 4), torch.zeros(7, 4), targets, temperature=0)
-    with pytest.raises(ValueError, match=r"wanted a bias of \[7\], got \[6\]"):
+    with pytest.raises(ValueError, match=r"expected a bias of \[7\], got \[6\]"):
         linear_logps(torch.zeros(3, 4), torch.zeros(7, 4), targets, torch.zeros(6))
     with pytest.raises(ValueError, match=r"softcap must be above 0 or None, got 0"):
         linear_logps(torch.zeros(3, 4), torch.zeros(7, 4), targets, softcap=0)
@@ -471,7 +471,7 @@ def test_a_target_outside_the_vocabulary_is_refused(wrong: int) -> None:
 def test_a_budget_that_is_none_is_refused_and_a_float_is_not(budget: float) -> None:
     hidden, weight, _, targets = inputs(6, 4, 300, torch.float32)
     weight.requires_grad_()
-    with pytest.raises(ValueError, match="memory_budget is in bytes, 0 or more"):
+    with pytest.raises(ValueError, match="memory_budget must be in bytes, 0 or more"):
         linear_logps(hidden, weight, targets, memory_budget=budget)
     linear_logps(hidden, weight, targets, memory_budget=4e3).sum().backward()
 
@@ -510,17 +510,17 @@ def test_with_the_head_frozen_one_tensor_of_hiddens_size_waits_for_the_backward(
 
 def test_types_and_numbers_that_make_no_sense_are_named() -> None:
     hidden, weight, _, targets = inputs(3, 4, 7, torch.float32)
-    with pytest.raises(ValueError, match=r"wanted float32, .* got torch.int64"):
+    with pytest.raises(ValueError, match=r"expected float32, .* got torch.int64"):
         linear_logps(hidden.long(), weight.long(), targets)
-    with pytest.raises(ValueError, match=r"wanted targets of int64 \(or int32\), got torch.float32"):
+    with pytest.raises(ValueError, match=r"expected targets of int64 \(or int32\), got torch.float32"):
         linear_logps(hidden, weight, targets.float())
-    with pytest.raises(ValueError, match=r"weight lies on 'meta', and hidden on 'cpu'"):
+    with pytest.raises(ValueError, match=r"weight is on 'meta', but hidden is on 'cpu'"):
         linear_logps(hidden, weight.to("meta"), targets)
-    with pytest.raises(ValueError, match=r"are numbers: no gradient goes to them; got a tensor"):
+    with pytest.raises(ValueError, match=r"must be numbers, which get no gradient; got a tensor"):
         linear_logps(hidden, weight, targets, temperature=torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"scale must be finite, got nan"):
         linear_logps(hidden, weight, targets, scale=math.nan)
-    with pytest.raises(ValueError, match=r"no head has -5 tokens"):
+    with pytest.raises(ValueError, match=r"sizes must be 0 or more, .* got -5 tokens"):
         linear_logps.plan(-5, 4, 7, torch.float32)
     torch.testing.assert_close(linear_logps(hidden, weight, targets.int()), linear_logps(hidden, weight, targets))
 

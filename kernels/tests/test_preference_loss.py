@@ -245,12 +245,12 @@ def test_the_same_input_gives_the_same_bits() -> None:
 
 def test_wrong_calls_say_what_is_wrong() -> None:
     one, borders = torch.zeros(3), torch.tensor([0, 1, 2, 3])
-    with pytest.raises(ValueError, match=r"unknown kind 'dpo'; there are sigmoid, .*kto"):
+    with pytest.raises(ValueError, match=r"unknown kind 'dpo'; choose from sigmoid, .*kto"):
         preference_loss(one, one, borders, "dpo")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'sigmoid' wants pairs, got 3 completions"):
+    with pytest.raises(ValueError, match="'sigmoid' needs pairs, got 3 completions"):
         preference_loss(one, one, borders)
     for kind in REFERENCE_FREE:
-        with pytest.raises(ValueError, match=f"'{kind}' has no reference: pass reference_logps=None"):
+        with pytest.raises(ValueError, match=f"'{kind}' does not use a reference: pass reference_logps=None"):
             preference_loss(one, one, borders, kind)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'kto' needs desirable"):
         preference_loss(one, one, borders, "kto", baseline=one)
@@ -577,7 +577,7 @@ def test_nothing_waits_for_the_gpu(kind: str) -> None:
         ("sigmoid", {"beta": -1.0}, "beta must be 0 or more, got -1.0"),
         ("ipo", {"beta": 0.0}, "beta must be above 0, got 0.0"),
         ("sigmoid", {"label_smoothing": -0.1}, "label_smoothing from 0 to below 1"),
-        ("robust", {"label_smoothing": 0.5}, "'robust' wants label_smoothing .* got 0.5"),
+        ("robust", {"label_smoothing": 0.5}, "'robust' needs label_smoothing .* got 0.5"),
     ],
 )
 def test_numbers_that_turn_a_loss_over_are_refused(kind: Any, numbers: dict[str, float], said: str) -> None:

@@ -236,7 +236,7 @@ def test_the_same_input_gives_the_same_bits() -> None:
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match=r"wanted logits \[N, V\] and targets \[N\], got \[3, 4\] and \[2\]"):
+    with pytest.raises(ValueError, match=r"expected logits \[N, V\] and targets \[N\], got \[3, 4\] and \[2\]"):
         selective_logps(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"got \[2, 3, 4\] and \[2\]"):
         selective_logps(torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int64))

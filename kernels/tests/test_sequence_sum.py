@@ -105,7 +105,7 @@ def test_borders_that_do_not_cover_the_values_are_refused(cu: list[int]) -> None
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match=r"wanted values \[C\] and cu_seqlens \[S \+ 1\], got \[2, 3\] and \[2\]"):
+    with pytest.raises(ValueError, match=r"expected values \[C\] and cu_seqlens \[S \+ 1\], got \[2, 3\] and \[2\]"):
         sequence_sum(torch.zeros(2, 3), torch.tensor([0, 2]))
     with pytest.raises(ValueError, match=r"got \[2\] and \[0\]"):
         sequence_sum(torch.zeros(2), torch.tensor([], dtype=torch.int64))

@@ -173,7 +173,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", help="N x H x V, comma-separated, such as 8192x2048x128256")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--only", help=f"cases, comma-separated: {', '.join(cases.NAMES)}")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, a few rounds: does everything run?")
+    parser.add_argument("--quick", "--tiny", action="store_true", help="tiny shapes, few rounds: does everything run?")
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the CPU (default: all)")

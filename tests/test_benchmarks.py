@@ -1,0 +1,375 @@
+"""The benchmarks run: every script at its smallest size, and a contender that fails is reported and is no success."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+needs_timeout = pytest.mark.skipif(shutil.which("timeout") is None, reason="needs GNU timeout")
+
+
+def run(script: str | Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with one thread."""
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments), "--threads", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def rows(printed: str, *names: str) -> dict[str, list[str]]:
+    """Return the columns of the table's rows that begin with the names. Fails when one is missing."""
+    found = {name: line[len(name) :].split() for line in printed.splitlines() for name in names if is_row(line, name)}
+    assert set(found) == set(names), printed
+    return found
+
+
+def is_row(line: str, name: str) -> bool:
+    return line.startswith(f"{name} ") and "failed:" not in line
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Import a script as a module, with a command line for its main()."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def load(name: str, *arguments: object) -> Any:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        return importlib.import_module(name)
+
+    yield load
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent == SCRIPTS:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def no_trl(tmp_path: Path) -> Path:
+    """An interpreter that has no TRL."""
+    return executable(tmp_path / "no-trl", "echo \"ModuleNotFoundError: No module named 'trl'\" >&2; exit 1")
+
+
+def executable(path: Path, body: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+# ------------------------------------------------------------------------------------------- what all scripts obey
+
+
+def test_every_script_is_run_here() -> None:
+    mine = Path(__file__).read_text()
+    for path in SCRIPTS.glob("*.py"):
+        if '__name__ == "__main__"' in path.read_text():
+            assert f'run("{path.name}", "--tiny"' in mine or path.name in (SCRIPTS / "gpu.sh").read_text(), path.name
+
+
+def test_scripts_are_short_and_reach_the_engine_by_its_phases_alone() -> None:
+    for path in SCRIPTS.glob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 250, path.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("alignkit"):
+                assert not node.module.startswith("alignkit.engine.") or node.module == "alignkit.engine.phases"
+                assert not [a.name for a in node.names if a.name.startswith("_")]
+
+
+# ---------------------------------------------------------------------------------- every script, at its smallest size
+
+
+@pytest.mark.slow
+def test_engine(tmp_path: Path) -> None:
+    done = run("engine.py", "--tiny", "--json", tmp_path / "e.json")
+    assert done.returncode == 0, done.stderr
+    found = rows(done.stdout, "forest", "forest-warm", "padded")
+    assert found["padded"][2:5] == ["1.00", "-", "-"]
+    assert "trl" not in done.stdout.replace("memory/TRL", "").lower().replace("x trl", "")
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert figures["forest_to_padded_loss"] < 1e-5
+    assert figures["runs"]["forest-warm"][0]["losses"] == figures["runs"]["forest"][0]["losses"]
+    assert {"device", "threads", "torch", "date"} <= set(figures["machine"])
+
+
+@pytest.mark.slow
+def test_online() -> None:
+    done = run("online.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    rows(done.stdout, "grpo    alignkit", "rloo    alignkit")
+
+
+@pytest.mark.slow
+def test_rollout() -> None:
+    done = run("rollout.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    rows(done.stdout, "alignkit, generate", "alignkit, continuous", "transformers, generate")
+
+
+@pytest.mark.slow
+def test_plan() -> None:
+    done = run("plan.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    (planned, measured, ratio) = map(float, rows(done.stdout, "tiny dpo")["tiny dpo"])
+    assert ratio == pytest.approx(planned / measured, abs=0.01)
+
+
+@pytest.mark.slow
+def test_health() -> None:
+    done = run("health.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    assert "| `truncation` | 1 | 1 | 0 |" in done.stdout
+    assert "| all | 1 | 1 | 0 | 0 of 1 runs |" in done.stdout
+
+
+@pytest.mark.slow
+def test_gsm8k() -> None:
+    done = run("gsm8k.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    rows(done.stdout, "base", "grpo", "rloo", "ppo", "nash")
+
+
+@pytest.mark.slow
+@needs_timeout
+def test_all_stages_of_gpu_sh_with_engine_gpu_and_kernels(tmp_path: Path) -> None:
+    from alignkit_kernels.bench import cases
+
+    done = gpu_sh(tmp_path, TINY="1", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in (tmp_path / "tests.log").read_text()
+    kernels = (tmp_path / "kernels.log").read_text()
+    assert all(f"\n{name} " in kernels for name in cases.NAMES)
+    engine = (tmp_path / "engine.log").read_text()
+    for name in ("llama-3.2-1b  lora", "llama-3.2-1b  full", "qwen3-0.6b    lora", "qwen3-0.6b    full"):
+        rows(engine, f"{name}  alignkit")
+    assert len(json.loads((tmp_path / "engine.json").read_text())["runs"]) == 4
+    assert json.loads((tmp_path / "kernels.json").read_text())["rows"]
+
+
+# ----------------------------------------------------------------------------------------- a contender that fails
+
+
+def test_engine_without_its_baseline(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    json_file = tmp_path / "e.json"
+    contest = script("contest")
+    engine = script("engine", "--tiny", "--trl-python", "python", "--json", json_file)
+    figures = {"pairs_per_second": 2.0, "peak_mib": 3.0, "losses": [0.7, 0.6]}
+    found = {"prepare": {}, "forest": figures, "forest-warm": figures, "trl-checkpointing": figures}
+    missing = {"failed": "ValueError: planted"}
+    monkeypatch.setattr(
+        contest.Contest, "_child", lambda _, __, names, *___: {name: found.get(name, missing) for name in names}
+    )
+    assert engine.main() == 1
+    printed = capsys.readouterr().out
+    ours = rows(printed, "forest", "forest-warm", "trl-checkpointing")
+    assert ours["forest"] == ["2.00", "3", "-", "-", "-", "0.600000"]
+    assert "padded failed: ValueError: planted" in printed
+    assert json.loads(json_file.read_text())["failed"] == {"padded": missing["failed"], "trl": missing["failed"]}
+
+
+LIGHT = """
+import argparse, os, sys
+import common, contest
+
+def prepare(args, work):
+    if args.only == "broken":
+        raise OSError("disk full")
+
+def contend(name, args, work):
+    if name == "raises":
+        raise ValueError("first line\\nsecond line")
+    if name == "dies":
+        os.abort()
+    return {"name": name}
+
+contest.peak_mib = lambda: 0.0
+parser = common.parser_of(None, trl=True)
+parser.add_argument("--only")
+args = common.parsed(parser)
+if args.child:
+    sys.exit(contest.answer(args, prepare, contend))
+ran = contest.Contest(__file__, args, __import__("pathlib").Path(sys.argv[0]).parent)
+ran.run(["trl", "raises", "works", "dies", "last"])
+sys.exit(common.finish(args, sorted(ran.runs), ran.failed, {}))
+"""
+
+
+@pytest.mark.parametrize("tiny", [[], ["--tiny"]], ids=["a process each", "one process"])
+def test_a_contest_tells_every_failure_and_keeps_the_others(tiny: list[str], no_trl: Path, tmp_path: Path) -> None:
+    (tmp_path / "light.py").write_text(LIGHT)
+    done = run(tmp_path / "light.py", *tiny, "--trl-python", no_trl, PYTHONPATH=str(SCRIPTS))
+    assert done.returncode == 1
+    # in one process nothing runs after the death of that process
+    kept = ["works"] if tiny else ["last", "works"]
+    assert done.stdout.splitlines()[: len(kept)] == kept
+    assert "trl failed: ModuleNotFoundError: No module named 'trl'" in done.stdout
+    assert "raises failed: ValueError: first line second line" in done.stdout
+    assert "dies failed: " in done.stdout
+    assert "Traceback" in done.stderr
+
+
+def test_a_contest_ends_when_its_preparation_fails(tmp_path: Path) -> None:
+    (tmp_path / "light.py").write_text(LIGHT)
+    done = run(tmp_path / "light.py", "--only", "broken", PYTHONPATH=str(SCRIPTS))
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("preparation failed: OSError: disk full")
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise ValueError("planted")
+
+
+def test_rollout_without_its_baseline(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    rollout = script("rollout", "--tiny", "--threads", "1")
+    monkeypatch.setattr(rollout, "contenders", lambda tiny: {rollout.BASELINE: fails, "other": lambda turn: None})
+    assert rollout.main() == 1
+    printed = capsys.readouterr().out
+    assert rows(printed, "other")["other"][-1] == "-"
+    assert f"{rollout.BASELINE} failed: ValueError: planted" in printed
+
+
+def test_plan_with_a_configuration_that_fails(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    plan = script("plan", "--tiny", "--only", "dpo, lora")
+    wrong = subprocess.CompletedProcess([], 1, stdout="", stderr="first\nConfigError: planted\n")
+    monkeypatch.setattr(plan, "prepare", lambda *_: None)
+    monkeypatch.setattr(plan.subprocess, "run", lambda *_, **__: wrong)
+    assert plan.main() == 1
+    assert "tiny dpo, lora failed: alignkit plan: ConfigError: planted" in capsys.readouterr().out
+
+
+def test_health_with_a_run_that_fails(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    health = script("health", "--tiny")
+    monkeypatch.setattr(health, "prepare", lambda *_: None)
+    monkeypatch.setattr(health, "train", fails)
+    assert health.main() == 1
+    printed = capsys.readouterr().out
+    assert "| all | 0 | 0 | 0 | 0 of 0 runs |" in printed
+    assert "healthy-dpo-recipe-335 failed: ValueError: planted" in printed
+
+
+def test_gsm8k_with_a_method_that_fails(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    gsm8k = script("gsm8k", "--tiny", "--methods", "grpo,ppo", "--threads", "1")
+
+    class Bench:
+        base = None
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def train(self, method: str) -> None:
+            if method == "grpo":
+                fails()
+
+        def measure(self, model: Any) -> dict[str, float]:
+            return {"reward": 1.0}
+
+    monkeypatch.setattr(gsm8k, "Bench", Bench)
+    assert gsm8k.main() == 1
+    printed = capsys.readouterr().out
+    assert rows(printed, "base", "ppo")["ppo"][0] == "1.00"
+    assert "grpo failed: ValueError: planted" in printed
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("engine_gpu", ["--only=alignkit,tlr"], "unknown name 'tlr'; choose from alignkit, trl, trl-full-logits"),
+        ("engine_gpu", ["--models=gpt"], "--models: unknown name 'gpt'; choose from llama-3.2-1b, qwen3-0.6b"),
+        ("engine_gpu", ["--modes="], "--modes: unknown name ''; choose from lora, full"),
+        ("engine_gpu", ["--json=/nonexistent/x.json"], "the folder /nonexistent does not exist"),
+        ("engine", ["--tiny", "--only=trl"], "--only: 'trl' needs --trl-python, an interpreter that has TRL"),
+        ("engine", [], "--data is needed"),
+        ("online", [], "--data is needed"),
+        ("gsm8k", [], "--data is needed"),
+        ("plan", [], "--data is needed"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_refused(
+    name: str, arguments: list[str], words: str, script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script(name, *arguments).main()
+    assert words in capsys.readouterr().err
+
+
+def test_trl_takes_part_only_when_its_interpreter_is_named(script: Any) -> None:
+    common, engine = script("common"), script("engine")
+    parser = common.parser_of(None, trl=True)
+    parser.add_argument("--only")
+    assert common.contenders(parser, parser.parse_args([]), engine.CONTENDERS) == ["forest", "forest-warm", "padded"]
+    named = parser.parse_args(["--trl-python", "python"])
+    assert common.contenders(parser, named, engine.CONTENDERS) == list(engine.CONTENDERS)
+
+
+def test_engine_gpu_measures_the_most_informative_first(script: Any) -> None:
+    engine_gpu = script("engine_gpu")
+    names = engine_gpu.in_order(list(engine_gpu.MODELS), list(engine_gpu.MODES), list(engine_gpu.CONTENDERS))
+    assert names == [
+        "llama-3.2-1b:lora:alignkit", "llama-3.2-1b:lora:trl", "llama-3.2-1b:full:alignkit", "llama-3.2-1b:full:trl",
+        "qwen3-0.6b:lora:alignkit", "qwen3-0.6b:lora:trl", "qwen3-0.6b:full:alignkit", "qwen3-0.6b:full:trl",
+        "llama-3.2-1b:lora:trl-full-logits", "llama-3.2-1b:full:trl-full-logits",
+        "qwen3-0.6b:lora:trl-full-logits", "qwen3-0.6b:full:trl-full-logits",
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- gpu.sh
+
+
+def gpu_sh(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "STAGES": "", "TINY": "", "TRL_PYTHON": "", **environment}
+    command = [str(SCRIPTS / "gpu.sh"), str(out), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+@needs_timeout
+@pytest.mark.parametrize(
+    ("stages", "seconds"),
+    [
+        ("", {"tests": 240, "kernels": 210, "engine": 150}),
+        ("kernels", {"kernels": 600}),
+        ("engine tests", {"tests": 369, "engine": 230}),
+    ],
+)
+def test_the_stages_that_are_named_share_all_the_time(stages: str, seconds: dict[str, int], tmp_path: Path) -> None:
+    python = executable(tmp_path / "python", '[ "$1" = - ] && exec cat >/dev/null\necho "ran $*"')
+    done = gpu_sh(tmp_path / "out", "10", STAGES=stages, PYTHON=str(python))
+    assert done.returncode == 0
+    logs = {name: tmp_path / "out" / f"{name}.log" for name in ("tests", "kernels", "engine")}
+    for name in logs:
+        assert (f"== {name}, at most {seconds.get(name)} s" in done.stdout) == (name in seconds)
+    for name in seconds.keys() - {"tests"}:
+        assert f"--minutes {seconds[name] * 0.8 / 60:.2f}" in logs[name].read_text()
+    if "tests" in seconds:
+        assert logs["tests"].read_text().strip().endswith(" tests/test_gpu.py kernels/tests")
+    if "kernels" in seconds:
+        assert f"--png {tmp_path / 'out' / 'kernels.png'}" in logs["kernels"].read_text()
+    if "engine" in seconds:
+        assert f"--trl-python {python}" in logs["engine"].read_text()
+
+
+@needs_timeout
+def test_a_stage_that_fails_stops_no_other_and_is_no_success(tmp_path: Path) -> None:
+    body = '[ "$1" = - ] && exec cat >/dev/null\ncase "$*" in *kernels.py*|*find_spec*) exit 3 ;; esac\necho "ran $*"'
+    python = executable(tmp_path / "python", body)
+    done = gpu_sh(tmp_path / "out", PYTHON=str(python))
+    assert done.returncode == 1
+    assert "kernels: exit code 3 after" in done.stdout
+    assert "engine: done in" in done.stdout
+    assert "--trl-python" not in (tmp_path / "out" / "engine.log").read_text()
+
+
+@needs_timeout
+def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
+    done = gpu_sh(tmp_path, STAGES="kernel")
+    assert done.returncode == 2
+    assert "unknown stage 'kernel'; choose from tests, kernels and engine" in done.stderr
