@@ -163,7 +163,7 @@ def test_reference_moves_in_a_run(tmp_path):
 
 
 def test_smoothing_of_a_hinge_is_refused():
-    with pytest.raises(ValueError, match="no meaning for loss_type: hinge"):
+    with pytest.raises(ValueError, match="no effect on loss_type: hinge"):
         DPO.Config(loss_type="hinge", label_smoothing=0.1)
 
 
