@@ -512,7 +512,7 @@ def test_init_does_not_write_over_a_file(
         (["--data", "rows.jsonl", "--model", "TINY", "--method", "dop"], "Did you mean 'dpo'?"),
         (["--data", "rows.jsonl", "--model", "TINY", "-o", "c.txt"], "must end in .yaml or .yml"),
         (["--data", "rows.jsonl", "--model", "TINY", "-o", "no/c.yaml"], "there is no folder 'no'"),
-        (["--data", "rows.jsonl", "--model", "TINY", "--gpu-memory", "big"], "'big' is no size of memory"),
+        (["--data", "rows.jsonl", "--model", "TINY", "--gpu-memory", "big"], "'big' is not a size of memory"),
         (["--data", "rows.jsonl", "--model", "TINY", "--reward", "jsn"], "Did you mean 'json'?"),
         (["--data", "prompts.jsonl", "--model", "TINY"], "no installed method can be used with these rows"),
         (["--data", "bad.jsonl", "--model", "TINY"], "row 1, column 'chosen'"),
