@@ -49,7 +49,7 @@ def kl_metric(batch: Batch, logps_C: Tensor) -> dict[str, Term]:
     return {"kl": metric(sequence_sum(log_r.exp() - 1 - log_r, batch.cu_seqlens), over="completions")}
 
 
-def rollout_metrics(batch: Batch, said: Outputs, out: PolicyLoss) -> dict[str, Term]:
+def rollout_metrics(batch: Batch, outputs: Outputs, out: PolicyLoss) -> dict[str, Term]:
     """Return the metrics that every method on sampled completions logs.
 
     "kl" is the k3 estimate of KL(policy || reference) in nats per sequence, for the policy that sampled, on its
@@ -59,10 +59,10 @@ def rollout_metrics(batch: Batch, said: Outputs, out: PolicyLoss) -> dict[str, T
         "clip_fraction": metric(out.clipped.float(), over="tokens"),
         "ratio/max": metric(out.ratios, over="tokens", largest=True),
     }
-    if said.entropy is not None:
-        terms["entropy"] = metric(said.entropy, over="tokens")
+    if outputs.entropy is not None:
+        terms["entropy"] = metric(outputs.entropy, over="tokens")
     if "reference_logps" in batch:
-        sampled_by = batch["old_logps"] if "old_logps" in batch else said.logps.detach()
+        sampled_by = batch["old_logps"] if "old_logps" in batch else outputs.logps.detach()
         log_r = (batch.reference_logps - sampled_by).clamp(max=20.0)
         terms["kl"] = metric(sequence_sum(log_r.expm1() - log_r, batch.cu_seqlens), over="completions")
     return terms

@@ -286,3 +286,19 @@ def test_kept_logits_gib_reaches_the_head_and_changes_no_result(
     assert {plan.path for plan in taken} - {4} == {path}
     plain = alignkit.run("sft", data=make_rows("pairs", 12), **settings | {"max_steps": 2})
     close(result.model, plain.model, atol=1e-4)
+
+
+def test_an_error_in_an_evaluation_leaves_dropout_as_it_was() -> None:
+    from alignkit.engine.evaluation import evaluating
+
+    model, modes = torch.nn.Dropout(0.5).train(), []
+
+    def fail() -> None:
+        with evaluating(model, dropout=0.5):
+            modes.append(model.training)
+            raise OSError("planted")
+
+    with pytest.raises(OSError, match="planted"):
+        fail()
+    assert modes == [False]
+    assert model.training

@@ -107,8 +107,11 @@ def _read_csv(path: Path) -> RawRows:
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         for number, row in enumerate(reader, 1):
-            if None in row or None in row.values():
-                n_cells = sum(value is not None for value in row.values()) - (None in row) + len(row.get(None) or [])
+            too_many = row.get(None) or []  # DictReader keeps the cells beyond the last column under None
+            named = [cell for column, cell in row.items() if column is not None]
+            too_few = None in named  # and fills missing cells with None
+            if too_many or too_few:
+                n_cells = len([cell for cell in named if cell is not None]) + len(too_many)
                 found = f"{n_cells} cells under {len(reader.fieldnames or [])} column names"
                 raw.faults.append(Fault(number, "", found, 'quote cells that hold commas or line breaks: "..."'))
             else:

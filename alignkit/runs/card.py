@@ -45,8 +45,8 @@ def place(value: object) -> str:
 
 def papers(method: type[Method[Any]] | None) -> list[str]:
     """Return the arXiv numbers in the first paragraph of a method's docstring, else the first one in the docstring."""
-    said = _about(method)
-    return _ARXIV.findall(said.split("\n\n")[0]) or _ARXIV.findall(said)[:1]
+    about = _about(method)
+    return _ARXIV.findall(about.split("\n\n")[0]) or _ARXIV.findall(about)[:1]
 
 
 def write(model: Path, run: Path) -> None:

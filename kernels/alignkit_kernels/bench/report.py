@@ -38,7 +38,7 @@ def _has_bars(row: Row) -> bool:
     return row["case"] in VECTORS or any(row["shape"].items() <= k.items() for k in known)
 
 
-def _said(holds: bool) -> str:
+def _verdict(holds: bool) -> str:
     return "holds" if holds else "BROKEN"
 
 
@@ -47,23 +47,25 @@ def _cpu_bars(row: Row, where: str) -> list[str]:
         return []
     time_bar, peak_bar = CPU_BARS[row["case"]]
     time, peak = row["time_to"]["eager"], row["peak_to"].get("eager")
-    said = f"{where}: {time:.2f}x eager's time (bar {time_bar:.2f}; least times {row['least_to']['eager']:.2f}x)"
+    line = f"{where}: {time:.2f}x eager's time (bar {time_bar:.2f}; least times {row['least_to']['eager']:.2f}x)"
     if peak is not None:
-        said += f", {peak:.2f}x its peak (bar {peak_bar:.2f})"
-    return [f"{said}: {_said(time <= time_bar and (peak is None or peak <= peak_bar))}"]
+        line += f", {peak:.2f}x its peak (bar {peak_bar:.2f})"
+    return [f"{line}: {_verdict(time <= time_bar and (peak is None or peak <= peak_bar))}"]
 
 
 def _gpu_bars(row: Row, where: str) -> list[str]:
     lines = []
     if row["dtype"] == "bfloat16" and row["case"] in GPU_BARS and row["to_floor"]:
         bar = GPU_BARS[row["case"]]
-        lines.append(f"{where}: {row['to_floor']:.2f}x its floor (bar {bar:.2f}): {_said(row['to_floor'] <= bar)}")
+        lines.append(f"{where}: {row['to_floor']:.2f}x its floor (bar {bar:.2f}): {_verdict(row['to_floor'] <= bar)}")
     for rival, ratio in row["time_to"].items():
         if rival not in APPROXIMATE | OWN:
-            lines.append(f"{where}: {ratio:.2f}x {rival}'s time (bar 1.00): {_said(ratio <= 1)}")
+            lines.append(f"{where}: {ratio:.2f}x {rival}'s time (bar 1.00): {_verdict(ratio <= 1)}")
     if row["case"] in LEAN and row["peak_beyond_gradients_mib"] is not None:
         peak = row["peak_beyond_gradients_mib"]
-        lines.append(f"{where}: {peak:.0f} MiB beyond the gradients (bar {GPU_PEAK_MIB}): {_said(peak < GPU_PEAK_MIB)}")
+        lines.append(
+            f"{where}: {peak:.0f} MiB beyond the gradients (bar {GPU_PEAK_MIB}): {_verdict(peak < GPU_PEAK_MIB)}"
+        )
     return lines
 
 

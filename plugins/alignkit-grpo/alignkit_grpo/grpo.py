@@ -101,8 +101,10 @@ class GRPO(Method["GRPO.Config"]):
         high = c.clip_high or CLIP_HIGH.get(c.variant, c.clip)
         old = batch["old_logps"] if "old_logps" in batch else logps.detach()
         cispo = c.variant == "cispo"
+        # CISPO has no clipped surrogate: with advantages of 0, the kernel returns the ratios and the KL only
+        advantages = torch.zeros_like(batch["advantages"]) if cispo else batch["advantages"]
         out = policy_loss(
-            logps, old, batch["advantages"] * (not cispo), batch.cu_seqlens, ratio=c.ratio, clip=(c.clip, high),
+            logps, old, advantages, batch.cu_seqlens, ratio=c.ratio, clip=(c.clip, high),
             reference_logps=batch.reference_logps if c.beta else None, kl=c.kl, kl_coef=c.beta,
         )  # fmt: skip
         if not cispo:
