@@ -449,5 +449,7 @@ def test_what_does_not_fit_is_named() -> None:
     refused(r"expected reference_logps of the shape of logps \[3\], got \[2\]", reference_logps=x[:2])
     refused(r"expected mask of the shape of logps \[3\], got \[2\]", mask=torch.ones(2).bool())
     refused(r"expected a bool mask, got torch.float32", mask=torch.ones(3))
-    refused(r"expected advantages, one per token \[3\] or one per completion \[2\], got \[4\]", x, x, torch.zeros(4), cu)
+    refused(
+        r"expected advantages, one per token \[3\] or one per completion \[2\], got \[4\]", x, x, torch.zeros(4), cu
+    )
     refused(r"cu_seqlens must ascend from 0 to 3, got \[0, 2\]", x, x, x, torch.tensor([0, 2]))

@@ -1,4 +1,4 @@
-"""The table, and the bars that the figures are held to."""
+"""The table, and the bars that the figures must meet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD = ["case", "contender", "ms", "least", "most", "peak MiB", "- grads", "x fl
 
 
 def bars(rows: list[Row], device: str) -> list[str]:
-    """Judge alignkit's rows of the shapes that have bars; one line a bar, ending in "holds" or "BROKEN"."""
+    """Judge alignkit's rows of the shapes that have bars; one line per bar, which ends in "holds" or "BROKEN"."""
     judge = _gpu_bars if device.startswith("NVIDIA H200") else _cpu_bars if device.startswith("CPU") else None
     lines = []
     for row in rows:
@@ -32,13 +32,13 @@ def bars(rows: list[Row], device: str) -> list[str]:
 
 
 def _has_bars(row: Row) -> bool:
-    """Small shapes only show that everything runs; those of the ragged operations are given by the device."""
+    """Small shapes only show that everything runs; the device determines the shapes of the ragged operations."""
     shapes = GPU_SHAPES if row["dtype"] == "bfloat16" else CPU_SHAPES
     known = [dict(zip("NHV", shape, strict=True)) for shape in shapes]
     return row["case"] in VECTORS or any(row["shape"].items() <= k.items() for k in known)
 
 
-def _said(holds: bool) -> str:
+def _verdict(holds: bool) -> str:
     return "holds" if holds else "BROKEN"
 
 
@@ -47,33 +47,35 @@ def _cpu_bars(row: Row, where: str) -> list[str]:
         return []
     time_bar, peak_bar = CPU_BARS[row["case"]]
     time, peak = row["time_to"]["eager"], row["peak_to"].get("eager")
-    said = f"{where}: {time:.2f}x eager's time (bar {time_bar:.2f}; least times {row['least_to']['eager']:.2f}x)"
+    line = f"{where}: {time:.2f}x eager's time (bar {time_bar:.2f}; least times {row['least_to']['eager']:.2f}x)"
     if peak is not None:
-        said += f", {peak:.2f}x its peak (bar {peak_bar:.2f})"
-    return [f"{said}: {_said(time <= time_bar and (peak is None or peak <= peak_bar))}"]
+        line += f", {peak:.2f}x its peak (bar {peak_bar:.2f})"
+    return [f"{line}: {_verdict(time <= time_bar and (peak is None or peak <= peak_bar))}"]
 
 
 def _gpu_bars(row: Row, where: str) -> list[str]:
     lines = []
     if row["dtype"] == "bfloat16" and row["case"] in GPU_BARS and row["to_floor"]:
         bar = GPU_BARS[row["case"]]
-        lines.append(f"{where}: {row['to_floor']:.2f}x its floor (bar {bar:.2f}): {_said(row['to_floor'] <= bar)}")
+        lines.append(f"{where}: {row['to_floor']:.2f}x its floor (bar {bar:.2f}): {_verdict(row['to_floor'] <= bar)}")
     for rival, ratio in row["time_to"].items():
         if rival not in APPROXIMATE | OWN:
-            lines.append(f"{where}: {ratio:.2f}x {rival}'s time (bar 1.00): {_said(ratio <= 1)}")
+            lines.append(f"{where}: {ratio:.2f}x {rival}'s time (bar 1.00): {_verdict(ratio <= 1)}")
     if row["case"] in LEAN and row["peak_beyond_gradients_mib"] is not None:
         peak = row["peak_beyond_gradients_mib"]
-        lines.append(f"{where}: {peak:.0f} MiB beyond the gradients (bar {GPU_PEAK_MIB}): {_said(peak < GPU_PEAK_MIB)}")
+        lines.append(
+            f"{where}: {peak:.0f} MiB beyond the gradients (bar {GPU_PEAK_MIB}): {_verdict(peak < GPU_PEAK_MIB)}"
+        )
     return lines
 
 
 def sizes(row: Row) -> str:
-    """The shape in a few letters."""
+    """Return the shape as short text."""
     return " ".join(f"{k}{v}" for k, v in row["shape"].items())
 
 
 def table(rows: list[Row], skipped: list[dict[str, str]], judged: list[str], machine: dict[str, Any]) -> str:
-    """Lay out everything for a terminal."""
+    """Lay out rows, absent contenders and bars for a terminal."""
     threads = f", threads {machine['threads']}" if machine["device"].startswith("CPU") else ""
     versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "triton", "cuda", "driver") if machine[k])
     body = [_cells(row) for row in rows]
