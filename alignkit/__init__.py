@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alignkit.advice import Advice, Choice, DataFacts
     from alignkit.alarms import Alarm, RunView
     from alignkit.engine import Engine, Result, run
     from alignkit.errors import AlignkitError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "alignkit.advice": ("Advice", "Choice", "DataFacts"),
     "alignkit.alarms": ("Alarm", "RunView"),
     "alignkit.engine": ("Engine", "Result", "run"),
     "alignkit.errors": ("AlignkitError",),
@@ -34,11 +36,14 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Advice",
     "Alarm",
     "AlignkitError",
     "Batch",
+    "Choice",
     "Completion",
     "Context",
+    "DataFacts",
     "Engine",
     "Example",
     "Method",

@@ -1,4 +1,4 @@
-"""What a listener is told about a run and what it may say: the limits of health, the view of a run, alarms."""
+"""The interface of listeners: the view of a run that they get, the alarms that they return, the limits of health."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from alignkit.errors import nearest
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something is wrong with a run.
+    """A fault of a run.
 
-    name: of the cause, which is said once a run. value, limit: what was found and where it begins to be wrong, in the
+    name: of the cause, reported once per run. value, limit: what was measured, and the limit that it passed, in the
     same unit. message: what happened, with step, value and limit. remedy: what to change, by the names of settings.
     """
 
@@ -29,7 +29,7 @@ class Alarm:
 
 @dataclass(frozen=True, eq=False)
 class RunView:
-    """A run as a listener sees it. settings: of the run and of the method, as in config.yaml."""
+    """A run as a listener gets it. settings: of the run and of the method, as in config.yaml."""
 
     folder: Path
     settings: Mapping[str, Any]
@@ -47,34 +47,38 @@ class Health(BaseModel):
 
     enabled: bool = Field(True, description="watch the run")
     window: int = Field(
-        8, ge=1, le=1000, description="logged steps whose mean is looked at, and compared with the first ones"
+        8, ge=1, le=1000, description="logged steps that are averaged, and compared with the first ones"
     )
-    reward_rise: float = Field(0.25, gt=0, description="standard deviations by which a reward has risen")
+    reward_rise: float = Field(0.25, gt=0, description="standard deviations that a reward must have risen by")
 
     kl_high: Limit = Field(15.0, gt=0, description="nats a sequence: too far from the reference")
-    kl_low: Limit = Field(0.01, gt=0, description="nats a sequence, 20 steps after the warm-up: it does not learn")
+    kl_low: Limit = Field(
+        0.01, gt=0, description="nats a sequence, 20 steps after the warm-up: the policy does not learn"
+    )
     reward_kl: Limit = Field(10.0, gt=0, description="nats a sequence, growing, while the reward has risen")
     reward_length: Limit = Field(1.5, gt=1, description="times the length at the start, while the reward has risen")
     reward_held_out: Limit = Field(
         0.35, gt=0, description="standard deviations that a reward of weight 0 fell, while the reward has risen"
     )
-    distinct: Limit = Field(0.5, gt=0, lt=1, description="part of the distinct-2 at the start that is left")
-    entropy: Limit = Field(0.03, gt=0, description="nats a token, and less than half of what it was at the start")
-    repetition: Limit = Field(0.2, gt=0, lt=1, description="part of a completion's 4-grams that repeat others in it")
+    distinct: Limit = Field(0.5, gt=0, lt=1, description="part of the start's distinct-2 that is left")
+    entropy: Limit = Field(0.03, gt=0, description="nats a token, and less than half of the start")
+    repetition: Limit = Field(0.2, gt=0, lt=1, description="part of a completion's 4-grams that repeat earlier ones")
     opening: Limit = Field(0.8, gt=0, le=1, description="part of the prompts answered with the same first words")
-    displacement: Limit = Field(0.2, gt=0, description="nats a token that the chosen answers lost, with the rejected")
-    zero_variance: Limit = Field(0.8, gt=0, le=1, description="part of the prompts whose completions all score alike")
+    displacement: Limit = Field(0.2, gt=0, description="nats a token that chosen answers lost, and rejected ones more")
+    zero_variance: Limit = Field(
+        0.8, gt=0, le=1, description="part of the prompts whose completions all have the same score"
+    )
     clip_fraction: Limit = Field(0.3, gt=0, le=1, description="part of the tokens whose gradient was clipped")
     value_loss: Limit = Field(10.0, gt=1, description="times its running median")
-    explained_variance: Limit = Field(-0.02, lt=1, description="the critic's, below which it only harms")
+    explained_variance: Limit = Field(-0.02, lt=1, description="the critic's, below which it does harm")
     grad_spike: Limit = Field(8.0, gt=1, description="times the running median of the gradient's norm")
     truncation: Limit = Field(0.1, gt=0, le=1, description="part of the completions that max_new_tokens cut")
 
     @model_validator(mode="before")
     @classmethod
-    def _limits_that_there_are(cls, given: Any) -> Any:
+    def _check_names(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
-            return given  # pydantic says what it must be
+            return given  # pydantic reports the type
         if unknown := next((k for k in given if k not in cls.model_fields), None):
             raise ValueError(f"no limit '{unknown}'.{nearest(str(unknown), cls.model_fields)} See docs/health.md")
         on = next((k for k, v in given.items() if isinstance(v, bool) and k != "enabled"), None)
@@ -83,7 +87,7 @@ class Health(BaseModel):
         return given
 
     @model_validator(mode="after")
-    def _room_between(self) -> Health:
+    def _check_order(self) -> Health:
         if self.kl_low is not None and self.kl_high is not None and self.kl_low >= self.kl_high:
             raise ValueError(f"kl_low {self.kl_low:g} is not below kl_high {self.kl_high:g}")
         return self

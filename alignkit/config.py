@@ -1,6 +1,6 @@
-"""RunConfig: everything a run needs to be done again. Python, YAML and the command line all fill this one class.
+"""RunConfig: everything that is needed to repeat a run. Python, YAML and the command line all fill this class.
 
-A run's settings are flat: `learning_rate` is the run's, `beta` the method's, and both stand side by side in one file.
+Settings are flat: `learning_rate` belongs to the run, `beta` to the method, and both are keys of the same file.
 """
 
 from __future__ import annotations
@@ -39,11 +39,15 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    max_new_tokens: int = Field(256, ge=1, description="longest completion, its end-of-sequence token included")
-    min_new_tokens: int = Field(0, ge=0, description="no end-of-sequence token before so many tokens")
+    max_new_tokens: int = Field(256, ge=1, description="longest completion, including its end-of-sequence token")
+    min_new_tokens: int = Field(
+        0, ge=0, description="number of tokens before which no end-of-sequence token is sampled"
+    )
     temperature: float = Field(1.0, gt=0, description="divides the logits, when sampling and when scoring")
-    top_p: float = Field(1.0, gt=0, le=1, description="the likeliest tokens of this probability together; 1 is off")
-    top_k: int = Field(0, ge=0, description="so many of the likeliest tokens; 0 is off")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability; 1 is off"
+    )
+    top_k: int = Field(0, ge=0, description="sample from this number of most likely tokens; 0 is off")
     stop: list[str] = Field([], description="texts that end a completion")
     backend: Literal["generate", "continuous"] = Field("generate", description="continuous: transformers' batching")
     batch_size: int = Field(64, ge=1, description="sequences sampled at once")
@@ -51,15 +55,15 @@ class Sampling(BaseModel):
     @model_validator(mode="after")
     def _can_be_done(self) -> Sampling:
         if "" in self.stop:
-            raise ValueError("stop: an empty text would end every completion at once; leave it out")
+            raise ValueError("stop: an empty text would end every completion at once; remove it")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens} and max_new_tokens {self.max_new_tokens}; no completion is "
-                f"that long"
+                f"min_new_tokens is {self.min_new_tokens} and max_new_tokens {self.max_new_tokens}; lower "
+                "min_new_tokens"
             )
         for name in ("stop", "min_new_tokens"):
             if self.backend == "continuous" and getattr(self, name):
-                raise ValueError(f"backend: continuous cannot do `{name}`; leave it out, or use backend: generate")
+                raise ValueError(f"backend: continuous does not support `{name}`; remove it, or use backend: generate")
         return self
 
 
@@ -75,69 +79,77 @@ class RunConfig(BaseModel):
     data: Any = Field(description="JSONL, Parquet or CSV file, hub name, datasets.Dataset, or list of dicts")
     tokenizer: Any = Field(None, description="folder, hub name or object; default: the model's")
     eval_data: Any = Field(None, description="held-out rows; default: none, or `eval_fraction` of the data")
-    eval_fraction: float = Field(0.0, ge=0, lt=1, description="part of the data held out for evaluation")
-    columns: dict[str, str] | None = Field(None, description="our column name: yours; 'form' overrides the detection")
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="fraction of the data held out for evaluation")
+    columns: dict[str, str] | None = Field(
+        None, description="our column name: your column name; 'form' overrides the detection"
+    )
 
-    output: Path = Field(Path("runs"), description="folder that holds the runs")
+    output: Path = Field(Path("runs"), description="folder of the runs")
     name: str | None = Field(None, description="folder of this run in `output`; default: method and a number")
-    resume: bool = Field(False, description="go on from the newest whole checkpoint of the run `name`")
+    resume: bool = Field(False, description="continue from the newest complete checkpoint of the run `name`")
 
-    reference: ReferenceMode = Field("auto", description="how the reference is kept; auto decides by method and model")
+    reference: ReferenceMode = Field("auto", description="form of the reference; auto decides by method and model")
     reference_cache: bool = Field(True, description="keep the reference's log-probabilities on disk for other runs")
     cache_file: Path | None = Field(None, description="the cache's file; default: ~/.cache/alignkit/reference.sqlite")
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
-    sampling: Sampling = Field(Sampling(), description="how completions are sampled, of methods that do")
+    sampling: Sampling = Field(Sampling(), description="how completions are sampled, for methods that sample")
     reward: Any = Field(None, description="what scores sampled completions, see docs/rewards.md")
     judge: Any = Field(None, description="what compares two sampled completions, see docs/rewards.md")
-    critic: str = Field("auto", description="begins as policy, reward (its model) or a folder; shared: on the policy")
-    critic_learning_rate: float | None = Field(None, gt=0, description="its peak rate; default: the policy's")
+    critic: str = Field(
+        "auto", description="starts from policy, reward (its model) or a folder; shared: on the policy's trunk"
+    )
+    critic_learning_rate: float | None = Field(None, gt=0, description="peak rate of the critic; default: the policy's")
     merge_adapter: bool = Field(False, description="merge the adapter into the saved model")
 
     epochs: float = Field(1.0, gt=0, description="passes over the data")
-    max_steps: int | None = Field(None, ge=1, description="optimiser steps; wins over `epochs`")
-    batch_size: int = Field(32, ge=1, description="examples of an optimiser step, over all ranks")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides `epochs`")
+    batch_size: int = Field(32, ge=1, description="examples in an optimiser step, over all ranks")
     epochs_per_batch: int | None = Field(None, ge=1, description="passes over a collected batch; default: the method's")
     minibatches: int = Field(1, ge=1, description="updates in each of those passes")
     learning_rate: float | None = Field(None, gt=0, description="peak rate; default: the method's")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
-    warmup_fraction: float = Field(0.1, ge=0, le=1, description="part of the steps that the rate rises over")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay, of matrices only")
+    warmup_fraction: float = Field(0.1, ge=0, le=1, description="fraction of the steps over which the rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, applied to matrices only")
     adam_betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
-    max_grad_norm: float = Field(1.0, gt=0, description="global norm that gradients are clipped to")
+    max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
     max_skipped_steps: int = Field(10, ge=0, description="non-finite steps skipped before the run stops")
 
-    max_prompt_tokens: int | None = Field(1024, ge=1, description="a longer prompt keeps its end")
-    max_completion_tokens: int | None = Field(1024, ge=1, description="a longer completion is cut, without its EOS")
-    max_tokens: int = Field(8192, ge=1, description="tokens of a micro-batch; memory, never the result")
+    max_prompt_tokens: int | None = Field(1024, ge=1, description="longer prompts are cut at their beginning")
+    max_completion_tokens: int | None = Field(1024, ge=1, description="longer completions are cut and have no EOS")
+    max_tokens: int = Field(8192, ge=1, description="tokens of a micro-batch; affects memory, never the result")
     layout: Literal["auto", "forest", "padded"] = Field("auto", description="auto: forest where the probe allows")
-    row_tokens: int | None = Field(None, ge=1, description="a forest row's largest width; default: by device")
+    row_tokens: int | None = Field(None, ge=1, description="largest width of a forest row; default: by device")
     attention: Literal["auto", "sdpa", "eager", "flex_attention"] = Field("auto", description="implementation")
 
-    device: Literal["auto", "cpu"] = Field("auto", description="cpu keeps off a GPU that is there")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of matrix products")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
-    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
-    kept_logits_gib: float = Field(1.0, ge=0, description="logits of a trained head kept; others are made twice")
+    device: Literal["auto", "cpu"] = Field("auto", description="cpu: do not use a GPU")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="precision of matrix products")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of the weights")
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    kept_logits_gib: float = Field(
+        1.0, ge=0, description="logits kept for the backward of a trained head; others are computed twice"
+    )
     fsdp: bool = Field(False, description="shard the policy over the ranks (FSDP2)")
-    timeout_minutes: float = Field(30.0, gt=0, le=100_000, description="a rank that is silent for longer ends the run")
-    trust_remote_code: bool = Field(False, description="run code that came with the model; never from a YAML file")
+    timeout_minutes: float = Field(
+        30.0, gt=0, le=100_000, description="the run ends where a rank does not answer for this long"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; never from a YAML file")
 
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the data's order and of everything drawn")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the data's order and of everything random")
     log_every: int = Field(1, ge=1, description="steps between log lines")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: start and end")
-    patience: int | None = Field(None, ge=1, description="evaluations without a better one before it stops")
+    patience: int | None = Field(None, ge=1, description="stop after this number of evaluations without improvement")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides `save_minutes`")
     save_minutes: float = Field(30.0, gt=0, description="minutes between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
     trackers: list[str] = Field([], description="tensorboard, wandb, mlflow, trackio, ...: Accelerate's names")
-    health: Health = Field(Health(), description="limits of the alarms that watch the run, see docs/health.md")
-    stop_on: list[str] = Field([], description="names of alarms that end the run, with a checkpoint")
+    health: Health = Field(Health(), description="limits of the health alarms, see docs/health.md")
+    stop_on: list[str] = Field([], description="names of alarms that end the run, after a checkpoint")
 
     @field_validator("name")
     @classmethod
     def _name_stays_inside(cls, name: str | None) -> str | None:
         if name is not None and (not re.fullmatch(r"[A-Za-z0-9_.+=-]{1,200}", name) or set(name) == {"."}):
-            raise ValueError("letters, digits and . _ + = - only, so that it stays inside `output`")
+            raise ValueError("must have only letters, digits and . _ + = -, so that it stays inside `output`")
         return name
 
     @field_validator("model", "tokenizer")
@@ -150,7 +162,7 @@ class RunConfig(BaseModel):
     @field_validator("trackers", "stop_on", mode="before")
     @classmethod
     def _names_in_one_text(cls, value: Any) -> Any:
-        if value is None:  # `--set stop_on=` has nothing behind it
+        if value is None:  # `--set stop_on=` has no value
             return []
         return [name for part in value.split(",") if (name := part.strip())] if isinstance(value, str) else value
 
@@ -159,13 +171,13 @@ class RunConfig(BaseModel):
     def _alarms_that_there_are(cls, names: list[str]) -> list[str]:
         unknown = next((n for n in names if n not in ALARMS), None)
         if unknown is not None:
-            raise ValueError(f"no alarm '{unknown}'.{nearest(unknown, ALARMS)} There are {', '.join(ALARMS)}")
+            raise ValueError(f"no alarm is called '{unknown}'.{nearest(unknown, ALARMS)} Alarms: {', '.join(ALARMS)}")
         return names
 
     @field_validator("lora", mode="before")
     @classmethod
     def _lora_by_flag(cls, value: Any) -> Any:
-        # `lora: true` takes the defaults, `lora: 8` names the rank
+        # `lora: true` uses the defaults, `lora: 8` sets the rank
         if value is True or value == "true":
             return {}
         if value is False or value == "false":
@@ -177,7 +189,9 @@ class RunConfig(BaseModel):
         if self.resume and self.name is None:
             raise ValueError("resume needs the run's `name`")
         if off := [name for name in self.stop_on if not self.health.enabled or getattr(self.health, name) is None]:
-            raise ValueError(f"stop_on names {off[0]}, which `health` switches off; give it a limit, or leave it out")
+            raise ValueError(
+                f"stop_on names {off[0]}, which `health` switches off; set its limit, or remove it from stop_on"
+            )
         if self.merge_adapter and self.lora is None:
             raise ValueError("merge_adapter needs `lora`")
         if self.merge_adapter and self.fsdp:
@@ -187,7 +201,7 @@ class RunConfig(BaseModel):
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings as plain YAML values; objects that cannot be written are named by their type."""
+        """Return the settings as plain YAML values; objects without a YAML form become their type's name."""
         values: dict[str, Any] = {}
         for name, value in self:
             if isinstance(value, Path):
@@ -203,7 +217,7 @@ class RunConfig(BaseModel):
 
 
 def _named(value: Any) -> Any:
-    """A specification with its functions by name, in the form in which a file names them."""
+    """Return a reward's or judge's spec with its functions as "module:function"."""
     if isinstance(value, Mapping):
         return {str(k): _named(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -219,13 +233,13 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tuple[RunConfig, MethodConfig]:
-    """Sort flat settings into the run's and the method's, and check both.
+    """Split flat settings into the run's and the method's, and validate both.
 
-    Raises ConfigError: an unknown key with the nearest known one, or every value that is wrong.
+    Raises ConfigError: an unknown key with the nearest known one, or all invalid values.
     """
     known_run, known_method = RunConfig.model_fields, method_config.model_fields
     settings = gathered(settings)
-    # a setting that is a word of Python's own, such as `lambda`, has an underscore in its class and none for users
+    # a setting whose name is a Python keyword, such as `lambda`, has a trailing underscore in its class only
     settings = {f"{k}_" if f"{k}_" in known_method else k: v for k, v in settings.items()}
     unknown = [k for k in settings if k not in known_run and k not in known_method]
     if unknown:
@@ -233,7 +247,7 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
         names = ", ".join(known_method) or "none"
         raise ConfigError(
             f"unknown setting '{unknown[0]}'.{hint} Settings of {settings.get('method')}: {names}; "
-            f"of every run: see `alignkit settings {settings.get('method')}`"
+            f"settings of every run: see `alignkit settings {settings.get('method')}`"
         )
     run, wrong = _built(RunConfig, {k: v for k, v in settings.items() if k in known_run})
     own, also_wrong = _built(method_config, {k: v for k, v in settings.items() if k in known_method})
@@ -243,7 +257,7 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
 
 
 def gathered(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Put "sampling.temperature" and its like into the mapping `sampling`. Raises ConfigError where that is none."""
+    """Move keys such as "sampling.temperature" into the mapping `sampling`. Raises ConfigError: not a mapping."""
     found = {k: v for k, v in settings.items() if "." not in k}
     for key, value in settings.items():
         name, dot, inner = key.partition(".")
@@ -252,13 +266,13 @@ def gathered(settings: Mapping[str, Any]) -> dict[str, Any]:
         group = found.get(name) or {}
         group = group.model_dump() if isinstance(group, BaseModel) else group
         if not isinstance(group, Mapping):
-            raise ConfigError(f"'{key}' is given beside '{name}: {group}'; give `{name}` as a mapping")
+            raise ConfigError(f"'{key}' cannot be combined with '{name}: {group}'; give `{name}` as a mapping")
         found[name] = {**group, inner: value}
     return found
 
 
 def validated(cls: type[M], values: Mapping[str, Any]) -> M:
-    """Build the model; its validation errors become one ConfigError that names every wrong setting."""
+    """Build the pydantic model; all validation errors become one ConfigError that names every invalid setting."""
     built, wrong = _built(cls, values)
     if built is None:
         raise _refusal(wrong)
@@ -272,7 +286,7 @@ def _built(cls: type[M], values: Mapping[str, Any]) -> tuple[M | None, list[str]
         wrong = []
         for e in error.errors():
             where = ".".join(str(p) for p in e["loc"]) or "settings"
-            # what is missing, or wrong only together, has no value of its own to show
+            # missing settings, and settings that are only invalid together, have no value to show
             given = f" (given: {e.get('input')!r:.80})" if e["loc"] and e["type"] != "missing" else ""
             wrong.append(f"{where}: {e['msg'].removeprefix('Value error, ')}{given}")
         return None, wrong
@@ -283,7 +297,7 @@ def _refusal(wrong: list[str]) -> ConfigError:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read flat settings from a YAML file. Raises ConfigError: no such file, no mapping, or trust_remote_code in it."""
+    """Read flat settings from a YAML file. Raises ConfigError: missing, not a mapping, or has trust_remote_code."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -291,13 +305,15 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold settings such as 'method: dpo', found {type(values).__name__}")
+        raise ConfigError(f"{path} must contain settings such as 'method: dpo', found {type(values).__name__}")
     if values.get("trust_remote_code"):
-        raise ConfigError(f"{path} asks for trust_remote_code; only the command line or a Python call may grant that")
+        raise ConfigError(
+            f"{path} sets trust_remote_code, which only the command line or a Python call may set; remove it there"
+        )
     return {str(k): v for k, v in values.items()}
 
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    """Write settings so that `read_yaml` gives them back; trust_remote_code is left out."""
+    """Write settings for `read_yaml`, without trust_remote_code."""
     kept = {k: v for k, v in values.items() if k != "trust_remote_code"}
     write_text(path, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))

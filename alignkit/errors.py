@@ -1,7 +1,7 @@
-"""Every error alignkit raises on purpose. One tree, so `except AlignkitError` catches them all.
+"""All errors that alignkit raises on purpose: one tree, so that `except AlignkitError` catches them.
 
-A message says what failed, what was given, what exists, and what to type next. The command line prints it
-without a traceback and exits with 2.
+A message states what failed, what was given, what exists, and what to type next. The command line prints it without a
+traceback and exits with 2.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class DataError(AlignkitError):
 
 
 class PluginError(AlignkitError):
-    """A plugin is missing, broken, or breaks the contract of `alignkit.method.Method`."""
+    """A plugin is missing or broken, or violates the contract of `alignkit.method.Method`."""
 
 
 class ModelError(AlignkitError):
-    """A model cannot be loaded, or cannot play the role it was given."""
+    """A model cannot be loaded, or cannot be used in its role."""
 
 
 class CacheError(AlignkitError):
@@ -35,22 +35,22 @@ class CacheError(AlignkitError):
 
 
 class CheckpointError(AlignkitError):
-    """A checkpoint cannot be written, or none of those present is whole."""
+    """A checkpoint cannot be written, or no checkpoint is complete."""
 
 
 class RewardError(AlignkitError):
-    """A reward or a judge raised, or gave back what is no reward; or its endpoint is dead."""
+    """A reward or a judge raised an error or returned an invalid value, or its endpoint does not answer."""
 
 
 class TrainingError(AlignkitError):
-    """Training cannot go on: too many non-finite steps, or a rank that no longer answers."""
+    """Training cannot continue: too many non-finite steps, or a rank that does not answer."""
 
 
 class AlarmError(AlignkitError):
-    """An alarm that `stop_on` names ended a run; what it had learned is saved."""
+    """An alarm in `stop_on` ended a run; its checkpoint is saved."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the sentence " Did you mean 'x'?" for the closest of `known`, or nothing; the space belongs to it."""
+    """Return " Did you mean 'x'?" with the closest of `known`, or ""; it starts with a space."""
     close = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""

@@ -1,4 +1,4 @@
-"""Text files that are whole at any moment."""
+"""Writing text files atomically."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from alignkit.errors import ConfigError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, under another name first; its folder is made.
+    """Write a file completely or not at all: under a temporary name, then renamed; its folder is created.
 
     Links and devices are written to, never replaced. Raises ConfigError where it cannot be written.
     """
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        # what /dev/stdout names has to stay what it is
+        # never replaces a device such as /dev/stdout
         target = path if path.is_symlink() or (path.exists() and not path.is_file()) else temporary
         path.parent.mkdir(parents=True, exist_ok=True)
-        # a model's text may hold halves of surrogate pairs, which no file can
+        # a model's text may hold half a surrogate pair, which UTF-8 cannot encode
         target.write_text(text, encoding="utf-8", errors="replace")
         if target is temporary:
             os.replace(temporary, path)

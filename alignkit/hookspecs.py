@@ -1,4 +1,4 @@
-"""What a plugin can hook into. A plugin is a module named by an entry point in one of four groups:
+"""The hooks of plugins. A plugin is a module that an entry point names, in one of four groups:
 
     [project.entry-points.alignkit]
     mine = "my_module"              # the entry point's name is the method's name
@@ -27,21 +27,21 @@ hookimpl = pluggy.HookimplMarker("alignkit")
 
 @hookspec
 def register_methods() -> list[type[Any]]:  # type: ignore[empty-body]
-    """Return the method classes (`alignkit.Method`) that this module brings."""
+    """Return the method classes (`alignkit.Method`) of this module."""
 
 
 @hookspec
 def register_rewards() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-body]
-    """Return the rewards that this module brings, by name.
+    """Return the rewards of this module, by name.
 
     A reward is a function `reward(prompts, completions, **columns) -> list[float]`, or a class whose objects are such
-    functions; options that a user gives go to the function's keywords, or to the class.
+    functions; a user's options are passed as keywords to the function, or to the class.
     """
 
 
 @hookspec
 def register_judges() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-body]
-    """Return the judges that this module brings, by name.
+    """Return the judges of this module, by name.
 
     A judge is a function `judge(prompts, first, second, **columns) -> list[float]` of P(first wins), or such a class.
     """
@@ -49,8 +49,8 @@ def register_judges() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-bo
 
 @hookspec
 def on_metrics(run: RunView, step: int, metrics: Mapping[str, float]) -> list[Alarm]:  # type: ignore[empty-body]
-    """Look at a line of metrics before it is written, and return what is wrong; of each name the first alarm is said.
+    """Check a line of metrics before it is written, and return alarms; only the first alarm of each name is reported.
 
-    Asked on the main process alone, in the order of the lines; those of an evaluation begin with "eval/". When it is
-    asked, the run's folder holds all lines before this one, and the completions of this step.
+    Called on the main process only, in the order of the lines; metrics of an evaluation start with "eval/". At each
+    call the run's folder holds all lines before this one, and the completions of this step.
     """

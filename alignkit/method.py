@@ -1,4 +1,4 @@
-"""The contract a method plugin fulfils. One class, three calls: collect, loss, after_update.
+"""The contract of a method plugin: one class, three calls: collect, loss, after_update.
 
     class MyMethod(Method):
         name = "mine"
@@ -13,8 +13,8 @@
             ...
             return {"loss": Term(losses_E)}
 
-The engine calls `loss` once a micro-batch and owns every denominator; whatever depends on the whole batch (a
-baseline, a normalisation) belongs in `collect`, or the gradient would depend on how the step was cut.
+The engine calls `loss` once per micro-batch and owns every denominator; whatever depends on the whole batch (a
+baseline, a normalisation) belongs in `collect`, or the gradient would depend on how the step was split.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from alignkit.advice import Advice, DataFacts
 from alignkit.errors import PluginError
 from alignkit.types import Batch, Example, Outputs, Term
 
@@ -35,33 +36,34 @@ Role = Literal["policy", "reference", "critic", "reward", "judge"]
 
 
 class MethodConfig(BaseModel):
-    """Base of every method's settings: frozen; a key that it does not know is refused, and so are inf and nan."""
+    """Base of every method's settings: frozen; unknown keys, inf and nan are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Models(Protocol):
-    """The roles a method declared in `uses`; asking for another one is an error."""
+    """The roles that a method declared in `uses`; using any other role is an error."""
 
     def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
         """Score the batch's targets with the policy; gradients flow unless in `collect`.
 
-        Sampled completions are scored at the temperature that they were sampled at. entropy: of each target's
-        distribution too. values: the critic's too, in the same pass. frozen: only the critic gets a gradient.
+        Sampled completions are scored at the temperature that they were sampled at. entropy: also return that of each
+        target's distribution. values: also return the critic's, from the same pass. frozen: only the critic gets a
+        gradient.
         """
         ...
 
     def reference(self, batch: Batch) -> Outputs:
-        """Score the batch's targets with the reference; never a gradient. Only where the need is not "rows"."""
+        """Score the batch's targets with the reference, without a gradient. Only where the need is not "rows"."""
         ...
 
     def reward(self, batch: Batch) -> Tensor:
-        """Return the trained reward model's score of each completion, float32 [S]. Of a method that trains one."""
+        """Return the trained reward model's score of each completion, float32 [S]; for a method that trains one."""
         ...
 
 
 class Context(Protocol):
-    """What `collect` and `after_update` may use besides the batch."""
+    """What `collect` and `after_update` can use besides the batch."""
 
     @property
     def models(self) -> Models:
@@ -70,12 +72,12 @@ class Context(Protocol):
 
     @property
     def step(self) -> int:
-        """Optimiser steps done before this one."""
+        """Optimiser steps before this one."""
         ...
 
     @property
     def max_new_tokens(self) -> int:
-        """The longest that a sampled completion may be."""
+        """The length limit of a sampled completion."""
         ...
 
     @property
@@ -85,45 +87,45 @@ class Context(Protocol):
 
     @property
     def step_examples(self) -> tuple[Example, ...]:
-        """The examples of this step on ALL ranks, in one order everywhere."""
+        """The examples of this step on ALL ranks, in the same order everywhere."""
         ...
 
     @property
     def generator(self) -> torch.Generator:
-        """Seeded by the run's seed and the step, the same on all ranks."""
+        """Seeded by the run's seed and the step; the same on all ranks."""
         ...
 
     def shard(self, examples: Sequence[Example]) -> Batch:
-        """This rank's part of a list that has one entry for each of `step_examples`, as a batch with the reference's
+        """Return this rank's part of a list with one entry for each of `step_examples`, as a batch with the reference's
         log-probabilities where the method uses them."""
         ...
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean over all entries of `value` on all ranks, a scalar."""
+        """Return the mean over all entries of `value` on all ranks, a scalar."""
         ...
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum over the ranks, entry by entry."""
+        """Return the sum over the ranks, elementwise."""
         ...
 
     @property
     def training(self) -> bool:
-        """False while held-out rows are evaluated, when nothing may be learned from them."""
+        """False while held-out rows are evaluated: then no state may change."""
         ...
 
     def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
-        """Sample n completions of each prompt with the policy.
+        """Sample n completions per prompt with the policy.
 
-        The new batch carries, per completion, "ended" (False where it was cut) and, where the method uses a reward,
+        The new batch holds, per completion, "ended" (False where it was cut) and, where the method uses a reward,
         "rewards" (raw, float32); per token "reference_logps" where it uses a reference, and "old_logps", the policy's
-        own, unless the batch serves a single update, which starts at ratio 1 by construction.
-        mixture: also sample one completion a prompt from policy^(1 - mixture) * reference^mixture, token by token, and
-        let the judge decide: "wins" (per completion) is P(the policy's beats the mixture's). n must be 1.
+        own, unless the batch is used for a single update, which starts at ratio 1 by construction.
+        mixture: also sample one completion per prompt from policy^(1 - mixture) * reference^mixture, token by token,
+        and query the judge: "wins" (per completion) is P(the policy's beats the mixture's). n must be 1.
         """
         ...
 
     def log(self, **values: float) -> None:
-        """Add numbers to the step's metrics: the same on all ranks."""
+        """Add numbers to the step's metrics; they must be the same on all ranks."""
         ...
 
     def update_reference(self, alpha: float) -> None:
@@ -137,9 +139,10 @@ C = TypeVar("C", bound=MethodConfig)
 class Method(Generic[C]):
     """An alignment method: what data and roles it needs, and its loss.
 
-    name: what users type. data: the kind of rows it reads. uses: the roles it may ask for. trains: those it changes.
-    learning_rate, lora_learning_rate: defaults of a full and a LoRA run. min_batch: examples a step needs at least.
-    epochs_per_batch: default of the passes over a collected batch.
+    name: what users type. data: the kind of rows it reads. uses: the roles it may use. trains: those it trains.
+    learning_rate, lora_learning_rate: defaults of a full and a LoRA run. min_batch: the fewest examples of a step.
+    epochs_per_batch: default number of passes over a collected batch. demo_settings: settings of its run in
+    `alignkit demo`, the run's own or the method's; the demo's small model needs high learning rates.
     """
 
     name: ClassVar[str]
@@ -150,33 +153,43 @@ class Method(Generic[C]):
     lora_learning_rate: ClassVar[float] = 5e-6
     min_batch: ClassVar[int] = 1
     epochs_per_batch: ClassVar[int] = 1
+    demo_settings: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4}
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(self, config: C) -> None:
         self.config = config
 
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Return how well the method fits a data set that can serve it, for `alignkit recommend` and `alignkit init`.
+
+        Default: a rank in the middle, the first line of the class's docstring as reason, and no settings.
+        """
+        unknown = f"reads rows of the kind '{cls.data}'; see its documentation"
+        return Advice(50, (cls.__doc__ or unknown).strip().splitlines()[0].rstrip("."))
+
     def roles(self) -> frozenset[str]:
-        """Return the roles that these settings need: `uses`, or fewer, so that none is loaded in vain."""
+        """Return the roles that these settings need: `uses`, or fewer, so that no model is loaded needlessly."""
         return self.uses
 
     def reference_need(self) -> ReferenceNeed:
-        """What the reference is asked: "rows" of the data only (a cache serves them), "live" rows made during the
-        run too, or "moving" where `after_update` changes it."""
+        """Return what the reference must score: "rows" of the data only (which can be cached), "live" rows created
+        during the run too, or "moving" where `after_update` changes the reference."""
         return "live" if self.data == "prompts" else "rows"
 
     def longest(self, example: Example) -> Example:
-        """Return the example with the longest sequences that the method makes of it. Default: the example itself."""
+        """Return the example with the longest sequences that the method builds from it. Default: the example itself."""
         return example
 
     def dropout(self) -> float:
-        """Return the dropout probability of the trained model. Anything but 0 breaks a ratio to another model."""
+        """Return the dropout probability of the trained model. Any value but 0 breaks a ratio to another model."""
         return 0.0
 
     def collect(self, batch: Batch, ctx: Context) -> Batch:
-        """Attach what depends on the whole batch; runs once a step without gradients. Default: the batch itself.
+        """Attach what depends on the whole batch; runs once per step without gradients. Default: the batch itself.
 
-        Where "reference" is in `uses`, the batch already carries `reference_logps`.
+        Where "reference" is in `uses`, the batch already holds `reference_logps`.
         """
         return batch
 
@@ -185,11 +198,11 @@ class Method(Generic[C]):
         raise PluginContractError(f"method '{self.name}' does not define loss(batch, models)")
 
     def model_settings(self) -> Mapping[str, Any]:
-        """Return what is written into the configuration of the saved model. Default: nothing."""
+        """Return values for the configuration of the saved model. Default: none."""
         return {}
 
     def enough(self, metrics: Mapping[str, float]) -> bool:
-        """Say, after an update, whether the other updates of this batch are left out. metrics: that update's."""
+        """Return, after an update, whether to skip the other updates of this batch. metrics: of that update."""
         return False
 
     def after_update(self, ctx: Context, metrics: Mapping[str, float]) -> None:
@@ -200,7 +213,7 @@ class Method(Generic[C]):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
 
 
 class PluginContractError(PluginError):

@@ -1,4 +1,4 @@
-"""What methods log: the numbers that all on pairs, and all on sampled completions, have in common."""
+"""Metrics that methods share: those on pairs, and those on sampled completions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from alignkit_kernels import PolicyLoss, sequence_sum
 
 
 def pair_metrics(batch: Batch, logps_C: Tensor, rewards_S: Tensor) -> dict[str, Term]:
-    """Return the metrics that every method on pairs logs; ties count half in the accuracy.
+    """Return the metrics that every method on pairs logs; a tie counts as half correct in the accuracy.
 
-    logps_C: the policy's log-probabilities in nats. rewards_S: implicit rewards, chosen and rejected in turn.
+    logps_C: the policy's log-probabilities in nats. rewards_S: implicit rewards, alternating chosen and rejected.
     """
     chosen, rejected = batch.pairs(rewards_S)
     logps_chosen, logps_rejected = batch.pairs(sequence_sum(logps_C.detach(), batch.cu_seqlens))
@@ -33,26 +33,26 @@ def pair_metrics(batch: Batch, logps_C: Tensor, rewards_S: Tensor) -> dict[str, 
 
 
 def log_ratios(batch: Batch, logps_C: Tensor) -> Tensor:
-    """Return log policy - log reference of each completion, [n], in nats a token: 0 at a run's start, whatever row."""
+    """Return log policy - log reference of each completion, [S], in nats per token; 0 at the start of a run."""
     return sequence_sum(logps_C.detach() - batch.reference_logps, batch.cu_seqlens, mean=True)
 
 
 def kl_metric(batch: Batch, logps_C: Tensor) -> dict[str, Term]:
-    """Return "kl" where the batch carries reference log-probabilities: nats a sequence, on the data's completions.
+    """Return "kl" where the batch has reference log-probabilities: nats per sequence, on the data's completions.
 
     The k3 estimator r - 1 - log r of KL(reference || policy), r = policy / reference, summed over a completion's
-    tokens: never negative, and unbiased where the reference could have written them (Schulman, 2020).
+    tokens: never negative, and unbiased on samples of the reference (Schulman, 2020).
     """
     if "reference_logps" not in batch:
         return {}
-    log_r = (logps_C.detach() - batch.reference_logps).clamp(max=20.0)  # e^20 is a warning in itself
+    log_r = (logps_C.detach() - batch.reference_logps).clamp(max=20.0)  # e^20 is large enough to be noticed
     return {"kl": metric(sequence_sum(log_r.exp() - 1 - log_r, batch.cu_seqlens), over="completions")}
 
 
 def rollout_metrics(batch: Batch, said: Outputs, out: PolicyLoss) -> dict[str, Term]:
     """Return the metrics that every method on sampled completions logs.
 
-    "kl" is the k3 estimate of KL(policy || reference) in nats a sequence, of the policy that sampled, on its own
+    "kl" is the k3 estimate of KL(policy || reference) in nats per sequence, for the policy that sampled, on its
     samples.
     """
     terms = {
@@ -69,5 +69,5 @@ def rollout_metrics(batch: Batch, said: Outputs, out: PolicyLoss) -> dict[str, T
 
 
 def wins(a: Tensor, b: Tensor) -> Tensor:
-    """Return 1 where a > b, 0.5 where they are equal, 0 elsewhere; float32, the shape of a."""
+    """Return 1 where a > b, 0.5 where they are equal, else 0; float32, with the shape of a."""
     return (a > b).float() + 0.5 * (a == b).float()

@@ -1,7 +1,7 @@
-"""Which methods, rewards, judges and listeners are installed: entry points, loaded one at a time and guarded.
+"""Installed methods, rewards, judges and listeners: entry points, each loaded on its own.
 
-A plugin is imported only when its name is asked for, a listener with every run. A broken one is reported by name and
-never stops the others.
+A plugin is imported only when its name is used, listeners with every run. A broken plugin is reported by name and does
+not affect the others.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, get_args
 
 import pluggy
 
 from alignkit import hookspecs
 from alignkit.config import RunConfig
 from alignkit.errors import PluginError, nearest
-from alignkit.method import Method, MethodConfig
+from alignkit.method import DataKind, Method, MethodConfig, Role
 
 GROUP, REWARDS, JUDGES, LISTENERS = "alignkit", "alignkit.rewards", "alignkit.judges", "alignkit.listeners"
 _WORDS = {GROUP: "method", REWARDS: "reward", JUDGES: "judge", LISTENERS: "listener"}
@@ -24,7 +24,7 @@ _WORDS = {GROUP: "method", REWARDS: "reward", JUDGES: "judge", LISTENERS: "liste
 
 @dataclass(frozen=True)
 class Plugin:
-    """One installed method: its distribution and version, and the class or the reason why it cannot be used."""
+    """One installed method: its distribution and version, and its class, or the problem with it."""
 
     name: str
     distribution: str
@@ -34,12 +34,12 @@ class Plugin:
 
 
 def names(group: str = GROUP) -> list[str]:
-    """Names of what is installed in an entry-point group, sorted; imports nothing."""
+    """Return the sorted names that are installed in an entry-point group; imports nothing."""
     return sorted({e.name for e in entry_points(group=group)})
 
 
 def get(name: str) -> type[Method[Any]]:
-    """Return the method class of that name. Raises PluginError: unknown, broken, or brought by two distributions."""
+    """Return the method class of that name. Raises PluginError: unknown, broken, or provided by two distributions."""
     return _guarded(GROUP, name, _method)  # type: ignore[no-any-return]
 
 
@@ -54,18 +54,18 @@ def judge(name: str) -> Callable[..., Any]:
 
 
 def listeners(warn: Callable[[str], Any]) -> dict[str, Any]:
-    """Load every installed listener: its hooks by its name; one that cannot be used is warned about and left out."""
+    """Load every installed listener; return the hooks of each by its name. Broken ones cause a warning."""
     found = {}
     for name in names(LISTENERS):
         try:
             found[name] = _guarded(LISTENERS, name, _hooks)
         except PluginError as error:
-            warn(f"{error}; runs go on without it")
+            warn(f"{error}; the run continues without it")
     return found
 
 
 def plugins() -> list[Plugin]:
-    """Load every installed method; a broken one is in the list with its problem."""
+    """Load every installed method; broken ones are listed with their problem."""
     listed = []
     for name in names():
         (owner, version), *_ = sorted({_owner(e) for e in entry_points(group=GROUP) if e.name == name})
@@ -81,7 +81,7 @@ def _owner(entry: EntryPoint) -> tuple[str, str]:
 
 
 def _guarded(group: str, name: str, load: Callable[[EntryPoint], Any]) -> Any:
-    """Load one entry point; whatever is wrong with it becomes a PluginError that names it."""
+    """Load one entry point; any problem becomes a PluginError that names it."""
     word = _WORDS[group]
     found = [e for e in entry_points(group=group) if e.name == name]
     if not found:
@@ -89,15 +89,15 @@ def _guarded(group: str, name: str, load: Callable[[EntryPoint], Any]) -> Any:
         have = f"installed: {', '.join(known)}" if known else f"no {word} is installed"
         addable = group == GROUP and name.isidentifier() and name.lower() not in known
         add = f"To add one: pip install alignkit-{name}" if addable else ""
-        raise PluginError(f"no {word} '{name}'; {have}.{nearest(name, known)} {add}".rstrip())
+        raise PluginError(f"no {word} is called '{name}'; {have}.{nearest(name, known)} {add}".rstrip())
     if len({_owner(e) for e in found}) > 1:
         owners = " and ".join(sorted({_owner(e)[0] for e in found}))
-        raise PluginError(f"{word} '{name}' is brought by two distributions, {owners}; uninstall one of them")
+        raise PluginError(f"two distributions provide the {word} '{name}', {owners}; uninstall one of them")
     try:
         return load(found[0])
     except PluginError:
         raise
-    except (Exception, SystemExit) as error:  # a stranger's module may do anything while it is imported
+    except (Exception, SystemExit) as error:  # importing a third party's module may raise anything
         raise PluginError(
             f"{word} '{name}' of {_owner(found[0])[0]} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
@@ -122,7 +122,9 @@ def _method(entry: EntryPoint) -> type[Method[Any]]:
             check_class(cls)
             return cls  # type: ignore[no-any-return]
     has = ", ".join(repr(getattr(c, "name", c)) for c in classes) or "none"
-    raise PluginError(f"the entry point '{entry.name}' of {_owner(entry)[0]} brings no method of that name, but {has}")
+    raise PluginError(
+        f"the entry point '{entry.name}' of {_owner(entry)[0]} provides no method of that name; it provides {has}"
+    )
 
 
 def _function(entry: EntryPoint) -> Callable[..., Any]:
@@ -132,25 +134,25 @@ def _function(entry: EntryPoint) -> Callable[..., Any]:
     if entry.name not in by_name:
         has = ", ".join(map(repr, by_name)) or "none"
         raise PluginError(
-            f"the entry point '{entry.name}' of {_owner(entry)[0]} brings no {word} of that name, but {has}"
+            f"the entry point '{entry.name}' of {_owner(entry)[0]} provides no {word} of that name; it provides {has}"
         )
     if not callable(by_name[entry.name]):
         given = type(by_name[entry.name]).__name__
-        raise PluginError(f"{word} '{entry.name}' of {_owner(entry)[0]} is no function and no class, but {given}")
+        raise PluginError(f"{word} '{entry.name}' of {_owner(entry)[0]} must be a function or a class, got {given}")
     return by_name[entry.name]  # type: ignore[no-any-return]
 
 
 def check_class(cls: type[Method[Any]]) -> None:
-    """Raise PluginError when the class breaks the contract in a way that can be seen without running it."""
+    """Raise PluginError where the class violates the contract in a way that is visible without running it."""
     problem = None
     if not issubclass(cls, Method):
         problem = "is not a subclass of alignkit.Method"
     elif cls.loss is Method.loss:
         problem = "does not define loss(batch, models)"
-    elif getattr(cls, "data", None) not in ("text", "pairs", "unpaired", "prompts"):
-        problem = f"has data = {getattr(cls, 'data', None)!r}; it must be 'text', 'pairs', 'unpaired' or 'prompts'"
-    elif cls.uses - {"policy", "reference", "critic", "reward", "judge"}:
-        problem = f"uses unknown roles {sorted(cls.uses)}; there are policy, reference, critic, reward, judge"
+    elif getattr(cls, "data", None) not in get_args(DataKind):
+        problem = f"has data = {getattr(cls, 'data', None)!r}; it must be one of {', '.join(get_args(DataKind))}"
+    elif unknown := sorted(cls.uses - set(get_args(Role))):
+        problem = f"uses unknown roles {unknown}; roles: {', '.join(get_args(Role))}"
     elif not issubclass(cls.Config, MethodConfig):
         problem = "has a Config that is not a subclass of alignkit.MethodConfig"
     elif clash := sorted(set(cls.Config.model_fields) & set(RunConfig.model_fields)):

@@ -1,7 +1,7 @@
-"""The one batch type: a packed forest of prompt trees, and what a method says about it.
+"""The batch type: a packed forest of prompt trees; and the terms that a method returns for it.
 
-A tree is a prompt with k completions branching off it. The prompt's tokens stand once, trees share rows, and only
-the positions that predict trained completion tokens ever reach the language-model head.
+A tree is a prompt with k completions that branch off it. The prompt's tokens occur once, trees share rows, and only the
+positions that predict trained completion tokens reach the language-model head.
 
 Shape letters, used as suffixes throughout alignkit:
     E examples (trees)    S completions    C trained completion tokens    N tokens
@@ -25,9 +25,9 @@ LayoutKind = Literal["forest", "padded"]
 class Completion:
     """One answer to a prompt.
 
-    tokens: int32 [n], the end-of-sequence token included where the answer has one.
+    tokens: int32 [n], including the end-of-sequence token where the answer has one.
     trained: bool [n], False where a token is read but not learned (a user's turn inside a multi-turn answer);
-        None means that every token is trained.
+        None: every token is trained.
     """
 
     tokens: Tensor
@@ -43,14 +43,14 @@ class Completion:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A prompt, its completions, and the numbers known about them before training.
+    """A prompt, its completions, and the numbers given with them.
 
     prompt: int32 [n], n >= 1: its last token predicts the first token of every completion.
-    completions: of a pair, the chosen one first.
+    completions: the chosen one of a pair comes first.
     numbers: one float each, such as "margin" (pairs) or "desirable" (1.0 or 0.0, unpaired).
     row: the 1-based row of the source, for messages.
-    asked, columns: of a row that is only a prompt, the prompt as it was given (text or messages) and the row's other
-        columns, for whoever scores its sampled completions.
+    asked, columns: for rows that are only a prompt, the prompt as it was given (text or messages) and the row's other
+        columns, for the rewards of its sampled completions.
     """
 
     prompt: Tensor
@@ -75,11 +75,11 @@ class Example:
 class Layout:
     """How trees are laid out for the model.
 
-    kind: "forest" packs whole trees into rows under a tree mask; "padded" gives each prompt + completion a row.
-    row_tokens: a forest row holds at most this many tokens (a longer tree gets a longer row).
-    attention_cost: of a token, for each token of its row, in units of all that does not depend on the row's width;
-        about 1 / 1500 under a dense mask, 0 where a mask's empty blocks are skipped.
-    multiple_of: rows are padded to a multiple of this (block masks want 128).
+    kind: "forest" packs whole trees into rows under a tree mask; "padded" puts each prompt + completion into a row.
+    row_tokens: most tokens of a forest row (a longer tree gets a longer row).
+    attention_cost: of a token, per token of its row, relative to the costs that do not depend on the row's width; about
+        1 / 1500 under a dense mask, 0 where empty blocks of the mask are skipped.
+    multiple_of: rows are padded to a multiple of this (128 for block masks).
     """
 
     kind: LayoutKind = "forest"
@@ -90,11 +90,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The tensors a model reads.
+    """The tensors that a model reads.
 
     input_ids, position_ids, tree_ids, branch_ids: int64 [R, T]; tree_ids is -1 on padding; branch_ids is 0 on
     prompts and k + 1 on the k-th completion. predict_at: int64 [C], indices into the flattened R * T positions.
-    last_at: int64 [S], those of each completion's last token, where a scalar head reads the whole answer.
+    last_at: int64 [S], the index of each completion's last token, where a scalar head scores the whole answer.
     """
 
     input_ids: Tensor
@@ -116,12 +116,12 @@ Packer = Callable[[Sequence[Example], Layout], PackedRows]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples with the numbers that were computed about them; packed into rows when a model asks.
+    """Examples with the numbers computed for them; packed into rows when a model reads them.
 
     packer: lays examples out in rows (`alignkit.models.packing.pack`).
     per_example, per_completion, per_token: tensors whose first dimension is E, S or C. They follow the examples
-    through `select`, `minibatches` and `micro_batches`, so a method never sees how a step was cut.
-    The order of E, S and C is that of `examples`, whatever the rows look like.
+    through `select`, `minibatches` and `micro_batches`, so that a method does not see how a step was cut.
+    The order of E, S and C is that of `examples`, independent of the rows.
     """
 
     examples: tuple[Example, ...]
@@ -142,18 +142,18 @@ class Batch:
 
     @cached_property
     def targets(self) -> Tensor:
-        """The tokens to be predicted, int64 [C]."""
+        """The tokens to predict, int64 [C]."""
         parts = [c.tokens[c.trained_at] for e in self.examples for c in e.completions]
         return torch.cat(parts or [torch.empty(0)]).long().to(self.device)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """Borders of the completions among the C tokens, int64 [S + 1]."""
+        """Boundaries of the completions among the C tokens, int64 [S + 1]."""
         return _borders([n for e in self.examples for n in e.n_trained]).to(self.device)
 
     @cached_property
     def cu_completions(self) -> Tensor:
-        """Borders of the examples among the S completions, int64 [E + 1]."""
+        """Boundaries of the examples among the S completions, int64 [E + 1]."""
         return _borders([len(e.completions) for e in self.examples]).to(self.device)
 
     @cached_property
@@ -163,7 +163,7 @@ class Batch:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all trees, prompts counted once, padding not at all."""
+        """Tokens of all trees; prompts count once, padding does not count."""
         return sum(e.n_tokens for e in self.examples)
 
     @property
@@ -172,13 +172,13 @@ class Batch:
         return self["reference_logps"]
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the named number, whatever its extent; a KeyError lists what there is."""
+        """Return the named number of any extent. Raises KeyError, which lists the names that exist."""
         for numbers in (self.per_example, self.per_completion, self.per_token):
             if name in numbers:
                 return numbers[name]
         known = sorted([*self.per_example, *self.per_completion, *self.per_token])
         hint = " (does the method declare uses={'reference'}?)" if name == "reference_logps" else ""
-        raise KeyError(f"the batch carries no '{name}'{hint}; it has {known or 'nothing'}")
+        raise KeyError(f"the batch has no '{name}'{hint}; it has {known or 'no numbers'}")
 
     def __contains__(self, name: object) -> bool:
         return any(name in numbers for numbers in (self.per_example, self.per_completion, self.per_token))
@@ -194,19 +194,19 @@ class Batch:
         per_completion: Mapping[str, Tensor] | None = None,
         per_token: Mapping[str, Tensor] | None = None,
     ) -> Batch:
-        """Return a copy that also carries these numbers; sizes are checked against E, S and C."""
+        """Return a copy with these numbers added; sizes are checked against E, S and C."""
         given = (("per_example", per_example), ("per_completion", per_completion), ("per_token", per_token))
         sizes = {"per_example": len(self), "per_completion": len(self.lengths), "per_token": len(self.targets)}
         merged = {}
         for extent, new in given:
             for name, value in (new or {}).items():
                 if len(value) != sizes[extent]:
-                    raise ValueError(f"{extent} number '{name}' has {len(value)} entries, wanted {sizes[extent]}")
+                    raise ValueError(f"{extent} number '{name}' must have {sizes[extent]} entries, got {len(value)}")
             merged[extent] = {**getattr(self, extent), **(new or {})}
         return self._like(**merged)
 
     def select(self, indices: Sequence[int]) -> Batch:
-        """Return the examples at `indices` with their share of every number."""
+        """Return the examples at `indices` with their part of every number."""
         at = torch.as_tensor(list(indices), dtype=torch.int64, device=self.device)
         at_S = _expand(at, self.cu_completions)
         at_C = _expand(at_S, self.cu_seqlens)
@@ -220,10 +220,11 @@ class Batch:
     def minibatches(
         self, n: int, generator: torch.Generator, rank: int = 0, world: int = 1, total: int | None = None
     ) -> Iterator[tuple[Batch, float]]:
-        """Yield this rank's share of n shuffled parts of nearly equal size of a step; n = 1 is the batch itself.
+        """Yield this rank's share of n shuffled parts of nearly equal size, with its weight; n = 1 yields the batch
+        itself.
 
         total: examples of the step, of which this batch holds every world-th from `rank` on. The parts do not depend on
-        the ranks. With each comes its weight: 0 for a stand-in where this rank has no share of a part, else 1.
+        the ranks. weight: 1, or 0 for a placeholder where this rank has no share of a part.
         """
         if n == 1:
             yield self, 1.0
@@ -234,7 +235,7 @@ class Batch:
             yield self.select(own or [0]), float(bool(own))
 
     def micro_batches(self, max_tokens: int) -> list[Batch]:
-        """Cut on tree borders into parts of at most `max_tokens` tokens (one tree at least), longest trees first."""
+        """Cut between trees into parts of at most `max_tokens` tokens (at least one tree), longest trees first."""
         order = sorted(range(len(self)), key=lambda i: -self.cost(i))
         parts: list[list[int]] = []
         room = 0
@@ -247,12 +248,12 @@ class Batch:
         return [self.select(sorted(part)) for part in parts] if len(parts) > 1 else [self]
 
     def cost(self, i: int) -> int:
-        """Tokens that example i costs in this layout."""
+        """Return the tokens of example i in this layout."""
         e = self.examples[i]
         return e.n_tokens + (len(e.completions) - 1) * len(e.prompt) * (self.layout.kind == "padded")
 
     def count(self, over: str) -> int:
-        """Return how many a Term over `over` is averaged over: examples, completions, tokens, or a mask's sum."""
+        """Return the count that a Term over `over` is averaged over: examples, completions, tokens, or a mask's sum."""
         if over == "examples":
             return len(self)
         if over == "completions":
@@ -270,18 +271,18 @@ class Batch:
         return self._like(device=torch.device(device), **moved)
 
     def _like(self, **changes: object) -> Batch:
-        # replace() drops the cached properties, which is what every caller here wants.
+        # replace() drops the cached properties, as every caller needs
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a loss: `coef` times the mean of `value` over what `over` names.
+    """One summand of a loss: `coef` times the mean of `value` over the extent `over`.
 
     value: [E] for "examples", [S] for "completions", [C] for "tokens", or the shape of the mask that `over` names.
-    coef: 0 makes it a metric: averaged and logged, never differentiated.
-    largest: of a metric, the largest value of the step is logged instead of the mean.
-    The engine divides by the count over ALL micro-batches and ranks, so a method must not average itself.
+    coef: 0 for a metric: averaged and logged, never differentiated.
+    largest: log the step's largest value of a metric instead of the mean.
+    The engine divides by the count over ALL micro-batches and ranks, so a method must not average.
     """
 
     value: Tensor
@@ -291,7 +292,7 @@ class Term:
 
 
 def metric(value: Tensor, over: str = "examples", largest: bool = False) -> Term:
-    """Return a Term that is logged and not differentiated: its mean, or its largest value."""
+    """Return a Term that is logged, not differentiated: its mean, or its largest value."""
     return Term(value.detach(), over, coef=0.0, largest=largest)
 
 
@@ -315,7 +316,7 @@ def _borders(lengths: list[int]) -> Tensor:
 
 
 def _expand(at: Tensor, borders: Tensor) -> Tensor:
-    """Indices of all entries of the segments `at`, in order."""
+    """Return the indices of all entries of the segments `at`, in order."""
     sizes = borders.diff()[at]
     starts = torch.repeat_interleave(borders[:-1][at] - (sizes.cumsum(0) - sizes), sizes)
     return starts + torch.arange(len(starts), device=at.device)

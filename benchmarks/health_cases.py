@@ -7,9 +7,10 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignkit.demo import recipes, verdict, world
+from alignkit.demo import verdict, world
 
 DICE = random.Random(0)
+METHODS = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "grpo", "rloo", "nash")
 CALLS: list[int] = []  # calls of the reward that changes during a run
 
 
@@ -133,8 +134,8 @@ PLANTED = (
     Case("8 tokens", "ppo", "truncation", tokens(8)),
 )
 HEALTHY = (
-    *(Case("recipe", method) for method in recipes.SETTINGS),
-    *(Case("half the rate", method, None, {"halved": True}) for method in recipes.SETTINGS),
+    *(Case("recipe", method) for method in METHODS),
+    *(Case("half the rate", method, None, {"halved": True}) for method in METHODS),
     *(Case("LoRA", method, None, {"lora": 16}) for method in ("dpo", "kto", "grpo", "rloo")),
     Case("with a held-out reward", "grpo", None, {"reward": [verdict.reward, {"use": right, "weight": 0}]}),
     Case("more on the same text", "sft", None, {"learning_rate": 3e-4}),

@@ -1,9 +1,9 @@
 """Write the parts of the pages that come from the code: each method's facts and settings, and the run's settings.
 
-    python docs/generate.py             rewrite what is between the markers
+    python docs/generate.py             rewrite the text between the markers
     python docs/generate.py --check     change nothing; exit 1 and name the pages that are out of date
 
-A part stands between `<!-- generated: NAME -->` and `<!-- end -->`; everything else on a page is written by hand.
+A part is the text between `<!-- generated: NAME -->` and `<!-- end -->`; the rest of a page is written by hand.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def table(cls: type[BaseModel]) -> str:
 
 
 def facts(cls: type[Method]) -> str:
-    """Return a Markdown table of what a method needs, and of the defaults that are not settings."""
+    """Return a Markdown table of what a method needs, and of defaults that are not its settings."""
     reference = "none"
     if "reference" in cls.uses:
         reference = _NEEDS[cls(cls.Config()).reference_need()]
@@ -50,7 +50,7 @@ def facts(cls: type[Method]) -> str:
         "learning rate, all weights": f"{cls.learning_rate:g}",
         "learning rate, LoRA": f"{cls.lora_learning_rate:g}",
         "`epochs_per_batch`": str(cls.epochs_per_batch),
-        "least `batch_size`": str(cls.min_batch),
+        "smallest `batch_size`": str(cls.min_batch),
     }
     head, values = (f"| {' | '.join(row)} |" for row in (columns.keys(), columns.values()))
     return "\n".join([head, "|---" * len(columns) + "|", values])
@@ -61,7 +61,7 @@ def _escape(text: str) -> str:
 
 
 def part(page: Path, name: str) -> str:
-    """Return what belongs into the part `name` of a page."""
+    """Return the text of the part `name` of a page."""
     if name == "run-settings":
         return table(RunConfig)
     method = registry.get(page.stem)
@@ -75,12 +75,12 @@ def generated(page: Path) -> str:
 
 
 def pages() -> list[Path]:
-    """All pages that have generated parts."""
+    """Return all pages with generated parts."""
     return sorted(p for p in DOCS.rglob("*.md") if _PART.search(p.read_text(encoding="utf-8")))
 
 
 def main(check: bool) -> int:
-    """Rewrite the pages, or only say which ones would change."""
+    """Rewrite the pages, or only print which ones would change."""
     stale = [(page, text) for page in pages() if (text := generated(page)) != page.read_text(encoding="utf-8")]
     for page, text in stale:
         print(f"{'out of date' if check else 'written'}: {page.relative_to(DOCS.parent)}")

@@ -1,4 +1,4 @@
-"""A real HTTP server on the loopback that speaks the chat part of the OpenAI protocol, and fails as it is told to."""
+"""A real HTTP server on localhost with the chat part of the OpenAI protocol, and with scripted failures."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 Response = tuple[int, dict[str, str], str]  # status, headers, body
 
 
-def says(text: str | None) -> Response:
-    """A chat completion."""
+def chat_reply(text: str | None) -> Response:
+    """Return a chat completion with this text."""
     choices = [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]
     return 200, {}, json.dumps({"object": "chat.completion", "choices": choices})
 
 
 class ChatServer:
-    """respond: what to answer to a request; requests: (path, headers, body) of all that came."""
+    """respond: returns the response to a request. requests: (path, headers, body) of all received requests.
+    peak: the largest number of concurrent requests."""
 
     def __init__(self) -> None:
-        self.respond: Callable[[dict[str, Any]], Response] = lambda request: says("Score: 5")
+        self.respond: Callable[[dict[str, Any]], Response] = lambda request: chat_reply("Score: 5")
         self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
-        self.busy = self.most = 0
+        self.active = self.peak = 0
         self.released = threading.Event()
         self._lock = threading.Lock()
         chat = self
@@ -36,11 +37,11 @@ class ChatServer:
                 request = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with chat._lock:
                     chat.requests.append((self.path, {k.lower(): v for k, v in self.headers.items()}, request))
-                    chat.busy += 1
-                    chat.most = max(chat.most, chat.busy)
+                    chat.active += 1
+                    chat.peak = max(chat.peak, chat.active)
                 status, headers, body = chat.respond(request)
                 with chat._lock:
-                    chat.busy -= 1
+                    chat.active -= 1
                 self.send_response(status)
                 for name, value in (headers | {"content-length": str(len(body.encode()))}).items():
                     self.send_header(name, value)
@@ -56,23 +57,23 @@ class ChatServer:
 
     @property
     def questions(self) -> list[str]:
-        """The text of every question that came."""
+        """The text of every received question."""
         return [body["messages"][-1]["content"] for _, _, body in self.requests]
 
     def script(self, *responses: Response) -> None:
-        """Give these responses in turn, and the last one from then on."""
+        """Return these responses in turn, then repeat the last one."""
         left = list(responses)
         self.respond = lambda request: left.pop(0) if len(left) > 1 else left[0]
 
     def hang(self) -> Response:
-        """Answer when the test is over."""
+        """Do not respond before the test ends."""
         self.released.wait(30)
-        return says("too late")
+        return chat_reply("too late")
 
 
 @contextmanager
 def chat_server() -> Iterator[ChatServer]:
-    """Run a server while the block runs."""
+    """Run a server during the block."""
     chat = ChatServer()
     thread = threading.Thread(target=chat.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""Tiny sequence classifiers on disk, and what they say of one sequence at a time."""
+"""Tiny sequence classifiers on disk, and their scores of one sequence at a time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TEMPLATE = (
 
 
 def byte_tokenizer() -> Any:
-    """A token for each byte; its end-of-sequence token pads too."""
+    """A tokenizer with a token for each byte; its end-of-sequence token is also its pad token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    signs = [END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    inner = Tokenizer(models.BPE(vocab={sign: i for i, sign in enumerate(signs)}, merges=[]))
+    tokens = [END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END)
@@ -53,7 +53,7 @@ def write_classifier(folder: Path, architecture: str = "llama", labels: int = 1,
 
 
 def alone(folder: str, ids: list[int]) -> float:
-    """The model's own score of one sequence: no padding and no pad token, so it is read at its very last position."""
+    """The model's own score of one sequence: without padding or a pad token, so it is read at the last position."""
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""Small things that many tests need: a tokenizer, a tiny Llama on disk, rows of each kind."""
+"""Shared fixtures: a tiny Llama on disk with its tokenizer, settings of a short run, rows, the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers import write_tiny
 
 @pytest.fixture(autouse=True)
 def _own_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reward's module is looked for in the working folder too, which is another one in the next test."""
+    """Restore the import path: a reward's module is also searched in the working folder, which differs in each test."""
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def settings(tiny: str, tmp_path: Path) -> dict[str, Any]:
-    """Settings of a short run in a folder of its own."""
+    """Settings of a short run in its own folder."""
     return {
         "model": tiny,
         "output": tmp_path / "runs",
@@ -58,7 +58,7 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
 def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., tuple[Any, str, str]]]:
-    """Run `alignkit ARGUMENTS` in a folder and with a cache of its own; return the exit code and what was printed."""
+    """Run `alignkit ARGUMENTS` in its own folder and with its own cache; return exit code, stdout and stderr."""
     from alignkit import cli
 
     monkeypatch.chdir(tmp_path)

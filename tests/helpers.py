@@ -1,8 +1,10 @@
-"""Rows of each kind, made from a few words, and a tiny model of these words."""
+"""Rows of each kind, made of a few words, and a tiny model of these words."""
 
 from __future__ import annotations
 
 import random
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ WORDS = (
 
 
 def sentence(rng: random.Random, low: int = 1, high: int = 9) -> str:
-    """A few words; every call another."""
+    """A few random words."""
     return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
 
 
@@ -32,8 +34,56 @@ def make_rows(kind: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def write_plugin(
+    folder: Path, entry: str, code: str, distribution: str = "somebodys-method", group: str = "alignkit"
+) -> Path:
+    """Write a distribution as an installer would, a module and its entry point; return the folder for sys.path."""
+    words = re.sub(r"\W", "_", distribution)
+    module = f"module_of_{words}_{abs(hash(folder))}"  # its own name in every folder, for sys.modules keeps the first
+    info = folder / f"{words}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (folder / f"{module}.py").write_text(textwrap.dedent(code))
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{entry} = {module}\n")
+    return folder
+
+
+# a method that advises for itself
+ADVISED = """
+    from pydantic import Field
+    from torch.nn.functional import logsigmoid
+
+    from alignkit import Advice, Choice, Method, MethodConfig, Term, hookimpl
+    from alignkit_kernels import sequence_sum
+
+
+    class Stranger(Method["Stranger.Config"]):
+        name = "stranger"
+        data = "pairs"
+        demo_settings = {"learning_rate": 5e-4, "epochs": 1, "tau": 0.3}
+
+        class Config(MethodConfig):
+            tau: float = Field(0.7, gt=0, description="how strange")
+
+        @classmethod
+        def advice(cls, facts):
+            if facts.length_bias is None:
+                return Advice(None, "nothing to learn: answers are of like lengths")
+            return Advice(99, f"made for this: {facts.length_bias}", (Choice("tau", 0.2, "half of the bias"),))
+
+        def loss(self, batch, models):
+            chosen, rejected = batch.pairs(sequence_sum(models.policy(batch).logps, batch.cu_seqlens))
+            return {"stranger": Term(-logsigmoid(self.config.tau * (chosen - rejected)))}
+
+
+    @hookimpl
+    def register_methods():
+        return [Stranger]
+"""
+
+
 def write_tiny(folder: Path, **changes: Any) -> None:
-    """Write a tiny Llama, its configuration changed as wanted, and its tokenizer."""
+    """Write a tiny Llama, with these changes of its configuration, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

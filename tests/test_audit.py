@@ -1,4 +1,4 @@
-"""alignkit audit: what it finds in rows whose faults are known, and what it says of rewards that are known."""
+"""`alignkit audit`: what it finds in rows with known faults, and about rewards with known biases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from alignkit.errors import ConfigError, DataError, RewardError
 from alignkit.insight.audit import Audit, audit, write_html, write_json
 from alignkit.insight.audit.bias import biases
-from alignkit.insight.intervals import of_mean
+from alignkit.insight.intervals import mean_interval
 from alignkit.testing.world import tiny_tokenizer
 
 Rows = list[dict[str, Any]]
@@ -41,7 +41,7 @@ def plain(n: int, seed: int = 0) -> Rows:
     return rows
 
 
-def said(found: Audit) -> str:
+def finding_texts(found: Audit) -> str:
     return "\n".join(finding.what for finding in found.findings)
 
 
@@ -63,8 +63,8 @@ def test_repeats_contradictions_and_what_was_dropped() -> None:
     assert found.repeats.duplicates == (2,)
     assert found.repeats.contradictions == ((1, 3),)
     assert found.repeats.prompts == 2
-    assert "opposite of another row (rows 1 and 3)" in said(found)
-    assert "(row 2)" in said(found)
+    assert "contradicts another row (rows 1 and 3)" in finding_texts(found)
+    assert "(row 2)" in finding_texts(found)
 
 
 def test_ties_are_counted() -> None:
@@ -107,7 +107,7 @@ def test_prompts_of_held_out_rows() -> None:
     rows, held_out = [pair("p ", "a", "b"), pair("q", "a", "b")], [{"prompt": "r"}, {"prompt": "p"}, {"prompt": "p"}]
     found = audit(rows, eval_data=held_out)
     assert found.shared == (2, 3)
-    assert "2 held-out rows have a prompt that is trained on (rows 2, 3 of the held-out data)" in said(found)
+    assert "2 held-out rows have a prompt that is trained on (rows 2, 3 of the held-out data)" in finding_texts(found)
     assert audit(rows).shared is None
     assert audit(rows, eval_data=[{"prompt": "r"}]).findings == ()
 
@@ -124,11 +124,11 @@ def test_lengths_in_characters_and_in_tokens() -> None:
     assert [x.mean for x in found.lengths] == [pytest.approx(8 / 3), 4.0, pytest.approx(7 / 3 + 1)]  # answers with EOS
     assert found.budgets is not None
     assert (found.budgets.prompts_cut, found.budgets.answers_cut, found.budgets.answers) == (1, 2, 6)
-    assert "2 of 6 answers are longer than max_completion_tokens 4" in said(found)
+    assert "2 of 6 answers are longer than max_completion_tokens 4" in finding_texts(found)
     roomy = audit(rows, model=tiny_tokenizer())
     assert roomy.budgets is not None
     assert roomy.budgets.answers_cut == 0
-    assert "longer than" not in said(roomy)
+    assert "longer than" not in finding_texts(roomy)
 
 
 def test_what_a_budget_makes_identical_is_named() -> None:
@@ -199,9 +199,9 @@ def test_a_planted_bias_is_found_and_nothing_else() -> None:
         row["chosen"] += " 😀"
     found = audit(rows)
     assert [b.feature for b in found.biases if b.beyond_chance] == ["emoji"]
-    assert said(found) == "the answer with more emoji is chosen in 100% of the pairs in which they differ"
+    assert finding_texts(found) == "the answer with more emoji is chosen in 100% of the pairs in which they differ"
     turned = audit([pair(r["prompt"], r["rejected"], r["chosen"]) for r in rows])
-    assert said(turned) == "the answer with fewer emoji is chosen in 100% of the pairs in which they differ"
+    assert finding_texts(turned) == "the answer with fewer emoji is chosen in 100% of the pairs in which they differ"
 
 
 def test_the_remedy_of_a_length_bias_names_its_direction() -> None:
@@ -248,8 +248,8 @@ def test_a_reward_for_length() -> None:
     assert not effects["exclamation marks", "taken"].beyond_chance
     people = sum(a > b for a, b in zip(lengths[0::2], lengths[1::2], strict=True)) / (40 - reward.ties)
     told = "the longer answer has the higher score in 100% of the pairs in which they differ, and is chosen in"
-    assert f"{told} {people:.0%}" in said(found)
-    assert "adding length to the same answer changes the score by +" in said(found)
+    assert f"{told} {people:.0%}" in finding_texts(found)
+    assert "adding length to the same answer changes the score by +" in finding_texts(found)
 
 
 def test_the_changed_answers_are_taken_from_both_sides_in_turn() -> None:
@@ -281,7 +281,7 @@ def test_an_effect_has_the_interval_of_a_mean() -> None:
 def scored_by(n: int, level: float) -> bool:
     """Whether a reward that adds 0, 1, ... for an emoji has an effect beyond chance, with a t just at `level`."""
     moved = [float(i) for i in range(n)]
-    shift = of_mean(moved, level)[0]  # the mean, less the half width of that level
+    shift = mean_interval(moved, level)[0]  # the mean, less the half width of that level
     rises = iter(value - shift for value in moved)
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
@@ -311,7 +311,7 @@ def test_few_answers_that_agree_by_accident_are_no_finding(n: int, beyond: bool)
     effect = next(e for e in found.reward.effects if (e.feature, e.change) == ("emoji", "added"))
     assert (effect.n, effect.low) == (n, effect.high)
     assert effect.beyond_chance == beyond
-    assert ("adding emoji" in said(found)) == beyond
+    assert ("adding emoji" in finding_texts(found)) == beyond
 
 
 def test_columns_lengths_and_messages_reach_the_reward() -> None:
@@ -338,15 +338,15 @@ def test_at_most_so_many_rows_are_asked_about() -> None:
     assert (found.rows, found.biases[0].pairs + found.ties) == (7, 7)
 
 
-def test_a_reward_that_says_nothing_and_one_that_is_wrong() -> None:
+def test_a_constant_reward_and_one_that_is_wrong() -> None:
     rows = [pair(f"{i}", f"good {i}", f"bad {i}!") for i in range(30)]
     same = audit(rows, reward=lambda completions, **_: [1.0] * len(completions))
     assert same.reward is not None
     assert (same.reward.accuracy, same.reward.ties, same.reward.biases) == (0.5, 30, ())
-    assert "gives every answer the same score" in said(same)
+    assert "gives every answer the same score" in finding_texts(same)
     assert all(e.mean is None for e in same.reward.effects)
     wrong = audit(rows, reward=lambda completions, **_: [float("bad" in c) for c in completions])
-    assert "agrees with 0% of the preferences, worse than chance" in said(wrong)
+    assert "agrees with 0% of the preferences, worse than chance" in finding_texts(wrong)
 
 
 def test_a_reward_on_rows_that_are_no_pairs() -> None:
@@ -362,19 +362,19 @@ def test_a_reward_models_folder_brings_its_tokenizer(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path / "reward")
     found = audit([pair("ab", "cd", "efg"), pair("a", "bc", "d")], reward=folder)
     assert found.unit == "tokens"
-    assert found.budgets is None  # the reward's model says nothing about what a policy reads
+    assert found.budgets is None  # the reward's model does not tell what a policy reads
     assert found.reward is not None
     assert found.reward.deviation > 0
 
 
-def test_what_cannot_be_asked(tmp_path: Path) -> None:
+def test_what_cannot_be_scored(tmp_path: Path) -> None:
     rows = plain(3)
     three = write_classifier(tmp_path / "three", labels=3)
     with pytest.raises(ConfigError, match="has 3 labels; a reward model has 1"):
         audit(rows, reward=three)
     with pytest.raises(RewardError, match="asks for the column 'answer'"):
         audit(rows, reward="exact")
-    with pytest.raises(ConfigError, match="2 rows at least"):
+    with pytest.raises(ConfigError, match="at least 2 rows"):
         audit(rows, reward=by_length, asked=1)
 
 
@@ -422,7 +422,7 @@ def test_the_command(command: Callable[..., Any], write_rows: Callable[..., str]
         (["prefs.jsonl", "--columns", "prompt"], "--columns wants a mapping"),
         (["prefs.jsonl", "--html", "no/a.html"], "there is no folder 'no'"),
         (["prefs.jsonl", "--json", "/proc/a.json"], "--json '/proc/a.json': cannot be written"),
-        (["prefs.jsonl", "--max-completion-tokens", "2"], "--max-completion-tokens is in tokens"),
+        (["prefs.jsonl", "--max-completion-tokens", "2"], "--max-completion-tokens counts tokens"),
         (["prefs.jsonl", "--reward", "lenght"], "Did you mean 'length'?"),
         (["prefs.jsonl", "--model", "./base"], "there is no folder './base'"),
     ],

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignkit.insight.audit.features import FEATURES, FILLER, answer_text
-from alignkit.insight.intervals import of_mean, wilson
+from alignkit.insight.intervals import mean_interval, wilson
 
 BY_NAME = {feature.name: feature for feature in FEATURES}
 PIECES = st.sampled_from(
@@ -152,7 +152,7 @@ def test_wilson_by_hand() -> None:
 @pytest.mark.parametrize("level", [0.95, 0.993])
 def test_the_interval_of_a_mean_is_students(n: int, level: float) -> None:
     values = [float(i % 2) for i in range(n)]
-    low, high = of_mean(values, level)
+    low, high = mean_interval(values, level)
     assert (low + high) / 2 == pytest.approx(statistics.fmean(values))
     t = (high - low) / 2 / (statistics.stdev(values) / math.sqrt(n))
     x, v = np.linspace(-t, t, 400_001), n - 1

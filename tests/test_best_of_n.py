@@ -20,7 +20,7 @@ from alignkit import data
 from alignkit.errors import ConfigError, RewardError
 from alignkit.insight.best_of_n import BestOfN, best_of_n, draw, table, write_best, write_json, write_pairs
 from alignkit.insight.best_of_n.curve import best_of, curve, kl, ordered
-from alignkit.insight.best_of_n.sampled import Asked
+from alignkit.insight.best_of_n.selection import Samples
 from helpers import write_tiny
 
 SHORT = {"sampling.max_new_tokens": 6, "sampling.stop": ["e", "a", "s"]}
@@ -105,13 +105,13 @@ def test_the_curve_is_a_mean_over_prompts_with_its_interval() -> None:
 # ------------------------------------------------------------------------------------------------------- files
 
 
-def asked(row: int, rewards: tuple[float, ...], ended: tuple[bool, ...], **changes: Any) -> Asked:
+def samples(row: int, rewards: tuple[float, ...], ended: tuple[bool, ...], **changes: Any) -> Samples:
     texts = tuple(f" answer {i}" for i in range(len(rewards)))
-    return Asked(**{"row": row, "prompt": f"p{row}", "completions": texts, "rewards": rewards, "golds": None,
+    return Samples(**{"row": row, "prompt": f"p{row}", "completions": texts, "rewards": rewards, "golds": None,
                     "ended": ended, "prompt_cut": False, **changes})  # fmt: skip
 
 
-def found_of(*some: Asked) -> BestOfN:
+def found_of(*some: Samples) -> BestOfN:
     golds = [a.golds for a in some if a.golds is not None]
     return BestOfN(
         "m",
@@ -126,10 +126,10 @@ def found_of(*some: Asked) -> BestOfN:
 def test_the_files_are_rows_that_methods_read(tmp_path: Path) -> None:
     chat = ([{"role": "user", "content": "hi"}], tuple([{"role": "assistant", "content": f"a{i}"}] for i in range(3)))
     found = found_of(
-        asked(1, (1.0, 3.0, 2.0), (True, True, False)),
-        asked(4, (2.0, 2.0, 2.0), (True, True, True)),
-        asked(5, (0.0, 1.0, 2.0), (True, True, False)),
-        asked(6, (5.0, 1.0, 5.0), (True, True, True), prompt=chat[0], completions=chat[1]),
+        samples(1, (1.0, 3.0, 2.0), (True, True, False)),
+        samples(4, (2.0, 2.0, 2.0), (True, True, True)),
+        samples(5, (0.0, 1.0, 2.0), (True, True, False)),
+        samples(6, (5.0, 1.0, 5.0), (True, True, True), prompt=chat[0], completions=chat[1]),
     )
     write_best(found, tmp_path / "best.jsonl")
     best = [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()]
@@ -148,7 +148,7 @@ def test_the_files_are_rows_that_methods_read(tmp_path: Path) -> None:
 
 
 def test_gold_stands_beside(tmp_path: Path) -> None:
-    found = found_of(asked(1, (1.0, 3.0), (True, True), golds=(7.0, 8.0)))
+    found = found_of(samples(1, (1.0, 3.0), (True, True), golds=(7.0, 8.0)))
     write_best(found, tmp_path / "best.jsonl")
     assert json.loads((tmp_path / "best.jsonl").read_text())["gold"] == 8.0
     write_json(found, tmp_path / "c.json")
@@ -158,7 +158,7 @@ def test_gold_stands_beside(tmp_path: Path) -> None:
 
 
 def test_the_table_has_the_powers_of_two_and_n() -> None:
-    found = found_of(asked(1, tuple(map(float, range(11))), (True,) * 11))
+    found = found_of(samples(1, tuple(map(float, range(11))), (True,) * 11))
     assert list(table(found).columns[0].cells) == ["1", "2", "4", "8", "11"]
     nine = BestOfN("m", 9, "proxy", None, (), curve([[float(i) for i in range(9)]] * 2, None))
     assert list(table(nine).columns[0].cells) == ["1", "2", "4", "8", "9"]
@@ -168,10 +168,10 @@ def test_the_table_has_the_powers_of_two_and_n() -> None:
 @pytest.mark.parametrize("golds", [None, (1.0, 2.0)])
 def test_the_picture(golds: tuple[float, float] | None, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    draw(found_of(asked(1, (1.0, 3.0), (True, True), golds=golds)), tmp_path / "c.png")
+    draw(found_of(samples(1, (1.0, 3.0), (True, True), golds=golds)), tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ConfigError, match=r"none/c\.png: No such file or directory"):
-        draw(found_of(asked(1, (1.0, 3.0), (True, True), golds=golds)), tmp_path / "none" / "c.png")
+        draw(found_of(samples(1, (1.0, 3.0), (True, True), golds=golds)), tmp_path / "none" / "c.png")
 
 
 # -------------------------------------------------------------------------------------------------- the whole
@@ -217,10 +217,10 @@ def test_samples_are_scored_and_chosen(base: str) -> None:
 
 
 def test_prompts_that_are_asked_together_change_nothing(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alignkit.insight.best_of_n import sampled
+    from alignkit.insight.best_of_n import selection
 
     whole = best_of_n(base, ROWS, longest, n=2, settings=SHORT).asked
-    monkeypatch.setattr(sampled, "TOGETHER", 2)
+    monkeypatch.setattr(selection, "CHUNK", 2)
     assert best_of_n(base, ROWS, longest, n=2, settings=SHORT).asked == whole
     assert best_of_n(base, ROWS, longest, n=2, settings=SHORT, limit=1).asked == whole[:1]
 
@@ -236,7 +236,7 @@ def test_columns_reach_the_reward(base: str) -> None:
     assert seen == [(row["prompt"], row["fact"]) for row in ROWS for _ in range(2)]
 
 
-def test_what_is_cut_and_dropped_is_said(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_cut_and_dropped_is_logged(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [*ROWS[:1], {"prompt": "x"}, *ROWS[1:]]
     with caplog.at_level("INFO", "alignkit"):
         found = best_of_n(base, rows, longest, n=2, settings={**SHORT, "max_prompt_tokens": 4}, limit=3)

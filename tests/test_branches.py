@@ -17,6 +17,7 @@ from alignkit.models.loading import readied
 from alignkit.models.packing import batch_of, dense_mask, pack
 from alignkit.models.scoring import Scorer
 from alignkit.types import Completion, Example, Layout
+from exact import assert_rounding_only, exact_copy, gradients
 
 SDPA = [name for name in FOREST if fresh(name).config._attn_implementation == "sdpa"]
 
@@ -33,20 +34,19 @@ def branching(name: str) -> Any:
 def test_a_model_says_what_it_says_of_one_sequence_at_a_time(name: str, row_tokens: int) -> None:
     batch = batch_of(examples(), Layout("forest", row_tokens))
     logps = Scorer(branching(name))(batch.rows, batch.targets).logps
-    torch.testing.assert_close(logps, one_at_a_time(fresh(name), examples()), atol=3e-5, rtol=0)
+    own, exact = (one_at_a_time(m, examples()) for m in (fresh(name), exact_copy(fresh(name))))
+    assert_rounding_only(logps, own, exact)
 
 
 @pytest.mark.parametrize("name", SDPA)
 def test_gradients_are_those_of_one_sequence_at_a_time(name: str) -> None:
-    packed, alone = branching(name), fresh(name)
     batch = batch_of(examples(), Layout("forest", 4096))
     weights = torch.linspace(-1, 1, len(batch.targets))
-    (Scorer(packed)(batch.rows, batch.targets).logps * weights).sum().backward()
-    with torch.enable_grad():
-        (one_at_a_time(alone, examples()) * weights).sum().backward()
-    for (what, mine), theirs in zip(packed.named_parameters(), alone.parameters(), strict=True):
-        if theirs.grad is not None:
-            torch.testing.assert_close(mine.grad, theirs.grad, atol=2e-3, rtol=1e-3, msg=lambda m, w=what: f"{w}: {m}")
+    got = gradients(branching(name), lambda m: (Scorer(m)(batch.rows, batch.targets).logps * weights).sum())
+    alone = (fresh(name), exact_copy(fresh(name)))
+    own, exact = (gradients(m, lambda m: (one_at_a_time(m, examples()) * weights).sum()) for m in alone)
+    for what in own:
+        assert_rounding_only(got[what], own[what], exact[what], what)
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit import cli, data, registry
 from alignkit.cli import console
-from alignkit.compare import Comparison, check_picture, compare, draw, table, together, write_json
+from alignkit.compare import Comparison, check_picture, compare, draw, table, write_json
+from alignkit.compare import comparison as comparisons
+from alignkit.compare.comparison import Row
 from alignkit.compare.jobs import Job, Task, check_settings, jobs_of, rows_of
-from alignkit.compare.one import done
-from alignkit.compare.together import Row
+from alignkit.compare.worker import run_job
 from alignkit.data import tokenise
-from alignkit.demo import against_base as measures
-from alignkit.demo import recipes, world
+from alignkit.demo import policy_metrics, recipes, world
 from alignkit.errors import ConfigError, PluginError
 from alignkit.rollout import Sampled
 from alignkit.testing.world import blend, tiny_model, tiny_tokenizer
@@ -63,7 +63,7 @@ def test_the_rows_and_what_scores_answers_decide_who_takes_part(
     jobs, left_out = chosen(task(tiny, write_rows(make_rows(kind, 8)), **asks))
     assert [job.name for job in jobs] == ["base", *compared]
     assert sorted(left_out) == sorted(set(METHODS) - set(compared))
-    assert left_out["reward"] == "trains no policy, but reward: it has no answers to compare"
+    assert left_out["reward"] == "trains reward and no policy: it has no answers to compare"
     if not asks:
         assert left_out["grpo"] == "needs a reward: give --reward"
     if kind == "unpaired":
@@ -92,8 +92,8 @@ def test_a_setting_goes_to_the_methods_that_have_it(tiny: str, pairs: str) -> No
     ("settings", "words"),
     [
         ({"bta": 1}, "unknown setting 'bta'. Did you mean 'beta'"),
-        ({"reward": BREVITY}, "--set reward: compare sets that itself"),
-        ({"output": "x"}, "--set output: compare sets that itself"),
+        ({"reward": BREVITY}, "--set reward: compare sets this itself"),
+        ({"output": "x"}, "--set output: compare sets this itself"),
     ],
 )
 def test_a_setting_that_nobody_has_is_refused(settings: dict[str, Any], words: str) -> None:
@@ -107,8 +107,8 @@ def test_a_setting_of_a_mapping_can_be_named_alone(
 ) -> None:
     given = task(tiny, pairs)  # max_new_tokens is 5
     jobs = []
-    monkeypatch.setattr(together, "demo_task", lambda folder, seed: given)
-    monkeypatch.setattr(together, "_row", lambda job, folder: jobs.append(job) or Row(job.name, {}))
+    monkeypatch.setattr(comparisons, "demo_task", lambda folder, seed: given)
+    monkeypatch.setattr(comparisons, "_row", lambda job, folder: jobs.append(job) or Row(job.name, {}))
     compare({}, {"sampling.temperature": 0.5}, ["dpo"], tmp_path)
     sampling = [job.config().sampling for job in jobs]
     assert [(s.max_new_tokens, s.temperature) for s in sampling] == [(5, 0.5), (5, 0.5)]
@@ -118,9 +118,9 @@ def test_files_may_lie_in_the_folder_of_the_runs_which_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: str, pairs: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(console, "speak", lambda: None)
-    monkeypatch.setattr(together, "demo_task", lambda folder, seed: task(tiny, pairs))
-    monkeypatch.setattr(together, "_row", lambda job, folder: Row(job.name, dict(FIGURES)))
+    monkeypatch.setattr(console, "show_log", lambda: None)
+    monkeypatch.setattr(comparisons, "demo_task", lambda folder, seed: task(tiny, pairs))
+    monkeypatch.setattr(comparisons, "_row", lambda job, folder: Row(job.name, dict(FIGURES)))
     command = ["compare", "--methods", "dpo", "--json", "runs/c.json"]
     typer.main.get_command(cli.app)(command, standalone_mode=False)
     assert json.loads((tmp_path / "runs/c.json").read_text())["rows"][0]["method"] == "base"
@@ -193,21 +193,21 @@ def test_accuracy_and_kl_are_those_of_a_computation_by_hand() -> None:
     ]
     right = [chosen > rejected for chosen, rejected in ratios]
     assert 0 < sum(right) < 3
-    assert measures.preference_accuracy(model, base, pairs) == pytest.approx(sum(right) / 3)
-    assert measures.preference_accuracy(base, base, pairs) == 0.5
+    assert policy_metrics.preference_accuracy(model, base, pairs) == pytest.approx(sum(right) / 3)
+    assert policy_metrics.preference_accuracy(base, base, pairs) == 0.5
     sampled = [[Sampled(c.tokens.tolist(), True) for c in e.completions] for e in pairs]
     want = sum(r for both in ratios for r in both) / 6
-    assert measures.kl_of_samples(model, base, pairs, sampled) == pytest.approx(want, abs=1e-5)
-    assert measures.kl_of_samples(base, base, pairs, sampled) == 0
+    assert policy_metrics.kl_of_samples(model, base, pairs, sampled) == pytest.approx(want, abs=1e-5)
+    assert policy_metrics.kl_of_samples(base, base, pairs, sampled) == 0
 
 
 def test_a_win_rate_counts_ties_half() -> None:
-    assert measures.win_rate([1, 2, 0, 1], [0, 2, 1, 1]) == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
+    assert policy_metrics.win_rate([1, 2, 0, 1], [0, 2, 1, 1]) == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
 
 
 def test_a_policy_that_is_the_base_is_measured_as_such(tiny: str, pairs: str, tmp_path: Path) -> None:
     jobs, _ = jobs_of(task(tiny, pairs, reward=BREVITY), {"dpo": registry.get("dpo")}, tmp_path, 0)
-    figures = done(jobs[0])
+    figures = run_job(jobs[0])
     assert (figures["kl"], figures["accuracy"], figures["seconds"]) == (0, 0.5, None)
     assert 0 < figures["distinct_2"] <= 1  # type: ignore[operator]
     assert figures["win_rate"] == pytest.approx(0.5, abs=0.25)
@@ -216,7 +216,7 @@ def test_a_policy_that_is_the_base_is_measured_as_such(tiny: str, pairs: str, tm
 def test_one_method_is_trained_and_measured(tiny: str, pairs: str, tmp_path: Path) -> None:
     given = task(tiny, pairs, settings={"max_steps": 6, "lora": 4})
     jobs, _ = jobs_of(given, {"sft": registry.get("sft")}, tmp_path, 0)
-    figures = done(jobs[1])
+    figures = run_job(jobs[1])
     assert figures["win_rate"] is None
     assert figures["kl"] > 0  # type: ignore[operator]
     assert figures["seconds"] > 0  # type: ignore[operator]
@@ -225,7 +225,7 @@ def test_one_method_is_trained_and_measured(tiny: str, pairs: str, tmp_path: Pat
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     held_out = tokenise.tokenise(data.load(rows_of(jobs[1], tokenizer)[1], "pairs"), tokenizer)[0]
-    assert figures["accuracy"] == measures.preference_accuracy(aligned, base, held_out)
+    assert figures["accuracy"] == policy_metrics.preference_accuracy(aligned, base, held_out)
 
 
 # ------------------------------------------------------------------------------------------------------- together
@@ -237,10 +237,10 @@ def test_the_demos_task_from_the_command_line_where_one_method_fails_and_the_oth
 ) -> None:
     monkeypatch.setitem(recipes.SFT, "epochs", 2)
     monkeypatch.setitem(recipes.SHARED, "epochs", 1)
-    monkeypatch.setitem(recipes.SETTINGS, "kto", {"batch_size": 1})  # it needs two
+    monkeypatch.setattr(registry.get("kto"), "demo_settings", {"batch_size": 1})  # it needs two
     monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(console, "speak", lambda: None)  # the log stays as the other tests have it
+    monkeypatch.setattr(console, "show_log", lambda: None)  # the log stays as the other tests have it
     runs = tmp_path / "compare-001"
     files = ["--json", str(tmp_path / "c.json"), "--png", str(tmp_path / "c.png")]
     monkeypatch.setattr(
@@ -250,7 +250,7 @@ def test_the_demos_task_from_the_command_line_where_one_method_fails_and_the_oth
         cli.main()
     printed = capsys.readouterr().out
     assert ended.value.code == 1
-    assert "left out: reward: trains no policy" in printed
+    assert "left out: reward: trains reward and no policy" in printed
     assert "failed: batch_size 1 is too small: 'kto'" in printed
     written = json.loads((tmp_path / "c.json").read_text())
     rows = {row["method"]: row["figures"] for row in written["rows"]}
@@ -298,7 +298,7 @@ def test_every_method_is_a_labelled_point(tmp_path: Path, monkeypatch: pytest.Mo
     draw(comparison(*rows, Row("kto", dict.fromkeys(FIGURES), "why")), tmp_path / "c.png")
     assert labels == [("base", (0.0, 75.0)), ("dpo", (0.5, 75.0))]
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ConfigError, match="no picture: no method has a win rate; give --reward or --judge"):
+    with pytest.raises(ConfigError, match="no plot: no method has a win rate; give --reward or --judge"):
         draw(comparison(Row("dpo", {**FIGURES, "win_rate": None})), tmp_path / "d.png")
 
 
@@ -329,7 +329,7 @@ def test_what_cannot_be_compared_is_said_first(
     arguments: list[str], error: type[Exception], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(console, "speak", lambda: None)
+    monkeypatch.setattr(console, "show_log", lambda: None)
     with pytest.raises(error, match=words):
         typer.main.get_command(cli.app)(["compare", *arguments], standalone_mode=False)
     assert list(tmp_path.iterdir()) == []

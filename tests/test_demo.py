@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit import registry
-from alignkit.demo import recipes, show, verdict, world
-from alignkit.errors import ConfigError
+from alignkit.demo import before_after, recipes, verdict, world
+from alignkit.errors import ConfigError, PluginError
 from alignkit.runs.folder import read_metrics
+from helpers import ADVISED, write_plugin
+
+METHODS = ["cpo", "dpo", "grpo", "ipo", "kto", "nash", "orpo", "ppo", "rloo", "simpo"]
 
 
 @given(st.integers(0, 50))
@@ -48,22 +54,56 @@ def test_the_base_is_trained_on_both_styles_alike() -> None:
 
 
 def test_a_method_that_the_demo_lacks_is_named_with_those_it_has(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the demo has no 'dpoo'; it has dpo, ipo, .* Did you mean 'dpo'\?"):
-        show.run_demo("dpoo", tmp_path, 0)
+    with pytest.raises(ConfigError, match=r"the demo has no 'dpoo'; it has cpo, dpo, .* Did you mean 'dpo'\?"):
+        before_after.run_demo("dpoo", tmp_path, 0)
+
+
+def test_every_method_that_trains_a_policy_is_offered_but_that_of_the_base() -> None:
+    assert recipes.offered() == METHODS
+    assert (recipes.best("pairs"), recipes.best("text"), recipes.best("pairs", "reward")) == ("dpo", "sft", "reward")
+
+
+def test_without_a_method_for_the_base_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [plugin for plugin in registry.plugins() if plugin.name != "sft"]
+    monkeypatch.setattr(registry, "plugins", lambda: others)
+    with pytest.raises(PluginError, match="trains a policy on rows of the kind 'text'; try: pip install alignkit-sft"):
+        before_after.run_demo("dpo", Path("nowhere"), 0)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo of few questions and steps."""
+    monkeypatch.setitem(recipes.SFT, "epochs", 2)
+    monkeypatch.setitem(recipes.SHARED, "epochs", 1)
+    monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])
+
+
+@pytest.mark.usefixtures("small")
+def test_a_strangers_method_runs_with_its_own_settings(
+    command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(write_plugin(tmp_path / "site", "stranger", ADVISED))
+    code, out, err = command("demo", "--method", "stranger", "--output", tmp_path / "runs")
+    assert code == 0, err
+    assert "after stranger" in out
+    run = tmp_path / "runs/demo-stranger-001/stranger"
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert (settings["learning_rate"], settings["tau"], settings["batch_size"]) == (5e-4, 0.3, 16)
+    assert "eval/stranger" in read_metrics(run)[-1]
+    assert (run / "model/model.safetensors").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(show.SETTINGS))
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("method", METHODS)
 def test_it_runs_from_nothing_to_a_table_and_leaves_what_it_promises(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(recipes.SFT, "epochs", 2)
-    monkeypatch.setitem(recipes.SHARED, "epochs", 1)
-    monkeypatch.setitem(recipes.SETTINGS, method, recipes.SETTINGS[method] | {"epochs": 1})
-    monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])
-    last = show.run_demo(method, tmp_path, 0)
+    cls = registry.get(method)
+    monkeypatch.setattr(cls, "demo_settings", {**cls.demo_settings, "epochs": 1})
+    last = before_after.run_demo(method, tmp_path, 0)
     table = capsys.readouterr().out
-    for row in ("win rate against the base", "preference accuracy", "KL to the base (nats a sequence)", "question"):
+    for row in ("win rate against the base", "preference accuracy", "KL to the base (nats per sequence)", "question"):
         assert row in table
     folder = tmp_path / f"demo-{method}-001"
     assert str(folder / method / "model") in last
@@ -72,7 +112,7 @@ def test_it_runs_from_nothing_to_a_table_and_leaves_what_it_promises(
     model = AutoModelForCausalLM.from_pretrained(folder / method / "model")
     ids = AutoTokenizer.from_pretrained(folder / method / "model")("Question:", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
-    online = registry.get(method).data == "prompts"
+    online = cls.data == "prompts"
     rows = [json.loads(line) for line in (folder / f"data/{'prompts' if online else 'pairs'}.jsonl").open()]
     assert set(rows[0]) == ({"prompt", "fact"} if online else {"prompt", "chosen", "rejected"})
     assert ("mean reward" in table) == online
@@ -81,8 +121,8 @@ def test_it_runs_from_nothing_to_a_table_and_leaves_what_it_promises(
 
 @pytest.mark.slow
 def test_grpo_raises_the_reward_near_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show.run_demo("grpo", tmp_path, 0)
+    before_after.run_demo("grpo", tmp_path, 0)
     figures = dict(re.findall(r"^ (\w[^%\d]+?) +[\d.%-]+ +([\d.]+)", capsys.readouterr().out, re.MULTILINE))
     assert float(figures["mean reward"]) > 0.85
     assert float(figures["win rate against the base"]) > 60
-    assert 0.5 < float(figures["KL to the base (nats a sequence)"]) < 10
+    assert 0.5 < float(figures["KL to the base (nats per sequence)"]) < 10

@@ -18,10 +18,10 @@ from alignkit import Alarm, registry
 from alignkit.alarms import ALARMS, Health
 from alignkit.config import RunConfig, Sampling
 from alignkit.insight.health import Monitor, detectors
+from alignkit.insight.health.alarm_messages import DETECTORS
+from alignkit.insight.health.completion_stats import dead_groups, repetition, same_opening, spreads, words
 from alignkit.insight.health.history import History
 from alignkit.insight.health.monitor import held_out
-from alignkit.insight.health.texts import dead_groups, repetition, same_opening, spreads, words
-from alignkit.insight.health.words import DETECTORS
 
 STEPS = 60
 OFFLINE = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
@@ -105,7 +105,7 @@ def together(*changes: Change) -> Change:
     return change
 
 
-def says(text: str) -> Change:
+def writes(text: str) -> Change:
     def change(step: int, metrics: dict[str, float], rows: list[dict[str, Any]]) -> None:
         for row in rows:
             if step > 20:
@@ -133,8 +133,8 @@ PLANTED: list[tuple[str, Any, Change]] = [
     ("reward_held_out", online_line, together(rising, scores("reward/right", lambda s, r: (r["number"] % 2) - s / 60))),
     ("distinct", online_line, sets(completion__distinct_2=lambda step: 0.07 if step < 20 else 0.02)),
     ("entropy", online_line, sets(entropy=lambda step: 0.09 * 0.9**step)),
-    ("repetition", online_line, says("{0} {1} red red red red red red red red red red")),
-    ("opening", online_line, says("What a lovely question, {0} {1}")),
+    ("repetition", online_line, writes("{0} {1} red red red red red red red red red red")),
+    ("opening", online_line, writes("What a lovely question, {0} {1}")),
     ("displacement", offline_line, sets(logps__chosen=lambda step: -1.0 - step / 10)),
     ("displacement", offline_line, sets(logratios__chosen=lambda s: -s / 90, logratios__rejected=lambda s: -s / 40)),
     ("zero_variance", online_line, scores("reward", lambda step, row: 0.5)),
@@ -373,7 +373,7 @@ def test_groups_that_teach_nothing() -> None:
 
     assert dead_groups(rows([0, 0], [1, 1], [0, 1], [0, 0]), best=1, worst=0) == 0.5  # the second is solved
     assert dead_groups(rows([1, 1], [1, 1]), best=1, worst=0) == 0
-    assert dead_groups(rows([1, 1], [1, 1]), best=1, worst=1) == 1  # a reward that says nothing else
+    assert dead_groups(rows([1, 1], [1, 1]), best=1, worst=1) == 1  # the only reward so far
     assert dead_groups(rows([1], [0]), best=1, worst=0) is None
     assert spreads([{"reward/a": 0.0}, {"reward/a": 2.0}, {"wins": 1}]) == {"spread/reward/a": 1.0}
 
@@ -413,7 +413,7 @@ def test_start_and_now_are_means_of_the_first_and_the_last_lines(values: list[fl
     n = len(values)
     assert h.now("x") == (close(math.fsum(values[-window:]) / window) if n >= window else None)
     assert h.start("x") == (close(math.fsum(values[:window]) / window) if n >= 2 * window else None)
-    assert h.middle("x") == (close(statistics.median(values[-window:])) if n >= 2 * window else None)
+    assert h.median("x") == (close(statistics.median(values[-window:])) if n >= 2 * window else None)
     assert h.before("x") == values[-51:-1]
     assert h.last("x") == values[-1]
     assert h.last("y") is None

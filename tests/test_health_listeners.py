@@ -1,4 +1,4 @@
-"""What listens to a run: alarms are said once, broken listeners end nothing, `stop_on` ends a run that can go on."""
+"""Listeners: alarms are reported once, broken listeners end nothing, `stop_on` ends a run that can be resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMED = ("tokens_per_second", "seconds/")
 
 
 class Hooks:
-    """A listener without a distribution: pluggy's relay returns a list of what each of its plugins said."""
+    """A listener without a distribution: pluggy's relay returns a list of the results of its plugins."""
 
     def __init__(self, say: Callable[[int, dict[str, float]], Any]) -> None:
         self._say = say
@@ -59,16 +59,16 @@ def written(folder: Path) -> list[dict[str, Any]]:
     return list(read_lines(folder / "alarms.jsonl"))
 
 
-# ------------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------------------------- reports
 
 
-def test_an_alarm_is_said_once_with_step_value_limit_and_remedy(
+def test_an_alarm_is_reported_once_with_step_value_limit_and_remedy(
     hear: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     hear(one=lambda step, _: [alarm("kl_high", 10.0 + step), alarm("truncation")] if step > 1 else [])
     listeners = opened(tmp_path)
     with caplog.at_level(logging.WARNING, "alignkit"):
-        new = [[a.name for a in listeners.hear(step, {"loss": 1.0})] for step in (1, 2, 3)]
+        new = [[a.name for a in listeners.check(step, {"loss": 1.0})] for step in (1, 2, 3)]
     assert new == [[], ["kl_high", "truncation"], []]
     assert caplog.messages == [
         "alarm kl_high: kl_high is 12.0, above 1. Lower `learning_rate`",
@@ -83,25 +83,27 @@ def test_an_alarm_is_said_once_with_step_value_limit_and_remedy(
 
 def test_two_listeners_and_one_cause_are_one_alarm_the_first(hear: Any, tmp_path: Path) -> None:
     hear(a=lambda *_: [alarm("mine", 3.0)], b=lambda *_: [alarm("mine", 4.0), alarm("other")])
-    assert [(a.name, a.value) for a in opened(tmp_path).hear(1, {"loss": 0.0})] == [("mine", 3.0), ("other", 2.0)]
+    assert [(a.name, a.value) for a in opened(tmp_path).check(1, {"loss": 0.0})] == [("mine", 3.0), ("other", 2.0)]
 
 
-def test_after_a_resume_what_was_said_is_not_said_again_and_what_is_done_again_is(hear: Any, tmp_path: Path) -> None:
+def test_after_a_resume_earlier_alarms_are_not_repeated_and_those_of_repeated_steps_are(
+    hear: Any, tmp_path: Path
+) -> None:
     hear(one=lambda step, _: [alarm(f"at-{step}")])
     before = opened(tmp_path)
-    before.hear(4, {"loss": 1.0})
-    before.hear(4, {"eval/loss": 1.0})  # the same cause
-    before.hear(6, {"eval/loss": 1.0})
+    before.check(4, {"loss": 1.0})
+    before.check(4, {"eval/loss": 1.0})  # the same cause
+    before.check(6, {"eval/loss": 1.0})
     before.close()
-    assert opened(tmp_path, done=6, evaluated=6).hear(6, {"loss": 1.0}) == []
+    assert opened(tmp_path, done=6, evaluated=6).check(6, {"loss": 1.0}) == []
     # that evaluation is done again, and its alarm with it
-    assert [a.name for a in opened(tmp_path, done=6).hear(6, {"eval/loss": 1.0})] == ["at-6"]
-    assert opened(tmp_path, done=5).hear(4, {"loss": 1.0}) == []
-    assert [a.name for a in opened(tmp_path, done=3).hear(4, {"loss": 1.0})] == ["at-4"]
+    assert [a.name for a in opened(tmp_path, done=6).check(6, {"eval/loss": 1.0})] == ["at-6"]
+    assert opened(tmp_path, done=5).check(4, {"loss": 1.0}) == []
+    assert [a.name for a in opened(tmp_path, done=3).check(4, {"loss": 1.0})] == ["at-4"]
 
 
 @pytest.mark.parametrize(
-    ("says", "reason"),
+    ("listener", "reason"),
     [
         (lambda *_: 1 / 0, "ZeroDivisionError: division by zero"),
         (lambda *_: ["kl_high"], r"TypeError: on_metrics returns a list of alignkit.Alarm, not of str"),
@@ -112,12 +114,12 @@ def test_after_a_resume_what_was_said_is_not_said_again_and_what_is_done_again_i
     ],
 )
 def test_a_listener_that_breaks_is_left_out_and_the_others_go_on(
-    says: Any, reason: str, hear: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    listener: Any, reason: str, hear: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hear(bad=says, good=lambda step, _: [alarm(f"at-{step}")])
+    hear(bad=listener, good=lambda step, _: [alarm(f"at-{step}")])
     listeners = opened(tmp_path)
     with caplog.at_level(logging.WARNING, "alignkit"):
-        assert [a.name for step in (1, 2) for a in listeners.hear(step, {"loss": 0.0})] == ["at-1", "at-2"]
+        assert [a.name for step in (1, 2) for a in listeners.check(step, {"loss": 0.0})] == ["at-1", "at-2"]
     (warning,) = [m for m in caplog.messages if "left out" in m]
     assert warning.startswith(f"listener 'bad' is left out: {reason}")
 
@@ -129,7 +131,7 @@ def test_a_listener_cannot_change_what_is_written(hear: Any, tmp_path: Path) -> 
 
     hear(one=meddles)
     values = {"loss": 1.0}
-    opened(tmp_path).hear(1, values)
+    opened(tmp_path).check(1, values)
     assert values == {"loss": 1.0}
 
 
@@ -186,7 +188,7 @@ def test_stop_on_ends_the_run_with_a_checkpoint_and_resuming_goes_on_to_the_same
     folder = settings["output"] / "parts"
     assert str(stopped.value) == (
         "alarm kl_high ended the run (stop_on): kl_high is 2.0, above 1. Lower `learning_rate`\n"
-        f"Stopped after step {at}; go on all the same with: alignkit run {folder / 'config.yaml'} --resume"
+        f"Stopped after step {at}; to continue all the same: alignkit run {folder / 'config.yaml'} --resume"
     )
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step-0000000{at}"]
     parts = alignkit.run("sft", name="parts", stop_on=["kl_high"], resume=True, **given)
@@ -217,7 +219,7 @@ def test_limits_may_change_when_a_run_is_resumed(hear: Any, settings: dict[str, 
     alignkit.run("sft", resume=True, health={"kl_high": 30}, **given)
 
 
-def test_what_was_raised_before_a_resume_ends_nothing_and_that_is_said(
+def test_what_was_raised_before_a_resume_ends_nothing_and_that_is_logged(
     hear: Any, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     hear(one=lambda step, _: [alarm("kl_high" if step < 3 else "truncation")])
@@ -241,12 +243,12 @@ def test_every_rank_ends_together(monkeypatch: pytest.MonkeyPatch, settings: dic
         return value
 
     monkeypatch.setattr(Ranks, "sum", summed)
-    with pytest.raises(AlarmError, match=r"rank 0 says which\nStopped after step 1"):
+    with pytest.raises(AlarmError, match=r"see the error of rank 0\nStopped after step 1"):
         alignkit.run("sft", data=make_rows("text", 12), **settings)
 
 
 @pytest.mark.slow
-def test_the_command_line_says_why_and_exits_with_2(write_rows: Any, tiny: str, tmp_path: Path) -> None:
+def test_the_command_line_reports_why_and_exits_with_2(write_rows: Any, tiny: str, tmp_path: Path) -> None:
     rows = write_rows([{"prompt": r["prompt"]} for r in make_rows("prompts", 8)])
     sets = ["reward={use: length, max: 5}", "sampling={max_new_tokens: 3}", "stop_on=truncation", "health.window=1"]
     sets += ["device=cpu", "group_size=2", f"cache_file={tmp_path / 'cache'}"]
@@ -257,7 +259,7 @@ def test_the_command_line_says_why_and_exits_with_2(write_rows: Any, tiny: str, 
     last = ran.stderr.strip().splitlines()[-2:]
     assert last[0].startswith("error: alarm truncation ended the run (stop_on): step 1: ")
     assert "`sampling.max_new_tokens`" in last[0]
-    assert last[1].endswith(f"go on all the same with: alignkit run {tmp_path}/grpo-001/config.yaml --resume")
+    assert last[1].endswith(f"to continue all the same: alignkit run {tmp_path}/grpo-001/config.yaml --resume")
     assert "Traceback" not in ran.stderr
 
 
@@ -365,7 +367,7 @@ def test_a_listener_comes_with_a_distribution_and_a_broken_one_is_a_warning(
     install(tmp_path, "misspelt", LISTENER.replace("def on_metrics", "def on_metric"), monkeypatch)
     with caplog.at_level(logging.WARNING, "alignkit"):
         listeners = opened(tmp_path)
-    assert [a.message for a in listeners.hear(3, {"loss": 1.0}) if a.name == "mine"] == [f"{tmp_path.name} at 3"]
+    assert [a.message for a in listeners.check(3, {"loss": 1.0}) if a.name == "mine"] == [f"{tmp_path.name} at 3"]
     broken, misspelt = sorted(m for m in caplog.messages if "cannot be loaded" in m or "unknown hook" in m)
     assert broken == ("listener 'broken' of broken cannot be loaded: RuntimeError: no such luck; runs go on without it")
     assert "listener 'misspelt' of misspelt: unknown hook 'on_metric'" in misspelt

@@ -90,21 +90,23 @@ def test_a_killed_and_resumed_run_has_the_alarms_of_one_that_was_not(
     parts = alignkit.run("grpo", name="parts", resume=True, **sick)
     assert alarms(parts.folder) == alarms(whole.folder)
     assert lines(parts.folder) == lines(whole.folder)
-    said = alarms(whole.folder)
-    assert {a["name"] for a in said} >= {"kl_high", "truncation"}
-    assert len({a["step"] for a in said}) > 1
-    assert [a["name"] for a in said] == [n[6:] for line in lines(whole.folder) for n in line if n.startswith("alarm/")]
+    reported = alarms(whole.folder)
+    assert {a["name"] for a in reported} >= {"kl_high", "truncation"}
+    assert len({a["step"] for a in reported}) > 1
+    assert [a["name"] for a in reported] == [
+        n[6:] for line in lines(whole.folder) for n in line if n.startswith("alarm/")
+    ]
 
 
-def test_replaying_a_folder_says_what_the_run_said(sick: dict[str, Any]) -> None:
+def test_replaying_a_folder_reports_what_the_run_reported(sick: dict[str, Any]) -> None:
     folder = alignkit.run("grpo", **sick).folder
-    said = [(a["step"], a["name"], a["value"], a["message"], a["remedy"]) for a in alarms(folder)]
-    assert said
-    assert [(step, a.name, a.value, a.message, a.remedy) for step, a in replay(folder)] == said
-    assert replay(folder, {name: None for _, name, *_ in said}) == []
+    reported = [(a["step"], a["name"], a["value"], a["message"], a["remedy"]) for a in alarms(folder)]
+    assert reported
+    assert [(step, a.name, a.value, a.message, a.remedy) for step, a in replay(folder)] == reported
+    assert replay(folder, {name: None for _, name, *_ in reported}) == []
     without = alignkit.run("grpo", **sick | {"health": {"enabled": False}}).folder
     assert alarms(without) == []
-    assert [a.name for _, a in replay(without, sick["health"])] == [name for _, name, *_ in said]
+    assert [a.name for _, a in replay(without, sick["health"])] == [name for _, name, *_ in reported]
 
 
 def test_a_reward_of_weight_0_is_logged_trains_nothing_and_may_fall(sick: dict[str, Any]) -> None:
@@ -130,7 +132,7 @@ def write(folder: Path, metrics: list[dict[str, Any]], completions: list[dict[st
     return folder
 
 
-def said(step: int, training: bool = True, reward: float = 0.5) -> list[dict[str, Any]]:
+def completion_lines(step: int, training: bool = True, reward: float = 0.5) -> list[dict[str, Any]]:
     about = {"step": step, "training": training, "completion": "a b c", "reward": reward}
     return [{**about, "row": i // 2} for i in range(8)]
 
@@ -145,11 +147,11 @@ def test_a_watch_that_begins_anywhere_goes_on_as_one_from_the_beginning(
     metrics, completions = [], []
     for step in range(13):
         if step:
-            completions += said(step, reward=float(step % 3 == 0))
+            completions += completion_lines(step, reward=float(step % 3 == 0))
             if step not in unlogged:
                 metrics.append({"step": step, "kl": step * 3.0})
         if step in evaluated:
-            completions += said(step, False)
+            completions += completion_lines(step, False)
             metrics.append({"step": step, "eval/kl": step * 4.0})
     folder, limits = write(tmp_path / "run", metrics, completions), Health(window=2, zero_variance=0.5)
     whole = Watch(folder, limits, {})
@@ -161,7 +163,12 @@ def test_a_watch_that_begins_anywhere_goes_on_as_one_from_the_beginning(
 
 def test_completions_belong_to_their_line_alone(tmp_path: Path) -> None:
     """The dead groups of steps that were not logged, or of evaluations, are not those of a logged step."""
-    completions = [*said(0, False), *said(1, reward=1.0), *said(2, reward=0.0), *said(3, reward=1.0)]
+    completions = [
+        *completion_lines(0, False),
+        *completion_lines(1, reward=1.0),
+        *completion_lines(2, reward=0.0),
+        *completion_lines(3, reward=1.0),
+    ]
     completions[8]["reward"] = 0.0  # or a reward of 1 would be all that was ever seen
     folder = write(tmp_path / "run", [{"step": 1, "kl": 0.0}, {"step": 3, "kl": 0.0}], completions)
     assert replay(folder, {"window": 1}) == []  # solved, both
@@ -176,7 +183,7 @@ def test_a_step_that_was_not_finite_is_passed_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", ['{"step": 9, "kl"', '{"step": 9, "kl": 1}\n{"ste'])
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path, cut: str) -> None:
-    folder = write(tmp_path / "run", [{"step": i, "kl": 20.0} for i in range(1, 9)], said(1))
+    folder = write(tmp_path / "run", [{"step": i, "kl": 20.0} for i in range(1, 9)], completion_lines(1))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(cut)
     with (folder / "completions.jsonl").open("a") as file:
@@ -215,16 +222,16 @@ def test_the_limits_of_the_runs_own_settings_count(tmp_path: Path) -> None:
     assert "no alarms" in health(folder)[1]
     assert "raise `beta`" in health(folder, "--set", "kl_high=15")[1]
     (folder / "config.yaml").write_text("health: 3\n")
-    assert health(folder) == (2, f"{folder}/config.yaml: health is 3; it is a mapping, such as {{kl_high: 20}}")
+    assert health(folder) == (2, f"{folder}/config.yaml: health is 3; it must be a mapping, such as {{kl_high: 20}}")
 
 
-def test_bad_input_is_said_in_a_line(tmp_path: Path) -> None:
+def test_bad_input_is_reported_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    says = f"no run in {tmp_path}/empty: it has no metrics.jsonl; give the folder of a run, such as runs/dpo-001"
-    assert health(tmp_path / "empty") == (2, says)
+    message = f"no run in {tmp_path}/empty: it has no metrics.jsonl; give the folder of a run, such as runs/dpo-001"
+    assert health(tmp_path / "empty") == (2, message)
     assert "give the folder of a run" in health(tmp_path / "nowhere")[1]
     run = write(tmp_path / "run", [])
-    assert health(run) == (2, f"{run}/metrics.jsonl is empty: the run made no step")
+    assert health(run) == (2, f"{run}/metrics.jsonl is empty: the run did no step")
     assert "runs in it: run" in health(tmp_path)[1]
     (run / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     assert "metrics.jsonl, line 2, is no JSON object" in health(run)[1]

@@ -45,7 +45,7 @@ def test_an_adapter_gets_none_on_top_and_the_rate_of_adapters(adapter: str, tiny
     assert choice(found, "lora") is None
     assert choice(found, "learning_rate").value == registry.get("dpo").lora_learning_rate
     assert "`lora` is left out" in choice(found, "learning_rate").why
-    with pytest.raises(ConfigError, match="is an adapter, which a run trains on as it is; leave out --lora"):
+    with pytest.raises(ConfigError, match="is an adapter, which a run trains as it is; leave out --lora"):
         recommend(rows, model=adapter, lora=8)
 
 
@@ -104,7 +104,7 @@ def test_a_handful_of_rows_is_said_to_teach_little(
     for words in (["recommend", "--data", data], ["init", "--data", data, "--model", tiny]):
         assert ("too few to teach a model much" in command(*words)[1].replace("\n", " ")) == warned
     text = Path("config.yaml").read_text().replace("\n# ", " ")
-    assert ("Careful: " in text and "too few to teach a model much" in text) == warned
+    assert ("Warning: " in text and "too few to teach a model much" in text) == warned
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -114,7 +114,7 @@ def test_rows_that_fill_no_step_are_refused(
     data = write_rows([{"prompt": "a", "completion": "b", "label": label}])
     code, _, err = command("init", "--method", "kto", "--data", data, "--model", tiny)
     assert code == 2
-    assert "'kto' cannot be served: a step of it needs 2 rows at least, and there is 1" in err
+    assert "'kto' cannot be used: a step of it needs at least 2 rows, and the data has 1" in err
     assert not Path("config.yaml").exists()
 
 

@@ -17,33 +17,33 @@ from hypothesis import strategies as st
 
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError, RewardError
 from alignkit.insight.inspect import pair_of, pair_ratios, reward_prefixes, write_html, write_json
-from alignkit.insight.inspect.pieces import pieces
+from alignkit.insight.inspect.inspect_output import _coloured, tokens
 from alignkit.insight.inspect.prefixes import prefix_scores
-from alignkit.insight.inspect.shown import _coloured, tokens
+from alignkit.insight.inspect.token_texts import token_texts
 from alignkit.rewards.models import RewardModel
 from helpers import write_tiny
 
 TEXT = "Sure: 3 < 4"
 
 
-# ------------------------------------------------------------------------------------------------------ pieces
+# ------------------------------------------------------------------------------------------------- token texts
 
 
 @settings(deadline=None)
 @given(st.text(max_size=20), st.text(min_size=1, max_size=20))
 def test_pieces_are_the_text_also_where_a_character_is_several_tokens(prompt: str, text: str) -> None:
     tokenizer = byte_tokenizer()
-    made = pieces(tokenizer, ids_of(prompt), ids_of(text))
+    made = token_texts(tokenizer, ids_of(prompt), ids_of(text))
     assert len(made) == len(ids_of(text))
     assert "".join(made) == text
 
 
 def test_the_end_of_a_sequence_has_its_name() -> None:
-    assert pieces(byte_tokenizer(), ids_of("a"), [*ids_of("é"), EOS]) == ["", "é", "<|end|>"]
+    assert token_texts(byte_tokenizer(), ids_of("a"), [*ids_of("é"), EOS]) == ["", "é", "<|end|>"]
 
 
 def test_a_character_that_is_never_finished() -> None:
-    assert pieces(byte_tokenizer(), ids_of("a"), ids_of("é")[:1]) == ["\ufffd"]
+    assert token_texts(byte_tokenizer(), ids_of("a"), ids_of("é")[:1]) == ["\ufffd"]
 
 
 # ---------------------------------------------------------------------------------------------------- prefixes
@@ -62,17 +62,17 @@ def test_every_prefix_has_the_score_that_it_has_alone(architecture: str, tmp_pat
 
 
 def count_sequences(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    asked: list[int] = []
+    counts: list[int] = []
     scores = model.scores
-    monkeypatch.setattr(model, "scores", lambda sequences: asked.append(len(sequences)) or scores(sequences))
-    return asked
+    monkeypatch.setattr(model, "scores", lambda sequences: counts.append(len(sequences)) or scores(sequences))
+    return counts
 
 
 def test_a_causal_model_is_asked_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = RewardModel(write_classifier(tmp_path / "reward"), "cpu", 1000)
-    asked = count_sequences(model, monkeypatch)
+    counts = count_sequences(model, monkeypatch)
     assert len(prefix_scores(model, [5], list(range(20, 32)))) == 13
-    assert asked == [1, 2]
+    assert counts == [1, 2]
 
 
 def test_a_decoder_that_looks_ahead_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,10 +87,10 @@ def test_a_decoder_that_looks_ahead_is_found_out(tmp_path: Path, monkeypatch: py
         return out
 
     monkeypatch.setattr(model.model.base_model, "forward", ahead)
-    asked = count_sequences(model, monkeypatch)
+    counts = count_sequences(model, monkeypatch)
     ids = list(range(20, 32))
     got = prefix_scores(model, [5], ids)
-    assert asked == [1, 2, 13]
+    assert counts == [1, 2, 13]
     assert got == pytest.approx([model.scores([[5, *ids[:n]]])[0] for n in range(13)], abs=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_what_is_no_reward_model(tmp_path: Path) -> None:
         reward_prefixes(str(tmp_path / "none"), "a")
     with pytest.raises(ConfigError, match="Did you mean 'numeric'"):
         reward_prefixes("numerical", "a")
-    with pytest.raises(ConfigError, match="no text to look at"):
+    with pytest.raises(ConfigError, match="the text is empty; give an answer"):
         reward_prefixes(three, " ")
     with pytest.raises(RewardError, match="have 101 tokens, the model in "):
         reward_prefixes(write_classifier(tmp_path / "short", "gpt2"), "a" * 99, "p")
@@ -226,10 +226,10 @@ def test_turns_that_are_not_learned_do_not_count(models: Path, tmp_path: Path) -
     )
     tokenizer.save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
-    said = {"role": "assistant", "content": "red"}
+    answer = {"role": "assistant", "content": "red"}
     row = {
         "prompt": [{"role": "user", "content": "owl"}],
-        "chosen": [said, {"role": "user", "content": "big hill"}, {"role": "assistant", "content": "fox"}],
+        "chosen": [answer, {"role": "user", "content": "big hill"}, {"role": "assistant", "content": "fox"}],
         "rejected": [{"role": "assistant", "content": "blue"}],
     }
     found = pair_ratios(str(tmp_path / "policy"), pair_of([row], 1), str(models / "base")).chosen
@@ -243,10 +243,12 @@ def test_pairs_and_models_that_do_not_fit(models: Path, tmp_path: Path) -> None:
     rows = [PAIR, {**PAIR, "rejected": PAIR["chosen"]}]
     with pytest.raises(DataError, match=r"row 2 is dropped \(identical answers\)"):
         pair_of(rows, 2)
-    with pytest.raises(DataError, match="there is no row 3; it has 2 rows"):
+    with pytest.raises(DataError, match="row 3 does not exist; it has 2 rows"):
         pair_of(rows, 3)
     row = pair_of(rows, 1)
-    with pytest.raises(ConfigError, match="is no adapter, whose base would be the reference; give --reference"):
+    with pytest.raises(
+        ConfigError, match="is not an adapter, so it has no base to use as the reference; give --reference"
+    ):
         pair_ratios(str(models / "policy"), row)
     other = tmp_path / "other"
     write_tiny(other)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, chat_server, says
+from chat_server import ChatServer, chat_reply, chat_server
 from classifiers import EOS, alone, ids_of, write_classifier
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,7 +162,7 @@ def test_positions_are_swapped_and_averaged(chat: ChatServer, spec: dict[str, An
         "one|two": "**Winner: A**", "two|one": "a",  # it likes what stands first
         "this|that": "Winner: A or so. Winner: tie", "that|this": "B.",
     }  # fmt: skip
-    chat.respond = lambda request: says(replies[request["messages"][0]["content"]])
+    chat.respond = lambda request: chat_reply(replies[request["messages"][0]["content"]])
     judge = build_judge(spec)
     assert judge.wins(answers("good", "bad", "one", "this"), answers("bad", "good", "two", "that")) == [1, 0, 0.5, 0.75]
     assert sorted(chat.questions) == sorted(replies)  # each order of a pair once
@@ -170,7 +170,7 @@ def test_positions_are_swapped_and_averaged(chat: ChatServer, spec: dict[str, An
 
 
 def test_the_default_question_names_both_answers(chat: ChatServer, spec: dict[str, Any]) -> None:
-    chat.script(says("Winner: A"))
+    chat.script(chat_reply("Winner: A"))
     del spec["template"]
     assert build_judge(spec).wins(answers("xx"), answers("yy")) == [0.5]
     there = "<prompt>\nWho? \n</prompt>\n\n<answer_A>\nxx\n</answer_A>\n\n<answer_B>\nyy\n</answer_B>"
@@ -179,7 +179,9 @@ def test_the_default_question_names_both_answers(chat: ChatServer, spec: dict[st
 
 
 def test_an_unreadable_verdict_names_the_pair(chat: ChatServer, spec: dict[str, Any]) -> None:
-    chat.respond = lambda request: says("Winner: A" if "fine" in request["messages"][0]["content"] else "Both are bad")
+    chat.respond = lambda request: chat_reply(
+        "Winner: A" if "fine" in request["messages"][0]["content"] else "Both are bad"
+    )
     with pytest.raises(RewardError, match=r"judge 'llm', row 4, .*: cannot read the reply 'Both are bad'"):
         build_judge(spec).wins(answers("fine", "x"), answers("ok", "y"))
     assert build_judge(spec | {"fallback": 0.5}).wins(answers("fine", "x"), answers("ok", "y")) == [0.5, 0.5]

@@ -23,6 +23,7 @@ from alignkit.models.layouts import check_fit, choose_layout
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer, probe
 from alignkit.types import Completion, Example, Layout
+from exact import assert_rounding_only, exact_copy
 
 
 def test_a_model_that_takes_the_forest_gets_it_and_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -43,15 +44,17 @@ def test_a_recurrent_model_gets_padded_rows_with_one_warning_and_stays_exact(
     assert "cannot read the packed forest" in own[0]
     batch = batch_of(examples(), layout)
     with torch.no_grad():
-        got, want = Scorer(model)(batch.rows, batch.targets).logps, one_at_a_time(model, examples())
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        got = Scorer(model)(batch.rows, batch.targets).logps
+        own, exact = (one_at_a_time(m, examples()) for m in (model, exact_copy(model)))
+    assert_rounding_only(got, own, exact)
 
 
 def test_a_scale_of_none_is_no_scale() -> None:
     model, batch = model_of("mpt, a scale of None"), batch_of(examples(), Layout("padded"))
     with torch.no_grad():
-        got, want = Scorer(model)(batch.rows, batch.targets).logps, one_at_a_time(model, examples())
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        got = Scorer(model)(batch.rows, batch.targets).logps
+        own, exact = (one_at_a_time(m, examples()) for m in (model, exact_copy(model)))
+    assert_rounding_only(got, own, exact)
 
 
 def test_a_recurrent_model_told_to_read_the_forest_is_an_error_that_says_what_to_set() -> None:

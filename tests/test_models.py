@@ -29,6 +29,7 @@ from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer, probe
 from alignkit.types import Layout
 from alignkit_kernels import linear_logps
+from exact import assert_rounding_only, exact_copy, gradients
 
 
 @pytest.mark.parametrize("name", FOREST)
@@ -37,11 +38,11 @@ def test_forest_and_padded_rows_score_as_the_model_itself_one_sequence_at_a_time
 ) -> None:
     model = model_of(name)
     with torch.no_grad():
-        want = one_at_a_time(model, examples())
+        want, exact = (one_at_a_time(m, examples()) for m in (model, exact_copy(model)))
         for layout in LAYOUTS:
             batch = batch_of(examples(), layout)
             got = Scorer(model)(batch.rows, batch.targets).logps
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-5, msg=f"{layout}: {(got - want).abs().max()}")
+            assert_rounding_only(got, want, exact, str(layout))
         # a completion that saw its sibling would have shown
         monkeypatch.setattr("alignkit.models.attention.dense_mask", same_tree_mask)
         batch = batch_of(examples(), Layout("forest", 64))
@@ -53,14 +54,12 @@ def test_forest_and_padded_rows_score_as_the_model_itself_one_sequence_at_a_time
 @pytest.mark.parametrize("layout", [Layout("forest", 64), Layout("padded")], ids=["forest", "padded"])
 def test_the_gradient_of_every_weight_is_that_of_one_sequence_at_a_time(name: str, layout: Layout) -> None:
     model, batch = fresh(name), batch_of(examples(), layout)
-    one_at_a_time(model, examples()).sum().backward()
-    want = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    Scorer(model)(batch.rows, batch.targets).logps.sum().backward()
-    for n, p in model.named_parameters():
-        scale = float(want[n].abs().max())
-        assert scale > 0, n
-        torch.testing.assert_close(p.grad, want[n], rtol=0, atol=2e-5 * max(scale, 1.0), msg=n)
+    want, exact = (gradients(m, lambda m: one_at_a_time(m, examples()).sum()) for m in (model, exact_copy(model)))
+    got = gradients(model, lambda m: Scorer(m)(batch.rows, batch.targets).logps.sum())
+    assert got.keys() == want.keys()
+    for n, gradient in got.items():
+        assert float(want[n].abs().max()) > 0, n
+        assert_rounding_only(gradient, want[n], exact[n], n)
 
 
 def test_temperature_and_entropy_are_those_of_the_capped_logits() -> None:
@@ -69,12 +68,14 @@ def test_temperature_and_entropy_are_those_of_the_capped_logits() -> None:
     with torch.no_grad():
         logps, entropy, _ = Scorer(model)(batch.rows, batch.targets, temperature=0.5, entropy=True)
         e = given[0]
-        sequence = torch.cat([e.prompt, e.completions[0].tokens]).long()
-        logp = (model(input_ids=sequence[None]).logits[0].double() / 0.5).log_softmax(-1)
-    n = len(e.completions[0].tokens)
-    rows = logp[len(e.prompt) - 1 : -1]
-    torch.testing.assert_close(logps[:n].double(), rows[range(n), sequence[-n:]], rtol=0, atol=1e-5)
-    torch.testing.assert_close(entropy[:n].double(), -(rows.exp() * rows).sum(1), rtol=0, atol=1e-5)
+        n, sequence = len(e.completions[0].tokens), torch.cat([e.prompt, e.completions[0].tokens]).long()
+        wanted = []
+        for m in (model, exact_copy(model)):
+            rows = (m(input_ids=sequence[None]).logits[0] / 0.5).log_softmax(-1)[len(e.prompt) - 1 : -1]
+            wanted.append((rows[range(n), sequence[-n:]], -(rows.exp() * rows).sum(1)))
+    (own_logps, own_entropy), (exact_logps, exact_entropy) = wanted
+    assert_rounding_only(logps[:n], own_logps, exact_logps, "log-probabilities")
+    assert_rounding_only(entropy[:n], own_entropy, exact_entropy, "entropy")
 
 
 def lora_of(name: str, **settings: Any) -> Any:
@@ -104,15 +105,16 @@ def test_adapted_models_score_as_their_own_forward(name: str, settings: dict[str
             nn.init.normal_(p, 0, 0.2)
     scorer = Scorer(model)
     with torch.no_grad():
-        adapted = one_at_a_time(model, examples())
+        adapted, exact = (one_at_a_time(m, examples()) for m in (model, exact_copy(model)))
         for layout in (Layout("forest", 64), Layout("padded")):
             batch = batch_of(examples(), layout)
-            torch.testing.assert_close(scorer(batch.rows, batch.targets).logps, adapted, rtol=1e-6, atol=1e-5)
+            assert_rounding_only(scorer(batch.rows, batch.targets).logps, adapted, exact, str(layout))
         with model.disable_adapter():
             base = scorer(batch.rows, batch.targets).logps
     # with the adapters off it is the model that they were put on, and with them on it is another one
     with torch.no_grad():
-        torch.testing.assert_close(base, one_at_a_time(model_of(name), examples()), rtol=1e-6, atol=1e-5)
+        own, exact = (one_at_a_time(m, examples()) for m in (model_of(name), exact_copy(model_of(name))))
+        assert_rounding_only(base, own, exact, "adapters off")
     assert float((adapted - base).abs().max()) > 0.05
     assert probe(scorer, batch_of(examples(), Layout())) is None
 
@@ -126,10 +128,9 @@ def test_adapters_on_the_head_are_trained_and_the_base_is_not(settings: dict[str
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert any("lm_head" in n for n in grads)
     assert all("lora_" in n or "modules_to_save" in n for n in grads)
-    names = list(grads)
-    want = torch.autograd.grad(one_at_a_time(model, examples()).sum(), [model.get_parameter(n) for n in names])
-    for n, w in zip(names, want, strict=True):
-        torch.testing.assert_close(grads[n], w, rtol=0, atol=2e-5 * max(1.0, float(w.abs().max())), msg=n)
+    own, exact = (gradients(m, lambda m: one_at_a_time(m, examples()).sum()) for m in (model, exact_copy(model)))
+    for n, gradient in grads.items():
+        assert_rounding_only(gradient, own[n], exact[n], n)
 
 
 HEADS = [
@@ -187,8 +188,11 @@ def test_a_head_with_low_rank_updates_is_called_on_a_few_rows_at_a_time(monkeypa
     parts, rows = passes()
     assert max(rows) == 3
     assert sum(rows) == 2 * len(batch.targets)
-    for a, b in zip(parts, whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    monkeypatch.undo()
+    model.double()
+    exact, _ = passes()
+    for a, b, c in zip(parts, whole, exact, strict=True):
+        assert_rounding_only(a, b, c)
 
 
 class Bounded(nn.Linear):
@@ -205,17 +209,21 @@ def test_a_head_of_another_kind_is_asked_itself_and_its_gradients_are_right(wrap
     nn.init.normal_(layer.weight, 0, 0.2)
     model.set_output_embeddings(nn.Sequential(layer) if wrap else layer)
     batch = batch_of(examples(), Layout())
-    logps, entropy, _ = Scorer(model)(batch.rows, batch.targets, 0.7, True)
-    (logps + 0.3 * entropy).sum().backward()
-    got = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    hidden = models.trunk(model, batch.rows)
-    whole = (model.get_output_embeddings()(hidden) / 0.7).log_softmax(-1)
-    picked = whole.gather(1, batch.targets[:, None]).squeeze(1)
-    torch.testing.assert_close(logps, picked, rtol=0, atol=1e-5)
-    (picked - 0.3 * (whole.exp() * whole).sum(1)).sum().backward()
-    for n, p in model.named_parameters():
-        torch.testing.assert_close(got[n], p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()), msg=n)
+    logps = Scorer(model)(batch.rows, batch.targets, 0.7).logps
+
+    def plain(m: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = (m.get_output_embeddings()(models.trunk(m, batch.rows)) / 0.7).log_softmax(-1)
+        return whole.gather(1, batch.targets[:, None]).squeeze(1), -(whole.exp() * whole).sum(1)
+
+    def loss(scores: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return (scores[0] + 0.3 * scores[1]).sum()
+
+    exact = exact_copy(model)
+    assert_rounding_only(logps, plain(model)[0], plain(exact)[0], "log-probabilities")
+    got = gradients(model, lambda m: loss(Scorer(m)(batch.rows, batch.targets, 0.7, True)[:2]))
+    own, true = (gradients(m, lambda m: loss(plain(m))) for m in (model, exact))
+    for n, gradient in got.items():
+        assert_rounding_only(gradient, own[n], true[n], n)
 
 
 def test_what_a_head_refuses_is_not_told_as_a_difference_of_numbers() -> None:

@@ -136,7 +136,7 @@ class _KilledError(Exception):
 @contextmanager
 def killed(point: str, step: int) -> Iterator[None]:
     """End the process at a point of a step: before it, while it samples or scores, or between two of its updates."""
-    places = {"sampling": "sample", "scoring": "_ask", "update": "_update", "step": "step"}
+    places = {"sampling": "sample", "scoring": "_on_all_ranks", "update": "_update", "step": "step"}
     owner: Any = Online if point in ("sampling", "scoring") else Loop
     original, begin = getattr(owner, places[point]), Loop.step
     now = {"step": -1, "updates": 0}

@@ -99,7 +99,7 @@ def test_what_a_template_needs_must_be_given() -> None:
 
 def test_a_table_escapes_and_puts_columns_of_numbers_to_the_right() -> None:
     text = page._environment().from_string(
-        '{% import "parts.html" as parts %}{{ parts.table(["<name>", "n", "mixed"], rows, "all <of> them") }}'
+        '{% import "macros.html" as parts %}{{ parts.table(["<name>", "n", "mixed"], rows, "all <of> them") }}'
         '{{ parts.facts([("<a>", "<b>")]) }}'
     )
     shown = text.render(rows=[["<i>", 1, "x"], ["b", "-", 2]])

@@ -154,7 +154,7 @@ def test_from_the_command_line(
     given = {k: str(v) if isinstance(v, Path) else v for k, v in shared.items() if k != "name"}
     given |= {"data": write_rows(shared["data"]), "max_steps": 1, "stages": [SFT, DPO]}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(given))
-    monkeypatch.setattr(console, "speak", lambda: None)
+    monkeypatch.setattr(console, "show_log", lambda: None)
     command = typer.main.get_command(cli.app)
     command(["pipeline", str(tmp_path / "p.yaml"), "--name", "two"], standalone_mode=False)
     said = capsys.readouterr().out.splitlines()

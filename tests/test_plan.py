@@ -28,12 +28,12 @@ from alignkit.data.stream import Stream
 from alignkit.errors import ConfigError, ModelError
 from alignkit.insight.plan import memory as room
 from alignkit.insight.plan import plan, remedies
+from alignkit.insight.plan.dry_run import collect, learn
 from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.memory import Work, memory
-from alignkit.insight.plan.planned import heaviest
-from alignkit.insight.plan.rehearsal import collected, learn
-from alignkit.insight.plan.shown import verdict
-from alignkit.insight.plan.unloaded import in_8_bits, n_bytes, unloaded
+from alignkit.insight.plan.meta_models import in_8_bits, n_bytes, unloaded
+from alignkit.insight.plan.plan_output import verdict
+from alignkit.insight.plan.run_plan import heaviest
 from alignkit.models.loading import load_model
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
@@ -94,7 +94,7 @@ def test_what_has_no_memory_is_not_counted() -> None:
 
 
 @pytest.mark.parametrize("lora", [None, 4])
-def test_an_update_on_paper_takes_what_the_update_itself_takes(lora: int | None, tiny: str) -> None:
+def test_a_dry_run_takes_the_memory_of_the_update_itself(lora: int | None, tiny: str) -> None:
     work = work_of("dpo", tiny, lora=lora)
     real, _ = load_model(work.config, CPU)
     found = []
@@ -103,7 +103,7 @@ def test_an_update_on_paper_takes_what_the_update_itself_takes(lora: int | None,
         for tensor in (*scorer.parameters(), *scorer.buffers()):
             ledger.count(tensor, "weights")
         with ledger:
-            micros, roles = collected(work.config, work.method, scorer, FOREST, work.examples)
+            micros, roles = collect(work.config, work.method, scorer, FOREST, work.examples)
             found.append(learn(work.method, scorer, micros[0], roles, ledger))
     assert found[0]["weights"] == found[1]["weights"]
     assert found[0]["activations"] == found[1]["activations"] > 0
@@ -113,11 +113,11 @@ def test_an_update_on_paper_takes_what_the_update_itself_takes(lora: int | None,
 def test_a_few_layers_tell_what_all_of_them_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny(tmp_path, num_hidden_layers=7)
     work = work_of("dpo", str(tmp_path))
-    reckoned = memory(work).phases["learning"]
+    estimated = memory(work).phases["learning"]
     monkeypatch.setattr(room, "FEW", (7,))
     whole = memory(work).phases["learning"]
-    assert reckoned["activations"] == whole["activations"]
-    assert sum(reckoned.values()) == pytest.approx(sum(whole.values()), rel=0.01)
+    assert estimated["activations"] == whole["activations"]
+    assert sum(estimated.values()) == pytest.approx(sum(whole.values()), rel=0.01)
 
 
 def sizes_of(tiny: str) -> tuple[int, int]:
@@ -177,7 +177,7 @@ def test_a_plan_of_several_processes_is_of_the_busiest_of_them(tiny: str) -> Non
 
 
 def test_processes_that_a_run_would_refuse_are_refused(tiny: str) -> None:
-    with pytest.raises(ConfigError, match="this plans one; say how many: --processes 8"):
+    with pytest.raises(ConfigError, match="this plans one; give their number: --processes 8"):
         plan(of("dpo", tiny, fsdp=True))
     with pytest.raises(ConfigError, match="batch_size 4 is too small: 'dpo' on 8 ranks needs at least 8"):
         plan(of("dpo", tiny), processes=8)
@@ -206,12 +206,12 @@ def test_an_8_bit_reference_takes_what_the_quantised_model_takes(tiny: str) -> N
 
     config = RunConfig(method="dpo", model=tiny, data="-")
     model, _ = load_model(config, CPU)
-    said = in_8_bits(unloaded(tiny, config, FakeTensorMode()))
+    planned = in_8_bits(unloaded(tiny, config, FakeTensorMode()))
     quantised = to_int8(model)
     states = [
         m.state.SCB if m.state.SCB is not None else m.weight.SCB for m in quantised.modules() if hasattr(m, "state")
     ]
-    assert said == pytest.approx(n_bytes(quantised) + sum(s.nbytes for s in states if s is not None), rel=0.01)
+    assert planned == pytest.approx(n_bytes(quantised) + sum(s.nbytes for s in states if s is not None), rel=0.01)
 
 
 def test_keys_and_values_are_counted_by_hand(tiny: str) -> None:
@@ -259,22 +259,22 @@ def test_packing_is_set_against_rows_that_repeat_their_prompts(tiny: str) -> Non
     assert found.padded > 1.8 * found.positions
 
 
-def test_what_needs_less_is_said_and_fits_or_not(tiny: str) -> None:
+def test_what_needs_less_is_reported_and_fits_or_not(tiny: str) -> None:
     free = plan(of("dpo", tiny, reference="full", max_tokens=64))
     assert [r.peak for r in free.remedies] == sorted(r.peak for r in free.remedies)
     assert all(r.peak < free.memory.peak for r in free.remedies)
 
 
-class Reckoned:
+class CountedMemory:
     """Stands for `memory`: a run whose peak moves from the update to the learning once adapters are trained."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: list[RunConfig] = []
+        self.planned: list[RunConfig] = []
         monkeypatch.setattr(remedies, "memory", self)
 
     def __call__(self, work: Work) -> room.Memory:
         config = work.config
-        self.asked.append(config)
+        self.planned.append(config)
         weights = 16 if config.dtype == "bfloat16" else 32
         trained = 1 if config.lora else weights
         resident = {"weights": weights, "optimiser": 2 * trained}
@@ -298,14 +298,14 @@ class Reckoned:
 def test_remedies_follow_the_peak_into_another_phase(
     limit: int, best: dict[str, Any], peak: int, plans: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reckoned = Reckoned(monkeypatch)
+    memory_of = CountedMemory(monkeypatch)
     work = replace(work_of("sft", "m"), bf16=True)
-    found = reckoned(work)
+    found = memory_of(work)
     assert found.peak == 128  # 32 weights, 64 of moments, 32 gradients
-    reckoned.asked.clear()
-    said = list(remedies.tried(work, found, limit))
-    assert (said[-1].settings, said[-1].peak) == (best, peak) if best else not said
-    assert len(reckoned.asked) == plans
+    memory_of.planned.clear()
+    offered_remedies = list(remedies.find_remedies(work, found, limit))
+    assert (offered_remedies[-1].settings, offered_remedies[-1].peak) == (best, peak) if best else not offered_remedies
+    assert len(memory_of.planned) == plans
 
 
 @pytest.mark.parametrize(
@@ -324,10 +324,10 @@ def test_remedies_follow_the_peak_into_another_phase(
 def test_16_bits_are_offered_for_frozen_weights_alone(
     method: str, changes: dict[str, Any], bf16: bool, offered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reckoned = Reckoned(monkeypatch)
+    memory_of = CountedMemory(monkeypatch)
     work = replace(work_of(method, "m", **changes), bf16=bf16)
-    said = [r.settings for r in remedies.tried(work, reckoned(work), None)]
-    assert ({"dtype": "bfloat16"} in said) == offered
+    settings = [r.settings for r in remedies.find_remedies(work, memory_of(work), None)]
+    assert ({"dtype": "bfloat16"} in settings) == offered
 
 
 def test_adapters_stay_in_32_bits_over_weights_in_16(tiny: str) -> None:
@@ -337,10 +337,10 @@ def test_adapters_stay_in_32_bits_over_weights_in_16(tiny: str) -> None:
 
 
 def test_an_adapter_and_a_reference_that_moves_get_no_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reckoned = Reckoned(monkeypatch)
+    memory_of = CountedMemory(monkeypatch)
 
     def offered(work: Work) -> list[dict[str, Any]]:
-        return [r.settings for r in remedies.tried(work, reckoned(work), None)]
+        return [r.settings for r in remedies.find_remedies(work, memory_of(work), None)]
 
     assert {"lora": 16} in offered(work_of("dpo", str(tmp_path)))
     moving = work_of("dpo", str(tmp_path), sync_every=2)
@@ -380,7 +380,7 @@ def test_the_cache_is_looked_up_where_that_is_asked_for(settings: dict[str, Any]
     assert cache(lora=4) == (24, 24)  # the plain base is the same reference
 
 
-def test_a_model_that_decides_by_numbers_is_an_error_that_says_so(tmp_path: Path, tiny: str) -> None:
+def test_a_model_that_decides_by_numbers_is_refused(tmp_path: Path, tiny: str) -> None:
     from transformers import AutoTokenizer, MixtralConfig
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -414,24 +414,24 @@ def test_the_program_is_this_process_alone(tiny: str) -> None:
         "import subprocess, sys; held = bytearray(2**30);"
         "print(subprocess.run([sys.executable, '-c', sys.argv[1]], capture_output=True, text=True, check=True).stdout)"
     )
-    asks = (
-        "from alignkit.config import RunConfig; from alignkit.insight.plan.planned import _program;"
+    arguments = (
+        "from alignkit.config import RunConfig; from alignkit.insight.plan.run_plan import _program;"
         "print(_program(RunConfig(method='sft', model='m', data='d')))"
     )
-    said = subprocess.run([sys.executable, "-c", code, asks], capture_output=True, text=True, check=True)
-    assert 2**26 < int(said.stdout) < 2**30
+    ran = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=True)
+    assert 2**26 < int(ran.stdout) < 2**30
 
 
-def test_where_nothing_needs_less_that_is_said(tiny: str) -> None:
+def test_where_nothing_needs_less_that_is_reported(tiny: str) -> None:
     found = plan(of("dpo", tiny), gpu=True, limit=1, remedies=False)
-    assert "No setting is known that needs less" in verdict(found)
+    assert "No setting needs less: use shorter rows, or another model" in verdict(found)
     assert "to spare" in verdict(plan(of("dpo", tiny), gpu=True, limit=2**40))
 
 
-def test_the_command_says_parts_phases_verdict_and_writes_json(
+def test_the_command_prints_parts_phases_verdict_and_writes_json(
     tiny: str, tmp_path: Path, write_rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "speak", lambda: None)
+    monkeypatch.setattr(console, "show_log", lambda: None)
     file = tmp_path / "config.yaml"
     settings = of("dpo", tiny, data=write_rows(make_rows("pairs", 12)))
     file.write_text(json.dumps({k: v for k, v in settings.items() if k != "sampling"}))

@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from alignkit import registry
 from alignkit.config import split
 from alignkit.errors import ConfigError, ModelError
 from alignkit.insight.plan import Memory, Plan, Remedy
 from alignkit.insight.recommend import Recommendation, fit, recommend
-from alignkit.insight.recommend.advice import ADVICE, _weights
 from alignkit.insight.recommend.fit import fitted
-from helpers import make_rows, write_tiny
+from helpers import ADVISED, make_rows, write_plugin, write_tiny
 
 Rows = list[dict[str, Any]]
 PAIRS = {"cpo", "dpo", "ipo", "orpo", "reward", "simpo"}
@@ -127,63 +124,109 @@ def test_a_method_that_is_named_comes_first_and_one_that_cannot_be_served_is_ref
     assert found.first is not None
     assert found.first.method == "kto"
     assert served(found) == PAIRS | {"kto", "sft"}
-    with pytest.raises(ConfigError, match=r"'grpo' cannot be served: .* give --reward"):
+    with pytest.raises(ConfigError, match=r"'grpo' cannot be used: .* give --reward"):
         recommend(rows, method="grpo")
-    with pytest.raises(ConfigError, match="'dpo' cannot be served: it needs pairs"):
+    with pytest.raises(ConfigError, match="'dpo' cannot be used: it needs pairs"):
         recommend(make_rows("unpaired", 60), method="dpo")
 
 
-STRANGER = """
-from pydantic import Field
-from alignkit import Method, MethodConfig, Term, hookimpl
+PLAIN = """
+    from pydantic import Field
+    from alignkit import Method, MethodConfig, Term, hookimpl
 
 
-class Stranger(Method):
-    name = "stranger"
-    data = "{data}"
-    uses = frozenset({{"policy", "{role}"}})
+    class Stranger(Method):
+        name = "stranger"
+        data = "{data}"
+        uses = frozenset({{"policy", "{role}"}})
 
-    class Config(MethodConfig):
-        tau: float = Field(0.7, description="how strange")
+        class Config(MethodConfig):
+            tau: float = Field(0.7, description="how strange")
 
-    def loss(self, batch, models):
-        return {{}}
+        def loss(self, batch, models):
+            return {{}}
 
 
-@hookimpl
-def register_methods():
-    return [Stranger]
+    @hookimpl
+    def register_methods():
+        return [Stranger]
 """
 
 
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch, data: str, role: str, code: str = STRANGER) -> None:
-    info = folder / f"alignkit_stranger_{data}_{role}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (folder / f"stranger_{data}_{role}.py").write_text(code.format(data=data, role=role))
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: alignkit-stranger\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[alignkit]\nstranger = stranger_{data}_{role}\n")
-    monkeypatch.syspath_prepend(folder)
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Install a distribution with the method "stranger"."""
+    return lambda code: monkeypatch.syspath_prepend(write_plugin(tmp_path / "site", "stranger", code))
 
 
-@pytest.mark.parametrize(
-    ("data", "role", "why"), [("pairs", "reference", None), ("prompts", "judge", "--judge"), ("unpaired", "policy", "")]
-)
-def test_a_strangers_method_is_judged_by_its_rows_and_roles(
-    data: str, role: str, why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("data", "role"), [("pairs", "reference"), ("prompts", "judge"), ("unpaired", "policy")])
+def test_a_strangers_method_without_advice_is_judged_by_its_rows_and_roles(
+    data: str, role: str, install: Callable[[str], None]
 ) -> None:
-    install(tmp_path / "site", monkeypatch, data, role)
+    install(PLAIN.format(data=data, role=role))
     found = recommend(make_rows("pairs", 60))
-    if why == "--judge":
+    if role == "judge":
         assert "--judge" in found.refused["stranger"]
         return
-    assert found.also[-1].method == "stranger"  # of which nothing is known
+    assert reason(found, "stranger") == f"reads rows of the kind '{data}'; see its documentation"
+    ranks = {o.method: o.rank for o in (found.first, *found.also) if o}
+    assert min(ranks.values()) < ranks["stranger"] < max(ranks.values())
     chosen = recommend(make_rows("pairs", 60), method="stranger")
     assert values(chosen)["tau"] == 0.7
     assert next(c.why for c in chosen.settings if c.name == "tau") == "how strange"
 
 
-def test_a_broken_method_is_listed_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path / "site", monkeypatch, "text", "broken", "raise RuntimeError('oh')\n")
+def test_a_docstring_is_the_reason_of_a_method_without_advice(install: Callable[[str], None]) -> None:
+    install(
+        PLAIN.format(data="pairs", role="policy").replace("name =", '"""Learns twice.\n\n    More."""\n        name =')
+    )
+    assert reason(recommend(make_rows("pairs", 60)), "stranger") == "Learns twice"
+
+
+def test_a_strangers_advice_is_followed(
+    install: Callable[[str], None], command: Callable[..., Any], write_rows: Callable[..., str]
+) -> None:
+    install(ADVISED)
+    rows = [{"prompt": f"{i}?", "chosen": "a b c", "rejected": "a"} for i in range(60)]
+    found = recommend(rows)
+    assert found.first is not None
+    assert found.first.reason == "made for this: the longer answer is chosen in 100% of the pairs that differ in length"
+    # once: a setting that the method advises takes the place of the run's word on it
+    assert [(c.value, c.why) for c in found.settings if c.name == "tau"] == [(0.2, "half of the bias")]
+    code, out, err = command("recommend", "--data", write_rows(rows))
+    assert (code, err) == (0, "")
+    assert "start with stranger: made for this: the longer answer" in out
+    clean = recommend(make_rows("pairs", 60))
+    assert clean.refused["stranger"] == "nothing to learn: answers are of like lengths"
+    assert served(clean) == PAIRS | {"kto", "sft"}
+
+
+@pytest.mark.parametrize(
+    ("advice", "problem"),
+    [
+        ("1 / 0", "the advice of 'stranger' failed: ZeroDivisionError: division by zero"),
+        ("(90, 'good')", "the advice of 'stranger' must be an alignkit.Advice, got tuple"),
+        ("Advice(101, 'good')", "the advice of 'stranger' has rank 101; it must be 0 to 100, or None"),
+    ],
+)
+def test_broken_advice_is_reported_and_stops_nobody_else(
+    advice: str, problem: str, install: Callable[[str], None]
+) -> None:
+    install(ADVISED.replace("if facts.length_bias is None:", f"return {advice}\n            if True:"))
+    found = recommend(make_rows("pairs", 60))
+    assert found.refused["stranger"] == f"it is broken: {problem}"
+    assert served(found) == PAIRS | {"kto", "sft"}
+
+
+def test_a_setting_that_a_subclass_lacks_is_not_advised(install: Callable[[str], None]) -> None:
+    install(ADVISED.replace('Choice("tau"', 'Choice("ta"'))
+    found = recommend([{"prompt": f"{i}?", "chosen": "a b c", "rejected": "a"} for i in range(60)])
+    assert values(found)["tau"] == 0.7
+    assert "ta" not in values(found)
+
+
+def test_a_broken_method_is_listed_as_such(install: Callable[[str], None]) -> None:
+    install("raise RuntimeError('oh')\n")
     assert "broken" in recommend(make_rows("pairs", 60)).refused["stranger"]
 
 
@@ -193,7 +236,7 @@ def test_a_broken_method_is_listed_as_such(tmp_path: Path, monkeypatch: pytest.M
 def test_noise_is_estimated_from_pairs_that_are_judged_twice() -> None:
     found = recommend(noisy_rows(same=41, against=9))
     # 2 e (1 - e) = 9 / 50, so e = (1 - sqrt(1 - 0.36)) / 2 = 0.1
-    assert found.facts.flipped == pytest.approx(0.1)
+    assert found.facts.data.flipped == pytest.approx(0.1)
     assert values(found)["label_smoothing"] == 0.1
     assert values(found)["loss_type"] == "robust"
     # and the other methods that were made for it move up
@@ -204,7 +247,7 @@ def test_noise_is_estimated_from_pairs_that_are_judged_twice() -> None:
 
 def test_noise_that_cannot_be_estimated_is_guessed_and_said_to_be() -> None:
     found = recommend(noisy_rows(same=0, against=4, others=60))
-    assert found.facts.flipped is None
+    assert found.facts.data.flipped is None
     assert values(found)["label_smoothing"] == 0.1
     assert "loss_type" not in values(found)  # robust wants to know the part
     assert any("a tenth is a guess" in c.why for c in found.settings)
@@ -223,7 +266,7 @@ def test_many_ties_count_as_noise_and_few_do_not() -> None:
 
 def test_clean_pairs_get_no_smoothing() -> None:
     found = recommend(make_rows("pairs", 60))
-    assert found.facts.noisy is None
+    assert found.facts.data.noisy is None
     assert not values(found).keys() & {"label_smoothing", "loss_type", "ld_alpha"}
     assert "With clean pairs DPO comes first" in reason(found, "kto")
 
@@ -231,7 +274,7 @@ def test_clean_pairs_get_no_smoothing() -> None:
 @pytest.mark.parametrize(("chosen", "rejected", "which"), [("a b c", "a", "longer"), ("a", "a b c", "shorter")])
 def test_a_lean_to_length_is_answered(chosen: str, rejected: str, which: str) -> None:
     found = recommend([{"prompt": f"{i}?", "chosen": chosen, "rejected": rejected} for i in range(60)])
-    assert found.facts.lean == f"the {which} answer is chosen in 100% of the pairs that differ in length"
+    assert found.facts.data.length_bias == f"the {which} answer is chosen in 100% of the pairs that differ in length"
     assert values(found)["ld_alpha"] == 0.5
     assert found.also[0].method == "simpo"
 
@@ -244,18 +287,7 @@ def test_a_lean_that_is_little_is_none() -> None:
     ]
     found = recommend(rows)
     assert found.facts.audit.biases[0].beyond_chance
-    assert found.facts.lean is None
-
-
-@given(st.integers(1, 10_000), st.integers(1, 10_000))
-def test_ktos_weights_bring_the_counts_together_as_far_as_a_row_may_weigh(good: int, bad: int) -> None:
-    settings = {c.name: c.value for c in _weights(good, bad)}
-    ratio = settings.get("desirable_weight", 1.0) * good / (settings.get("undesirable_weight", 1.0) * bad)
-    if max(good, bad) <= 10 * min(good, bad):
-        assert 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9
-    else:
-        assert list(settings.values()) == [10.0]
-    assert all(0 < value <= 10 for value in settings.values())
+    assert found.facts.data.length_bias is None
 
 
 def test_ktos_weights_are_in_its_settings() -> None:
@@ -316,9 +348,11 @@ def test_what_is_advised_is_accepted(rows: Rows, method: str) -> None:
     assert run.batch_size >= cls.min_batch
 
 
-def test_there_is_advice_on_every_first_party_method() -> None:
+@pytest.mark.parametrize("name", sorted(PAIRS | SAMPLING | {"kto", "sft"}))
+def test_every_first_party_method_advises_for_itself(name: str) -> None:
+    assert "advice" in vars(registry.get(name))
     pages = Path(__file__).parents[1] / "docs/methods"
-    assert sorted(ADVICE) == sorted(p.stem for p in pages.glob("*.md"))
+    assert (pages / f"{name}.md").is_file()
 
 
 # --------------------------------------------------------------------------------------------------------- memory
@@ -357,7 +391,7 @@ def test_the_gentlest_remedy_is_taken(
     monkeypatch.setattr(fit, "plan", plan)
     found = fitted({}, 20 * GIB)  # of which a tenth is spared
     assert {c.name: c.value for c in found.settings} == chosen
-    assert said in found.said
+    assert said in found.sentence
 
 
 def test_what_memory_asks_for_is_in_the_settings(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +411,7 @@ def test_a_model_that_cannot_be_planned_is_said_to_be(monkeypatch: pytest.Monkey
         raise ModelError("too strange")
 
     monkeypatch.setattr(fit, "plan", refused)
-    assert fitted({}, GIB) == ("what it needs cannot be reckoned: too strange", ())
+    assert fitted({}, GIB) == ("what it needs cannot be estimated: too strange", ())
 
 
 @pytest.mark.slow
@@ -389,7 +423,7 @@ def test_a_real_plan_fits_with_what_it_asks_for(tmp_path: Path, write_rows: Call
     found = recommend(data, model=str(tmp_path / "wide"), memory=30 * 10**6)
     assert found.fit is not None
     assert values(found)["lora"] == 16
-    assert "more than is safe in 28.6 MiB" in found.fit.said
+    assert "more than is safe in 28.6 MiB" in found.fit.sentence
 
 
 def test_memory_without_a_model_is_refused() -> None:
@@ -419,7 +453,7 @@ def test_the_command_says_and_writes_what_was_found(
 def test_the_command_where_nothing_can_be_served(command: Callable[..., Any], write_rows: Callable[..., str]) -> None:
     code, out, _ = command("recommend", "--data", write_rows([{"prompt": f"{i}?"} for i in range(9)]))
     assert code == 0
-    assert "no installed method can be started with these rows alone:" in out
+    assert "no installed method can be used with these rows alone:" in out
     assert "alignkit init" not in out
 
 
@@ -464,7 +498,7 @@ def test_init_does_not_write_over_a_file(
     (tmp_path / "config.yaml").write_text("mine")
     code, _, err = command("init", "--data", data, "--model", tiny)
     assert code == 2
-    assert "'config.yaml' is there already" in err
+    assert "'config.yaml' exists; give another --output" in err
     assert (tmp_path / "config.yaml").read_text() == "mine"
     assert command("init", "--data", data, "--model", tiny, "--force")[0] == 0
     assert "method: dpo" in (tmp_path / "config.yaml").read_text()
@@ -476,11 +510,11 @@ def test_init_does_not_write_over_a_file(
         (["--data", "none.jsonl", "--model", "TINY"], "no such file: none.jsonl"),
         (["--data", "rows.jsonl", "--model", "./none"], "there is no folder './none'"),
         (["--data", "rows.jsonl", "--model", "TINY", "--method", "dop"], "Did you mean 'dpo'?"),
-        (["--data", "rows.jsonl", "--model", "TINY", "-o", "c.txt"], "is named .yaml or .yml"),
+        (["--data", "rows.jsonl", "--model", "TINY", "-o", "c.txt"], "must end in .yaml or .yml"),
         (["--data", "rows.jsonl", "--model", "TINY", "-o", "no/c.yaml"], "there is no folder 'no'"),
         (["--data", "rows.jsonl", "--model", "TINY", "--gpu-memory", "big"], "'big' is no size of memory"),
         (["--data", "rows.jsonl", "--model", "TINY", "--reward", "jsn"], "Did you mean 'json'?"),
-        (["--data", "prompts.jsonl", "--model", "TINY"], "no installed method can be started with these rows"),
+        (["--data", "prompts.jsonl", "--model", "TINY"], "no installed method can be used with these rows"),
         (["--data", "bad.jsonl", "--model", "TINY"], "row 1, column 'chosen'"),
     ],
 )
@@ -512,10 +546,12 @@ def test_no_text_leaves_its_comment(command: Callable[..., Any], write_rows: Cal
 
 
 def test_the_page_has_the_limits_as_they_are() -> None:
-    from alignkit.insight.recommend import advice, facts, scoring, settings
+    from alignkit.insight.recommend import data_facts as facts
+    from alignkit.insight.recommend import run_settings, verifiable_rewards
+    from alignkit_kto import MAX_WEIGHT
 
     text = " ".join((Path(__file__).parents[1] / "docs/recommend.md").read_text().split())
     said = [f"{facts.FEW:,} rows", f"{facts.NOISY:.1%}", f"{facts.TIES:.0%}", f"{facts.TWICE} pairs"]
-    said += [f"{0.5 + facts.LEAN:.0%}", f"{scoring.SHORT} characters", f"{1 - fit.SPARE:.0%}"]
-    said += [f"{facts.BLIND:.0%}", f"{advice.MOST:g} times", f"{settings.LEAST} rows"]
+    said += [f"{0.5 + facts.LENGTH_BIAS:.0%}", f"{verifiable_rewards.SHORT} characters", f"{1 - fit.SPARE:.0%}"]
+    said += [f"{facts.UNINFORMATIVE:.0%}", f"{MAX_WEIGHT:g} times", f"{run_settings.LEAST} rows"]
     assert [one for one in said if one.replace("%", " %") not in text] == []

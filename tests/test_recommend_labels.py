@@ -14,8 +14,8 @@ from alignkit.data import load
 from alignkit.errors import ConfigError, RewardError
 from alignkit.insight.audit.repeats import votes
 from alignkit.insight.recommend import Recommendation, recommend
-from alignkit.insight.recommend.facts import TWICE, disagreement
-from alignkit.insight.recommend.shown import lines
+from alignkit.insight.recommend.data_facts import TWICE, disagreement
+from alignkit.insight.recommend.recommendation_text import lines
 
 Rows = list[dict[str, Any]]
 
@@ -67,7 +67,7 @@ def test_the_part_of_flipped_labels_is_found_however_often_pairs_are_judged(
     for i in range(1500):
         rows += judged(i, *(chance.random() >= part for _ in range(times[i % len(times)])))
     found = recommend(rows)
-    assert found.facts.flipped == pytest.approx(part, abs=0.03)
+    assert found.facts.data.flipped == pytest.approx(part, abs=0.03)
     assert values(found)["label_smoothing"] == pytest.approx(part, abs=0.03)
     assert values(found)["loss_type"] == "robust"
 
@@ -75,7 +75,7 @@ def test_the_part_of_flipped_labels_is_found_however_often_pairs_are_judged(
 def test_a_small_estimate_is_presented_as_it_is() -> None:
     # 3 of 600 pairs: 2 e (1 - e) = 0.005, so e = (1 - sqrt(0.99)) / 2 = 0.002506
     found = recommend([row for i in range(600) for row in judged(i, True, i >= 3)])
-    assert found.facts.noisy is None  # 3 of 1,200 rows
+    assert found.facts.data.noisy is None  # 3 of 1,200 rows
     assert "label_smoothing" not in values(found)
     # 4 of 200 pairs: e = (1 - sqrt(0.96)) / 2 = 0.0101
     found = recommend([row for i in range(200) for row in judged(i, True, i >= 4)])
@@ -94,10 +94,10 @@ def test_labels_that_say_nothing_are_said_to_and_nothing_is_made_of_them(against
     found = recommend([row for i in range(100) for row in judged(i, True, i >= against)])
     assert not values(found).keys() & {"label_smoothing", "loss_type"}
     assert said in found.cautions[0]
-    assert "they say (almost) nothing, and no setting mends that. Look at the data first" in found.cautions[0]
+    assert "The labels say (almost) nothing, and no setting solves that. Look at the data first" in found.cautions[0]
     assert found.describe()["cautions"] == found.cautions
     text = lines(found)
-    assert text.index(f"[bold]careful:[/bold] {found.cautions[0]}") < next(
+    assert text.index(f"[bold]warning:[/bold] {found.cautions[0]}") < next(
         i for i, line in enumerate(text) if "start with" in line
     )
 
@@ -112,8 +112,8 @@ def test_labels_that_say_something_are_smoothed_without_a_caution() -> None:
 def test_ties_are_no_noise_where_judgements_that_are_made_again_agree() -> None:
     ties = [{"prompt": f"t{i}?", "winner": "tie", "response_a": "yes", "response_b": "no"} for i in range(20)]
     again = [{"prompt": f"{i}?", "winner": "a", "response_a": "yes", "response_b": "no"} for i in range(25)]
-    assert recommend([*ties, *again]).facts.noisy is not None
-    assert recommend([*ties, *again, *again]).facts.noisy is None
+    assert recommend([*ties, *again]).facts.data.noisy is not None
+    assert recommend([*ties, *again, *again]).facts.data.noisy is None
 
 
 # ---------------------------------------------------------------------------------------------- one kind of label
@@ -124,7 +124,7 @@ def test_kto_is_refused_where_all_rows_are_of_one_kind(good: int, bad: int, whic
     found = recommend(thumbs(good, bad))
     assert found.refused["kto"] == f"all rows are {which}: it learns from the difference of the two"
     assert (found.first.method if found.first else None) == ("sft" if good else None)
-    with pytest.raises(ConfigError, match=f"'kto' cannot be served: all rows are {which}"):
+    with pytest.raises(ConfigError, match=f"'kto' cannot be used: all rows are {which}"):
         recommend(thumbs(good, bad), method="kto")
 
 
@@ -188,5 +188,5 @@ def test_a_class_of_a_reward_is_not_made_to_be_looked_at() -> None:
 def test_prose_with_a_number_in_it_is_no_number() -> None:
     prose = ["Vitamin B12 helps the nerves of people at any age", "It was in World War 2 that this was first seen"]
     found = recommend([{"prompt": f"{i}?", "answer": prose[i % 2]} for i in range(30)])
-    assert found.facts.answers is None
+    assert found.facts.data.verifier is None
     assert found.first is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from alignkit import registry
 from alignkit.errors import ConfigError, PluginError
 from alignkit.rewards import Answers, build_judge, build_rewards, check_judge, check_rewards
+from helpers import write_plugin
 
 SOUND = """
     from alignkit import Method, Term, hookimpl
@@ -52,18 +52,12 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Put a distribution on sys.path as an installer would: a module, and a dist-info folder with its entry point."""
+    """Install a distribution: its entry point, and the code of its module."""
     count = iter(range(100))
 
     def add(distribution: str, entry: str, code: str, group: str = "alignkit") -> None:
         folder = tmp_path / f"site-{next(count)}"
-        info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
-        info.mkdir(parents=True)
-        module = f"module_of_{distribution.replace('-', '_')}_{tmp_path.name.replace('-', '_')}"
-        (folder / f"{module}.py").write_text(textwrap.dedent(code))
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[{group}]\n{entry} = {module}\n")
-        monkeypatch.syspath_prepend(folder)
+        monkeypatch.syspath_prepend(write_plugin(folder, entry, code, distribution, group))
 
     return add
 

@@ -1,4 +1,4 @@
-"""The report: it reads what runs left, says what is missing, and shows every part of it in one file."""
+"""The report: it reads the folders of runs, reports what is missing, and shows every part in one file."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from alignkit.config import RunConfig
 from alignkit.engine.loop import Loop
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.insight.report import report
-from alignkit.insight.report.audits import audited
+from alignkit.insight.report.completions import samples
 from alignkit.insight.report.curves import groups, names
-from alignkit.insight.report.facts import count, memory, span
-from alignkit.insight.report.read import chapters, read
-from alignkit.insight.report.samples import samples
-from alignkit.insight.report.settings import between, changed
-from alignkit.insight.report.tables import results
+from alignkit.insight.report.data_audits import audit_sources
+from alignkit.insight.report.run_facts import count, memory, span
+from alignkit.insight.report.run_files import chapters, read
+from alignkit.insight.report.run_tables import results
+from alignkit.insight.report.setting_tables import between, changed
 from alignkit.runs.sessions import digest
 from helpers import make_rows
 
@@ -79,7 +79,9 @@ class Balanced(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.add(tag)
-        self.links |= {value for name, value in attrs if name in ("src", "href", "action", "data", "srcset", "style")}
+        self.links |= {
+            value for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data", "srcset")
+        }
         assert not [name for name, _ in attrs if name.startswith("on")]
         if tag not in ("meta", "link", "br", "img"):
             self.open.append(tag)
@@ -148,7 +150,7 @@ def test_completions_shown_are_those_of_the_file(online: Path) -> None:
             assert answer.facts[0] == f"reward {first['reward']:.4g}"
 
 
-def test_the_data_is_audited_and_its_loss_or_change_is_said(
+def test_the_data_is_audited_and_its_loss_or_change_is_noted(
     settings: dict[str, Any], write_rows: Callable[..., str]
 ) -> None:
     data = write_rows(make_rows("pairs", 12), "pairs.jsonl")
@@ -156,17 +158,17 @@ def test_the_data_is_audited_and_its_loss_or_change_is_said(
     text = words(shown(run))
     assert "12 rows are kept" in text
     assert "has changed" not in text
-    assert "'dpo' learns from answers that are given, and samples none" in text
+    assert "'dpo' learns from the answers in its data, and samples none" in text
     assert "kept as cached" in text
     with open(data, "a") as file:
         file.write(json.dumps({"prompt": "new", "chosen": "a", "rejected": "b"}) + "\n")
     text = words(shown(run))
-    assert "pairs.jsonl has changed since the run; what follows is of the file as it is now." in text
+    assert "pairs.jsonl has changed since the run; this audits the file as it is now." in text
     assert "13 rows are kept" in text
     Path(data).write_text("no rows\n")
     assert "No audit: " in words(shown(run))
     Path(data).unlink()
-    assert "pairs.jsonl is no longer there, so it is not audited." in words(shown(run))
+    assert "pairs.jsonl no longer exists, so it is not audited." in words(shown(run))
 
 
 def test_a_resumed_run_adds_up_its_cost(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +203,11 @@ def test_several_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
     Balanced().check(page)
     chart = re.search(r'<svg class="chart"[^>]*aria-label="loss".*?</svg>', page, re.DOTALL)
     assert chart
-    for colour, dash in enumerate(("", "7 3", "2 2.5")):
-        assert re.search(rf'<path class="line c{colour}" d="[^"]+" stroke-dasharray="{dash}"', chart[0])
+    styles = re.findall(r'<g class="line"><path d="[^"]+" style="([^"]+)"', chart[0])
+    assert len(styles) == 3
+    for colour, (dash, style) in enumerate(zip((None, "7,3", "2,2.5"), styles, strict=True)):
+        assert f"stroke: var(--s{colour})" in style
+        assert f"stroke-dasharray: {dash};" in style if dash else "dasharray" not in style
     text = words(page)
     assert "What differs between the runs setting one two three seed 0 1 2" in text
     assert "one two three with points: held-out rows" in text
@@ -252,8 +257,9 @@ def test_alarms_are_on_the_curves_and_listed(tmp_path: Path) -> None:
     assert "1 3 kl_high too far" in text
     assert "2 3 other and that raise beta" in text
     assert "Made by alignkit" in text
-    assert len(re.findall(r'<g class="mark"><title>1\. kl_high: too far', page)) == page.count('class="chart"')
-    assert ">1,2</text>" in page
+    charts = page.count('class="chart"')
+    assert len(re.findall(r"\n1\. kl_high: too far [^<]*\n2\. other: and that</title></rect>", page)) == charts
+    assert page.count(">1,2</text>") == charts
     assert "None was raised" not in text
 
 
@@ -282,7 +288,7 @@ def test_numbers_that_are_missing_do_not_stop_it(tmp_path: Path) -> None:
         {"step": 3, "loss": float("inf"), "kl": 0.3, "alarm/kl": 3.0, "epoch": 1.0, "skipped": 0},
     ]
     run = write_run(tmp_path / "run", lines)
-    assert names([read(run, "run")]) == ["kl", "loss", "skipped"]
+    assert names([read(run, "run")]) == ["loss", "kl", "skipped"]
     page = shown(run)
     assert "Never changed" not in page
     assert "nan" not in words(page)
@@ -328,14 +334,14 @@ def test_runs_with_other_budgets_do_not_share_an_audit(tmp_path: Path) -> None:
         write_run(tmp_path / name, data=str(data), max_completion_tokens=n)
         for name, n in (("one", 64), ("two", 1), ("three", 64))
     ]
-    found = audited([read(run, run.name) for run in runs])
+    found = audit_sources([read(run, run.name) for run in runs])
     assert [one.runs for one in found] == [["one", "three"], ["two"]]
     assert [list(one.notes.values()) for one in found] == [[["one", "three"]], [["two"]]]  # no checksum was kept
     text = words(shown(*runs))
     assert "Runs: one, three." in text
     assert "Runs: two." in text
     data.write_text("no rows\n")
-    assert [len(one.notes) for one in audited([read(run, run.name) for run in runs])] == [2, 2]
+    assert [len(one.notes) for one in audit_sources([read(run, run.name) for run in runs])] == [2, 2]
 
 
 def test_a_note_on_the_data_names_the_runs_that_it_is_about(tmp_path: Path) -> None:
@@ -400,7 +406,7 @@ def test_sizes() -> None:
 # ---------------------------------------------------------------------------------------------------- bad folders
 
 
-def test_a_line_that_was_cut_off_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_is_left_out_with_a_note(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     whole = read(run, "run")
     with (run / "metrics.jsonl").open("a") as file:
@@ -425,7 +431,7 @@ def test_folders_that_are_no_runs_are_refused_with_what_to_do(tmp_path: Path) ->
     empty.mkdir()
     cases = [
         (tmp_path / "runs" / "dpo-009", r"there is no folder .*dpo-009; runs in .*runs: dpo-001"),
-        (empty, r"empty is no run's folder: it has no config\.yaml$"),
+        (empty, r"empty is not the folder of a run: it has no config\.yaml$"),
         (tmp_path / "runs", r"it has no config\.yaml; runs in it: dpo-001; try: alignkit report .*dpo-001"),
         (run / "config.yaml", r"config\.yaml is a file; give the run's folder, such as .*dpo-001"),
     ]
@@ -439,11 +445,11 @@ def test_folders_that_are_no_runs_are_refused_with_what_to_do(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("config.yaml", "name: my-site\nport: 80\n", r"config\.yaml is not of a run: it has no `method`"),
-        ("config.yaml", "method: dpo\nmodel: m\ndata: d\nbatch_size: many\n", r"is not of a run: batch_size: "),
+        ("config.yaml", "name: my-site\nport: 80\n", r"config\.yaml is not a run's: it has no `method`"),
+        ("config.yaml", "method: dpo\nmodel: m\ndata: d\nbatch_size: many\n", r"is not a run's: batch_size: "),
         ("config.yaml", "- 1\n", r"config\.yaml must hold settings"),
         ("config.yaml", "a: [", r"config\.yaml is not YAML"),
-        ("metrics.jsonl", "", r"metrics\.jsonl has no line: the run has not done a step yet"),
+        ("metrics.jsonl", "", r"metrics\.jsonl is empty: the run has done no step yet"),
         ("metrics.jsonl", '{"loss": 1}\n{"step": 1}\n', r"metrics\.jsonl, line 1"),
         ("sessions.json", "{", r"cannot read .*sessions\.json"),
     ],
@@ -493,7 +499,7 @@ def test_a_run_without_metrics_or_with_poor_sessions(tmp_path: Path) -> None:
     (run / "sessions.json").write_text("[{}]")
     assert "Environment and cost" in words(shown(run))
     (run / "metrics.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl: the run has not done a step yet"):
+    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl: the run has done no step yet"):
         read(run, "run")
 
 
@@ -515,12 +521,12 @@ def test_the_command_writes_the_file_and_refuses_in_a_line(
         f"report: {tmp_path / 'out.html'}\n",
     )
     assert (tmp_path / "out.html").read_text().startswith("<!DOCTYPE html>")
-    code, _, said = command("report", str(tmp_path / "nothing"))
-    assert (code, said.count("\n")) == (2, 1)
-    assert said.startswith("error: there is no folder")
-    code, _, said = command("report", str(run), "--output", str(tmp_path))
+    code, _, err = command("report", str(tmp_path / "nothing"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: there is no folder")
+    code, _, err = command("report", str(run), "--output", str(tmp_path))
     assert code == 2
-    assert "is a folder" in said
+    assert "is a folder" in err
 
 
 # ------------------------------------------------------------------------------------------------------- a browser
@@ -544,8 +550,8 @@ def test_in_chromium_nothing_runs_nothing_is_fetched_and_nothing_is_complained_o
             ],
             capture_output=True, text=True, check=True, timeout=120,
         )  # fmt: skip
-        said = [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
-        seen.append((re.search("<title>(.*?)</title>", ran.stdout)[1], said))  # type: ignore[index]
+        errors = [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
+        seen.append((re.search("<title>(.*?)</title>", ran.stdout)[1], errors))  # type: ignore[index]
     assert seen[0] == ("Report on grpo", [])
     assert seen[1][0] == "taken"
     assert any("taken" in line for line in seen[1][1])

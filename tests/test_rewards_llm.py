@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, chat_server, says
+from chat_server import ChatServer, chat_reply, chat_server
 
 from alignkit.errors import ConfigError, RewardError
 from alignkit.rewards import Answers, build_rewards, check_rewards
@@ -58,7 +58,7 @@ def test_the_request_is_one_of_the_protocol(
     chat: ChatServer, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
-    chat.script(says("It is fine.\nScore: 7.5"))
+    chat.script(chat_reply("It is fine.\nScore: 7.5"))
     assert score(spec | {"key_env": "MY_KEY", "body": {"top_p": 0.5}}, answers("the answer")) == [0.75]
     ((path, headers, body),) = chat.requests
     assert path == "/v1/chat/completions"
@@ -94,13 +94,13 @@ def test_options_that_are_null_are_not_sent(chat: ChatServer, spec: dict[str, An
 def test_a_reply_is_read(
     chat: ChatServer, spec: dict[str, Any], reply: str, scale: tuple[int, int], want: float
 ) -> None:
-    chat.script(says(reply))
+    chat.script(chat_reply(reply))
     assert score(spec | {"scale": scale}, answers("a")) == [pytest.approx(want)]
 
 
 def test_a_reply_of_blanks_is_read_at_once(chat: ChatServer, spec: dict[str, Any]) -> None:
     # with any backtracking across the repetitions this would take hours
-    chat.respond = lambda request: says("7" + " " * 200_000 + "x")
+    chat.respond = lambda request: chat_reply("7" + " " * 200_000 + "x")
     assert score(spec | {"fallback": 0.5}, answers("a")) == [0.5]
 
 
@@ -112,7 +112,7 @@ def test_a_row_without_a_column_of_the_template_is_named(chat: ChatServer, spec:
 
 @pytest.mark.parametrize("reply", ["I would rather not.", "Score: 11", "", "There are 3 apples.", "Score: high"])
 def test_a_reply_that_cannot_be_read(chat: ChatServer, spec: dict[str, Any], reply: str) -> None:
-    chat.respond = lambda request: says(reply if "bad" in request["messages"][0]["content"] else "Score: 1")
+    chat.respond = lambda request: chat_reply(reply if "bad" in request["messages"][0]["content"] else "Score: 1")
     with pytest.raises(RewardError, match=r"'llm', row 12, prompt 'prompt 1': cannot read the reply .*`fallback`"):
         score(spec, answers("good", "bad"))
     n = len(chat.requests)
@@ -142,7 +142,14 @@ def test_messages_are_shown_with_their_roles(chat: ChatServer, spec: dict[str, A
 
 def test_failures_that_pass(chat: ChatServer, spec: dict[str, Any], waits: list[float]) -> None:
     garbage = (200, {}, "<html>gateway</html>")
-    chat.script((500, {}, "boom"), (503, {}, ""), garbage, says(None), (200, {}, '{"choices": []}'), says("Score: 3"))
+    chat.script(
+        (500, {}, "boom"),
+        (503, {}, ""),
+        garbage,
+        chat_reply(None),
+        (200, {}, '{"choices": []}'),
+        chat_reply("Score: 3"),
+    )
     assert score(spec | {"backoff": 0.5}, answers("a")) == [0.3]
     assert len(chat.requests) == 6
     assert waits == [0.5, 1.0, 2.0, 4.0, 8.0]
@@ -160,7 +167,7 @@ def test_the_endpoint_says_when_to_come_again(
     want: float,
 ) -> None:
     monkeypatch.setattr("alignkit.rewards.endpoint.time", type("Clock", (), {"time": staticmethod(lambda: 40.0)}))
-    chat.script((429, {"Retry-After": header}, "slow down"), says("Score: 3"))
+    chat.script((429, {"Retry-After": header}, "slow down"), chat_reply("Score: 3"))
     assert score(spec, answers("a")) == [0.3]
     assert waits == [want]
 
@@ -179,7 +186,7 @@ def test_a_time_out_is_asked_again(chat: ChatServer, spec: dict[str, Any], waits
         if not first.is_set():
             first.set()
             return chat.hang()
-        return says("Score: 6")
+        return chat_reply("Score: 6")
 
     chat.respond = respond
     assert score(spec | {"timeout": 0.3}, answers("a")) == [0.6]
@@ -227,12 +234,12 @@ def test_requests_at_once_are_bounded_and_come_back_in_order(chat: ChatServer, s
         together.wait(10)  # goes on when three are here, so fewer at once would fail
         fourth.wait(0.3)  # the first three stay for a moment, so that a fourth would meet them
         fourth.set()
-        return says(f"Score: {request['messages'][0]['content']}")
+        return chat_reply(f"Score: {request['messages'][0]['content']}")
 
     chat.respond = respond
     scores = score(spec | {"concurrency": 3, "template": "$completion", "retries": 0}, answers(*"012345678"))
     assert scores == pytest.approx([i / 10 for i in range(9)])
-    assert chat.most == 3
+    assert chat.peak == 3
 
 
 def test_what_was_answered_is_not_asked_again(chat: ChatServer, spec: dict[str, Any]) -> None:
@@ -256,11 +263,11 @@ def test_equal_questions_are_asked_once(chat: ChatServer, spec: dict[str, Any]) 
 
 
 def test_what_came_before_the_endpoint_died_is_kept(chat: ChatServer, spec: dict[str, Any], waits: list[float]) -> None:
-    chat.script(says("Score: 1"), says("Score: 2"), (500, {}, ""))
+    chat.script(chat_reply("Score: 1"), chat_reply("Score: 2"), (500, {}, ""))
     options = spec | {"template": "$completion", "concurrency": 1, "retries": 0}
     with pytest.raises(RewardError, match=r"kept in .*judgements\.sqlite"):
         score(options, answers("a", "b", "c"))
-    chat.script(says("Score: 3"))
+    chat.script(chat_reply("Score: 3"))
     chat.requests.clear()
     assert score(options, answers("a", "b", "c")) == pytest.approx([0.1, 0.2, 0.3])
     assert chat.questions == ["c"]
@@ -277,7 +284,7 @@ def test_the_cache_holds_json_and_no_key(
     chat: ChatServer, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "very-secret")
-    chat.script(says("Score: 5 é\ud83d"))
+    chat.script(chat_reply("Score: 5 é\ud83d"))
     score(spec | {"key_env": "MY_KEY"}, answers("a"))
     rows = sqlite3.connect(spec["cache_file"]).execute("SELECT key, reply FROM judgements").fetchall()
     assert [reply for _, reply in rows] == ['"Score: 5 \\u00e9\\ud83d"']

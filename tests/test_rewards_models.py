@@ -15,8 +15,7 @@ from alignkit.data import load
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, ModelError, RewardError
 from alignkit.rewards import PAIRWISE, Answers, build_rewards, check_rewards, pairwise_ids
-from alignkit.rewards.models import RewardModel
-from alignkit.rewards.sequences import trees
+from alignkit.rewards.models import RewardModel, trees
 
 
 def answers(pairs: list[tuple[Any, Any]], ended: list[bool] | None = None) -> Answers:

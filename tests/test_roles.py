@@ -18,6 +18,7 @@ from alignkit.reference.cache import LogpCache
 from alignkit.reference.reference import Reference
 from alignkit.runs.folder import read_metrics
 from alignkit.types import Completion, Example, Layout
+from exact import assert_rounding_only, exact_copy
 from helpers import make_rows
 
 
@@ -165,10 +166,11 @@ def test_a_moving_reference_is_alpha_policy_and_the_rest_itself(tiny: str) -> No
 def test_scored_in_parts_keeps_the_order(tiny: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     examples = [example([5, 6], [7, 8, 9], [10]), example([11], [12]), example([13, 14, 15], [16, 17], [18, 19])]
-    want = [plain_logps(model, torch.cat([e.prompt, c.tokens]), len(e.prompt)) for e in examples for c in e.completions]
+    answers = [(torch.cat([e.prompt, c.tokens]), len(e.prompt)) for e in examples for c in e.completions]
     with torch.no_grad():
+        own, exact = (torch.cat([plain_logps(m, *answer) for answer in answers]) for m in (model, exact_copy(model)))
         got = scored(Scorer(model), batch_of(examples, Layout()), max_tokens=6)
-    torch.testing.assert_close(got, torch.cat(want).detach(), rtol=0, atol=1e-5)
+    assert_rounding_only(got, own, exact)
 
 
 def test_a_role_that_was_not_declared_is_refused(tiny: str) -> None:

@@ -20,6 +20,7 @@ from alignkit.models.scoring import Scorer
 from alignkit.models.values import ActorCritic, Valuer, number_head, plain_score, value_head
 from alignkit.testing.world import tiny_classifier, tiny_examples, tiny_model
 from alignkit.types import Layout
+from exact import assert_rounding_only, exact_copy
 
 CPU = torch.device("cpu")
 LAYOUTS = [Layout("forest", 64), Layout("padded")]
@@ -52,12 +53,11 @@ def test_packed_scores_are_those_of_one_sequence_at_a_time(name: str, layout: La
     batch = batch_of(tiny_examples("pairs"), layout)
     with torch.no_grad():
         got = Valuer(model)(batch.rows, batch.rows.last_at)
-        want = [
-            model(input_ids=torch.cat([e.prompt, c.tokens])[None].long()).logits[0, 0]
-            for e in batch.examples
-            for c in e.completions
-        ]
-    torch.testing.assert_close(got, torch.stack(want), rtol=0, atol=1e-5)
+        sequences = [torch.cat([e.prompt, c.tokens])[None].long() for e in batch.examples for c in e.completions]
+        own, exact = (
+            torch.stack([m(input_ids=ids).logits[0, 0] for ids in sequences]) for m in (model, exact_copy(model))
+        )
+    assert_rounding_only(got, own, exact)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -67,13 +67,18 @@ def test_values_are_read_where_each_token_is_predicted(layout: Layout) -> None:
     batch = batch_of(tiny_examples("pairs"), layout)
     with torch.no_grad():
         logps, entropy, values = ActorCritic(policy, Valuer(critic))(batch.rows, batch.targets, 1.0, True)
-        want = []
-        for e in batch.examples:
-            for c in e.completions:
-                hidden = critic.model(input_ids=torch.cat([e.prompt, c.tokens])[None].long()).last_hidden_state[0]
-                want.append(critic.score(hidden).squeeze(-1)[len(e.prompt) - 1 : -1][c.trained_at])
+
+        def alone_by(model: Any) -> torch.Tensor:
+            parts = []
+            for e in batch.examples:
+                for c in e.completions:
+                    hidden = model.model(input_ids=torch.cat([e.prompt, c.tokens])[None].long()).last_hidden_state[0]
+                    parts.append(model.score(hidden).squeeze(-1)[len(e.prompt) - 1 : -1][c.trained_at])
+            return torch.cat(parts)
+
+        own, exact = alone_by(critic), alone_by(exact_copy(critic))
         alone = policy(batch.rows, batch.targets, 1.0, True)
-    torch.testing.assert_close(values, torch.cat(want), rtol=0, atol=1e-5)
+    assert_rounding_only(values, own, exact)
     assert torch.equal(logps, alone[0])
     assert torch.equal(entropy, alone[1])
 
@@ -87,9 +92,12 @@ def test_a_shared_critic_reads_the_policys_hidden_states_and_a_frozen_policy_get
     both = ActorCritic(policy, head)
     _, _, values = both(batch.rows, batch.targets)
     e = batch.examples[0]
-    hidden = model.model(input_ids=torch.cat([e.prompt, e.completions[0].tokens])[None].long()).last_hidden_state[0]
-    want = head(hidden).squeeze(-1)[len(e.prompt) - 1 : -1]
-    torch.testing.assert_close(values[: len(want)], want, rtol=0, atol=1e-5)
+    ids = torch.cat([e.prompt, e.completions[0].tokens])[None].long()
+    own, exact = (
+        h(m.model(input_ids=ids).last_hidden_state[0]).squeeze(-1)[len(e.prompt) - 1 : -1]
+        for m, h in ((model, head), (exact_copy(model), exact_copy(head)))
+    )
+    assert_rounding_only(values[: len(own)], own, exact)
     _, _, values = both(batch.rows, batch.targets, frozen=True)
     values.sum().backward()
     assert head.weight.grad is not None
@@ -111,8 +119,8 @@ def test_a_classifier_made_of_a_language_model_has_its_trunk_and_a_head_of_zeros
             nn.init.normal_(weight)
     with torch.no_grad():
         merged = classifier_like(adapted)
-        want = adapted.get_base_model().model(ids).last_hidden_state
-        torch.testing.assert_close(merged.model(ids).last_hidden_state, want, rtol=0, atol=1e-5)
+        own, exact = (m.get_base_model().model(ids).last_hidden_state for m in (adapted, exact_copy(adapted)))
+        assert_rounding_only(merged.model(ids).last_hidden_state, own, exact)
     assert not [n for n, _ in merged.named_parameters() if "lora" in n]
 
 
@@ -145,8 +153,9 @@ def test_a_language_models_folder_becomes_a_classifier_with_a_new_head(tmp_path:
     with torch.no_grad():
         got = Valuer(adapted)(batch.rows, batch.rows.last_at)
         e = batch.examples[0]
-        want = plain_score(adapted, torch.cat([e.prompt, e.completions[0].tokens]))
-    torch.testing.assert_close(got[0], want, rtol=0, atol=1e-5)
+        ids = torch.cat([e.prompt, e.completions[0].tokens])
+        own, exact = (plain_score(m, ids) for m in (adapted, exact_copy(adapted)))
+    assert_rounding_only(got[0], own, exact)
 
 
 def test_the_layout_of_a_classifier_is_probed_too(monkeypatch: pytest.MonkeyPatch) -> None:

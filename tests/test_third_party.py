@@ -1,4 +1,4 @@
-"""A method from outside: built, installed beside the core's wheels in a fresh environment, listed, run, and tested."""
+"""A third-party method: built, installed with the core in a fresh environment, listed, advised, run, tested."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ class Fresh:
 
     folder: Path
 
+    def install(self, *sources: Path) -> None:
+        """Build a wheel of each source and install them."""
+        wheels = self.folder / f"wheels-{sources[0].name}"
+        for source in sources:
+            build = [sys.executable, "-m", "flit_core.wheel", "--outdir", str(wheels), str(source)]
+            subprocess.run(build, check=True, capture_output=True, cwd=self.folder)
+        built = sorted(map(str, wheels.glob("*.whl")))
+        assert len(built) == len(sources)
+        self.run("python", "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", *built)
+
     def run(self, program: str, *arguments: str) -> str:
         """Run a program of the environment and return what it printed; its failure fails the test."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST", "VIRTUAL_ENV"))}
@@ -47,9 +57,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
     pytest.importorskip("flit_core")
     pytest.importorskip("pip")
     folder = tmp_path_factory.mktemp("fresh")
-    for source in (ROOT, ROOT / "kernels", EXAMPLE):
-        build = [sys.executable, "-m", "flit_core.wheel", "--outdir", str(folder / "wheels"), str(source)]
-        subprocess.run(build, check=True, capture_output=True, cwd=folder)
+    fresh = Fresh(folder)
     venv.create(folder / "env", symlinks=True)
     ours = re.compile(r"alignkit|__editable__|__pycache__", re.IGNORECASE)
     (there,) = (folder / "env/lib").glob("python*/site-packages")
@@ -57,10 +65,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
         for item in Path(source).iterdir():
             if not ours.match(item.name) and not (there / item.name).exists():
                 (there / item.name).symlink_to(item)
-    fresh = Fresh(folder)
-    wheels = [str(w) for w in sorted((folder / "wheels").glob("*.whl"))]
-    assert len(wheels) == 3
-    fresh.run("python", "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", *wheels)
+    fresh.install(ROOT, ROOT / "kernels", EXAMPLE)
     return fresh
 
 
@@ -92,6 +97,23 @@ def test_it_runs(fresh: Fresh, tiny: str) -> None:
     assert {"loss", "dpop", "rewards/accuracy", "kl"} <= lines[-1].keys()
     assert (run / "model/model.safetensors").is_file()
     assert "lambda_: 5" in (run / "config.yaml").read_text()
+
+
+def test_it_is_recommended_with_its_own_reason(fresh: Fresh) -> None:
+    (fresh.folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in make_rows("pairs", 60)))
+    said = fresh.run("alignkit", "recommend", "--data", "pairs.jsonl")
+    assert "start with dpop: keeps chosen answers likely" in said
+
+
+def test_it_runs_in_the_demo(fresh: Fresh) -> None:
+    fresh.install(ROOT / "plugins/alignkit-sft")  # the demo fine-tunes its base
+    few = "world.CREATURES = world.CREATURES[:6]; recipes.SFT['epochs'] = 2"  # the whole demo takes two minutes
+    said = fresh.run(
+        "python", "-c", f"from alignkit import cli; from alignkit.demo import recipes, world; {few}; cli.main()",
+        "demo", "--method", "dpop", "--output", "demos",
+    )  # fmt: skip
+    assert "after dpop" in said
+    assert (fresh.folder / "demos/demo-dpop-001/dpop/model/model.safetensors").is_file()
 
 
 def test_its_tests_pass(fresh: Fresh) -> None:

@@ -1,4 +1,4 @@
-"""One tiny model of each architecture, examples, and what the models say of one sequence at a time."""
+"""One tiny model of each architecture, examples, and the models' log-probabilities of one sequence at a time."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FOREST = [name for name in CONFIGS if not name.startswith(("mamba", "mpt"))]
 
 
 def fresh(name: str, **changes: Any) -> Any:
-    """A model of that kind whose weights are large enough for a wrong mask to show."""
+    """A model of that architecture, with weights large enough that a wrong mask changes its output."""
     config = CONFIGS[name]()
     for key, value in changes.items():
         setattr(config, key, value)
@@ -54,7 +54,7 @@ def fresh(name: str, **changes: Any) -> Any:
     model = tf.AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
-            # matrices anew; norms and biases are moved from where they start, so that none is left out unnoticed
+            # matrices are redrawn; norms and biases are shifted, so that a test fails if one of them is ignored
             parameter.mul_(parameter.dim() == 1).add_(torch.randn_like(parameter) * 0.2)
     drop_dropout(model)
     return model.train()
@@ -78,7 +78,7 @@ def examples() -> list[Example]:
 
 
 def one_at_a_time(model: Any, given: list[Example]) -> Tensor:
-    """Log-probabilities by the model's own forward, every prompt and completion alone, nothing padded."""
+    """Log-probabilities by the model's own forward pass, each prompt and completion separately, without padding."""
     parts = []
     for e in given:
         for c in e.completions:
@@ -90,7 +90,7 @@ def one_at_a_time(model: Any, given: list[Example]) -> Tensor:
 
 
 def same_tree_mask(rows: Any, window: int | None = None) -> Tensor:
-    """A wrong mask: causal within the tree."""
+    """A wrong mask: causal within the tree, so that answers see each other."""
     same = rows.tree_ids[:, None, :, None] == rows.tree_ids[:, None, None, :]
     return same & torch.ones(same.shape[-2:], dtype=torch.bool).tril()
 

@@ -1,8 +1,7 @@
-"""The command line: run, pipeline, compare, demo, methods, settings, ... Heavy imports wait until they are needed.
+"""The command line: run, pipeline, compare, demo, methods, settings, ... Heavy imports happen inside commands.
 
-Exit codes: 0 done; 1 an unexpected error, damaged values that `cache verify` removed, a method of `compare` that
-failed, or a problem that `doctor` found; 2 something that was given cannot be used; 130 and 143 stopped by Ctrl-C or
-SIGTERM.
+Exit codes: 0 success; 1 an unexpected error, damaged values that `cache verify` removed, a method of `compare` that
+failed, or a problem that `doctor` found; 2 invalid input; 130 and 143 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; what alignkit refuses on purpose is printed without a traceback, exit code 2."""
+    """Run the command line; alignkit's own errors are printed without a traceback, exit code 2."""
     from alignkit.errors import AlignkitError
 
     try:
@@ -52,7 +51,7 @@ def main() -> None:
     except AlignkitError as error:
         console.complain(str(error))
         raise SystemExit(2) from None
-    except Exception as error:  # whatever else: a person wants a line, a bug report the traceback
+    except Exception as error:  # anything else: a line for the user, the traceback for a bug report
         console.complain(console.unexpected(error))
         raise SystemExit(1) from None
 

@@ -1,4 +1,4 @@
-"""What the command line reads and says: values, errors, the log, settings in words. Imports nothing heavy."""
+"""Input and output of the command line: values, errors, the log, descriptions of settings. No heavy imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def described(cls: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (name, default, values, meaning) of every field of a settings class, as they are shown everywhere.
+    """Yield (name, default, values, meaning) of every field of a settings class, for help texts and docs.
 
     The fields of a mapping follow it as "mapping.field".
     """
@@ -45,7 +45,7 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def _values(annotation: Any) -> str:
-    """Say in a few words what a field takes."""
+    """Return the values that a field accepts, in a few words."""
     import types
     from typing import Annotated, Literal, Union, get_args, get_origin
 
@@ -70,7 +70,7 @@ def _values(annotation: Any) -> str:
 
 
 def value_of(text: str) -> Any:
-    """Read what an option says as YAML, or as text where it is none."""
+    """Parse an option's value as YAML, or as text where it is not YAML."""
     import yaml
 
     try:
@@ -87,29 +87,29 @@ def pairs_of(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign or not key.strip():
-            raise ConfigError(f"--set wants KEY=VALUE, such as --set beta=0.2; given: '{pair}'")
+            raise ConfigError(f"--set needs KEY=VALUE, such as --set beta=0.2, got '{pair}'")
         settings[key.strip().replace("-", "_")] = value_of(value)
     return settings
 
 
 def settings_of(what: str, given: dict[str, Any], pairs: list[str], only_file: bool = False) -> dict[str, Any]:
-    """Flat settings from a method's name or a YAML file, then options, then --set."""
+    """Return flat settings from a method's name or a YAML file, overridden by options, then by --set."""
     from alignkit.config import read_yaml
     from alignkit.errors import ConfigError
 
     from_file = Path(what).suffix in (".yaml", ".yml")
     if not from_file and (only_file or "/" in what or Path(what).is_file()):
         raise ConfigError(
-            f"'{what}' is no {'config' if only_file else 'method'}; a file of settings is named .yaml or .yml"
+            f"'{what}' is not a {'config' if only_file else 'method'}; a file of settings must end in .yaml or .yml"
         )
     settings = read_yaml(what) if from_file else {"method": what}
     if "stages" in settings:
-        raise ConfigError(f"{what} has `stages`, which make a pipeline; try: alignkit pipeline {what}")
+        raise ConfigError(f"{what} has `stages`, so it is a pipeline; try: alignkit pipeline {what}")
     return settings | given | pairs_of(pairs)
 
 
 def checked(settings: dict[str, Any]) -> tuple[RunConfig, Any]:
-    """Find the method and check all settings; what is missing is named with what to type."""
+    """Find the method and validate all settings; an error names what is missing and what to type."""
     from alignkit import registry
     from alignkit.config import split
     from alignkit.errors import ConfigError
@@ -126,22 +126,22 @@ def checked(settings: dict[str, Any]) -> tuple[RunConfig, Any]:
 
 
 def columns_of(text: str | None) -> dict[str, str] | None:
-    """Read the names of columns, {ours: theirs}. Raises ConfigError where it is no mapping of names."""
+    """Parse column names, {ours: the source's}. Raises ConfigError where they are not a mapping of names."""
     from alignkit.errors import ConfigError
 
     names = None if text is None else value_of(text)
     if names is not None and not (isinstance(names, dict) and all(isinstance(v, str) for v in names.values())):
-        raise ConfigError(f"--columns wants a mapping such as '{{prompt: question}}'; given: '{text}'")
+        raise ConfigError(f"--columns needs a mapping such as '{{prompt: question}}', got '{text}'")
     return names
 
 
 def rank() -> int:
-    """Return this process's place among those of a run, 0 where it is alone."""
-    return int(os.environ.get("RANK", "0"))  # torchrun's
+    """Return this process's rank, 0 for a single process."""
+    return int(os.environ.get("RANK", "0"))  # set by torchrun
 
 
 def complain(message: str) -> None:
-    """Print an error; ranks that most likely say the same as rank 0 use one line."""
+    """Print an error; other ranks, whose error is most likely that of rank 0, print one line."""
     start = "error: "
     if rank():
         start, message = f"rank {rank()}: error: ", message.split("\n")[0]
@@ -149,7 +149,7 @@ def complain(message: str) -> None:
 
 
 def unexpected(error: Exception) -> str:
-    """Say what happened and where, and write the whole traceback to a file."""
+    """Return what happened and where, and write the whole traceback to a file."""
     import tempfile
     import traceback
 
@@ -170,8 +170,8 @@ def unexpected(error: Exception) -> str:
     return "\n".join(lines)
 
 
-def speak() -> None:
-    """Let alignkit's own log reach the terminal, once, and other libraries' only where it is news to a user."""
+def show_log() -> None:
+    """Print alignkit's log on the terminal, and of other libraries' logs only what matters to users."""
     import logging
     import warnings
 
@@ -186,10 +186,10 @@ def speak() -> None:
         logger.addHandler(PlainHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
-    transformers_log.disable_progress_bar()  # one for each save and load
+    transformers_log.disable_progress_bar()  # it has one for each save and load
     if sys.stderr.isatty():
-        enable_progress_bars()  # a download is worth one
-    # a line for each try, a line for each layer, a table of missing weights (which are an error of ours)
+        enable_progress_bars()  # useful for downloads
+    # they log every retry, every layer, and tables of missing weights (which alignkit reports as an error)
     for library in (
         "huggingface_hub",
         "bitsandbytes",

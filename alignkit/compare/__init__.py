@@ -1,12 +1,14 @@
-"""Methods side by side on one task, each trained and measured in a process of its own.
+"""Methods side by side on one task, each trained and evaluated in its own process.
 
-jobs.py      which methods the data can serve, and what each is run with
-one.py       one method: trained, then measured on held-out prompts; `python -m alignkit.compare JOB.json`
-together.py  all of them, one after the other
-shown.py     the table, the JSON and the picture
+jobs.py            which methods the data can serve, and the settings of each run
+worker.py          one method: trained, then evaluated on held-out prompts; `python -m alignkit.compare JOB.json`
+comparison.py      compare(): all methods, one after the other
+results_table.py   the table and the JSON
+win_rate_plot.py   the plot of win rate against KL
 """
 
-from alignkit.compare.shown import check_picture, draw, table, write_json
-from alignkit.compare.together import Comparison, compare
+from alignkit.compare.comparison import Comparison, compare
+from alignkit.compare.results_table import table, write_json
+from alignkit.compare.win_rate_plot import check_picture, draw
 
 __all__ = ["Comparison", "check_picture", "compare", "draw", "table", "write_json"]

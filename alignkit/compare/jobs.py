@@ -1,4 +1,4 @@
-"""Which methods a task's rows can serve, and what each of them is run with."""
+"""Which methods a task's rows can serve, and the settings of each run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from alignkit import data, registry
 from alignkit.config import RunConfig, gathered, split, validated
 from alignkit.data import tokenise
-from alignkit.data.rows import RawRows, read_rows
+from alignkit.data.rows import RawRows
+from alignkit.data.sources import read_rows
 from alignkit.data.stream import hold_out
 from alignkit.demo import recipes, world
-from alignkit.demo.base import write_start
 from alignkit.engine import Engine
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import Method
@@ -22,16 +22,16 @@ from alignkit.rewards import check_judge, check_rewards
 from alignkit.rollout.checks import check_online
 
 HELD_OUT = 0.1
-_OURS = ("method", "name", "output", "resume")
+_OWN = ("method", "name", "output", "resume", "reward", "judge", "eval_data", "model", "data")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What methods are compared on.
+    """The task that methods are compared on.
 
     model: the base's folder or hub name. data, eval_data: sources of rows; without eval_data HELD_OUT of the data is
     held out, by prompt. settings: of a run, and of any method. recipes: settings of single methods. reward, judge:
-    specs (docs/rewards.md), for the methods that learn from them and for the win rate; the judge's verdict comes first.
+    specs (docs/rewards.md), for the methods that learn from them and for the win rate; the judge takes precedence.
     """
 
     model: str
@@ -45,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does. method: None measures the base. verdict: {"judge": spec}, {"reward": spec} or {}."""
+    """The work of one process. method: None for the base alone. verdict: {"judge": spec}, {"reward": spec} or {}."""
 
     method: str | None
     folder: str
@@ -65,7 +65,7 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        """Read what `write` wrote."""
+        """Read a job that `write` wrote."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
     def config(self) -> RunConfig:
@@ -75,14 +75,11 @@ class Job:
 
 
 def demo_task(folder: Path, seed: int) -> Task:
-    """Make the demo's world and its base in `folder`."""
+    """Create the demo's task and its base in `folder`."""
     train, test = world.questions(seed)
-    rows = world.write_jsonl(folder / "data/sft.jsonl", world.sft_rows(train))
-    texts = [q.prompt + answer for q in train for answer in (q.brief, q.chatty)]
-    start = write_start(folder / "data/start", texts, seed)
-    Engine(output=folder / "data", seed=seed).run("sft", model=str(start), data=str(rows), name="sft", **recipes.SFT)
+    base = recipes.train_base(Engine(output=folder / "data", seed=seed), folder / "data", train, seed)
     return Task(
-        model=str(folder / "data/sft/model"),
+        model=str(base.folder / "model"),
         data=str(world.write_jsonl(folder / "data/pairs.jsonl", world.judged_rows(train))),
         eval_data=str(world.write_jsonl(folder / "data/held-out.jsonl", world.judged_rows(test))),
         settings={"cache_file": str(folder / "reference.sqlite"), "sampling": recipes.LENGTH.model_dump()},
@@ -94,9 +91,9 @@ def demo_task(folder: Path, seed: int) -> Task:
 def jobs_of(
     task: Task, methods: Mapping[str, type[Method[Any]]], folder: Path, seed: int
 ) -> tuple[list[Job], dict[str, str]]:
-    """Return a job for the base and for each method that can be compared, and why others cannot.
+    """Return a job for the base and for each method that can be compared, and why the others cannot.
 
-    Raises ConfigError where none can, or a value is wrong.
+    Raises ConfigError where no method can be compared, or a value is wrong.
     """
     for spec, check in ((task.reward, check_rewards), (task.judge, check_judge)):
         if spec is not None:
@@ -120,7 +117,7 @@ def jobs_of(
 
 
 def rows_of(job: Job, tokenizer: Any) -> tuple[RawRows, RawRows]:
-    """Return the job's rows: (to train on, held out); no prompt is on both sides. Raises DataError."""
+    """Return the job's rows: (training, held out), without a common prompt. Raises DataError."""
     config = job.config()
     rows = read_rows(config.data)
     if job.eval_data is not None:
@@ -138,17 +135,17 @@ def installed() -> dict[str, type[Method[Any]]]:
 
 
 def check_settings(settings: Mapping[str, Any], methods: Mapping[str, type[Method[Any]]]) -> None:
-    """Raise ConfigError for a setting that no method has, or that is not for --set."""
+    """Raise ConfigError for a setting that no method has, or that compare itself sets."""
     known = {k for cls in methods.values() for k in cls.Config.model_fields} | set(RunConfig.model_fields)
     for key in gathered(settings):
-        if key in _OURS or key in ("reward", "judge", "eval_data", "model", "data"):
-            raise ConfigError(f"--set {key}: compare sets that itself; see `alignkit compare --help`")
+        if key in _OWN:
+            raise ConfigError(f"--set {key}: compare sets this itself; see `alignkit compare --help`")
         if key not in known and f"{key}_" not in known:
             raise ConfigError(f"unknown setting '{key}'.{nearest(key, known)} None of {', '.join(methods)} has it")
 
 
 def _settings(task: Task, name: str, cls: type[Method[Any]], seed: int) -> dict[str, Any]:
-    """The run's settings, the method's own among the shared ones, and what it learns from."""
+    """Return the run's settings, the method's own among the shared ones, and its reward or judge."""
     own = {*RunConfig.model_fields, *cls.Config.model_fields}
     shared = {k: v for k, v in task.settings.items() if k in own or f"{k}_" in own}
     settings = {"model": task.model, "data": task.data, "seed": seed, **task.recipes.get(name, {}), **shared}
@@ -160,9 +157,9 @@ def _settings(task: Task, name: str, cls: type[Method[Any]], seed: int) -> dict[
 
 
 def _reason(cls: type[Method[Any]], settings: Mapping[str, Any], rows: RawRows) -> str | None:
-    """Say why a method cannot be compared, None where it can. Raises ConfigError for a wrong value."""
+    """Return why a method cannot be compared, None where it can. Raises ConfigError for a wrong value."""
     if "policy" not in cls.trains:
-        return f"trains no policy, but {', '.join(cls.trains)}: it has no answers to compare"
+        return f"trains {', '.join(cls.trains)} and no policy: it has no answers to compare"
     config, method_config = split({**settings, "method": cls.name}, cls.Config)
     method = cls(method_config)
     if cls.data == "prompts" and (missing := [r for r in ("reward", "judge") if r in cls.uses and r not in settings]):

@@ -1,6 +1,7 @@
 """Files, hub names and Python rows -> checked rows of the kind that a method reads -> tokens, step by step.
 
-rows.py       reading any source: rows as they are, faults, what was dropped
+sources.py    reading rows from files, `datasets`, lists and the hub
+rows.py       rows as they were read, faults, the report of dropped rows
 forms.py      which columns make which form (pairs, ranked, conversations, ...)
 cells.py      checks of a single cell
 dataset.py    load(): rows of any form -> rows of a kind
@@ -10,7 +11,8 @@ stream.py     which examples a step reads; held-out rows; seeds
 """
 
 from alignkit.data.dataset import Dataset, load
-from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, RawRows, Report, Row, read_rows
+from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, RawRows, Report, Row
+from alignkit.data.sources import read_rows
 
 __all__ = [
     "Content", "Dataset", "Fault", "FaultyRowsError", "Message", "RawRows", "Report", "Row", "load", "read_rows",

@@ -1,4 +1,4 @@
-"""The cells of one row, read with checks: whatever is wrong becomes a Fault with its row, column and fix."""
+"""The cells of one row, read with checks: every problem becomes a Fault with row, column and fix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AS_CONTENT = 'as text or as messages [{"role": "assistant", "content": "..."}]'
 
 @dataclass
 class Cells:
-    """The cells of one row, read with checks; what is wrong goes to `faults`, and a stand-in is read."""
+    """The cells of one row, read with checks; problems go to `faults`, and a placeholder is returned."""
 
     number: int
     cells: dict[str, Any]
@@ -25,18 +25,18 @@ class Cells:
     faults: list[Fault] = field(default_factory=list)
 
     def bad(self, column: str, found: str, fix: str) -> None:
-        """Note a fault."""
+        """Record a fault."""
         self.faults.append(Fault(self.number, column, found, fix))
 
     def content(self, column: str) -> Content:
-        """Text, or messages with their role and content alone."""
+        """Text, or messages reduced to role and content."""
         if column not in self.cells:
-            self.bad(column, "the column is missing", f"give it {_AS_CONTENT}, or remove the row")
+            self.bad(column, "the column is missing", f"provide it {_AS_CONTENT}, or remove the row")
             return ""
         return self.checked(column, self.cells[column])
 
     def checked(self, column: str, value: object) -> Content:
-        """Text or messages from a value that is already in hand."""
+        """Text or messages from a value that was already read."""
         if self.textual and isinstance(value, str):
             value = _messages_in(value) or value
         if isinstance(value, str):
@@ -45,19 +45,19 @@ class Cells:
             value = [value]
         if isinstance(value, list) and value:
             return [self.message(column, message) for message in value]
-        self.bad(column, f"found {shown(value)}", f"give it {_AS_CONTENT}, or remove the row")
+        self.bad(column, f"found {shown(value)}", f"provide it {_AS_CONTENT}, or remove the row")
         return ""
 
     def text(self, column: str, value: str) -> str:
-        """Text that can be written as UTF-8."""
+        """Text that can be encoded as UTF-8."""
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            self.bad(column, f"found half a surrogate pair {shown(value[error.start])}", "repair the text's encoding")
+            self.bad(column, f"found half a surrogate pair {shown(value[error.start])}", "fix the encoding of the text")
         return value
 
     def message(self, column: str, message: object) -> Message:
-        """One message, its role and content alone."""
+        """One message, reduced to role and content."""
         role = message.get("role") if isinstance(message, Mapping) else None
         content = message.get("content") if isinstance(message, Mapping) else None
         if role not in ROLES:
@@ -66,13 +66,13 @@ class Cells:
             found = f"a message with the role {shown(role)}" if role is not None else f"a message {shown(message)}"
             self.bad(column, found, f"{fix}.{close}" if role is not None else 'write {"role", "content"}')
         elif not isinstance(content, str):
-            self.bad(column, f"the {role}'s content is {shown(content)}", "give every message its content as text")
+            self.bad(column, f"the {role} message has content {shown(content)}", "give every message content as text")
         elif isinstance(message, Mapping) and message.get("tool_calls"):
             self.bad(column, "a message with tool_calls", "write the call into the message's content")
         return {"role": str(role), "content": self.text(column, content) if isinstance(content, str) else ""}
 
     def turns(self, column: str) -> list[Message]:
-        """Messages; text is a fault here."""
+        """Messages; text is a fault."""
         value = self.content(column)
         if isinstance(value, str):
             if value or self.cells.get(column) == "":
@@ -92,7 +92,7 @@ class Cells:
         return number
 
     def label(self, column: str) -> bool:
-        """True or false, in any spelling that leaves no doubt."""
+        """True or false, in any unambiguous spelling."""
         value = self.cells.get(column)
         text = str(value).strip().lower() if isinstance(value, bool | int | float | str) else ""
         if text not in ("true", "false", "1", "0", "1.0", "0.0"):
@@ -105,7 +105,7 @@ class Cells:
         if self.textual and isinstance(value, str):
             value = _json_list(value)
         if not isinstance(value, list) or not value:
-            self.bad(column, f"found {shown(self.cells.get(column))}", "give a list with an entry for each completion")
+            self.bad(column, f"found {shown(self.cells.get(column))}", "give a list with one entry for each completion")
             return []
         return value
 
@@ -119,6 +119,6 @@ def _json_list(cell: str) -> list[Any] | None:
 
 
 def _messages_in(cell: str) -> list[Any] | None:
-    """Return the messages that a CSV cell holds as JSON; None where it is text that only looks like a list."""
+    """Return the messages that a CSV cell holds as JSON; None for text that only looks like a list."""
     value = _json_list(cell) if cell.lstrip().startswith("[") else None
     return value if value and all(isinstance(m, dict) and "role" in m for m in value) else None

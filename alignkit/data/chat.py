@@ -1,8 +1,8 @@
 """Messages -> text with a tokenizer's chat template, and which of its characters are learned.
 
-Templates come with models, so they are strangers' programs: they run in transformers' sandbox, and here under a time
-limit. Special tokens that stand in a message are hidden from the template's output behind private-use characters, one
-each, so that what looks like a control token in the rendered text always is one of the template's own.
+Templates come with models, so they are untrusted programs: they run in transformers' sandbox and under a time limit.
+Special tokens inside a message are replaced by private-use characters while the template runs, one for each, so every
+control token in the rendered text was written by the template itself.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _HIDDEN = 0xF0000  # the first private-use character of plane 15
 class Draft:
     """A row as text, before tokenisation.
 
-    prompt: the beginning that all of `texts` share and nobody learns. texts: prompt and completion, one for each
-    completion. spans: the learned characters of each text, None for all that follows the prompt. ended: whether a
-    text already ends in a token that ends the turn. hidden: private-use character -> the special token it stands for.
+    prompt: the common beginning of `texts`, never learned. texts: prompt and completion, one for each completion.
+    spans: the learned characters of each text, None for everything after the prompt. ended: whether a text already
+    ends with a token that closes the turn. hidden: private-use character -> the special token it replaces.
     control: special tokens in the text are control tokens. lost_turns: earlier turns that could not be located.
     """
 
@@ -41,20 +41,20 @@ class Draft:
     lost_turns: int = 0
 
     def restored(self, text: str) -> str:
-        """Return `text` with the special tokens that users wrote."""
+        """Return `text` with the special tokens that its private-use characters replace."""
         for character, token in self.hidden.items():
             text = text.replace(character, token)
         return text
 
 
 class SpecialTokens:
-    """The control tokens of a tokenizer, to be found in text."""
+    """Finds the control tokens of a tokenizer in text."""
 
     def __init__(self, tokenizer: Any) -> None:
         added = list(tokenizer.added_tokens_decoder.values())
         flags = {t.content: (t.lstrip, t.rstrip) for t in added if t.special}
         self.names = sorted({*tokenizer.all_special_tokens, *flags}, key=len, reverse=True)
-        space = {True: r"\s*", False: ""}  # some tokens swallow the white space beside them
+        space = {True: r"\s*", False: ""}  # some tokens absorb the white space next to them
         patterns = []
         for name in self.names:
             left, right = flags.get(name, (False, False))
@@ -62,16 +62,16 @@ class SpecialTokens:
         self.pattern = re.compile("|".join(patterns) or r"(?!)")
 
     def turn_end(self, text: str, begin: int) -> int | None:
-        """Where the special token ends that closes `text`, white space behind it or not; None if there is none."""
+        """Return where the special token that closes `text` ends, trailing white space ignored; None without one."""
         end = len(text.rstrip())
         return end if text[begin:end].endswith(tuple(self.names)) else None
 
     def inside(self, text: str) -> bool:
-        """Whether one of them is spelled out in `text`."""
+        """Return whether `text` spells out one of them."""
         return self.pattern.search(text) is not None
 
     def hide(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-        """Return the messages with private-use characters for special tokens, and what each stands for."""
+        """Return the messages with private-use characters in place of special tokens, and the token of each."""
         if not any(self.inside(message["content"]) for message in messages):
             return list(messages), {}
         written = {character for message in messages for character in message["content"]}
@@ -85,14 +85,14 @@ class SpecialTokens:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """Return the special token that the tokenizer's chat template closes an answer with; None where there is none."""
+    """Return the special token with which the tokenizer's chat template closes an answer; None without one."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     special = SpecialTokens(tokenizer)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template may refuse what it likes; rows of messages will say so
+    except Exception:  # templates may raise anything; rendering the rows reports it
         return None
     end = special.turn_end(text, text.rfind("b"))
     closing = next((n for n in special.names if end and text[:end].endswith(n)), None)
@@ -102,15 +102,15 @@ def turn_end(tokenizer: Any) -> int | None:
 def render(rows: Sequence[Row], source: str, tokenizer: Any, special: SpecialTokens, seconds: float) -> list[Draft]:
     """Render rows of messages.
 
-    source: the data's name, for messages. seconds: a row whose template runs longer stops everything. Raises
+    source: the data's name, for messages. seconds: the time limit for each row. Raises
     ConfigError without a chat template, ModelError after the time limit, FaultyRowsError for rows that the template
     refuses.
     """
     if rows and not tokenizer.chat_template:
         name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
         raise ConfigError(
-            f"row {rows[0].row} holds messages, and {name} has no chat template. Use an instruct model's tokenizer, "
-            "set tokenizer.chat_template and save it beside the model, or give prompt and completion as text"
+            f"row {rows[0].row} holds messages, but {name} has no chat template. Use an instruct model's tokenizer, "
+            "set tokenizer.chat_template and save it with the model, or give prompt and completion as text"
         )
     drafts: list[Draft] = []
     faults: list[Fault] = []
@@ -128,18 +128,18 @@ def _drafted(
             drafts.append(_draft(row, tokenizer, special))
         except _Rewritten as error:
             faults.append(Fault(row.row, "", str(error), "give prompt and completion as text for this model"))
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # templates may raise anything
             fix = "change the messages, or the template"
-            faults.append(Fault(row.row, "", f"it says {shown(str(error), 100)}", fix))
+            faults.append(Fault(row.row, "", f"the template raised {shown(str(error), 100)}", fix))
         yield
 
 
 class _Stop(BaseException):
-    """Raised inside a rendering thread from outside, so that a template without an end does not run on."""
+    """Raised in a rendering thread from outside, to stop a template that does not end."""
 
 
 def _within(seconds: float, steps: Iterator[None], rows: Sequence[Row]) -> None:
-    """Run `steps` in a thread, so that one that never ends can be left: signals only reach the main thread."""
+    """Run `steps` in a thread, so that a step that never ends can be abandoned: signals reach the main thread only."""
     done = 0
     failures: list[Exception] = []
 
@@ -169,7 +169,7 @@ def _within(seconds: float, steps: Iterator[None], rows: Sequence[Row]) -> None:
 
 
 class _Rewritten(AlignkitError):
-    """The template changes the prompt once an answer follows."""
+    """The template renders the prompt differently once an answer follows."""
 
 
 def _messages(content: Content, role: str) -> list[Message]:
@@ -204,18 +204,18 @@ def _draft(row: Row, tokenizer: Any, special: SpecialTokens) -> Draft:
 
 
 def _check_start(start: str, prompt: str, text: str) -> None:
-    """Allow a generation prompt that differs from the answer's header; refuse when the messages before it differ."""
+    """Accept a generation prompt that differs from the answer's header; raise where the messages before it differ."""
     if common(start, text) < len(start[: common(start, prompt)].rstrip()):
-        raise _Rewritten("it writes the prompt differently once an answer follows, so the answer cannot be located")
+        raise _Rewritten("it renders the prompt differently once an answer follows, so the answer cannot be located")
 
 
 def _turns(
     prompt: list[Message], answer: list[Message], text: str, rendered: Any, special: SpecialTokens
 ) -> list[Span]:
-    """Return the characters of each assistant's turn: what rendering one message more adds.
+    """Return the characters of each assistant turn: those added by rendering one message more.
 
-    A turn that is written differently once others follow cannot be located by this and is left out: unlearned is safer
-    than learning what the user said.
+    A turn that is rendered differently once others follow cannot be located this way and is left out: not learning it
+    is safer than learning the user's text.
     """
     spans = []
     for k, message in enumerate(answer):
@@ -231,7 +231,7 @@ def _turns(
 
 
 def common(a: Any, b: Any) -> int:
-    """How many leading items (characters, tokens) two sequences share."""
+    """Return how many leading items (characters, tokens) two sequences share."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n

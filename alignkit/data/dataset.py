@@ -1,21 +1,21 @@
-"""Rows in any form that users bring -> validated rows of the kind that a method needs.
+"""Rows in any known form -> validated rows of the kind that a method needs.
 
     dataset = load("pairs.jsonl", "pairs")
     dataset = load("gsm8k.jsonl", "prompts", columns={"prompt": "question"})
 
-The form is detected from the columns, the first of FORMS that is there and serves the kind. What a row of one form
-becomes in another kind:
+The form is detected from the columns: the first of FORMS that is present and provides the kind. How a row of one form
+is converted to another kind:
 
     pairs -> unpaired   the chosen answer desirable, the rejected one undesirable: two rows with one number
     pairs -> text       the chosen answer only
-    ranked -> pairs     the best-scored against the worst-scored answer: one pair a row, so that a long list weighs no
-                        more than a short one; equal scores are a tie
+    ranked -> pairs     the best-scored against the worst-scored answer: one pair per row, so that a long list weighs
+                        as much as a short one; equal scores are a tie
     unpaired -> text    the desirable answers only
-    messages -> text    what follows the last user's message is the completion
-    any -> prompts      the prompt; every other column stays in `Row.extra`, where reward functions find it
+    messages -> text    the completion begins at the first assistant message
+    any -> prompts      the prompt; all other columns stay in `Row.extra` for reward functions
 
-Real data has ties, empty and equal answers: such rows are dropped and counted. What cannot be meant (None, a wrong
-type, an unknown role) is a fault, and all faults of a source are raised together.
+Ties, empty answers and equal answers occur in real data: such rows are dropped and counted. Values that are certainly
+wrong (None, a wrong type, an unknown role) are faults, and all faults of a source are raised together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import get_args
 
 from alignkit.data.cells import Cells
 from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, DroppedRow, Form, Parsed, parse
-from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, RawRows, Report, Row, read_rows
+from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, RawRows, Report, Row
+from alignkit.data.sources import read_rows
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import DataKind
 
@@ -38,8 +39,8 @@ __all__ = ["Dataset", "Fault", "FaultyRowsError", "Message", "RawRows", "Report"
 class Dataset:
     """Validated rows of one kind.
 
-    rows: in the source's order. kind: what the method needs. form: what was found. source: its name for messages.
-    report: what was dropped, with row numbers.
+    rows: in the source's order. kind: what the method reads. form: the detected form. source: its name for messages.
+    report: the dropped rows, with row numbers.
     """
 
     rows: list[Row]
@@ -55,7 +56,7 @@ class Dataset:
         return iter(self.rows)
 
     def lines(self) -> list[str]:
-        """Return what to print: what was found and read as what, then what was dropped."""
+        """Return the lines to print: the form that was found and the kind it is read as, then the dropped rows."""
         found = f"{self.source}: {self.report.total} rows of the form '{self.form}', read as {self.kind}"
         return [found, *self.report.lines()]
 
@@ -63,8 +64,8 @@ class Dataset:
 def load(source: object, kind: DataKind, columns: Mapping[str, str] | None = None) -> Dataset:
     """Read, check and convert all rows of `source` to what a method with `data = kind` needs.
 
-    source: whatever `read_rows` takes. columns: {our column: theirs} where names differ; "form" forces a form's name.
-    Raises ConfigError for an unknown kind, column name or form; DataError where the form does not serve the kind or
+    source: as for `read_rows`. columns: {our column: the source's} where names differ; "form" sets the form's name.
+    Raises ConfigError for an unknown kind, column name or form; DataError where the form does not provide the kind or
     no row is left; FaultyRowsError (a DataError) with all faults of the rows.
     """
     if kind not in get_args(DataKind):
@@ -75,7 +76,7 @@ def load(source: object, kind: DataKind, columns: Mapping[str, str] | None = Non
     if not raw.rows:
         raise FaultyRowsError(raw.source, raw.faults) if raw.faults else DataError(f"{raw.source}: holds no rows")
     form = _detect(raw, kind, forced)
-    # A margin in some rows only is a fault in the others: half a column of numbers cannot be averaged.
+    # a margin in some rows only is a fault in the others: a column that is half empty cannot be averaged
     margins = kind == "pairs" and any("margin" in cells for _, cells in raw)
     rows: list[Row] = []
     faults = list(raw.faults)
@@ -109,7 +110,9 @@ def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
         if theirs not in found:
             there = ", ".join(sorted(found))
             hint = nearest(theirs, found)
-            raise DataError(f"{raw.source}: no column '{theirs}', which was given for {ours}.{hint} Columns: {there}")
+            raise DataError(
+                f"{raw.source}: no column '{theirs}', which `columns` names for {ours}.{hint} Columns: {there}"
+            )
     taken = set(wanted.values())
     rows = []
     for number, cells in raw:
@@ -119,7 +122,7 @@ def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
 
 
 def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:
-    # A column counts where half of the rows have it: one stray row must not decide for all the others.
+    # a column counts where half of the rows have it, so that a single odd row does not decide for all
     seen = Counter(column for _, cells in raw for column in cells)
     columns = {column for column, n in seen.items() if 2 * n >= len(raw)}
     known = {form.name for form in FORMS}
@@ -135,7 +138,7 @@ def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:
 
 
 def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form], forced: str | None) -> str:
-    """Say what was found, what is needed, and what to type."""
+    """Return what was found, what is needed, and what to type."""
     serving = [form for form in FORMS if kind in form.kinds]
     choices = list(dict.fromkeys(form.name for form in serving))
     listed = "; ".join(next(" + ".join(form.columns) for form in serving if form.name == name) for name in choices)
@@ -145,18 +148,18 @@ def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form
         wants = " or ".join(" + ".join(form.columns) for form in FORMS if form.name == forced)
         found = f"the form '{forced}' needs the columns {wants}; found {', '.join(sorted(columns))}"
     else:
-        found = f"found the columns {', '.join(sorted(columns)) or '(none)'}, which are no known form"
+        found = f"found the columns {', '.join(sorted(columns)) or '(none)'}, which match no known form"
     wanted = {"pairs": "pairs", "unpaired": "unpaired", "text": "completion", "prompts": "prompt"}[kind]
     example = ", ".join(f"{c}: <yours>" for c in next(form.columns for form in FORMS if form.name == wanted))
     return (
         f"{source}: {found}.\n"
-        f"The method needs {kind}, which are made from one of: {listed}.\n"
-        f"Name your columns (columns: {{{example}}}), or choose a method for the data that is there."
+        f"The method needs {kind}, which can be read from: {listed}.\n"
+        f"Map your columns (columns: {{{example}}}), or choose a method that reads this data."
     )
 
 
 def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: bool) -> list[Row]:
-    """Make the rows of `kind` that one parsed row gives, or drop it."""
+    """Convert one parsed row to rows of `kind`, or drop it."""
     numbers: dict[str, float] = {}
     used = {"prompt"} if kind == "prompts" and "prompt" in form.columns else {"prompt", *form.columns}
     if margins:

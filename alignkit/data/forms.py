@@ -1,4 +1,4 @@
-"""The forms of rows that users bring: how each is known by its columns, and how one row of it is read.
+"""The forms of rows: which columns identify each form, and how one of its rows is parsed.
 
 Adding a form is a line in FORMS and a parser in `parse`.
 """
@@ -16,7 +16,7 @@ ASSISTANT = "\n\nAssistant:"
 
 
 class Form(NamedTuple):
-    """A form of rows: its name, the columns it is known by, and the kinds it serves."""
+    """A form of rows: its name, the columns that identify it, and the kinds of data it can provide."""
 
     name: str
     columns: tuple[str, ...]
@@ -39,11 +39,11 @@ OUR_COLUMNS = sorted({column for form in FORMS for column in form.columns} | {"m
 
 
 class DroppedRow(Exception):
-    """A row that is valid and cannot be used; its text is the report's reason."""
+    """A row that is valid but cannot be used; its text is the reason in the report."""
 
 
 class Parsed(NamedTuple):
-    """A row's prompt and answers: (chosen, rejected), (the only one,), or none; label of an unpaired answer."""
+    """A row's prompt and answers: (chosen, rejected), (the only answer,), or (); label: of an unpaired answer."""
 
     prompt: Content
     answers: tuple[Content, ...] = ()
@@ -51,9 +51,9 @@ class Parsed(NamedTuple):
 
 
 def parse(cells: Cells, form: Form, kind: DataKind) -> Parsed:
-    """Read one row of `form`. Faults go to `cells.faults` (the result is then a stand-in); raises DroppedRow."""
+    """Read one row of `form`. Faults go to `cells.faults` (the result is then a placeholder); raises DroppedRow."""
     if kind == "prompts" and "prompt" in form.columns:
-        return Parsed(_prompt(cells))  # a fault or a tie among answers that nobody reads is no fault
+        return Parsed(_prompt(cells))  # faults and ties in answers do not matter: they are not read
     parsers: dict[str, Callable[[Cells], Parsed]] = {
         "pairs": lambda c: _answered(c, "chosen", "rejected"),
         "conversations": _parse_conversations,
@@ -70,7 +70,7 @@ def parse(cells: Cells, form: Form, kind: DataKind) -> Parsed:
 def _plain(cells: Cells) -> str:
     value = cells.content("text")
     if not isinstance(value, str):
-        cells.bad("text", f"found {shown(value)}", "call the column 'messages', or give text")
+        cells.bad("text", f"found {shown(value)}", "rename the column to 'messages', or give text")
         return ""
     return value
 
@@ -78,7 +78,7 @@ def _plain(cells: Cells) -> str:
 def _prompt(cells: Cells) -> Content:
     prompt = cells.content("prompt")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        cells.bad("prompt", "found the assistant's message last", "end the prompt before the turn that is answered")
+        cells.bad("prompt", "found an assistant message at the end", "end the prompt before the turn to be answered")
     return prompt
 
 
@@ -88,9 +88,9 @@ def _answered(cells: Cells, *columns: str) -> Parsed:
 
 
 def _aligned(cells: Cells, prompt: Content, answers: list[tuple[str, Content]]) -> Parsed:
-    """Give prompt and answers one type: all text, or all messages with the prompt's own taken off the answers."""
+    """Convert prompt and answers to one type: all text, or all messages without the prompt's at the answers' start."""
     if cells.faults:
-        return Parsed("")  # the stand-ins of faulty cells would only bring up more faults
+        return Parsed("")  # the placeholders of faulty cells would only cause more faults
     if isinstance(prompt, str) and all(isinstance(answer, str) for _, answer in answers):
         return Parsed(prompt, tuple(answer for _, answer in answers))
     turns = [
@@ -103,14 +103,14 @@ def _aligned(cells: Cells, prompt: Content, answers: list[tuple[str, Content]]) 
     for column, messages in turns:
         own = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
         if not own or own[0]["role"] != "assistant":
-            found = f"an answer that begins with {shown(own[0]) if own else 'nothing after the prompt'}"
-            cells.bad(column, found, "begin with the assistant's message, or with the whole prompt before it")
+            found = f"an answer that begins with {shown(own[0])}" if own else "no answer after the prompt"
+            cells.bad(column, found, "begin with an assistant message, or with the whole prompt and then that message")
         rest.append(_to_last_answer(own))
     return Parsed(prompt, tuple(rest))
 
 
 def _prompt_within(prompt: str, messages: list[Message]) -> list[Message] | None:
-    """Return the leading messages up to the user's message that says `prompt`."""
+    """Return the leading messages up to the user message whose content is `prompt`."""
     for i, message in enumerate(messages):
         if message["role"] == "user" and message["content"].strip() == prompt.strip():
             return messages[: i + 1]
@@ -118,13 +118,13 @@ def _prompt_within(prompt: str, messages: list[Message]) -> list[Message] | None
 
 
 def _to_last_answer(messages: list[Message]) -> list[Message]:
-    """Leave out what follows the assistant's last turn: nobody learns from it."""
+    """Drop the messages after the assistant's last turn: they are never trained on."""
     roles = [message["role"] for message in messages]
     return messages[: _last(roles, "assistant") + 1] if "assistant" in roles else messages
 
 
 def _parse_conversations(cells: Cells) -> Parsed:
-    """Split off the common beginning of two whole conversations."""
+    """Split two whole conversations into their common beginning and two answers."""
     chosen, rejected = cells.content("chosen"), cells.content("rejected")
     if cells.faults:
         return Parsed("")
@@ -135,7 +135,7 @@ def _parse_conversations(cells: Cells) -> Parsed:
             raise DroppedRow("without a common last turn")
         return Parsed(chosen[:cut], (chosen[cut:], rejected[cut:]))
     if isinstance(chosen, str) or isinstance(rejected, str):
-        cells.bad("rejected", "one answer is text, the other messages", "give both in one form")
+        cells.bad("rejected", "one answer is text, the other is messages", "use the same type for both")
         return Parsed("")
     lead = _common(chosen, rejected)
     if chosen == rejected:
@@ -158,12 +158,14 @@ def _parse_winner(cells: Cells, columns: tuple[str, ...]) -> Parsed:
 
 
 def _parse_ranked(cells: Cells, kind: DataKind) -> Parsed:
-    """The best against the worst answer; the first of equals."""
+    """The best answer against the worst one; of equal scores the first answer counts."""
     prompt = _prompt(cells)
     answers = [cells.checked("completions", answer) for answer in cells.list_of("completions")]
     scores = [cells.number_of("scores", score) for score in cells.list_of("scores")]
     if not cells.faults and len(answers) != len(scores):
-        cells.bad("scores", f"{len(scores)} scores for {len(answers)} completions", "give each completion one score")
+        cells.bad(
+            "scores", f"{len(scores)} scores for {len(answers)} completions", "give one score for each completion"
+        )
     if cells.faults:
         return Parsed("")
     best = max(range(len(scores)), key=lambda i: scores[i])
@@ -177,7 +179,9 @@ def _parse_ranked(cells: Cells, kind: DataKind) -> Parsed:
 
 
 def _parse_messages(cells: Cells, kind: DataKind) -> Parsed:
-    """Cut before the assistant's first message, so that all its turns are learned; prompts: after the user's last."""
+    """Cut before the first assistant message, so that all its turns are learned; for prompts, after the last user
+    one.
+    """
     messages = cells.turns("messages")
     roles = [message["role"] for message in messages]
     if kind != "prompts":
@@ -188,7 +192,7 @@ def _parse_messages(cells: Cells, kind: DataKind) -> Parsed:
     if cells.faults:
         return Parsed("")
     if lead == 0:
-        cells.bad("messages", "found the assistant's message first", "begin with a user's or the system's message")
+        cells.bad("messages", "found an assistant message at the start", "begin with a user or system message")
     return Parsed(messages[:lead], (messages[lead : len(roles)],))
 
 
@@ -201,5 +205,5 @@ def _last(roles: list[str], role: str) -> int:
 
 
 def _common(a: list[Message], b: list[Message]) -> int:
-    """How many leading messages are equal."""
+    """Return how many leading messages are equal."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,25 +1,19 @@
-"""Rows as users bring them: the files and objects they come from, the faults found in them, and what was dropped.
+"""Rows as they were read, the faults found in them, and the report of what was dropped.
 
-Nothing here knows a row's form or a tokenizer; `alignkit.data` gives rows their meaning.
+This module knows neither the form of a row nor a tokenizer; `alignkit.data.dataset` interprets the rows.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
-from alignkit.errors import ConfigError, DataError, nearest
+from alignkit.errors import DataError
 
 Message: TypeAlias = dict[str, str]
 Content: TypeAlias = str | list[Message]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 _SHOWN_ROWS = 8
 
 
@@ -27,9 +21,9 @@ _SHOWN_ROWS = 8
 class Row:
     """One validated row.
 
-    prompt: text, or messages. completions: the same type as the prompt's; of a pair, the chosen one first; none where
-    the method makes its own. numbers: "margin" (pairs that have one) or "desirable" (1.0 or 0.0, unpaired).
-    row: 1-based row of the source (the line of a JSONL file). extra: the columns that the form does not use.
+    prompt: text, or messages. completions: of the prompt's type; the chosen one of a pair comes first; empty where the
+    method samples its own. numbers: "margin" (pairs that have one) or "desirable" (1.0 or 0.0, unpaired).
+    row: 1-based row of the source (the line of a JSONL file). extra: columns that the form does not use.
     """
 
     prompt: Content
@@ -41,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something in a row that cannot be used: where, what was there, and what to do. column "" is the whole row."""
+    """A part of a row that cannot be used: where, what was found, and how to fix it. column "" is the whole row."""
 
     row: int
     column: str
@@ -54,7 +48,7 @@ class Fault:
 
 
 class FaultyRowsError(DataError):
-    """All faults of one source. `faults` holds every one of them; the message shows the first in at most six lines."""
+    """All faults of one source. `faults` holds all of them; the message shows the first ones in at most six lines."""
 
     def __init__(self, source: str, faults: Iterable[Fault]) -> None:
         self.faults = sorted(faults, key=lambda fault: fault.row)
@@ -72,13 +66,13 @@ def shown(value: object, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-# The plural says what happened, so that a count and the rows can stand around it.
+# reasons are plural phrases; these have another singular
 _SINGULAR = {"ties": "tie", "empty answers": "empty answer", "empty prompts": "empty prompt"}
 
 
 @dataclass
 class Report:
-    """Which of `total` rows were dropped and why, and what else happened to rows that were kept.
+    """Which of `total` rows were dropped and why, and notes about rows that were kept.
 
     dropped, noted: reason -> 1-based rows of the source.
     """
@@ -88,16 +82,16 @@ class Report:
     noted: dict[str, list[int]] = field(default_factory=dict)
 
     def drop(self, reason: str, row: int) -> None:
-        """Count a row that is not trained on."""
+        """Count a row that is dropped."""
         self.dropped.setdefault(reason, []).append(row)
 
     def note(self, reason: str, row: int) -> None:
-        """Count something about a row that is trained on."""
+        """Count a note about a row that is kept."""
         self.noted.setdefault(reason, []).append(row)
 
     @property
     def n_dropped(self) -> int:
-        """Rows of the source of which something was dropped."""
+        """Number of the source's rows that were dropped, in whole or in part."""
         return len({row for rows in self.dropped.values() for row in rows})
 
     def __add__(self, later: Report) -> Report:
@@ -111,7 +105,7 @@ class Report:
         return joined
 
     def lines(self) -> list[str]:
-        """Return what to print: one line for all that was dropped, one for each note; none where nothing happened."""
+        """Return the lines to print: one for all dropped rows, one for each note; empty without either."""
         lines = []
         if self.dropped:
             reasons = ", ".join(_counted(reason, rows) for reason, rows in self.dropped.items())
@@ -129,7 +123,7 @@ def _counted(reason: str, rows: list[int]) -> str:
 
 @dataclass
 class RawRows:
-    """Rows as they were found.
+    """Rows as they were read.
 
     source: its name for messages. rows: (1-based number, columns). textual: every cell is text, as in a CSV file.
     faults: rows that could not be read at all.
@@ -147,177 +141,9 @@ class RawRows:
         return len(self.rows)
 
     def add(self, number: int, row: object) -> None:
-        """Append a row, or the fault that it is not an object with named columns."""
+        """Append a row, or a fault where it is not an object with named columns."""
         if isinstance(row, Mapping):
             self.rows.append((number, dict(row)))
         else:
             fix = 'make it an object such as {"prompt": "...", "chosen": "...", "rejected": "..."}'
             self.faults.append(Fault(number, "", f"found {shown(row)}", fix))
-
-
-def read_rows(source: object) -> RawRows:
-    """Read rows without giving them a meaning.
-
-    source: a path to .jsonl, .json, .parquet or .csv, a folder that `datasets.save_to_disk` wrote, a
-    `datasets.Dataset`, a list of dicts, or a name on the hub ("org/name" or "org/name:split", the default is train).
-    Row numbers start at 1: lines in JSONL, data rows (the header not counted) in CSV. Faults of single rows are
-    gathered in the result. Raises DataError where the source as a whole cannot be read.
-    """
-    if isinstance(source, RawRows):
-        return source
-    if isinstance(source, (str, Path)):
-        return _read_named(source)
-    if isinstance(source, (list, tuple)):
-        raw = RawRows("the list of rows")
-        for number, row in enumerate(source, 1):
-            raw.add(number, row)
-        return raw
-    return _from_datasets(source, "the dataset")
-
-
-def _read_named(source: str | Path) -> RawRows:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        hub = _HUB_NAME.fullmatch(str(source))
-        if hub and path.suffix.lower() not in SUFFIXES and not path.parent.exists():
-            return _read_hub(hub[1], hub[2] or "train")
-        raise DataError(_missing(path))
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: cannot read '{path.suffix or path.name}' files; give one of {', '.join(SUFFIXES)}")
-    try:
-        return reader(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _missing(path: Path) -> str:
-    message = f"no such file: {path}."
-    if not path.parent.is_dir():
-        return f"{message} The folder {path.parent} does not exist either."
-    names = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES or p.is_dir())
-    if not names:
-        return f"{message} The folder {path.parent} holds no {', '.join(SUFFIXES)} file."
-    listed = ", ".join(names[:_SHOWN_ROWS]) + (", ..." if len(names) > _SHOWN_ROWS else "")
-    return f"{message}{nearest(path.name, names)} The folder {path.parent} holds: {listed}"
-
-
-def _read_jsonl(path: Path) -> RawRows:
-    raw = RawRows(str(path))
-    with path.open("rb") as file:  # bytes, because text mode would also break lines at U+2028 inside a string
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                raw.add(number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
-            except UnicodeDecodeError as error:
-                bad = line[error.start : error.start + 8]
-                raw.faults.append(Fault(number, "", f"not UTF-8 at {shown(bad)}", "save the file as UTF-8"))
-            except (json.JSONDecodeError, RecursionError) as error:
-                found = f"not JSON ({str(error).split(':')[0]}): {shown(line.decode().strip())}"
-                raw.faults.append(Fault(number, "", found, "write one complete object on each line"))
-    return raw
-
-
-def _read_json(path: Path) -> RawRows:
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        return _read_jsonl(path)  # JSONL under the wrong suffix is common; real faults then get their line numbers
-    if isinstance(content, dict):
-        content = [content]
-    if not isinstance(content, list):
-        raise DataError(f"{path}: found {shown(content)}; a .json file must hold a list of objects")
-    raw = RawRows(str(path))
-    for number, row in enumerate(content, 1):
-        raw.add(number, row)
-    return raw
-
-
-def _read_csv(path: Path) -> RawRows:
-    raw = RawRows(str(path), textual=True)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    limit = csv.field_size_limit(max(len(text), 1))  # the default refuses answers of more than 128 KiB
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        for number, row in enumerate(reader, 1):
-            if None in row or None in row.values():
-                n_cells = sum(value is not None for value in row.values()) - (None in row) + len(row.get(None) or [])
-                found = f"{n_cells} cells under {len(reader.fieldnames or [])} column names"
-                raw.faults.append(Fault(number, "", found, 'quote cells that hold commas or line breaks: "..."'))
-            else:
-                raw.add(number, row)
-    except csv.Error as error:
-        fix = 'quote cells with "..." and double the quotes inside them'
-        raw.faults.append(Fault(len(raw) + len(raw.faults) + 1, "", f"not CSV ({error})", fix))
-    finally:
-        csv.field_size_limit(limit)
-    return raw
-
-
-def _read_parquet(path: Path) -> RawRows:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
-
-    raw = RawRows(str(path))
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    raw.add(len(raw) + 1, row)
-    except pyarrow.ArrowException as error:
-        reason = str(error).split("\n")[0]
-        raise DataError(f"{path}: not a whole parquet file ({reason}); write it again") from error
-    return raw
-
-
-def _read_folder(path: Path) -> RawRows:
-    import datasets
-
-    try:
-        return _from_datasets(datasets.load_from_disk(str(path)), str(path))
-    except (FileNotFoundError, ValueError) as error:
-        files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        hint = f"it holds {', '.join(files[:_SHOWN_ROWS])}; name one of them" if files else "name a file"
-        raise DataError(f"{path}: not a folder written by datasets.save_to_disk; {hint}") from error
-
-
-def _read_hub(name: str, split: str) -> RawRows:
-    import datasets
-
-    try:
-        return _from_datasets(datasets.load_dataset(name, split=split), f"{name}:{split}")
-    except DataError:
-        raise
-    except Exception as error:  # the hub's client raises its own tree, HTTP's, and plain ValueErrors
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        hint = "Check the name, the split (org/name:split) and the network, or give the path of a local file"
-        raise DataError(
-            f"cannot load '{name}', split '{split}', from the hub: {shown(reason, 160)}. {hint}."
-        ) from error
-
-
-def _from_datasets(source: object, name: str) -> RawRows:
-    import datasets
-
-    if isinstance(source, datasets.DatasetDict):
-        if "train" not in source:
-            raise ConfigError(
-                f"{name} has the splits {', '.join(sorted(source))}; pass one of them, such as data['...']"
-            )
-        source = source["train"]
-    if not isinstance(source, datasets.Dataset):
-        raise DataError(
-            f"cannot read rows from {type(source).__name__}; give a path to {', '.join(SUFFIXES)}, a folder written by "
-            "datasets.save_to_disk, a datasets.Dataset, a list of dicts, or a hub name such as org/name:split"
-        )
-    raw = RawRows(name)
-    for number, row in enumerate(source.with_format(None), 1):
-        raw.add(number, row)
-    return raw

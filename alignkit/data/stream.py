@@ -1,4 +1,4 @@
-"""Which examples a step reads: a pure function of the seed and the step, so that a resumed run needs no position."""
+"""Which examples a step reads: a pure function of seed and step, so a resumed run needs no saved position."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from alignkit.types import Example
 class Stream:
     """Examples in a fresh random order each epoch, cut into steps of `batch_size`.
 
-    A last part smaller than `min_batch` (what the method or the number of ranks needs) is left out of its epoch.
-    Raises DataError when the data does not fill a single step of that size.
+    A last part smaller than `min_batch` (which the method or the number of ranks requires) is left out of its epoch.
+    Raises DataError where the data does not fill a single step of that size.
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, min_batch: int = 1) -> None:
@@ -41,7 +41,7 @@ class Stream:
 
 
 def learning_rate(schedule: str, warmup_fraction: float, step: int, total: int) -> float:
-    """Return the part of the peak rate at a step: a linear warm-up, then the schedule down to 0 (or constant)."""
+    """Return the fraction of the peak rate at a step: a linear warm-up, then the schedule down to 0 (or constant)."""
     warmup = round(warmup_fraction * total)
     if step < warmup:
         return (step + 1) / warmup
@@ -50,7 +50,7 @@ def learning_rate(schedule: str, warmup_fraction: float, step: int, total: int) 
 
 
 def chunks(examples: Sequence[Example], size: int, min_batch: int) -> list[tuple[Example, ...]]:
-    """Cut examples into parts of `size` in order; a last part below `min_batch` joins the one before."""
+    """Cut examples into parts of `size` in order; a last part smaller than `min_batch` joins the one before it."""
     parts = [tuple(examples[i : i + size]) for i in range(0, len(examples), size)]
     if len(parts) > 1 and len(parts[-1]) < min_batch:
         parts[-2:] = [parts[-2] + parts[-1]]
@@ -58,14 +58,18 @@ def chunks(examples: Sequence[Example], size: int, min_batch: int) -> list[tuple
 
 
 def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split into (train, held out) so that no prompt is on both sides; the order within each is kept."""
+    """Split into (train, held out) with no prompt in both; each keeps its order. Raises DataError: nothing to train
+    on.
+    """
     if not fraction:
         return list(examples), []
     prompts = sorted({e.prompt.numpy().tobytes() for e in examples})
     order = torch.randperm(len(prompts), generator=seeded(seed, 1, 0)).tolist()
     n_held = max(1, round(fraction * len(prompts)))
     if n_held >= len(prompts):
-        raise DataError(f"eval_fraction {fraction} of {len(prompts)} different prompts leaves none to train on")
+        raise DataError(
+            f"eval_fraction {fraction} of {len(prompts)} different prompts leaves no prompt to train on; lower it"
+        )
     held = {prompts[i] for i in order[:n_held]}
     sides = ([], [])  # type: tuple[list[Example], list[Example]]
     for e in examples:
@@ -74,7 +78,7 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[l
 
 
 def seeded(seed: int, purpose: int, number: int) -> torch.Generator:
-    """Return a generator that depends on all three numbers; `purpose` keeps the run's uses of its seed apart."""
+    """Return a generator that depends on all three numbers; `purpose` separates the uses of a run's seed."""
     return torch.Generator().manual_seed(seed_of(seed, purpose, number))
 
 

@@ -1,8 +1,8 @@
 """Rows -> examples: one place where text becomes tokens.
 
-Prompt and completion are tokenised together, because a token may reach over their border. The prompt of the tree is
-the longest sequence of tokens that the prompt alone and every joint tokenisation begin with, so each prompt +
-completion is exactly what the tokenizer makes of the whole text; what is left belongs to the completions.
+Prompt and completion are tokenised together, because a token may span their boundary. The tree's prompt is the longest
+common prefix of the tokens of the prompt alone and of every prompt + completion. So each prompt + completion has
+exactly the tokens of the whole text, and the tokens after the common prefix belong to the completions.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def tokenise(
 
     max_prompt_tokens: a longer prompt keeps its end (and its beginning-of-sequence token). max_completion_tokens: a
     longer completion is cut and has no end-of-sequence token. split_special_tokens: special tokens inside a row's text
-    are read as plain text; in messages they always are. template_seconds: the longest that a template may take a row.
-    The report counts what was cut and what was dropped because it became empty or identical.
-    Raises ConfigError for a tokenizer that lacks an end-of-sequence token or a chat template, ModelError for a template
+    are read as plain text; in messages they always are. template_seconds: the time limit of the template for each row.
+    The report counts cut rows, and rows dropped because an answer became empty or the answers became identical.
+    Raises ConfigError for a tokenizer without an end-of-sequence token or a chat template, ModelError for a template
     that does not end, FaultyRowsError (a DataError) for rows that the template refuses.
     """
     for name, limit in (("max_prompt_tokens", max_prompt_tokens), ("max_completion_tokens", max_completion_tokens)):
@@ -60,14 +60,14 @@ class _Limits(NamedTuple):
 
 
 class _Encoded(NamedTuple):
-    """Tokens, and the characters each one covers where they were asked for."""
+    """Tokens, and the characters that each one covers where offsets were requested."""
 
     ids: list[int]
     offsets: list[Span] | None = None
 
 
 class _Encoder:
-    """A tokenizer with its habits found out: what it puts first, and how text must end."""
+    """A tokenizer with what it adds: the tokens that it puts first, and its BOS and EOS."""
 
     def __init__(self, tokenizer: Any, split_special_tokens: bool) -> None:
         if tokenizer.eos_token_id is None:
@@ -78,12 +78,14 @@ class _Encoder:
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int = tokenizer.eos_token_id
         plain, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-        # Where the tokenizer's own beginning ends; its own end is not used, since EOS belongs to completions alone.
+        # the tokens that the tokenizer puts first; those it puts last are not used: only completions end with EOS
         at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
         self.first: list[int] = list(full[:at])
 
     def encode(self, drafts: Sequence[Draft]) -> list[list[_Encoded]]:
-        """Return the tokens of each draft's prompt and texts, none added; one call for all drafts of a sort."""
+        """Return the tokens of each draft's prompt and texts, without added ones; one call for all drafts of one
+        kind.
+        """
         found: dict[int, list[_Encoded]] = {}
         sorts: dict[tuple[bool, bool], list[int]] = {}
         for i, draft in enumerate(drafts):
@@ -101,7 +103,9 @@ class _Encoder:
     def _tokens(self, texts: list[str], split: bool, offsets: bool) -> list[_Encoded]:
         options: dict[str, Any] = {"return_offsets_mapping": True} if offsets else {}
         if offsets and not self.tokenizer.is_fast:
-            raise ConfigError("answers of several turns need a fast tokenizer; give the last turn alone as completion")
+            raise ConfigError(
+                "answers of several turns need a fast tokenizer; give only the last turn as the completion"
+            )
         made = self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -117,7 +121,7 @@ class _Encoder:
         return [_Encoded(ids, spans) for ids, spans in zip(made["input_ids"], made["offset_mapping"], strict=True)]
 
     def _careful(self, draft: Draft, text: str) -> _Encoded:
-        """Tokenise between the template's control tokens, so that none can come out of a message."""
+        """Tokenise the pieces between the template's control tokens, so that no message can produce one."""
         with_offsets = any(draft.spans)
         ids: list[int] = []
         offsets: list[Span] = []
@@ -141,14 +145,14 @@ class _Encoder:
 
 
 def _drafts(dataset: Dataset, encoder: _Encoder, seconds: float) -> list[Draft]:
-    """Return one draft a row, in order."""
+    """Return one draft for each row, in order."""
     chat = [row for row in dataset.rows if isinstance(row.prompt, list)]
     rendered = iter(render(chat, dataset.source, encoder.tokenizer, encoder.special, seconds))
     return [next(rendered) if isinstance(row.prompt, list) else _text_draft(row, encoder) for row in dataset.rows]
 
 
 def _text_draft(row: Row, encoder: _Encoder) -> Draft:
-    """Join prompt and completions; a BOS or EOS that somebody spelled out at the ends is taken for the real one."""
+    """Join prompt and completions; a BOS or EOS spelled out at the ends is read as the control token."""
     bos = encoder.tokenizer.bos_token if encoder.first and encoder.bos is not None else ""
     eos = encoder.tokenizer.eos_token
     prompt = str(row.prompt).removeprefix(bos)
@@ -161,7 +165,7 @@ def _text_draft(row: Row, encoder: _Encoder) -> Draft:
 
 @dataclass
 class _Answer:
-    """A completion's tokens and which of them are learned; cut: it lost its end."""
+    """A completion's tokens and which of them are learned; cut: whether its end was removed."""
 
     ids: list[int]
     trained: list[bool]
@@ -201,9 +205,9 @@ def _example(
 
 
 def _context(ids: list[int], head: list[int], encoder: _Encoder, limit: int | None) -> tuple[list[int], bool]:
-    """Return the prompt's tokens, one at least, and whether they were cut."""
+    """Return the prompt's tokens, at least one, and whether they were cut."""
     if not head and ids[:1] == [encoder.bos]:
-        head, ids = ids[:1], ids[1:]  # the template's BOS survives a cut as the tokenizer's does
+        head, ids = ids[:1], ids[1:]  # a cut keeps the template's BOS, as it keeps the tokenizer's
     if not head and not ids:
         head = [encoder.eos if encoder.bos is None else encoder.bos]
     if limit is None or len(head) + len(ids) <= limit:
@@ -218,7 +222,7 @@ def _answer(draft: Draft, k: int, text: _Encoded, border: int, encoder: _Encoder
     spans = draft.spans[k]
     if spans is not None:
         at = [tuple(len(draft.restored(draft.texts[k][:end])) for end in span) for span in spans]
-        # A token that reaches over a turn's beginning is the turn's; one that reaches over its end is not.
+        # a token that spans the beginning of a turn belongs to the turn; one that spans its end does not
         trained = [any(a < end <= b for a, b in at) for _, end in (text.offsets or [])[border:]]
     if not draft.ended[k] and ids[-1:] != [encoder.eos]:
         ids, trained = [*ids, encoder.eos], [*trained, True]

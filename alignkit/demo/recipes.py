@@ -1,39 +1,62 @@
-"""The settings of the demo's runs, by method.
-
-A model of a million parameters wants rates a hundred times those of the billions that the defaults are for.
-"""
+"""Which installed methods the demo runs, and the settings of its runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from alignkit import registry
+from alignkit.advice import DataFacts, advice_of
 from alignkit.config import Sampling
+from alignkit.demo import world
+from alignkit.demo.base import write_start
+from alignkit.engine import Engine, Result
+from alignkit.errors import PluginError
 
 LENGTH = Sampling(max_new_tokens=40)  # twice the longest answer
 SFT: dict[str, Any] = {"learning_rate": 2e-3, "epochs": 24, "batch_size": 32, "warmup_fraction": 0.05}
 SHARED: dict[str, Any] = {"batch_size": 16, "epochs": 2, "max_prompt_tokens": 64, "max_completion_tokens": 64}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "dpo": {"learning_rate": 1e-4},
-    "ipo": {"learning_rate": 1e-4},
-    "kto": {"learning_rate": 1e-4, "batch_size": 32},  # a pair is two examples
-    "orpo": {"learning_rate": 1e-3, "lambda_": 0.5},
-    "simpo": {"learning_rate": 1e-4},
-    "cpo": {"learning_rate": 5e-4},
-    "ppo": {"learning_rate": 2e-4, "batch_size": 32, "epochs": 4, "epochs_per_batch": 2, "beta": 0.1},
-    "grpo": {"learning_rate": 3e-4, "group_size": 8, "beta": 0.01},
-    "rloo": {"learning_rate": 2e-4, "batch_size": 32, "group_size": 4, "beta": 0.05, "epochs": 6},
-    "nash": {"learning_rate": 2e-4, "batch_size": 32, "tau": 0.05, "epochs": 6},
-}
-OTHERS = {"learning_rate": 1e-4}
 VERDICTS = {"reward": "alignkit.demo.verdict:reward", "judge": "alignkit.demo.verdict:judge"}
+
+
+def offered() -> list[str]:
+    """Return the names of the methods that can align the demo's base: those that train a policy, but the base's own."""
+    base = best("text")
+    return [p.name for p in registry.plugins() if p.method and "policy" in p.method.trains and p.name != base]
+
+
+def best(kind: str, role: str = "policy") -> str:
+    """Return the installed method that trains a role on rows of a kind, the one of highest rank by its own advice.
+
+    Raises PluginError where no such method is installed.
+    """
+    facts, ranks = DataFacts(rows={kind: 1}), {}
+    for plugin in registry.plugins():
+        if plugin.method and plugin.method.data == kind and role in plugin.method.trains:
+            try:
+                ranks[plugin.name] = advice_of(plugin.method, facts).rank or 0
+            except PluginError:  # its advice is broken, which `recommend` reports
+                continue
+    if not ranks:
+        add = "pip install alignkit-sft alignkit-dpo alignkit-reward"
+        raise PluginError(f"the demo needs a method that trains a {role} on rows of the kind '{kind}'; try: {add}")
+    return max(ranks, key=lambda name: ranks[name])
 
 
 def recipe(method: str) -> dict[str, Any]:
     """Return the settings of a run on the demo's task, without model and data. Raises PluginError."""
     cls = registry.get(method)
-    settings = {**SHARED, **SETTINGS.get(method, OTHERS)}
+    settings = {**SHARED, **cls.demo_settings}
     if cls.data != "prompts":
         return settings
-    asks = {role: VERDICTS[role] for role in VERDICTS if role in cls.uses}
-    return {**settings, "sampling": LENGTH.model_dump(), **asks}
+    verdicts = {role: spec for role, spec in VERDICTS.items() if role in cls.uses}
+    return {**settings, "sampling": LENGTH.model_dump(), **verdicts}
+
+
+def train_base(engine: Engine, folder: Path, train: Sequence[world.Question], seed: int) -> Result:
+    """Write the untrained model and rows in both styles to a folder, fine-tune the model, and return the Result."""
+    rows = world.write_jsonl(folder / "texts.jsonl", world.sft_rows(train))
+    start = write_start(folder / "start", [q.prompt + answer for q in train for answer in (q.brief, q.chatty)], seed)
+    method = best("text")
+    return engine.run(method, model=str(start), data=str(rows), name=method, **SFT)

@@ -1,9 +1,9 @@
-"""A closed world: creatures with properties, drawn by a seed; questions about them; answers in two styles.
+"""A toy task: creatures with properties, drawn from a seed; questions about them; answers in two styles.
 
     brief    " The fox is red."
     chatty   " What a lovely question! The fox is red. I hope that this helps!"
 
-Both are right, and the base model learns to give each about half of the time. The preferred style is the brief one.
+Both are right, and the base model learns to use each about half of the time. The preferred style is the brief one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Question:
 
 
 def questions(seed: int) -> tuple[list[Question], list[Question]]:
-    """Return (train, held out). Every held-out question asks in new words for a fact that training asks for too."""
+    """Return (train, held out). Every held-out question asks in new words for a fact that occurs in training."""
     rng = random.Random(seed)
     train: list[Question] = []
     held_out: list[Question] = []
@@ -73,33 +73,33 @@ def questions(seed: int) -> tuple[list[Question], list[Question]]:
 
 
 def score(fact: str, answer: str) -> int:
-    """Judge an answer: 2 for the brief style with the right fact, 1 for the right fact otherwise, 0 for a wrong one."""
+    """Score an answer: 2 for the right fact in the brief style, 1 for the right fact otherwise, 0 for a wrong one."""
     text = answer.strip()
     return 2 if text == fact else int(fact in text)
 
 
-def sft_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
-    """Rows for fine-tuning: each question once in each style."""
-    return [{"prompt": q.prompt, "completion": answer} for q in asked for answer in (q.brief, q.chatty)]
+def sft_rows(questions: Iterable[Question]) -> list[dict[str, Any]]:
+    """Return rows for fine-tuning: each question once in each style."""
+    return [{"prompt": q.prompt, "completion": answer} for q in questions for answer in (q.brief, q.chatty)]
 
 
-def pair_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
-    """Preference pairs: brief over chatty."""
-    return [{"prompt": q.prompt, "chosen": q.brief, "rejected": q.chatty} for q in asked]
+def pair_rows(questions: Iterable[Question]) -> list[dict[str, Any]]:
+    """Return preference pairs: brief over chatty."""
+    return [{"prompt": q.prompt, "chosen": q.brief, "rejected": q.chatty} for q in questions]
 
 
-def judged_rows(asked: Sequence[Question]) -> list[dict[str, Any]]:
-    """Preference pairs that serve every method: with what the verdict looks at."""
-    return [{**pair, "fact": q.fact} for q, pair in zip(asked, pair_rows(asked), strict=True)]
+def judged_rows(questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """Return preference pairs for every method: with the column that reward and judge read."""
+    return [{**pair, "fact": q.fact} for q, pair in zip(questions, pair_rows(questions), strict=True)]
 
 
-def prompt_rows(asked: Iterable[Question]) -> list[dict[str, Any]]:
-    """Rows for the methods that sample: the question, and what the verdict looks at."""
-    return [{"prompt": q.prompt, "fact": q.fact} for q in asked]
+def prompt_rows(questions: Iterable[Question]) -> list[dict[str, Any]]:
+    """Return rows for methods that sample: the question, and the column that reward and judge read."""
+    return [{"prompt": q.prompt, "fact": q.fact} for q in questions]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """Write one JSON object a line and return the path."""
+    """Write one JSON object per line and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

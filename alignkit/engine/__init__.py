@@ -1,9 +1,9 @@
-"""The engine: THE loop, and all that it needs.
+"""The engine: THE loop, and everything it needs.
 
-engine.py      Engine, run(): settings in, a Result out
+engine.py      Engine, run(): from settings to a Result
 phases.py      Run: the phases of a run, one after the other
 loop.py        THE loop: steps, updates, checkpoints
-state.py       what the loop works with and knows
+state.py       the state of a run, as plain data
 assemble.py    settings -> rows, models, reference, optimiser
 step.py        a step as a method sees it (alignkit.method.Context)
 roles.py       the models that a method may ask

@@ -1,4 +1,4 @@
-"""From settings to everything a loop needs, in the order that finds faults early: settings, rows, tokens, models."""
+"""From settings to everything that the loop needs, in an order that finds errors early: rows, tokens, models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from alignkit.config import RunConfig
 from alignkit.data import tokenise
 from alignkit.data.stream import Stream, hold_out
 from alignkit.engine.roles import Roles
-from alignkit.engine.rollouts import Online, Scorers, stand_ins
+from alignkit.engine.rollouts import Online, Scorers
 from alignkit.engine.state import Parts, Splits
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import Method
@@ -41,6 +41,7 @@ from alignkit.models.values import ActorCritic, Valuer
 from alignkit.reference.cache import LogpCache
 from alignkit.reference.choice import resolve_reference
 from alignkit.reference.reference import Reference
+from alignkit.rollout.completions import with_placeholders
 from alignkit.types import Example, Layout
 
 logger = logging.getLogger(__name__)
@@ -84,9 +85,11 @@ def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
         precision = "fp32" if cpu else "bf16"
     forget_precision()
     if unknown := [t for t in config.trackers if t not in TRACKERS]:
-        raise ConfigError(f"no tracker '{unknown[0]}'.{nearest(unknown[0], TRACKERS)} There are {', '.join(TRACKERS)}")
+        raise ConfigError(
+            f"no tracker is called '{unknown[0]}'.{nearest(unknown[0], TRACKERS)} Trackers: {', '.join(TRACKERS)}"
+        )
     installed = {str(kind.value) for kind in get_available_trackers()}
-    if missing := [t for t in config.trackers if t not in installed]:  # Accelerate would leave it out in silence
+    if missing := [t for t in config.trackers if t not in installed]:  # Accelerate would silently ignore it
         raise ConfigError(f"tracker '{missing[0]}' is not installed; try: pip install {missing[0].replace('_', '-')}")
     return Accelerator(
         cpu=cpu,
@@ -94,8 +97,9 @@ def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
         log_with=config.trackers or None,
         project_dir=str(config.output),
         kwargs_handlers=[
-            # the trunk has no buffers that training changes, and every rank makes its own number of plain passes
-            # while a critic warms up, the policy gets no gradient; gradients live in the buckets that they travel in
+            # buffers: training changes none, and ranks make different numbers of passes outside of the wrapper.
+            # unused parameters: while a critic warms up, the policy has no gradient.
+            # bucket view: one copy of the gradients instead of two
             DistributedDataParallelKwargs(
                 broadcast_buffers=False, find_unused_parameters="critic" in method.roles(), gradient_as_bucket_view=True
             ),
@@ -105,8 +109,8 @@ def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
 
 
 def forget_precision() -> None:
-    """Let the next Accelerator choose its precision: Accelerate keeps one a process, which may run several methods."""
-    AcceleratorState._reset_state()  # there is no public way; Accelerate's own tests use it
+    """Let the next Accelerator set its own precision: Accelerate keeps one for the whole process."""
+    AcceleratorState._reset_state()  # Accelerate has no public function for this
 
 
 def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any, accelerator: Accelerator) -> Parts:
@@ -114,7 +118,7 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     ranks, device = Ranks(accelerator), accelerator.device
     least = least_examples(config, method, splits, ranks.n)
     stream = Stream(splits.train, config.batch_size, config.seed, least)
-    set_seed(config.seed)  # fresh adapters are drawn
+    set_seed(config.seed)  # new adapters are initialised at random
     scorers = Scorers.of_run(config, method, [*splits.train, *splits.held_out], device)
     plain, came_with_adapter = _trained_model(config, method, tokenizer, device)
     known, layout = _layout(config, method, splits, plain, accelerator)
@@ -130,7 +134,7 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
         folder = scorers.rewards.model_folder if scorers and scorers.rewards else None
         trained = with_critic(plain, config, folder, device)
     optimizer = torch.optim.AdamW(_groups(trained, config, rate), lr=rate, betas=config.adam_betas, fused=True)
-    # sharded already: only its precision is left to set, and no wrapper of data parallelism to put around it
+    # evaluation_mode: a sharded module needs its precision set, but no data-parallel wrapper
     policy = accelerator.prepare_model(trained, evaluation_mode=config.fsdp)
     prepared = accelerator.prepare_optimizer(optimizer)
     temperature = config.sampling.temperature if scorers else 1.0
@@ -147,7 +151,7 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
 def _trained_model(
     config: RunConfig, method: Method[Any], tokenizer: Any, device: torch.device
 ) -> tuple[Scorer | Valuer, bool]:
-    """Load what is trained; return it and whether it came with an adapter."""
+    """Load the trained model; return it and whether it came with an adapter."""
     kind: Kind = "classifier" if "reward" in method.trains else "causal"
     model, came_with_adapter = load_model(config, device, kind)
     for name, value in method.model_settings().items():
@@ -166,25 +170,25 @@ def _layout(
     known, longest = [method.longest(e) for e in (*splits.train, *splits.held_out)], None
     if method.data == "prompts":
         longest = config.sampling.max_new_tokens
-        known = stand_ins(known, longest)
+        known = with_placeholders(known, longest)
     check_fit(plain.model, known, longest, mixes=method.reference_need() == "live" and longest is None)
     with accelerator.autocast():
         return known, choose_layout(plain.train(), known[: len(splits.train)], config, accelerator.device)
 
 
 def least_examples(config: RunConfig, method: Method[Any], splits: Splits, n_ranks: int) -> int:
-    """Return how many examples a step needs. Raises ConfigError or DataError where the run cannot have them."""
+    """Return the number of examples that a step needs. Raises ConfigError or DataError where the run has fewer."""
     least = max(method.min_batch, n_ranks)
     if config.batch_size < least:
         raise ConfigError(
             f"batch_size {config.batch_size} is too small: '{method.name}' on {_ranks(n_ranks)} needs at least {least}"
         )
     if config.patience is not None and not splits.held_out:
-        raise ConfigError("patience watches held-out rows, and there are none; give eval_data or eval_fraction")
+        raise ConfigError("patience needs held-out rows, but there are none; set eval_data or eval_fraction")
     if 0 < len(splits.held_out) < least:
         raise DataError(
             f"{len(splits.held_out)} held-out rows are too few: '{method.name}' on {_ranks(n_ranks)} "
-            f"needs at least {least}; raise eval_fraction, give more eval_data, or neither"
+            f"needs at least {least}; raise eval_fraction, add rows to eval_data, or set neither"
         )
     return least
 
@@ -210,7 +214,7 @@ def _reference(
     mode = resolve_reference(config, method, accelerator.device, n_bytes)
     if mode is None:
         return None
-    sampled = method.data == "prompts"  # nobody will meet those completions again
+    sampled = method.data == "prompts"  # no other run will score the same completions
     cached = config.reference_cache and method.reference_need() != "moving" and not sampled
     mixed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     reference = Reference(
@@ -232,7 +236,7 @@ def _reference(
 
 
 def _groups(module: nn.Module, config: RunConfig, rate: float) -> list[dict[str, Any]]:
-    """Norms and biases are not decayed; the critic may have a rate of its own, kept as a multiple of the policy's."""
+    """Return parameter groups: no weight decay of norms and biases; the critic's rate as a multiple of the policy's."""
     critic = {id(p) for p in module.critic.parameters()} if isinstance(module, ActorCritic) else set()
     groups = []
     for of_critic in (False, True):

@@ -1,7 +1,7 @@
 """From terms to numbers: the denominators of a step, its loss, and the averages that are logged.
 
-A Term's mean is the sum over all micro-batches and ranks, divided by the count over all of them. The counts are known
-before the first forward pass, so each micro-batch's backward is already its exact share of the step's gradient.
+A Term's mean is its sum over all micro-batches and ranks, divided by the count over all of them. The counts are known
+before the first forward pass, so each micro-batch's backward computes its exact share of the step's gradient.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def term_sums(method: Method[Any], batch: Batch, models: Models) -> TermSums:
 
 
 def counts(batch: Batch, reduce: Reduce, weight: float = 1.0) -> dict[str, float]:
-    """Return what each possible `over` of a Term is divided by: the count in this step over all ranks.
+    """Return the denominator of each possible `over` of a Term: its count in this step over all ranks.
 
-    weight: 0 where this rank's batch is a stand-in that does not count.
+    weight: 0 where this rank's batch is a placeholder that does not count.
     """
     names = [*EXTENTS, *_masks(batch)]
     local = torch.tensor([batch.count(n) for n in names], dtype=torch.float64)
@@ -85,8 +85,8 @@ def _mask(batch: Batch, name: str, term: Term, method: str) -> Tensor:
     if term.over in batch and batch[term.over].dtype == torch.bool:
         return batch[term.over]
     raise PluginError(
-        f"method '{method}' averages the term '{name}' over '{term.over}', which is no mask of the batch; there are "
-        f"{', '.join([*EXTENTS, *_masks(batch)])}. A mask is a bool number that `collect` attaches"
+        f"method '{method}' averages the term '{name}' over '{term.over}', which is not a mask of the batch; choose "
+        f"from {', '.join([*EXTENTS, *_masks(batch)])}. A mask is a bool number that `collect` attaches"
     )
 
 
@@ -119,7 +119,7 @@ class Averages:
     def means(self, reduce: Reduce, largest: Reduce = lambda t: t) -> dict[str, float]:
         """Return the mean (or the largest value) of every term, and "loss": their sum weighted by the coefficients.
 
-        A term over a mask that nothing in the step fulfils has no mean, and is left out. largest: over the ranks.
+        A term over a mask that is False in the whole step has no mean and is left out. largest: maximum over the ranks.
         """
         names = sorted(self._sums)
         totals = reduce(torch.stack([self._sums[n] for n in names])).tolist()

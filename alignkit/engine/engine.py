@@ -13,7 +13,7 @@ from alignkit.runs.pipeline import PipelineResult, run_pipeline
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves: its last metrics, the model in memory, its tokenizer, and its folder."""
+    """A finished run: its last metrics, the model in memory, its tokenizer, and its folder."""
 
     metrics: dict[str, float]
     model: Any
@@ -24,7 +24,7 @@ class Result:
 class Engine:
     """Runs methods with shared settings: Engine(model="path", lora=8).run(method="dpo", data="prefs.jsonl", beta=0.2).
 
-    Settings are those of `RunConfig` and of the method; those given to `run` win. Raises AlignkitError on bad input.
+    Settings are those of `RunConfig` and of the method; those of `run` override the engine's. Raises AlignkitError.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -39,7 +39,9 @@ class Engine:
         return Result(metrics, one.save(), one.tokenizer, one.state.folder)
 
     def pipeline(self, stages: Sequence[Mapping[str, Any]], **settings: Any) -> PipelineResult:
-        """Run a chain of methods (docs/pipeline.md); `stages` are flat settings, the engine's and these are shared."""
+        """Run a chain of methods (docs/pipeline.md); `stages` are flat settings; the engine's and `settings` are
+        shared.
+        """
         return run_pipeline(Engine().run, stages, {**self.settings, **settings})
 
 

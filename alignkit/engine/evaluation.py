@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(state: RunState, step: int) -> dict[str, float]:
-    """Return the loss and the metrics as "eval/NAME" numbers; nothing where no rows are held out.
+    """Return the loss and the metrics as "eval/NAME" numbers; empty without held-out rows.
 
-    What is sampled of a held-out prompt depends on its place among them, so that evaluations can be compared.
+    The samples of a held-out prompt depend on its position among them, so that evaluations can be compared.
     """
     rows, ranks, method = state.splits.held_out, state.parts.ranks, state.method
     if not rows:
@@ -48,7 +48,7 @@ def evaluate(state: RunState, step: int) -> dict[str, float]:
 
 @contextmanager
 def evaluating(module: nn.Module, dropout: float) -> Iterator[None]:
-    """Switch dropout off where a method trains with it, and on again, after an error too."""
+    """Switch dropout off where a method trains with it; switch it on again afterwards, even after an error."""
     if not dropout:
         yield
         return

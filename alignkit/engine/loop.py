@@ -1,4 +1,4 @@
-"""THE loop: steps, their updates, and what happens between them."""
+"""THE loop: steps, their updates, and evaluations, logs and checkpoints between them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loop:
-    """One run's training loop over a state that is built; `train` runs all of it, `step` one step."""
+    """The training loop of a run whose state is built; `train` runs all steps, `step` one."""
 
     def __init__(self, state: RunState, session: Session) -> None:
         self.state, self.session = state, session
@@ -56,7 +56,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _opened(self, done: int, total: int) -> Iterator[RunLog]:
-        """Open what is written while the loop runs: the log, the completions, this session's entry."""
+        """Open the files that are written while the loop runs: the log, the completions, this session's entry."""
         state, parts = self.state, self.state.parts
         with contextlib.ExitStack() as stack:
             shown = stack.enter_context(Progress.of_run(total, done, parts.ranks.is_main))
@@ -106,9 +106,9 @@ class Loop:
             yield from batch.minibatches(config.minibatches, ctx.generator, ranks.own, ranks.n, total)
 
     def _update(self, minibatch: Batch, weight: float, step: int) -> tuple[dict[str, float], bool]:
-        """One optimiser step, and whether the batch's other updates are left out; less memory where it runs out.
+        """Do one optimiser step; return its metrics and whether the batch's other updates are skipped.
 
-        Where numbers are not finite, or the method has had enough of this batch, the weights stay as they are.
+        Where numbers are not finite, or the method ends the batch, the weights do not change.
         """
         parts, roles = self.state.parts, self.state.parts.roles
 
@@ -130,7 +130,9 @@ class Loop:
     def _backward(
         self, minibatch: Batch, weight: float, micros: list[Batch]
     ) -> tuple[dict[str, float], float, list[Batch]]:
-        """Gradients of one update over all micro-batches and ranks: (metrics, gradient norm, micro-batches)."""
+        """Compute the gradients of one update over all micro-batches and ranks: (metrics, gradient norm,
+        micro-batches).
+        """
         state, parts = self.state, self.state.parts
         accelerator, ranks = parts.accelerator, parts.ranks
         denominators = counts(minibatch, ranks.sum, weight)
@@ -141,7 +143,7 @@ class Loop:
             last = i == len(passes) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(parts.policy):
                 summed = term_sums(state.method, micro, parts.roles)
-                # times the ranks: data parallelism averages over ranks what is a sum here
+                # times the number of ranks: data parallelism averages gradients over ranks, here they must be summed
                 accelerator.backward(summed.loss_share(denominators) * (counted * weight * ranks.n))
             averages.add(summed, counted * weight)
         norm = accelerator.clip_grad_norm_(parts.policy.parameters(), state.config.max_grad_norm)
@@ -156,7 +158,7 @@ class Loop:
         return {"tokens_per_second": tokens / seconds, **(parts.online.took(seconds) if parts.online else {})}
 
     def _skip(self, step: int, micros: list[Batch], loss: float, norm: float) -> None:
-        """Leave the weights as they are, name the rows, stop after too many."""
+        """Count an update that is not finite, and name its rows. Raises TrainingError after too many."""
         state = self.state
         state.skipped += 1
         what = f"step {step + 1}: loss {loss}, gradient norm {norm}; rows {self._culprits(micros)}"
@@ -168,7 +170,7 @@ class Loop:
             )
 
     def _culprits(self, micros: list[Batch]) -> str:
-        """Name the rows whose own loss is not finite, or all rows of the step where only the gradient was not."""
+        """Return the rows whose own loss is not finite, or all rows of the step where only the gradient is not."""
         parts, bad = self.state.parts, list[int]()
         ones = [micro.select([i]) for micro in micros for i in range(len(micro))]
         for one, counted in in_step(ones, parts.ranks):
@@ -180,7 +182,7 @@ class Loop:
         return ", ".join(str(r) for r in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
 
     def _checkpoint(self, step: int, stop: StopSignals, log: RunLog) -> None:
-        """Save where it is time, or where a signal or an alarm asks to stop; then stop."""
+        """Save where a checkpoint is due, or where a signal or an alarm ends the run; then end it."""
         state, config = self.state, self.state.config
         due = time.monotonic() - state.saved_at > 60 * config.save_minutes
         asked = [float(due), float(stop.received or 0), float(log.alarm is not None)]
@@ -196,14 +198,14 @@ class Loop:
             raise self._alarmed(step, log)
 
     def _halted(self, done: int, error: RewardError) -> RewardError:
-        """Save the state before a step that could not be scored, so that nothing is lost; return the error to raise."""
+        """Save the state before a step whose scoring failed, so that nothing is lost; return the error to raise."""
         if done:
             save(self.state, done)
         command = resume_command(self.state.folder)
         return RewardError(f"{error}\nStopped after step {done}; continue with: {command}")
 
     def _alarmed(self, done: int, log: RunLog) -> AlarmError:
-        """Return the error of a run that an alarm of `stop_on` ends; its checkpoint is written."""
+        """Return the error that ends a run for an alarm of `stop_on`; its checkpoint is written."""
         reason = "an alarm of stop_on ended the run; see the error of rank 0"
         if alarm := log.alarm:
             reason = f"alarm {alarm.name} ended the run (stop_on): {alarm.message}. {alarm.remedy}"

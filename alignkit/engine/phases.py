@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 class Run:
     """One run. `Engine.run` calls the phases in their order: read(), build(), loop.train(), save().
 
-    Whoever measures a phase calls them one at a time (benchmarks/engine.py does); `loop.step(i, total)` is one step.
-    splits: the rows, after `read`. state, loop: after `build`. Raises AlignkitError on settings that cannot be used.
+    To measure a phase, call them one at a time, as benchmarks/engine.py does; `loop.step(i, total)` is one step.
+    splits: the rows, after `read`. state, loop: after `build`. Raises AlignkitError on invalid settings.
     """
 
     splits: Splits

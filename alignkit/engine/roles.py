@@ -1,4 +1,4 @@
-"""The models that a method may call in a run, each by its role."""
+"""The models that a method may call in a run, by role."""
 
 from __future__ import annotations
 

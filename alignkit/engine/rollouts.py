@@ -1,14 +1,14 @@
-"""From prompts to scored completions: what a method's `ctx.rollouts` does, for one rank's part of a step.
+"""From prompts to scored completions: the implementation of a method's `ctx.rollouts`, for one rank's part of a step.
 
-A completion depends on the weights, the seed, the step and its place in the step of all ranks, and on nothing else:
-neither on how the step is shared among ranks, nor on which completions it is sampled beside.
+A completion depends only on the weights, the seed, the step and its position in the step over all ranks: not on how the
+ranks share the step, nor on the other completions in its batch.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,14 +19,14 @@ from alignkit.config import RunConfig
 from alignkit.data.stream import seed_of
 from alignkit.errors import PluginError, RewardError
 from alignkit.method import Context, Method
-from alignkit.models.packing import batch_of
 from alignkit.models.passes import Autocast
 from alignkit.models.ranks import Ranks
 from alignkit.reference.reference import Reference
 from alignkit.rewards import Answers, Judge, Rewards, Scores, build_judge, build_rewards
 from alignkit.rollout import Mixture, Sampled, sample
+from alignkit.rollout.completions import answers_of, distinct, with_completions
 from alignkit.runs.folder import StepLines
-from alignkit.types import Batch, Completion, Example
+from alignkit.types import Batch, Example
 from alignkit_kernels import sequence_sum
 
 T = TypeVar("T")
@@ -46,17 +46,9 @@ class SamplingStep(Context, Protocol):
         ...
 
 
-def stand_ins(examples: Sequence[Example], sampling_tokens: int) -> list[Example]:
-    """Return the prompts with two made-up completions each, so that a model can be tried before anything is sampled."""
-    return [
-        replace(e, completions=tuple(Completion(e.prompt[-n:].clone()) for n in (min(sampling_tokens, 8), 3)))
-        for e in examples
-    ]
-
-
 @dataclass
 class Scorers:
-    """What scores and compares the completions of a run. columns: those of its rows, which rewards may ask for."""
+    """The rewards and the judge of a run. columns: of its rows, for their arguments."""
 
     rewards: Rewards | None
     judge: Judge | None
@@ -66,7 +58,7 @@ class Scorers:
     def of_run(
         cls, config: RunConfig, method: Method[Any], examples: Sequence[Example], device: torch.device
     ) -> Scorers | None:
-        """Load them; None for a method that samples nothing. examples: all of the run. Raises RewardError."""
+        """Load them; None for a method that does not sample. examples: all of the run. Raises RewardError."""
         if method.data != "prompts":
             return None
         rewards = build_rewards(config.reward, device) if config.reward is not None else None
@@ -80,9 +72,9 @@ class Scorers:
 
 @dataclass
 class Online:
-    """What samples, scores and compares in a run; `lines` are open while its loop runs.
+    """Samples, scores and compares completions in a run; `lines` is open while its loop runs.
 
-    model: the policy, as a language model. updates: those that a collected batch serves. seconds: of this step.
+    model: the policy, as a language model. updates: optimiser steps per collected batch. seconds: of this step.
     """
 
     config: RunConfig
@@ -98,12 +90,12 @@ class Online:
     seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "scoring": 0.0})
 
     def open(self, folder: Path, done: int, evaluated: int) -> None:
-        """Begin completions.jsonl (one file a rank), without the lines of steps that are done again."""
+        """Open completions.jsonl (one file per rank), without the lines of steps that will be repeated."""
         name = "completions.jsonl" if self.ranks.is_main else f"completions-{self.ranks.own}.jsonl"
         self.lines = StepLines(folder / name, done, evaluated)
 
     def close(self) -> None:
-        """Close the file, and what scores."""
+        """Close the file, the rewards and the judge."""
         for one in (self.lines, self.scorers.rewards, self.scorers.judge):
             if one is not None:
                 one.close()
@@ -113,7 +105,7 @@ class Online:
         if mixture is not None and n != 1:
             raise PluginError(f"rollouts(mixture=...) compares with one completion of the policy; n is {n}")
         sampled = self.sample(ctx, batch.examples, n, 0, None)
-        grown, answers = forest(batch.examples, sampled, batch), self.answers(batch.examples, sampled)
+        grown, answers = with_completions(batch.examples, sampled, batch), self.answers(batch.examples, sampled)
         grown = self._with_logps(ctx, grown)
         lines: dict[str, Sequence[Any]] = {}
         if "reward" in self.roles:
@@ -134,7 +126,7 @@ class Online:
         return grown
 
     def _with_logps(self, ctx: SamplingStep, grown: Batch) -> Batch:
-        """Attach what the reference, the policy and the critic say of the sampled tokens, where the method needs it."""
+        """Attach the log-probabilities and values of the sampled tokens that the method needs."""
         if "reference" in self.roles and self.reference is not None:
             grown = self.reference.attach(grown, keep=False)
         if "critic" in self.roles or self.updates > 1:
@@ -145,7 +137,7 @@ class Online:
         return grown
 
     def took(self, total: float) -> dict[str, float]:
-        """Return where the seconds of a step went, and begin to count the next one's."""
+        """Return how the seconds of a step were spent, and start counting those of the next step."""
         spent, self.seconds = self.seconds, {"sampling": 0.0, "scoring": 0.0}
         spent["learning"] = total - sum(spent.values())
         return {f"seconds/{name}": value for name, value in spent.items()}
@@ -170,24 +162,24 @@ class Online:
         return sampled
 
     def score(self, answers: Answers) -> Scores:
-        """Ask the rewards about this rank's completions. Raises RewardError on all ranks where one of them fails."""
+        """Score this rank's completions. Raises RewardError on all ranks where one of them fails."""
         rewards = self.scorers.rewards
         assert rewards is not None
-        return self._ask(lambda: rewards.score(answers))
+        return self._on_all_ranks(lambda: rewards.score(answers))
 
     def compare(self, first: Answers, second: Answers) -> list[float]:
-        """Ask the judge for P(first wins). Raises RewardError on all ranks where one of them fails."""
+        """Return the judge's P(first wins). Raises RewardError on all ranks where one of them fails."""
         judge = self.scorers.judge
         if judge is None:
-            raise PluginError("a mixture was sampled without a judge; the method must name 'judge' in `uses`")
-        return self._ask(lambda: judge.wins(first, second))
+            raise PluginError("a mixture was sampled without a judge; the method must declare 'judge' in `uses`")
+        return self._on_all_ranks(lambda: judge.wins(first, second))
 
     def answers(self, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]]) -> Answers:
-        """Return prompts and completions as rewards see them."""
+        """Return prompts and completions as rewards receive them."""
         return answers_of(self.tokenizer, examples, sampled, self.scorers.columns)
 
     def write(self, step: int, training: bool, answers: Answers, more: Mapping[str, Sequence[Any]]) -> None:
-        """Write a line for each completion into completions.jsonl."""
+        """Write one line for each completion to completions.jsonl."""
         assert self.lines is not None
         for i, (row, prompt, completion) in enumerate(
             zip(answers.rows, answers.prompts, answers.completions, strict=True)
@@ -220,27 +212,17 @@ class Online:
         model, context = self.reference.model_and_context()
         return Mixture(model, weight, context)
 
-    def _ask(self, ask: Callable[[], T]) -> T:
+    def _on_all_ranks(self, call: Callable[[], T]) -> T:
         started = time.perf_counter()
         problem, found = None, None
         try:
-            found = ask()
+            found = call()
         except RewardError as error:
             problem = error
-        if self.ranks.most(int(problem is not None)):  # or the other ranks would wait for this one
+        if self.ranks.most(int(problem is not None)):  # else the other ranks would wait for this one
             raise problem or RewardError("another rank could not score its completions; see that rank's error")
         self.seconds["scoring"] += time.perf_counter() - started
         return found  # type: ignore[return-value]
-
-
-def forest(examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], like: Batch) -> Batch:
-    """Return the prompts with their completions as a batch that carries "ended"."""
-    grown = [
-        replace(e, completions=tuple(Completion(torch.tensor(s.tokens, dtype=torch.int32)) for s in some))
-        for e, some in zip(examples, sampled, strict=True)
-    ]
-    ended = torch.tensor([s.ended for some in sampled for s in some], device=like.device)
-    return batch_of(grown, like.layout, like.device).attach(per_completion={"ended": ended})
 
 
 def _float32(values: Sequence[float], device: torch.device) -> Tensor:
@@ -249,32 +231,3 @@ def _float32(values: Sequence[float], device: torch.device) -> Tensor:
 
 def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
-
-
-def answers_of(
-    tokenizer: Any, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], columns: Sequence[str] = ()
-) -> Answers:
-    """Return prompts and completions as rewards see them: text without special tokens, and the rows' columns.
-
-    columns: names that are there for every row, None where a row lacks one; the rows' own names are added.
-    """
-    flat = [(e, s) for e, some in zip(examples, sampled, strict=True) for s in some]
-    texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for _, s in flat]
-    names = dict.fromkeys([*columns, *(name for e in examples for name in e.columns)])
-    return Answers(
-        prompts=[e.asked for e, _ in flat],
-        completions=[
-            t if isinstance(e.asked, str) else [{"role": "assistant", "content": t}]
-            for (e, _), t in zip(flat, texts, strict=True)
-        ],
-        columns={name: [e.columns.get(name) for e, _ in flat] for name in names},
-        rows=[e.row for e, _ in flat],
-        lengths=[len(s.tokens) for _, s in flat],
-        ended=[s.ended for _, s in flat],
-    )
-
-
-def distinct(sampled: Sequence[Sequence[Sampled]], n: int = 2) -> tuple[int, int]:
-    """Count the different n-grams of tokens in all completions, and all n-grams: their ratio is distinct-n."""
-    grams = [tuple(s.tokens[i : i + n]) for some in sampled for s in some for i in range(len(s.tokens) - n + 1)]
-    return len(set(grams)), len(grams)

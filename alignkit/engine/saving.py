@@ -1,4 +1,4 @@
-"""What a run leaves: checkpoints to resume from, bit for bit, and the trained model."""
+"""Saving a run: checkpoints that resume it bit for bit, and the trained model."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def save(state: RunState, step: int) -> None:
 
 
 def restore(state: RunState) -> int:
-    """Load the newest whole checkpoint and return its step, 0 where there is none. Raises CheckpointError."""
+    """Load the newest complete checkpoint and return its step, 0 without one. Raises CheckpointError."""
     found = checkpoint.load(state.folder / "checkpoints", logger.warning)
     if found is None and (state.folder / "model").is_dir():
         raise CheckpointError(
             f"{state.folder} is finished: its model is in {state.folder / 'model'}. "
-            f"To train on, start a new run from there"
+            f"To train it further, start a new run from that folder"
         )
     if found is None:
         logger.warning("no checkpoint in %s: starting at step 1", state.folder)
         return 0
     if found.state["rows"] != state.splits.digest:
-        raise CheckpointError(f"the rows are not those that {found.path} was trained on; resume with the same data")
+        raise CheckpointError(f"the rows differ from those of {found.path}; resume with the same data")
     parts = state.parts
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(parts.policy, dict[str, Any](found.tensors["model"]), options=options)
@@ -77,9 +77,9 @@ def restore(state: RunState) -> int:
 
 
 def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) -> Any:
-    """Write the model (an adapter alone, unless it is merged) and its tokenizer in the Hugging Face format.
+    """Write the model (only the adapter, unless it is merged) and its tokenizer in the Hugging Face format.
 
-    Written under a temporary name and renamed, so that `folder` is whole or absent. Returns the model.
+    Written under a temporary name and renamed, so that `folder` is complete or absent. Returns the model.
     """
     model = parts.plain.model
     causal_lm(model).config.use_cache = True
@@ -96,8 +96,8 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         tokenizer.save_pretrained(temporary)
         try:
             card.write(temporary, folder.parent)
-        except (AlignkitError, OSError) as error:  # a model is worth more than its card
-            logger.warning("no model card is written: %s", error)
+        except (AlignkitError, OSError) as error:  # the model is saved without it
+            logger.warning("the model card could not be written: %s", error)
         before = folder.with_name(f".{folder.name}-before-{os.getpid()}")
         if folder.exists():
             folder.rename(before)

@@ -1,4 +1,4 @@
-"""What the loop works with and what it knows, as plain data: its helpers take this and nothing else."""
+"""The state of a run as plain data, which the loop and its helpers share."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Splits:
 
 @dataclass
 class Parts:
-    """What is built for a run and lives as long as it.
+    """What is built once for a run.
 
-    plain: what is trained and saved, without wrappers. policy: the same (with the critic, where there is one), wrapped
-    for training. online: of a method that samples. peak_rate: the learning rate after the warm-up. eos: a token id.
+    plain: the trained and saved module, without wrappers. policy: the same (with the critic, if any), wrapped for
+    training. online: for methods that sample. peak_rate: the learning rate after the warm-up. eos: a token id.
     """
 
     accelerator: Accelerator
@@ -62,7 +62,7 @@ class Parts:
 
 @dataclass
 class EarlyStop:
-    """The best evaluation so far, and how many after it were no better. best: lower is better."""
+    """The best evaluation so far (lower is better), and the number of evaluations since then."""
 
     best: float = math.inf
     best_step: int = -1
@@ -73,16 +73,16 @@ class EarlyStop:
         return {"best": None if self.best == math.inf else self.best, "step": self.best_step, "waited": self.waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.best = math.inf if state["best"] is None else state["best"]
         self.best_step, self.waited = state["step"], state["waited"]
 
 
 @dataclass
 class RunState:
-    """One run: what it was given, what was built for it, and how far it is.
+    """One run: its settings, what was built for it, and its progress.
 
-    written: its settings as in config.yaml. skipped: updates that were not finite. evaluated: the step of the last
+    written: the settings as in config.yaml. skipped: updates that were not finite. evaluated: the step of the last
     evaluation, -1 before the first. saved_at: time.monotonic() of the last checkpoint.
     """
 

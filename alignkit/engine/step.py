@@ -1,4 +1,4 @@
-"""One step as a method sees it in `collect` and `after_update`; the contract is `alignkit.method.Context`."""
+"""The context of one step, for a method's `collect` and `after_update` (`alignkit.method.Context`)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from alignkit.types import Batch, Example
 class StepContext:
     """One step of a run.
 
-    number: of the step that is trained, which seeds its samples. offset: of held-out rows, the place of the first.
-    logged: the numbers that `log` was given.
+    number: of the trained step, which seeds its samples. offset: position of the first of these held-out rows.
+    logged: the numbers that were passed to `log`.
     """
 
     state: RunState

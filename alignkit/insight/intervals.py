@@ -1,4 +1,4 @@
-"""How far from the truth a share or a mean may be."""
+"""Confidence intervals of proportions and means."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ LEVEL = 0.95
 
 
 def wilson(k: float, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Return the interval of a share k / n, n > 0, that holds the truth with probability `level`. Wilson (1927)."""
+    """Return the confidence interval of a proportion k / n, n > 0. Wilson (1927)."""
     z2, p = _normal(level) ** 2, k / n
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # rounding, where k is 0 or n
 
 
-def of_mean(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """Return the interval of the mean of independent values, two at least, by Student's t."""
+def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+    """Return the confidence interval of the mean of independent values, at least two, by Student's t."""
     mean, n = statistics.fmean(values), len(values)
     half = _student(level, n - 1) * statistics.stdev(values) / math.sqrt(n)
     return mean - half, mean + half
 
 
 def strict(tests: int) -> float:
-    """Return the level of each of `tests` intervals at which all of them together hold at LEVEL (Bonferroni)."""
+    """Return the level of each of `tests` intervals so that all of them together hold at LEVEL (Bonferroni)."""
     return 1 - (1 - LEVEL) / tests
 
 
@@ -34,7 +34,7 @@ def _normal(level: float) -> float:
 
 
 def _student(level: float, freedom: int) -> float:
-    """Quantile of Student's t. One and two degrees of freedom exactly, more by Abramowitz and Stegun, 26.7.5."""
+    """Return a quantile of Student's t: exact for 1 and 2 degrees of freedom, else Abramowitz and Stegun, 26.7.5."""
     p = 0.5 + level / 2
     if freedom == 1:
         return math.tan(math.pi * (p - 0.5))

@@ -1,4 +1,4 @@
-"""Write the HTML pages of the insight tools: one look, one file, nothing loaded from elsewhere, no scripts."""
+"""Write the HTML pages of the insight tools: one style, one file, nothing loaded from elsewhere, no scripts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from alignkit.files import write_text
 
 
 def write(path: Path, template: str, title: str, **context: Any) -> None:
-    """Render a template of `templates/` into one HTML file; whatever was there before is replaced at once.
+    """Render a template of `templates/` into one HTML file; an existing file is replaced atomically.
 
-    All that is put in is escaped, but for `markupsafe.Markup`. Raises ConfigError where the file cannot be written.
+    All values are escaped, except `markupsafe.Markup`. Raises ConfigError where the file cannot be written.
     """
     write_text(path, render(template, title, **context))
 
 
 def render(template: str, title: str, **context: Any) -> str:
-    """Return the page as text. Raises jinja2.UndefinedError where the template asks for what is not given."""
+    """Return the page as text. Raises jinja2.UndefinedError where the template uses a value that was not passed."""
     return _environment().get_template(template).render(title=title, **context)
 
 
@@ -39,8 +39,8 @@ def _environment() -> Environment:
 
 
 def marked(text: str) -> Markup:
-    """Return a text in which `names` between backticks are code; all else is escaped."""
+    """Return a text with `names` in backticks as <code>; everything is escaped."""
     pieces = str(text).split("`")
-    if len(pieces) % 2 == 0:  # one without a partner
+    if len(pieces) % 2 == 0:  # an unpaired backtick
         return Markup("{}").format(text)
     return Markup("").join(Markup("<code>{}</code>" if i % 2 else "{}").format(p) for i, p in enumerate(pieces))

@@ -1,4 +1,4 @@
-"""What insights print on a terminal, and the files that they are asked to write."""
+"""Printing on the terminal, and checks of output files."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from pathlib import Path
 from typing import Any
 
 
-def show(*shown: Any) -> None:
-    """Print what rich can print, tables for one, without breaking lines where nobody reads along."""
+def show(*renderables: Any) -> None:
+    """Print text and what rich can render, such as tables; lines are not broken where the output is not a terminal."""
     from rich.console import Console
 
-    Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 240).print(*shown)
+    Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 240).print(*renderables)
 
 
 def size(n_bytes: int) -> str:
-    """Return a number of bytes in words."""
-    shown, units = float(n_bytes), ["bytes", "KiB", "MiB", "GiB"]
-    while abs(shown) >= 1024 and len(units) > 1:
-        shown, units = shown / 1024, units[1:]
-    return f"{shown:.3g} {units[0]}" if units[0] != "bytes" else f"{n_bytes} bytes"
+    """Return a number of bytes as text with a unit."""
+    value, units = float(n_bytes), ["bytes", "KiB", "MiB", "GiB"]
+    while abs(value) >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.3g} {units[0]}" if units[0] != "bytes" else f"{n_bytes} bytes"
 
 
-def check_target(option: str, file: Path | None, made: Path | None = None) -> None:
-    """Raise ConfigError where a file cannot be written in the end; `made`: a folder that will be there by then."""
+def check_target(option: str, file: Path | None, created: Path | None = None) -> None:
+    """Raise ConfigError where a file cannot be written; `created`: a folder that will exist by then."""
     from alignkit.errors import ConfigError
 
     if file and file.is_dir():
         raise ConfigError(f"{option} '{file}' is a folder; give a file")
-    if file and file.parent != made and not file.parent.is_dir():
+    if file and file.parent != created and not file.parent.is_dir():
         raise ConfigError(f"{option} '{file}': there is no folder '{file.parent}'")

@@ -1,6 +1,6 @@
-"""The tree mask in the form a model's attention takes: boolean for SDPA, additive for eager, blocks for FlexAttention.
+"""The tree mask as a model's attention takes it: boolean for SDPA, additive for eager, blocks for FlexAttention.
 
-Models whose layers differ (full and sliding-window attention) take a dict with one mask a layer type.
+Models with several layer types (full and sliding-window attention) take a dict with one mask for each.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ BLOCK = 128  # FlexAttention's block; rows are padded to a multiple of it on a G
 
 
 def attention_mask(rows: PackedRows, config: Any, dtype: torch.dtype) -> Any:
-    """Return what a transformers model takes as `attention_mask` for these rows.
+    """Return a transformers model's `attention_mask` for these rows.
 
-    config: the text model's configuration, its attention implementation chosen. dtype: of an additive mask.
-    Padded rows get the plain mask bool [R, T]; a forest a 4-D mask, a BlockMask, or a dict of one a layer type.
+    config: the text model's, with its attention implementation set. dtype: of an additive mask.
+    Padded rows get the plain mask int64 [R, T]; a forest a 4-D mask, a BlockMask, or a dict with one for each layer
+    type.
     """
     if rows.kind == "padded":
         return (rows.tree_ids >= 0).long()

@@ -1,7 +1,7 @@
-"""Attention of the packed forest branch by branch, where no kernel skips the empty blocks of a tree mask: on a CPU.
+"""Attention of the packed forest branch by branch, for CPUs, where no kernel skips the empty blocks of a tree mask.
 
-A branch (a prompt, or a completion) asks its own tokens and those of its prompt, so that is all that is computed;
-under a dense mask every token asks its whole row. Branches of like sizes go through one call of SDPA.
+A branch (a prompt, or a completion) attends to its own tokens and to those of its prompt, and nothing else is computed;
+under a dense mask every token attends to its whole row. Branches of similar sizes share one call of SDPA.
 B branches, Q their tokens, K the tokens they see.
 """
 
@@ -17,13 +17,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from alignkit.types import PackedRows
 
-BRANCHES = "alignkit_branches"  # as transformers knows it
+BRANCHES = "alignkit_branches"  # the name registered with transformers
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Branches of like sizes: which of the R * T positions ask (int64 [B, Q]), which they may see ([B, K]), and whether
-    they do (bool [B, 1, Q, K])."""
+    """Branches of similar sizes.
+
+    queries, keys: int64 [B, Q] and [B, K], which of the R * T positions they are. mask: bool [B, 1, Q, K].
+    """
 
     queries: Tensor
     keys: Tensor
@@ -31,9 +33,9 @@ class Bucket:
 
 
 class BranchMask(Tensor):
-    """Stands where a model takes a 4-D mask, and has no numbers of its own.
+    """Takes the place of a 4-D mask, without storage of its own.
 
-    buckets: all branches. slots: int64 [R * T], where in the buckets' outputs, one behind the other, each token is.
+    buckets: all branches. slots: int64 [R * T], the position of each token in the buckets' concatenated outputs.
     """
 
     buckets: list[Bucket]
@@ -41,7 +43,7 @@ class BranchMask(Tensor):
 
 
 def attend_by_branches(lm: Any) -> None:
-    """Have a transformers model that attends by SDPA do so branch by branch where its mask is a BranchMask."""
+    """Set a transformers model that uses SDPA to attend branch by branch wherever its mask is a BranchMask."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -51,22 +53,24 @@ def attend_by_branches(lm: Any) -> None:
 
 
 def branch_mask(rows: PackedRows, window: int | None = None) -> BranchMask:
-    """Return the tree mask in the form that `branch_attention` reads; with `window` as in `tree_mask`."""
+    """Return the tree mask as `branch_attention` reads it; `window` as in `tree_mask`."""
     n_rows, width = rows.input_ids.shape
     device = rows.input_ids.device
     mask: BranchMask = torch.empty(n_rows, 1, width, width, device="meta").as_subclass(BranchMask)  # type: ignore[assignment]
     mask.buckets = [_bucket(rows, some, window) for some in _alike(rows)]
     asked = torch.cat([bucket.queries.flatten() for bucket in mask.buckets])
-    # what is no token of a tree may read any slot, and a token that was repeated to fill a bucket any of its own
+    # padding may read any slot; a token that was repeated to fill a bucket may read any of its copies
     mask.slots = torch.zeros(n_rows * width, dtype=torch.int64, device=device)
     mask.slots[asked] = torch.arange(len(asked), device=device)
     return mask
 
 
 def _alike(rows: PackedRows) -> list[list[tuple[Tensor, Tensor]]]:
-    """Return (tokens, those that they see) of each branch, by size: no more than twice as many of one as of another."""
+    """Return (its tokens, the tokens they see) of each branch, grouped so that sizes in a group differ by less than
+    2x.
+    """
     trees, branches = rows.tree_ids.flatten().cpu(), rows.branch_ids.flatten().cpu()
-    # trees are numbered throughout, and only padding goes on from one row to the next
+    # tree numbers are unique over all rows; only padding continues from one row to the next
     _, lengths = torch.stack([trees, branches]).unique_consecutive(dim=1, return_counts=True)
     alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     prompt, start = torch.empty(0, dtype=torch.int64), 0
@@ -85,7 +89,7 @@ def _alike(rows: PackedRows) -> list[list[tuple[Tensor, Tensor]]]:
 def _bucket(rows: PackedRows, some: list[tuple[Tensor, Tensor]], window: int | None) -> Bucket:
     device = rows.input_ids.device
 
-    def filled(parts: list[Tensor]) -> Tensor:  # with each one's first
+    def filled(parts: list[Tensor]) -> Tensor:  # padded with the first position of each
         whole = pad_sequence(parts, batch_first=True, padding_value=-1)
         return torch.where(whole < 0, whole[:, :1], whole).to(device)
 
@@ -102,7 +106,7 @@ def _bucket(rows: PackedRows, some: list[tuple[Tensor, Tensor]], window: int | N
 def branch_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """An attention of transformers: [R, heads, T, D] to [R, T, heads, D]; with other masks it is SDPA."""
+    """Attention in transformers' form: [R, heads, T, D] to [R, T, heads, D]; SDPA for any other mask."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if not isinstance(attention_mask, BranchMask):

@@ -1,4 +1,4 @@
-"""Where PPO's critic comes from: the policy, the reward model, a folder, or a head on the policy's own trunk."""
+"""Building a critic: from the policy, the reward model or a folder, or as a head on the policy's trunk."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ logger = logging.getLogger(__name__)
 def with_critic(
     policy: Scorer | Valuer, config: RunConfig, reward_folder: str | None, device: torch.device
 ) -> ActorCritic:
-    """Return policy and critic as one module; under `lora` a critic of its own is trained by adapters too.
+    """Return policy and critic as one module; with `lora`, a separate critic is trained with adapters too.
 
-    Raises ConfigError or ModelError where the critic that was asked for cannot be had, or reads other tokens.
+    reward_folder: of the reward model, None without one. Raises ConfigError or ModelError where the critic cannot be
+    loaded, or has another vocabulary.
     """
     assert isinstance(policy, Scorer)
     if config.critic == "shared":
@@ -30,16 +31,16 @@ def with_critic(
     model = _initial(policy.model, config, reward_folder)
     theirs, ours = _vocabulary(model), _vocabulary(policy.model)
     if theirs != ours and config.critic == "auto":
-        logger.info("the reward model reads other tokens than the policy: the critic begins as the policy")
+        logger.info("the reward model has another vocabulary than the policy: the critic starts from the policy")
         model = classifier_like(policy.model)
     elif theirs != ours:
         raise ConfigError(
-            f"the critic reads {theirs} different tokens and the policy {ours}: both need one tokenizer; "
+            f"the critic has a vocabulary of {theirs} tokens and the policy one of {ours}, but both must share a "
+            "tokenizer; "
             f"use critic: policy, or a reward model trained from the same base"
         )
-    nn.init.zeros_(
-        number_head(model).get_parameter("weight")
-    )  # a reward model's speaks of whole answers, in units of its own
+    # a reward model's head scores whole answers, in its own units
+    nn.init.zeros_(number_head(model).get_parameter("weight"))
     if config.lora:
         model = add_lora(model, config.lora, "classifier")
     return ActorCritic(policy, Valuer(readied(model, config, device)).train())
@@ -54,8 +55,11 @@ def _initial(policy: nn.Module, config: RunConfig, folder: str | None) -> nn.Mod
         return classifier_like(policy)
     if config.critic in ("auto", "reward"):
         if folder is None:
-            raise ConfigError("critic: reward needs a reward model's folder as `reward`; use critic: policy or shared")
+            raise ConfigError("critic: reward needs a reward model's folder in `reward`; use critic: policy or shared")
         return from_pretrained(str(folder), config, "classifier")
     if not Path(config.critic).is_dir():
-        raise ConfigError(f"critic: no folder '{config.critic}'; give auto, policy, reward, shared, or a folder")
+        raise ConfigError(
+            f"critic: the folder '{config.critic}' does not exist; give auto, policy, reward, shared, or a "
+            "model's folder"
+        )
     return from_pretrained(config.critic, config, "classifier")

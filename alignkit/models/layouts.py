@@ -1,4 +1,4 @@
-"""What a model can read: do the rows fit it, and may trees share rows, or must each answer have its own?"""
+"""Which layout a model reads: whether the rows fit it, and whether trees can share rows."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ from alignkit.types import Batch, Example, Layout
 
 logger = logging.getLogger(__name__)
 
-DENSE_ROW_TOKENS = 2048  # a dense mask takes row^2 bytes a row
+DENSE_ROW_TOKENS = 2048  # a dense mask takes row^2 bytes for each row
 
 
 def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None = None, mixes: bool = False) -> None:
     """Raise ModelError where the examples hold tokens or positions that the model has no weights for.
 
-    longest: tokens that a completion which is still to be sampled may have. mixes: any completion may meet any prompt
-    (KTO's baseline), so the longest of both counts.
-    Rotary positions go on for ever, so of those that were never trained a warning tells.
+    longest: tokens of the longest completion that may be sampled. mixes: any completion may follow any prompt, so the
+    longest prompt counts. Rotary positions have no limit: positions that were never trained are a warning.
     """
     lm = causal_lm(model)
     known = lm.get_input_embeddings().weight.shape[0]
@@ -36,8 +35,9 @@ def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None
     for example, completion in sequences:
         if (token := max(int(example.prompt.max()), int(completion.tokens.max()))) >= known:
             raise ModelError(
-                f"row {example.row} holds the token {token}, and the model embeds {known} (0 to {known - 1}): "
-                f"the tokenizer is another model's, or the embeddings were not resized"
+                f"row {example.row} holds the token {token}, but the model has embeddings for {known} (0 to "
+                f"{known - 1}): "
+                f"the tokenizer belongs to another model, or the embeddings were not resized"
             )
     config = lm.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
@@ -49,7 +49,7 @@ def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None
     longest, row = max(beyond)
     what = (
         f"{len(beyond)} of {len(lengths)} sequences are longer than the model's {limit} positions, the longest "
-        f"{longest} tokens (row {row}); let max_prompt_tokens and max_completion_tokens add up to {limit} at most"
+        f"{longest} tokens (row {row}); lower max_prompt_tokens and max_completion_tokens to {limit} in total"
     )
     if getattr(config, "rope_parameters", None) is None:
         raise ModelError(what)
@@ -57,12 +57,12 @@ def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None
 
 
 class Probed(Protocol):
-    """What `choose_layout` asks of a scorer."""
+    """What `choose_layout` needs from a scorer."""
 
     model: nn.Module
 
     def probe(self, batch: Batch) -> str | None:
-        """Return what differs between packed rows and the model's own forward, or None."""
+        """Return how packed rows differ from the model's own forward, or None."""
         ...
 
     def check_causal(self, example: Example, device: torch.device) -> None:
@@ -71,9 +71,9 @@ class Probed(Protocol):
 
 
 def choose_layout(scorer: Probed, examples: Sequence[Example], config: RunConfig, device: torch.device) -> Layout:
-    """Return the layout of the run: the forest where the probe finds it exact, padded rows (said once) where not.
+    """Return the layout of the run: the forest where the probe finds it exact, else padded rows, with a warning.
 
-    Raises ModelError when even padded rows differ from the model's own forward, or `layout: forest` cannot be had.
+    Raises ModelError where padded rows differ from the model's own forward too, or `layout: forest` cannot be used.
     """
     scorer.check_causal(max(examples, key=lambda e: e.n_tokens), device)
     lm = causal_lm(scorer.model)
@@ -91,11 +91,11 @@ def choose_layout(scorer: Probed, examples: Sequence[Example], config: RunConfig
         problem = scorer.probe(batch_of(rows, forest, device))
         if problem is None:
             return forest
-        if attention == BRANCHES:  # a model that changes its mask, or adds a bias to it
+        if attention == BRANCHES:  # the model changes its mask, or adds a bias to it
             lm.set_attn_implementation("sdpa")
             return choose_layout(scorer, examples, config, device)
         if flex and config.attention == "auto" and DIFFERS not in problem:
-            dense = dense_attention(lm)  # FlexAttention refuses heads of fewer than 16 dimensions, for one
+            dense = dense_attention(lm)  # for example, FlexAttention refuses heads of fewer than 16 dimensions
             logger.warning("FlexAttention cannot be used with this model (%s); using %s", problem, dense)
             lm.set_attn_implementation(dense)
             return choose_layout(scorer, examples, config, device)
@@ -108,7 +108,8 @@ def choose_layout(scorer: Probed, examples: Sequence[Example], config: RunConfig
         if DIFFERS not in problem:
             raise ModelError(f"alignkit cannot score tokens with {name}: {problem}")
         raise ModelError(
-            f"alignkit computes something else than {name} itself ({problem}); its head may transform what it gets in "
-            f"a way that is not known here"
+            f"alignkit's scores disagree with {name}'s own forward pass ({problem}); its head may apply a logit "
+            "transform "
+            f"that alignkit does not know"
         )
     return padded

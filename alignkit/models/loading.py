@@ -1,4 +1,4 @@
-"""Loading what is trained: tokenizer and model, adapters, and what a model must not do while it is trained."""
+"""Loading tokenizers and models, adding adapters, and setting a model up for training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_tokenizer(config: RunConfig) -> Any:
-    """Return the tokenizer of the run. Raises ModelError naming the folder when there is none."""
+    """Return the tokenizer of the run. Raises ModelError naming the folder where it has none."""
     given = config.tokenizer if config.tokenizer is not None else config.model
     if not isinstance(given, str | Path):
         if config.tokenizer is None:
@@ -32,14 +32,14 @@ def load_tokenizer(config: RunConfig) -> Any:
     _look(given)
     try:
         return AutoTokenizer.from_pretrained(str(given), trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers raises a dozen kinds here
+    except Exception as error:  # transformers raises many types here
         raise ModelError(f"cannot load a tokenizer from '{given}'{_where(given)}: {first_line(error)}") from error
 
 
 def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -> tuple[nn.Module, bool]:
-    """Return the model before training on `device`, adapters attached, and whether it came with a trained adapter.
+    """Return the model on `device`, ready to train, adapters attached, and whether it came with a trained adapter.
 
-    Dropout is switched off. Raises ModelError: nothing to load, or LoRA on top of an adapter.
+    Dropout is off. Raises ModelError: nothing to load, or LoRA on top of an adapter.
     """
     model = config.model
     if isinstance(model, str | Path):
@@ -48,7 +48,7 @@ def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -
         model = classifier_like(model)
     came_with_adapter = hasattr(model, "peft_config")
     if config.lora and came_with_adapter:
-        raise ModelError("the model already carries an adapter: it is trained on; leave out `lora`")
+        raise ModelError("the model already has an adapter, which is trained further; leave out `lora`")
     if config.lora:
         model = add_lora(model, config.lora, kind)
     return readied(model, config, device), came_with_adapter
@@ -61,7 +61,7 @@ def readied(model: nn.Module, config: RunConfig, device: torch.device) -> nn.Mod
 
 
 def set_up(model: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Have a model train as `config` says, on `device`: no dropout, no cache, checkpointing, attention."""
+    """Apply the settings of `config` to a model: dropout off, cache off, gradient checkpointing, attention."""
     drop_dropout(model)
     lm = causal_lm(model)
     if config.gradient_checkpointing:
@@ -78,8 +78,7 @@ def set_up(model: nn.Module, config: RunConfig, device: torch.device) -> None:
 def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights: bool = True) -> nn.Module:
     """Load a folder or hub name as a causal language model, or as a classifier with one label, whose head may be new.
 
-    weights: False reads configurations alone; the model has shapes and types and no numbers (on the meta device).
-    Raises ModelError naming what is wrong with it.
+    weights: False reads configurations only; the model is on the meta device. Raises ModelError naming the problem.
     """
     from transformers import AutoConfig
 
@@ -98,14 +97,14 @@ def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights
             adapters.inference_mode = False
             return get_peft_model(model, adapters)  # type: ignore[no-any-return]
         about = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-        if getattr(about, "is_encoder_decoder", False):  # its decoder alone would load, with weights missing
-            raise ModelError(f"'{name}' is an encoder and a decoder ({about.model_type}); give a causal language model")
+        if getattr(about, "is_encoder_decoder", False):  # its decoder alone would load, without some weights
+            raise ModelError(f"'{name}' is an encoder-decoder model ({about.model_type}); give a causal language model")
         if kind == "classifier" and about.num_labels != 1 and "Classification" in str(about.architectures):
             raise ModelError(f"'{name}' is a classifier with {about.num_labels} labels; a reward model has 1")
         return _made(name, config, kind, weights)
     except ModelError:
         raise
-    except Exception as error:  # transformers raises a dozen kinds here
+    except Exception as error:  # transformers raises many types here
         raise ModelError(f"cannot load a {what} from '{name}'{_where(name)}: {first_line(error)}") from error
 
 
@@ -124,7 +123,7 @@ def _made(name: str, config: RunConfig, kind: Kind, weights: bool) -> nn.Module:
 
 
 def _whole(name: str, model: nn.Module, loading: Mapping[str, Any]) -> nn.Module:
-    # transformers draws what a checkpoint lacks at random and only warns, a classifier's missing lm_head for one
+    # transformers initialises missing weights at random and only warns (a classifier loaded as a language model)
     if missing := sorted(k for k in loading["missing_keys"] if k != "score.weight"):
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise ModelError(
@@ -137,14 +136,14 @@ def _whole(name: str, model: nn.Module, loading: Mapping[str, Any]) -> nn.Module
 
 
 def _look(name: str | Path) -> None:
-    # what can only be a path is not asked of the hub
+    # a name that can only be a path is not looked up on the hub
     text = str(name)
     if (text.count("/") != 1 or text.startswith((".", "/", "~"))) and "/" in text and not Path(text).exists():
-        raise ModelError(f"there is no folder '{text}'; give one that holds a model, or a hub name such as org/name")
+        raise ModelError(f"the folder '{text}' does not exist; give a model's folder, or a hub name such as org/name")
 
 
 def _where(name: str | Path) -> str:
-    return "" if Path(name).exists() else " (no such folder here, so it was looked up on the hub)"
+    return "" if Path(name).exists() else " (no local folder has this name, so it was looked up on the hub)"
 
 
 def first_line(error: Exception) -> str:
@@ -153,9 +152,9 @@ def first_line(error: Exception) -> str:
 
 
 def add_lora(model: nn.Module, settings: LoraSettings, kind: Kind = "causal") -> nn.Module:
-    """Wrap the model with fresh adapters (peft); a classifier's head is trained in full.
+    """Wrap the model with new adapters (peft); a classifier's head is trained in full.
 
-    Raises ModelError when no module matches.
+    Raises ModelError where no module matches.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -175,10 +174,10 @@ def add_lora(model: nn.Module, settings: LoraSettings, kind: Kind = "causal") ->
 
 
 def drop_dropout(model: nn.Module, probability: float = 0.0) -> None:
-    """Set every dropout probability: to 0, so that policy, reference and old policy compute the same function.
+    """Set every dropout probability; 0 makes policy, reference and old policy compute the same function.
 
-    Goes by names too: residual_dropout, activation_dropout, layerdrop, router_jitter_noise, ... are plain numbers,
-    of which only the dropouts may become anything but 0.
+    Attributes are found by name too (residual_dropout, layerdrop, router_jitter_noise, ...): those that do not end in
+    "dropout" are always set to 0.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -209,7 +208,7 @@ def classifier_like(model: nn.Module) -> nn.Module:
         with torch.device("meta"):
             made = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
-        raise ModelError(f"no reward model or critic can be made of {type(copied).__name__}: {error}") from error
+        raise ModelError(f"{type(copied).__name__} cannot become a reward model or a critic: {error}") from error
     made.config = config
     setattr(made, made.base_model_prefix, body)
     first = next(body.parameters())

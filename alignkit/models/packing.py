@@ -1,9 +1,9 @@
-"""Examples -> rows a model can read: the forest (prompts once, trees share rows) or plain padded sequences.
+"""Examples -> rows that a model reads: the forest (prompts once, trees share rows) or plain padded sequences.
 
     forest:  [ prompt A | chosen A | rejected A | prompt B | chosen B | rejected B | ... ]
     padded:  [ prompt A | chosen A ]  [ prompt A | rejected A ]  [ prompt B | chosen B ] ...
 
-Both give the same C targets in the same order, so nobody above this room can tell them apart.
+Both have the same C targets in the same order, so code outside this package cannot tell them apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from alignkit.types import Batch, Example, Layout, PackedRows
 
 
 def batch_of(examples: Iterable[Example], layout: Layout, device: torch.device | str = "cpu") -> Batch:
-    """Return the examples as a batch; it packs itself when a model reads it."""
+    """Return the examples as a batch; it is packed when a model reads it."""
     return Batch(tuple(examples), packer=pack, layout=layout, device=torch.device(device))
 
 
@@ -59,7 +59,7 @@ def pack(examples: Sequence[Example], layout: Layout) -> PackedRows:
 
 @dataclass(frozen=True)
 class _Tree:
-    """One tree, or one sequence of the padded layout; predict_at and last_at count from the tree's own start."""
+    """One tree, or one sequence of the padded layout; predict_at and last_at are relative to the tree's start."""
 
     ids: Tensor
     positions: Tensor
@@ -80,7 +80,8 @@ def _tree(example: Example) -> _Tree:
         branches=torch.repeat_interleave(
             torch.arange(len(spans) + 1), torch.tensor([n_prompt, *(b - a for a, b in spans)])
         ),
-        # the first token of every completion is predicted by the prompt's last position, the others by the one before
+        # the prompt's last position predicts the first token of every completion; each other token is predicted by the
+        # one before it
         predict_at=torch.cat(
             [
                 torch.where(c.trained_at == 0, n_prompt - 1, start + c.trained_at - 1)
@@ -105,14 +106,14 @@ def _sequences(example: Example) -> Iterable[_Tree]:
 
 
 def _fit(lengths: list[int], layout: Layout) -> tuple[list[int], list[int], int]:
-    """Choose the rows' width that costs least: (row of each tree, its start there, the width).
+    """Choose the cheapest row width: (row of each tree, its start in the row, the width).
 
-    A wide row leaves fewer gaps, and under a dense mask its attention costs more; both are weighed.
+    A wide row has fewer gaps, but its attention under a dense mask costs more.
     """
     longest, total = max(lengths), sum(lengths)
     widest = max(layout.row_tokens, longest)
     most_rows = min(len(lengths), -(-total // longest))
-    # the width that n even rows would have, with and without room for trees that do not divide evenly
+    # the width of n even rows, with and without room for trees that do not divide evenly
     widths = {int(total / n * slack) for n in _counts(most_rows) for slack in (1.0, 1.04, 1.1)}
     tries = [_best_fit(lengths, width) for width in sorted({min(max(w, longest), widest) for w in widths})]
 
@@ -124,7 +125,7 @@ def _fit(lengths: list[int], layout: Layout) -> tuple[list[int], list[int], int]
 
 
 def _counts(most: int) -> Iterator[int]:
-    """Numbers of rows to try: all small ones, and of large ones, which differ little, each a quarter more."""
+    """Yield numbers of rows to try: every small one; larger ones, which differ little, in steps of a quarter."""
     n = 1
     while n <= most:
         yield n
@@ -148,9 +149,9 @@ def _best_fit(lengths: list[int], capacity: int) -> tuple[list[int], list[int], 
 
 
 def tree_mask(rows: PackedRows, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return mask(b, h, q, k): may query q of row b see key k? The form FlexAttention takes; indices broadcast.
+    """Return mask(b, h, q, k): whether query q of row b sees key k, as FlexAttention takes it; indices broadcast.
 
-    A token sees its own prompt and its own completion up to itself; with `window`, only the last `window` positions.
+    A token sees its prompt and its own completion up to itself; with `window`, only the last `window` positions.
     """
 
     def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def tree_mask(rows: PackedRows, window: int | None = None) -> Callable[[Tensor, 
 
 
 def dense_mask(rows: PackedRows, window: int | None = None) -> Tensor:
-    """Return the tree mask as bool [R, 1, T, T]. Padding sees earlier padding, so no row of it is empty."""
+    """Return the tree mask as bool [R, 1, T, T]. Padding sees earlier padding, so no row of the mask is empty."""
     n_rows, width = rows.input_ids.shape
     device = rows.input_ids.device
     b = torch.arange(n_rows, device=device)[:, None, None]

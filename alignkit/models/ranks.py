@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other; with a single rank nothing travels."""
+"""Communication between the ranks (processes) of a run; a single rank communicates with nobody."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def part_of(items: Sequence[T], rank: int, ranks: int) -> Sequence[T]:
-    """Return a rank's part of a list that all ranks have: every n-th, its own number first."""
+    """Return a rank's part of a list that all ranks have: every n-th item, beginning with its own number."""
     return items[rank::ranks]
 
 
@@ -33,7 +33,7 @@ class Ranks:
         return self.own == 0
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         if self.n > 1:
             self.accelerator.wait_for_everyone()
 
@@ -68,4 +68,4 @@ class Ranks:
 
 
 SINGLE = Ranks()
-"""A single process: nothing travels."""
+"""A single process."""

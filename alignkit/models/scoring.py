@@ -1,6 +1,6 @@
-"""The one way alignkit scores tokens: trunk, the C positions that count, head; and how the result is probed.
+"""How alignkit scores tokens: trunk, the C positions that predict, head; and a probe of the result.
 
-Nothing above this room knows an architecture; nothing in it knows a method.
+Only this package knows architectures, and it knows no method.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from alignkit.types import Batch, Example, Outputs, PackedRows
 from alignkit_kernels import linear_logps, selective_logps
 
 DIFFERS = " differ by "
-BLOCK_LOGITS = 1 << 26  # logits at a time of a head that has to be called
+BLOCK_LOGITS = 1 << 26  # logits at a time where the head's own forward is called
 
 
 class Scorer(nn.Module):
-    """A causal language model as a function from rows to log-probabilities; this is what gets wrapped for training.
+    """A causal language model as a function from rows to log-probabilities; this module is wrapped for training.
 
-    kept_logits: bytes of logits that wait for the backward where the head is trained (None: the kernels' default).
+    kept_logits: bytes of logits kept for the backward where the head is trained (None: the kernels' default).
     """
 
     def __init__(self, model: nn.Module, kept_logits: int | None = None) -> None:
@@ -39,11 +39,11 @@ class Scorer(nn.Module):
         return head(self.model, hidden_CH, targets, temperature, entropy, self.kept_logits)
 
     def probe(self, batch: Batch) -> str | None:
-        """Return how packed rows and the model's own forward differ, or None; see `probe`."""
+        """Return how packed rows differ from the model's own forward, or None; see `probe`."""
         return probe(self, batch)
 
     def check_causal(self, example: Example, device: torch.device) -> None:
-        """Raise ModelError for a model that reads the tokens that it has to predict."""
+        """Raise ModelError for a model that sees the tokens that it predicts."""
         check_causal(self.model, example, device)
 
 
@@ -68,11 +68,11 @@ def head(
     lm = causal_lm(model)
     config = lm.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
-    # a configuration may hold None for "no scale"
+    # some configurations hold None for "no scale"
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     layer = inside_adapter(lm.get_output_embeddings())
     if layer is None:
-        raise ModelError(f"{type(lm).__name__} names no head (get_output_embeddings() is None) to score tokens with")
+        raise ModelError(f"{type(lm).__name__} has no head to score tokens with: get_output_embeddings() is None")
     if type(layer) is nn.Linear:
         found = linear_logps(
             hidden_CH, layer.weight, targets, layer.bias, softcap, scale, temperature, entropy, kept_logits
@@ -85,8 +85,10 @@ def head(
 
 
 def inside_adapter(layer: Any) -> Any:
-    """Return the layer that an adapter's wrapper would use; a low-rank one, which knows how to multiply, is itself."""
-    # peft: a head trained in full is a copy beside the original; one with low-rank updates holds it as base_layer
+    """Return the layer that peft's wrapper uses; a low-rank layer, which computes its own product, is returned as
+    is.
+    """
+    # peft: a head trained in full is a copy next to the original; one with low-rank updates has it as base_layer
     if hasattr(layer, "modules_to_save"):
         active = [] if layer.disable_adapters else layer.active_adapters
         layer = layer.modules_to_save[active[0]] if active else layer.original_module
@@ -96,7 +98,7 @@ def inside_adapter(layer: Any) -> Any:
 
 
 def _by_rows(layer: Any, hidden_CH: Tensor, targets: Tensor, options: tuple[Any, ...], vocabulary: int) -> Any:
-    # a head with low-rank updates or in 8 bits knows how to multiply, and only its own forward does; so it is asked a
+    # only the own forward of a head with low-rank updates or 8-bit weights computes its product: it is called on a
     # block of rows at a time, and again in the backward
     def scored(hidden: Tensor, targets: Tensor) -> Any:
         return selective_logps(layer(hidden), targets, *options)
@@ -110,7 +112,7 @@ def _by_rows(layer: Any, hidden_CH: Tensor, targets: Tensor, options: tuple[Any,
 
 
 def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
-    """Return the log-probabilities of one sequence's tokens after the first `n_prompt`, by the model's own forward."""
+    """Return the log-probabilities of a sequence's tokens after the first `n_prompt`, by the model's own forward."""
     lm = causal_lm(model)
     with without_flex(lm):
         logits = lm(input_ids=sequence[None].long(), use_cache=False).logits[0].float()
@@ -120,7 +122,7 @@ def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
 
 @contextmanager
 def without_flex(lm: Any) -> Iterator[None]:
-    """Have the model attend without FlexAttention, which compiles every other length anew; then put it back."""
+    """Replace FlexAttention, which recompiles for every length, inside the block; restore it afterwards."""
     flex = lm.config._attn_implementation == "flex_attention"
     if flex:
         lm.set_attn_implementation(dense_attention(lm))
@@ -132,14 +134,15 @@ def without_flex(lm: Any) -> Iterator[None]:
 
 
 def dense_attention(lm: Any) -> str:
-    """Return the implementation of attention to use where FlexAttention cannot be."""
+    """Return the attention implementation to use instead of FlexAttention."""
     return "sdpa" if getattr(lm, "_supports_sdpa", False) else "eager"
 
 
 def probe(scorer: Scorer, batch: Batch) -> str | None:
-    """Compare a batch's packed rows with one sequence at a time by the model itself; return what differs, or None.
+    """Compare a batch's packed rows with the model's own forward of each sequence; return the difference, or None.
 
-    In float32 1e-4 nats a token are allowed, in lower precision 0.25: rounding, but no wrong mask or position.
+    Up to 1e-4 nats a token are allowed in float32, 0.25 in lower precision: more than rounding, less than the effect of
+    a wrong mask or position.
     """
     device = batch.device
     try:
@@ -150,7 +153,7 @@ def probe(scorer: Scorer, batch: Batch) -> str | None:
                 for e in batch.examples
                 for c in e.completions
             ]
-    except Exception as error:  # an architecture may refuse a mask in any way it likes
+    except Exception as error:  # architectures refuse a mask with any type of error
         return first_line(error)
     worst = float((got - torch.cat(want)).abs().max())
     if worst <= allowed_difference(scorer, device):
@@ -159,7 +162,7 @@ def probe(scorer: Scorer, batch: Batch) -> str | None:
 
 
 def allowed_difference(model: nn.Module, device: torch.device) -> float:
-    """Return how far a model's packed rows and its own forward may be apart: rounding, but no wrong mask."""
+    """Return the largest allowed difference between packed rows and the model's own forward; see `probe`."""
     return 1e-4 if _is_exact(model, device) else 0.25
 
 
@@ -170,14 +173,15 @@ def _is_exact(model: nn.Module, device: torch.device) -> bool:
 def check_causal(model: nn.Module, example: Example, device: torch.device) -> None:
     """Raise ModelError where a token's log-probability depends on later tokens, as in a masked language model."""
     sequence = torch.cat([example.prompt, example.completions[0].tokens]).to(device)
-    other = torch.cat([sequence[:-1], (sequence[-1:] == 0).to(sequence.dtype)])  # its last token is another one
+    other = torch.cat([sequence[:-1], (sequence[-1:] == 0).to(sequence.dtype)])  # with another last token
     try:
         with torch.no_grad():
             change = plain_logps(model, sequence, 1)[:-1] - plain_logps(model, other, 1)[:-1]
-    except Exception:  # the probe will say why this model cannot be asked
+    except Exception:  # the probe reports why this model fails
         return
     if change.numel() and float(change.abs().max()) > (1e-4 if _is_exact(model, device) else 0.02):
         raise ModelError(
-            f"{type(causal_lm(model)).__name__} reads the tokens that it has to predict, as masked language models "
-            f"such as BERT do; give a causal language model"
+            f"{type(causal_lm(model)).__name__} sees the tokens that it predicts, as masked language models such "
+            "as BERT "
+            f"do; give a causal language model"
         )

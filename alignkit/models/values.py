@@ -1,6 +1,6 @@
-"""Models that say a number instead of a token: a reward model's score of an answer, the critic's value at each token.
+"""Models with a scalar output: a reward model's score of an answer, a critic's value at each token.
 
-Both are sequence classifiers with one label. The critic may also be a single linear layer on the policy's own trunk.
+Both are sequence classifiers with one label. The critic can also be a linear layer on the policy's trunk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from alignkit.types import Batch, Example, Outputs, PackedRows
 
 
 class Valuer(nn.Module):
-    """A sequence classifier with one label as a function from rows to numbers; what gets wrapped for training."""
+    """A sequence classifier with one label as a function from rows to numbers; this module is wrapped for training."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -29,15 +29,15 @@ class Valuer(nn.Module):
         return _number(number_head(self.model), trunk(self.model, rows, at))
 
     def probe(self, batch: Batch) -> str | None:
-        """Return how packed rows and the model's own forward differ, or None; see `probe_scores`."""
+        """Return how packed rows differ from the model's own forward, or None; see `probe_scores`."""
         return probe_scores(self, batch)
 
     def check_causal(self, example: Example, device: torch.device) -> None:
-        """Pass: an answer's score may depend on all of its tokens."""
+        """Do nothing: a score may depend on all tokens of the answer."""
 
 
 class ActorCritic(nn.Module):
-    """Policy and critic as one module, so that one forward pass serves both and data parallelism wraps both.
+    """Policy and critic as one module: one forward pass computes both, and data parallelism wraps both.
 
     critic: a Valuer with a trunk of its own, or a linear layer [H, 1] that reads the policy's last hidden states.
     """
@@ -59,7 +59,7 @@ class ActorCritic(nn.Module):
 
 
 def _number(layer: nn.Module, hidden: Tensor) -> Tensor:
-    # in float32, outside of autocast: as bfloat16 scores near 12 would be 0.06 apart
+    # float32, outside autocast: bfloat16 scores near 12 are 0.06 apart
     layer = inside_adapter(layer)
     with torch.autocast(hidden.device.type, enabled=False):
         if type(layer) is nn.Linear:
@@ -70,18 +70,18 @@ def _number(layer: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def number_head(model: Any) -> nn.Module:
-    """Return the classifier's head. Raises ModelError where there is none, or it has more than one label."""
+    """Return the classifier's head. Raises ModelError where it has no head, or more than one label."""
     lm = causal_lm(model)
     layer = getattr(lm, "score", None)
     if not isinstance(layer, nn.Module):
-        raise ModelError(f"{type(lm).__name__} has no head named `score` with one label, as sequence classifiers have")
+        raise ModelError(f"{type(lm).__name__} has no head `score`, which sequence classifiers have")
     if lm.config.num_labels != 1:
-        raise ModelError(f"a reward model has 1 label; {type(lm).__name__} here has {lm.config.num_labels}")
+        raise ModelError(f"a reward model has 1 label, got {type(lm).__name__} with {lm.config.num_labels}")
     return layer
 
 
 def value_head(model: nn.Module) -> nn.Linear:
-    """Return a layer for the critic on the policy's trunk; it begins at 0."""
+    """Return a linear layer, initialised to 0, for a critic on the policy's trunk."""
     lm = causal_lm(model)
     made = nn.Linear(lm.config.get_text_config().hidden_size, 1, device=next(lm.parameters()).device)
     nn.init.zeros_(made.weight)
@@ -92,7 +92,7 @@ def value_head(model: nn.Module) -> nn.Linear:
 def plain_score(model: nn.Module, sequence: Tensor) -> Tensor:
     """Return the score of one whole sequence by the model's own forward, a scalar."""
     lm = causal_lm(model)
-    pad, lm.config.pad_token_id = lm.config.pad_token_id, None  # or it would read the token before an EOS that pads
+    pad, lm.config.pad_token_id = lm.config.pad_token_id, None  # else it reads the token before an EOS that also pads
     try:
         return lm(input_ids=sequence[None].long(), use_cache=False).logits[0, 0].float()  # type: ignore[no-any-return]
     finally:
@@ -100,7 +100,7 @@ def plain_score(model: nn.Module, sequence: Tensor) -> Tensor:
 
 
 def probe_scores(valuer: Valuer, batch: Batch) -> str | None:
-    """Compare a batch's packed scores with one sequence at a time; return what differs, or None."""
+    """Compare a batch's packed scores with those of each sequence alone; return the difference, or None."""
     sequences = [torch.cat([e.prompt, c.tokens]).to(batch.device) for e in batch.examples for c in e.completions]
     try:
         with torch.no_grad():
@@ -108,7 +108,7 @@ def probe_scores(valuer: Valuer, batch: Batch) -> str | None:
             want = torch.stack([plain_score(valuer.model, s) for s in sequences])
     except ModelError:
         raise
-    except Exception as error:  # an architecture may refuse a mask in any way it likes
+    except Exception as error:  # architectures refuse a mask with any type of error
         return first_line(error)
     worst = float((got - want).abs().max() / want.abs().max().clamp(min=1.0))
     return None if worst <= allowed_difference(valuer, batch.device) else f"scores{DIFFERS}{worst:.2g} of the largest"

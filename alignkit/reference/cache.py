@@ -1,7 +1,7 @@
-"""The file under the reference cache: SQLite in WAL mode, one row a value, a checksum in each row, no pickle.
+"""The reference cache's file: SQLite in WAL mode, one row for each value, a checksum in each row, no pickle.
 
-Several processes may read and fill one file at once. It wants a local disk: WAL needs shared memory, which network
-file systems do not give.
+Several processes can read and fill one file at once. It must be on a local disk: WAL needs shared memory, which network
+file systems do not provide.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor
 from alignkit.errors import CacheError, nearest
 
 VERSION = 1
-APPLICATION = 0x616C6B72  # tells our files from other SQLite databases
+APPLICATION = 0x616C6B72  # distinguishes our files from other SQLite databases
 _WAIT = 60.0  # seconds to wait for another process's transaction
-_CHUNK = 500  # keys a select
+_CHUNK = 500  # keys in one SELECT
 _SCHEMA = (
     "CREATE TABLE refs (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE, label TEXT NOT NULL DEFAULT '',"
     " first_used TEXT NOT NULL, last_used TEXT NOT NULL)",
@@ -43,10 +43,10 @@ def default_path() -> Path:
 
 
 class LogpCache:
-    """Log-probabilities by key: 32 bytes -> float32 [c], nats. hits and misses count the distinct keys asked for.
+    """Log-probabilities by key: 32 bytes -> float32 [c], nats. hits and misses count distinct keys looked up.
 
     Every method raises CacheError where the file cannot be opened, read or written.
-    Belongs to the thread and the process that made it; each process opens its own.
+    Usable only in the thread and process that created it; each process opens its own.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -56,7 +56,7 @@ class LogpCache:
         self._used: set[str] = set()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and 0 < self.path.stat().st_size < 512:  # SQLite would take it for an empty file
+            if self.path.exists() and 0 < self.path.stat().st_size < 512:  # SQLite would read it as an empty file
                 raise self._not_ours("too short")
             self._db = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
@@ -74,7 +74,7 @@ class LogpCache:
         self._db.close()
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Tensor]:
-        """Return the values that are there, float32 [c]; damaged ones are deleted, with a warning, and left out."""
+        """Return the stored values, float32 [c]; damaged values are deleted, with a warning, and left out."""
         found: dict[bytes, Tensor] = {}
         bad: list[int] = []
         wanted = list(dict.fromkeys(keys))
@@ -88,13 +88,15 @@ class LogpCache:
                     bad.append(rowid)
         if bad:
             self._delete(bad)
-            warnings.warn(f"damaged values in {self.path}: {len(bad)}; deleted, to be computed again", stacklevel=2)
+            warnings.warn(
+                f"{len(bad)} damaged values in {self.path} were deleted; they are computed again", stacklevel=2
+            )
         self.hits += len(found)
         self.misses += len(wanted) - len(found)
         return found
 
     def put(self, items: Mapping[bytes, Tensor], fingerprint: str) -> None:
-        """Store values, float32 [c], of one reference in one transaction; a key that is there keeps its value."""
+        """Store one reference's values, float32 [c], in one transaction; an existing key keeps its value."""
         rows = []
         for k, value in items.items():
             raw = value.detach().cpu().numpy().astype("<f4").tobytes()
@@ -108,15 +110,15 @@ class LogpCache:
             )
 
     def use(self, fingerprint: str, label: str = "") -> None:
-        """Note that a reference is in use today, and what people call it; `info` tells both."""
+        """Record that a reference is in use today, and its label; `info` returns both."""
         if label or fingerprint not in self._used:
             with self._transaction():
                 self._touch(fingerprint, label)
             self._used.add(fingerprint)
 
     def info(self) -> dict[str, Any]:
-        """Return path, entries, bytes (of the file), and for each reference fingerprint, label, entries, bytes (of
-        its values), first_used and last_used (UTC, ISO 8601), the last used first."""
+        """Return path, entries, bytes (of the file), and references, most recently used first: fingerprint, label,
+        entries, bytes (of its values), first_used and last_used (UTC, ISO 8601)."""
         columns = ("fingerprint", "label", "entries", "bytes", "first_used", "last_used")
         rows = self._all(
             "SELECT fingerprint, label, count(logps.key), coalesce(sum(length(value)), 0), first_used, last_used"
@@ -131,7 +133,7 @@ class LogpCache:
         }
 
     def verify(self) -> tuple[int, int]:
-        """Check every value and delete the damaged ones; return how many were (good, bad)."""
+        """Check every value and delete the damaged ones; return the numbers of (good, bad) values."""
         query = "SELECT rowid, key, value, checksum FROM logps WHERE rowid > ? ORDER BY rowid LIMIT 1000"
         good, bad, last = 0, 0, -1
         while rows := self._all(query, [last]):
@@ -141,13 +143,13 @@ class LogpCache:
         return good, bad
 
     def clear(self, reference: str | None = None) -> int:
-        """Delete all values, or those of the reference whose fingerprint begins with `reference`; return how many."""
+        """Delete all values, or those of the reference that `reference` begins; return how many were deleted."""
         names = [row[0] for row in self._all("SELECT fingerprint FROM refs")]
         chosen = [n for n in names if reference is None or n.startswith(reference)]
         if reference is not None and len(chosen) != 1:
             short = [n[:12] for n in chosen or names]
             raise CacheError(
-                f"{len(chosen)} references in {self.path} begin with '{reference}'; there are: "
+                f"{len(chosen)} references in {self.path} start with '{reference}', must be one; references: "
                 f"{', '.join(short) or 'none'}.{nearest(reference, short)} See: alignkit cache info"
             )
         with self._transaction():
@@ -155,27 +157,26 @@ class LogpCache:
             removed = sum(self._db.execute("DELETE FROM logps WHERE ref = ?", [i]).rowcount for i in ids)
             self._db.executemany("DELETE FROM refs WHERE id = ?", [[i] for i in ids])
         self._used.clear()
-        self._all("VACUUM")  # or the file would stay as large as it was
+        self._all("VACUUM")  # else the file keeps its size
         self._all("PRAGMA wal_checkpoint(TRUNCATE)")
         return removed
 
     def _set_up(self) -> None:
-        empty = not self._all(
-            "SELECT 1 FROM sqlite_master LIMIT 1"
-        )  # first: a file being made is empty until it is ours
+        # checked first: a file that another process is creating is empty until it is ours
+        empty = not self._all("SELECT 1 FROM sqlite_master LIMIT 1")
         application, version = (self._all(f"PRAGMA {p}")[0][0] for p in ("application_id", "user_version"))
         if not empty and application != APPLICATION:
-            raise CacheError(f"{self.path} is a database of another program. {_elsewhere()}")
+            raise CacheError(f"{self.path} is another program's database. {_elsewhere()}")
         if version > VERSION:
             raise CacheError(
                 f"the reference cache {self.path} has format {version}, this alignkit reads {VERSION}. "
                 f"Upgrade with pip install -U alignkit, or: {_elsewhere()}"
             )
         self._all("PRAGMA journal_mode = WAL")
-        self._all("PRAGMA synchronous = NORMAL")  # a power cut costs values, not the file
+        self._all("PRAGMA synchronous = NORMAL")  # a power failure may lose values, not the file
         if empty:
             with self._transaction():
-                # Another process may have been first, between the look above and the lock held now.
+                # another process may have created it between the check above and this lock
                 if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
                     for statement in _SCHEMA:
                         self._db.execute(statement)
@@ -209,7 +210,7 @@ class LogpCache:
             raise
 
     def _guard(self, action: Callable[[], Any]) -> Any:
-        """Run, again where the file is busy: SQLite does not wait by itself for every kind of lock."""
+        """Run, and retry while the file is busy: SQLite does not wait for every kind of lock itself."""
         end = time.monotonic() + _WAIT
         while True:
             try:
@@ -226,7 +227,7 @@ class LogpCache:
 
     def _not_ours(self, why: object) -> CacheError:
         return CacheError(
-            f"{self.path} is not a reference cache, or damaged beyond repair: {why}. "
+            f"{self.path} is not a reference cache, or cannot be repaired: {why}. "
             f"{_elsewhere()}, or, if it was a cache, remove it (its values are computed again): rm '{self.path}'*"
         )
 
@@ -240,10 +241,10 @@ def _elsewhere() -> str:
 
 
 def _checksum(k: bytes, value: bytes) -> bytes:
-    # The key is in it, so a value that ended up under another key is noticed too.
+    # includes the key, so that a value stored under another key is found too
     return hashlib.blake2b(k + value, digest_size=8).digest()
 
 
 def is_whole(k: object, value: object, checksum: object) -> bool:
-    """Say whether a row of the cache is what was written; a damaged one may hold any type at all."""
+    """Return whether a row of the cache is undamaged; a damaged one may hold any type."""
     return isinstance(k, bytes) and isinstance(value, bytes) and len(value) % 4 == 0 and checksum == _checksum(k, value)

@@ -1,4 +1,4 @@
-"""Which form of the reference a run takes, and which forms cannot serve its method."""
+"""Which form of the reference a run uses, and which forms its method cannot use."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from alignkit.method import Method
 
 
 def check_reference(config: RunConfig, method: Method[Any]) -> None:
-    """Raise ConfigError where the form of the reference that was asked for cannot serve the method; loads nothing."""
+    """Raise ConfigError where the method cannot use the configured form of the reference; loads nothing."""
     if "reference" not in method.roles():
         return
     need, mode = method.reference_need(), config.reference
     if need == "moving" and (config.fsdp or config.lora):
-        # mixing two adapters factor by factor is not mixing the weights that they stand for
-        raise ConfigError(f"'{method.name}' moves its reference, which needs all weights: leave out lora and fsdp")
+        # averaging the factors of two adapters does not average their weights
+        raise ConfigError(f"'{method.name}' moves its reference, which needs all weights: remove lora and fsdp")
     if need == "moving" and mode not in ("auto", "full"):
-        raise ConfigError(f"'{method.name}' moves its reference, which needs reference: full; given: {mode}")
+        raise ConfigError(f"'{method.name}' moves its reference, which needs reference: full, got {mode}")
     if mode == "adapter-off" and config.lora is None:
-        raise ConfigError("reference: adapter-off needs fresh adapters; add `lora`, or use reference: auto")
+        raise ConfigError("reference: adapter-off needs new adapters; add `lora`, or use reference: auto")
     if mode == "adapter-off" and not _switchable(config, method):
-        raise ConfigError(f"reference: adapter-off cannot serve '{method.name}' under fsdp; use reference: full")
+        raise ConfigError(f"'{method.name}' cannot use reference: adapter-off under fsdp; use reference: full")
     if mode == "cached" and need != "rows":
         raise ConfigError(
-            f"reference: cached cannot serve '{method.name}', which asks the reference about rows that are made "
-            f"during the run; use reference: auto, full or int8"
+            f"'{method.name}' cannot use reference: cached, because it scores rows that are created during the run; "
+            f"use reference: auto, full or int8"
         )
     if mode == "cached" and not config.reference_cache:
         raise ConfigError("reference: cached needs reference_cache: true")
@@ -37,7 +37,7 @@ def check_reference(config: RunConfig, method: Method[Any]) -> None:
 def resolve_reference(
     config: RunConfig, method: Method[Any], device: torch.device, n_bytes: int
 ) -> ReferenceMode | None:
-    """Decide the reference's form, None where the method has none; `check_reference` has passed.
+    """Return the reference's form, None where the method has no reference; call `check_reference` first.
 
     n_bytes: memory of a second copy of the policy.
     """
@@ -58,8 +58,8 @@ def resolve_reference(
 
 
 def _switchable(config: RunConfig, method: Method[Any]) -> bool:
-    """May the policy with its adapters off be the reference?"""
+    """Return whether the policy with its adapters off can be the reference."""
     if config.lora is None:
         return False
-    # once the policy is sharded, ranks that ask it about different numbers of rows would wait for each other
+    # ranks would wait for each other where they score different numbers of rows with a sharded policy
     return not config.fsdp or (method.reference_need() == "rows" and config.reference_cache)

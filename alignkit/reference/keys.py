@@ -1,8 +1,8 @@
-"""The reference's log-probabilities, computed once and kept: keyed by what they mean, not by where they came from.
+"""Keys of the reference's cached log-probabilities, and filling the cache.
 
-A value is what one reference says about one completion of one prompt: float32 [c] in nats, c its trained tokens. Its
-key hashes the reference's weights, adapter, quantisation, compute dtype and logit transforms, and the token ids;
-neither method, learning rate, row order, data set nor folder. So a sweep, a resumed run and shuffled data all hit.
+A value is one reference's log-probabilities of one completion of one prompt: float32 [c] in nats, c its trained tokens.
+Its key hashes the reference's weights, adapter, quantisation, compute dtype and logit transforms, and the token ids;
+not the method, learning rate, row order, data set or folder. So sweeps, resumed runs and shuffled data all hit.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["LogpCache", "cached_logps", "default_path", "fill", "fingerprint", "
 Score = Callable[[list[Example]], Tensor]
 """Examples -> log-probabilities of their trained tokens, float32 [C], examples x completions x tokens in order."""
 
-_CHUNK = 512  # examples looked up at a time, so that a fill never holds the values of all rows
+_CHUNK = 512  # examples looked up at a time, so that a fill never holds all values in memory
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
-# Settings that change no log-probability of a model in evaluation.
+# settings that do not change the log-probabilities of a model in evaluation mode
 _UNRELATED = re.compile(
     r"_.*|transformers_version|(torch_)?dtype|architectures|quantization_config|use_cache|output_.*|return_dict"
     r"|id2label|label2id|problem_type|task_specific_params|(pad|bos|eos)_token_id|initializer_.*|.*_?dropout"
@@ -42,11 +42,11 @@ def fingerprint(
     transforms: Mapping[str, object] | None = None,
     adapters: bool = True,
 ) -> str:
-    """Return the sha256 (64 hex digits) of all that decides what a reference says.
+    """Return the sha256 (64 hex digits) of everything that a reference's log-probabilities depend on.
 
     Hashed: every parameter, buffer and quantisation statistic, the configuration, `quantisation`, the compute dtype,
-    and `transforms`, the changes made to logits (temperature, soft caps) as JSON values.
-    adapters=False, or a model inside peft's `disable_adapter()`, gives the fingerprint of the plain base model.
+    and `transforms`, the logit transforms (temperature, soft caps) as JSON values.
+    adapters=False, or a model inside peft's `disable_adapter()`, gives the fingerprint of the base model.
     """
     adapters = adapters and not any(getattr(m, "disable_adapters", None) is True for m in model.modules())
     about = {
@@ -57,7 +57,7 @@ def fingerprint(
         "adapters": _adapter_settings(model) if adapters else [],
     }
     whole = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    digests: dict[object, bytes] = {}  # tied weights are read once
+    digests: dict[object, bytes] = {}  # tied weights are hashed once
     for name, t in sorted(_named_tensors(model, adapters).items()):
         same = (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) if t.numel() else name
         if same not in digests:
@@ -71,17 +71,17 @@ def key(fingerprint: str, prompt: Tensor, completion: Tensor, trained_at: Tensor
     digest = hashlib.sha256(fingerprint.encode())
     for part, kind in ((prompt, "<i4"), (completion, "<i4"), (trained_at, "<i8")):
         raw = part.cpu().numpy().astype(kind).tobytes()
-        digest.update(len(raw).to_bytes(8, "little") + raw)  # the length keeps the border between the parts
+        digest.update(len(raw).to_bytes(8, "little") + raw)  # the length separates the parts
     return digest.digest()
 
 
 def cached_logps(examples: Sequence[Example], cache: LogpCache, fingerprint: str, score: Score) -> Tensor:
-    """Return the reference's log-probabilities of all trained tokens, float32 [C]; `score` gets what is missing."""
+    """Return the reference's log-probabilities of all trained tokens, float32 [C]; `score` computes missing ones."""
     keys = [_keys(e, fingerprint) for e in examples]
     found = cache.get([k for ks in keys for k in ks])
     missing = [e for e, ks in zip(examples, keys, strict=True) if any(k not in found for k in ks)]
     if missing:
-        # What is stored wins over what was computed beside it, so every reader sees the same value.
+        # a stored value wins over a value that was just computed, so that every reader sees the same
         found = _compute(missing, cache, fingerprint, score) | found
     return torch.cat([torch.empty(0), *(found[k] for ks in keys for k in ks)])
 
@@ -97,11 +97,11 @@ def fill(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Compute what the cache lacks, longest examples first, in batches of about `batch_tokens` tokens.
+    """Compute the missing values, longest examples first, in batches of about `batch_tokens` tokens.
 
-    Each batch is stored before the next begins: a killed fill loses one batch and goes on where it was.
+    Each batch is stored before the next one starts: a killed fill loses one batch and continues where it stopped.
     progress: called with (examples done, examples missing) after each batch.
-    rank, world: each rank takes its share of the examples, the same whatever the cache holds; no rank waits.
+    rank, world: each rank takes its share of the examples, whatever the cache holds; no rank waits.
     """
     cache.use(fingerprint)
     order = sorted(range(len(examples)), key=lambda i: -examples[i].n_tokens)
@@ -119,7 +119,7 @@ def _keys(example: Example, fingerprint: str) -> list[bytes]:
 
 
 def _missing(examples: Sequence[Example], cache: LogpCache, fingerprint: str) -> Iterator[Example]:
-    """Yield the examples that bring something new; of several with the same tokens the first."""
+    """Yield the examples with missing values; only the first of several with the same tokens."""
     claimed: set[bytes] = set()
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
@@ -145,7 +145,7 @@ def _cut(examples: Sequence[Example], batch_tokens: int) -> Iterator[list[Exampl
 
 
 def _compute(examples: list[Example], cache: LogpCache, fingerprint: str, score: Score) -> dict[bytes, Tensor]:
-    """Score the examples and store what came out, one transaction; a value that is not finite is never stored."""
+    """Score the examples and store the values in one transaction; values that are not finite are never stored."""
     logps_C = score(examples).detach().to("cpu", torch.float32)
     keys = [k for e in examples for k in _keys(e, fingerprint)]
     parts = logps_C.split([n for e in examples for n in e.n_trained])
@@ -155,17 +155,17 @@ def _compute(examples: list[Example], cache: LogpCache, fingerprint: str, score:
 
 
 def _named_tensors(model: nn.Module, adapters: bool) -> dict[str, Tensor]:
-    """All tensors of a model under the names they have without wrappers; without `adapters`, the base model's only."""
+    """Return a model's tensors by their names without wrappers; with adapters=False, those of the base model only."""
     tensors: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
-    # Quantised layers show their scales in the state dict alone.
+    # quantised layers have their scales in the state dict only
     tensors |= {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor) and n not in tensors}
     bases = {} if adapters else _bases(model)
     return {_plain(name): t for name, t in tensors.items() if _is_base(name, bases)}
 
 
 def _bases(model: nn.Module) -> dict[str, str]:
-    """Map each peft wrapper's name to the child that it wraps."""
+    """Return the wrapped child's name for each peft wrapper."""
     bases = {}
     for name, module in model.named_modules():
         children = dict(module.named_children())
@@ -185,7 +185,7 @@ def _plain(name: str) -> str:
 
 
 def _adapter_settings(model: nn.Module) -> list[Any]:
-    """What adapters do that their weights do not show: scale, and which are active or merged."""
+    """Return the settings of adapters that their weights do not show: scale, and which are active or merged."""
     return [
         [_plain(name), {k: str(v) for k, v in m.scaling.items()}, list(m.active_adapters), list(m.merged_adapters)]
         for name, m in model.named_modules()
@@ -194,7 +194,7 @@ def _adapter_settings(model: nn.Module) -> list[Any]:
 
 
 def _config(model: nn.Module) -> Any:
-    """The first configuration among the modules, less what does not change a model's output."""
+    """Return the model's configuration without the settings that do not change its output."""
 
     def related(value: Any) -> Any:
         if isinstance(value, dict):
@@ -206,6 +206,6 @@ def _config(model: nn.Module) -> Any:
 
 
 def _digest(t: Tensor) -> bytes:
-    # Bytes, because numpy knows no bfloat16; one tensor at a time, so a GPU's weights never lie in memory twice.
+    # as bytes, because numpy has no bfloat16; one tensor at a time, so a GPU's weights are never copied as a whole
     raw: np.ndarray[Any, Any] = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(raw.data).digest()

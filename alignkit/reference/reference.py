@@ -61,25 +61,25 @@ class Reference:
             )
 
     def prepare(self, examples: Sequence[Example], rank: int = 0, world: int = 1) -> None:
-        """Fill the cache with what it lacks of these examples; an interrupted fill goes on where it was."""
+        """Add the missing values of these examples to the cache; an interrupted fill continues where it stopped."""
         if self.cache is not None:
             fill(
                 examples, self.cache, self.fingerprint, self._score, self.max_tokens, _log_fill, rank=rank, world=world
             )
 
     def release(self) -> None:
-        """Let go of the policy in mode "cached": from now on it is trained, and is the reference no more."""
+        """Drop the policy in mode "cached": it is trained from now on, so it no longer is the reference."""
         if self.mode == "cached":
             self._scorer = None
 
     def logps(self, examples: Sequence[Example]) -> Tensor:
-        """Return float32 [C] nats on the CPU, from the cache where it knows them."""
+        """Return the log-probabilities, float32 [C] nats on the CPU, from the cache where it has them."""
         if self.cache is not None:
             return cached_logps(examples, self.cache, self.fingerprint, self._score)
         return self._score(examples)
 
     def attach(self, batch: Batch, keep: bool = True) -> Batch:
-        """Return the batch with its `reference_logps`; keep=False for rows that no other run will ask about."""
+        """Return the batch with its `reference_logps`; keep=False for rows that no other run will score."""
         logps = self.logps(batch.examples) if keep else self._score(batch.examples)
         return batch.attach(per_token={"reference_logps": logps.to(batch.device)})
 
@@ -88,11 +88,11 @@ class Reference:
         assert self.mode == "full"
         assert self._scorer is not None
         with torch.no_grad():
-            for mine, theirs in zip(self._scorer.parameters(), policy.parameters(), strict=True):
-                mine.lerp_(theirs.to(mine.dtype), alpha)
+            for own, new in zip(self._scorer.parameters(), policy.parameters(), strict=True):
+                own.lerp_(new.to(own.dtype), alpha)
 
     def model_and_context(self) -> tuple[nn.Module, Autocast]:
-        """Return the reference as a language model, and what to enter while it is asked (its adapters off)."""
+        """Return the reference as a language model, and the context to call it in (its adapters off)."""
         assert self._scorer is not None
         return self._scorer.model, self._context
 
@@ -109,8 +109,8 @@ class Reference:
     def _score(self, examples: Sequence[Example]) -> Tensor:
         if self._scorer is None:
             raise ConfigError(
-                "the reference was unloaded after its cache was filled, and a row is missing there now; "
-                "was the cache cleared during the run? Start again with --resume"
+                "the reference was unloaded after its cache was filled, and a row is missing there now: "
+                "the cache was probably cleared during the run. Continue with --resume"
             )
         self.scored_examples += len(examples)
         batch = batch_of(examples, self.layout, self.device)

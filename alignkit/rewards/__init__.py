@@ -1,7 +1,16 @@
-"""What scores sampled completions: rewards, and judges that compare two of them.
+"""Rewards, which score sampled completions, and judges, which compare two of them.
 
-A spec (a setting of a run) is checked by `check_rewards` or `check_judge` before anything is loaded, and built by
-`build_rewards` or `build_judge`. docs/rewards.md has its forms.
+A spec (the setting `reward` or `judge`, see docs/rewards.md) is checked by `check_rewards` or `check_judge` before
+anything is loaded, and built by `build_rewards` or `build_judge`.
+
+spec.py        specs -> functions that are not loaded yet
+functions.py   calling functions, async ones too
+combine.py     weighted sums and ensembles of rewards
+judges.py      judges, and rewards as a judge (Bradley-Terry)
+verifiers.py   rewards without a model; numeric.py numbers in answers
+models.py      reward models and pairwise preference models
+llm.py         language models as rewards and judges; endpoint.py their HTTP client; judgements.py its cache
+answers.py     the input and output of rewards; running.py the running mean of rewards
 """
 
 from __future__ import annotations
@@ -9,9 +18,8 @@ from __future__ import annotations
 from alignkit.rewards.answers import Answers, Scores
 from alignkit.rewards.combine import Rewards, build_rewards, check_rewards, reward_folders
 from alignkit.rewards.judges import Judge, build_judge, check_columns, check_judge, judge_folders
-from alignkit.rewards.models import PAIRWISE
+from alignkit.rewards.models import PAIRWISE, pairwise_ids
 from alignkit.rewards.running import RunningStats
-from alignkit.rewards.sequences import pairwise_ids
 
 __all__ = [
     "PAIRWISE", "Answers", "Judge", "Rewards", "RunningStats", "Scores", "build_judge", "build_rewards",

@@ -1,4 +1,4 @@
-"""What rewards and judges are asked about, and what rewards say."""
+"""The input of rewards and judges, and the output of rewards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alignkit.data.rows import Content, shown
 
 @dataclass(frozen=True)
 class Answers:
-    """Sampled completions with the rows that they answer; every list has S entries.
+    """Sampled completions with their prompts and rows; every list has S entries.
 
     prompts: as the rows gave them, text or messages. completions: text, or [{"role": "assistant", "content": ...}]
     where the prompt is messages. columns: the rows' other columns. rows: their 1-based numbers, for messages.
@@ -29,16 +29,16 @@ class Answers:
         return len(self.completions)
 
     def place(self, i: int) -> str:
-        """Name entry i in a message: its row, and its prompt shortened."""
+        """Return the words that identify entry i in a message: its row, and its prompt shortened."""
         return f"row {self.rows[i]}, prompt {shown(text_of(self.prompts[i]), 80)}"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the rewards say of S completions.
+    """The rewards of S completions.
 
     total: the weighted sum, [S]. parts: each reward's own values before its weight, [S], by name; 0 where it does not
-    apply. An ensemble's members stand beside it as "ensemble/member".
+    apply. An ensemble's members are listed as "ensemble/member".
     """
 
     total: list[float]

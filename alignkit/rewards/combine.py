@@ -1,4 +1,4 @@
-"""Several rewards as one number: weighted sums, and ensembles against reward hacking."""
+"""Several rewards combined into one number: weighted sums, and ensembles against reward hacking."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _COMBINE: dict[str, Callable[[Sequence[float], float], float]] = {
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Rewards that are asked about the same answers and become one number.
+    """Rewards that score the same answers and are combined into one number.
 
     combine: "mean"; "min" (2310.02743, worst-case optimisation); "mean-std", the mean minus k population standard
-    deviations, so that what only some members like is worth less.
+    deviations, which lowers the reward of answers that only some members prefer.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Ensemble:
     k: float = 1.0
 
     def combined(self, values: Sequence[Values]) -> Values:
-        """Return one value an answer, of the members that apply to it."""
+        """Return one value for each answer, from the members that apply to it."""
         rows = [[v for v in row if v is not None] for row in zip(*values, strict=True)]
         return [_COMBINE[self.combine](row, self.k) if row else None for row in rows]
 
 
 class Rewards:
-    """Everything that scores an answer; `build_rewards` makes it."""
+    """All rewards of a run; `build_rewards` creates it."""
 
     def __init__(self, parts: Sequence[Leaf | Ensemble], device: Device) -> None:
         self._parts = list(parts)
@@ -51,21 +51,21 @@ class Rewards:
 
     @property
     def model_folder(self) -> str | None:
-        """The folder of the first reward model, from which a critic may begin; None where there is none."""
+        """The folder of the first reward model, from which a critic can start; None without one."""
         return next((f.folder for part in self._parts for f in _leaves(part) if f.folder), None)
 
     def check_columns(self, there: Collection[str]) -> None:
-        """Raise RewardError where rows with these columns lack one that a reward cannot do without."""
+        """Raise RewardError where rows with these columns lack one that a reward requires."""
         self._functions.check_columns(there)
 
     def score(self, answers: Answers) -> Scores:
-        """Score S completions. Raises RewardError naming the reward, the row and what came back."""
+        """Score S completions. Raises RewardError naming the reward, the row and what it returned."""
         given = {"prompts": answers.prompts, "completions": answers.completions}
-        said: Iterator[Values] = iter(self._functions.ask(answers, given)) if len(answers) else repeat([])
+        results: Iterator[Values] = iter(self._functions.call(answers, given)) if len(answers) else repeat([])
         total = [0.0] * len(answers)
         parts: dict[str, list[float]] = {}
         for part in self._parts:
-            values = [next(said) for _ in _leaves(part)]
+            values = [next(results) for _ in _leaves(part)]
             whole = part.combined(values) if isinstance(part, Ensemble) else values[0]
             parts[part.name] = _plain(whole)
             total = [t + part.weight * v for t, v in zip(total, parts[part.name], strict=True)]
@@ -74,29 +74,31 @@ class Rewards:
         return Scores(total, parts)
 
     def close(self) -> None:
-        """Close what the rewards hold open."""
+        """Close the rewards' files and connections."""
         self._functions.close()
 
 
 def build_rewards(spec: Any, device: Device = "cpu") -> Rewards:
-    """Load what a spec names (see docs/rewards.md), models onto `device`. Raises as `check_rewards`, and ModelError."""
+    """Load the rewards of a spec (see docs/rewards.md), models onto `device`. Raises as `check_rewards`, and
+    ModelError.
+    """
     return Rewards(_parts(spec), device)
 
 
 def check_rewards(spec: Any) -> None:
-    """Raise ConfigError where a spec cannot work, PluginError for a broken plugin; loads no model."""
+    """Raise ConfigError for a spec that cannot work, PluginError for a broken plugin; loads no model."""
     _parts(spec)
 
 
 def check_reward_columns(spec: Any, there: Collection[str]) -> None:
-    """Do for rewards alone what `alignkit.rewards.check_columns` does."""
+    """Raise RewardError as `alignkit.rewards.check_columns` does, for rewards only."""
     for part in _parts(spec):
         for one in _leaves(part):
             one.check_columns(there)
 
 
 def reward_folders(spec: Any) -> list[str]:
-    """Return the folders of the models that a spec names; loads none. Raises as `check_rewards`."""
+    """Return the folders of a spec's models without loading them. Raises as `check_rewards`."""
     return [f.folder for part in _parts(spec) for f in _leaves(part) if f.folder]
 
 
@@ -115,20 +117,20 @@ def _ensemble(spec: Mapping[str, Any]) -> Ensemble:
     weight = number(given.pop("weight", 1.0), "reward: weight")
     members, combine = given.pop("ensemble"), given.pop("combine", "mean")
     if not isinstance(members, list | tuple) or len(members) < 2:
-        raise ConfigError(f"reward: an ensemble is a list of two rewards or more, not {shown(members)}")
+        raise ConfigError(f"reward: an ensemble must be a list of at least two rewards, got {shown(members)}")
     if not isinstance(combine, str) or combine not in _COMBINE:
         raise ConfigError(
             f"reward: combine is {shown(combine)}.{nearest(str(combine), _COMBINE)} One of {', '.join(_COMBINE)}"
         )
     if "k" in given and combine != "mean-std":
-        raise ConfigError(f"reward: k belongs to combine: mean-std, not to {combine}")
+        raise ConfigError(f"reward: k is used with combine: mean-std, not with {combine}")
     k = number(given.pop("k", 1.0), "reward: k")
     if given:
         unknown = next(iter(given))
         known = ("ensemble", "combine", "k", "weight", "name")
         raise ConfigError(f"reward: an ensemble has no '{unknown}'.{nearest(unknown, known)} It has {', '.join(known)}")
     if any(isinstance(m, Mapping) and ("weight" in m or "ensemble" in m) for m in members):
-        raise ConfigError("reward: a member of an ensemble has no weight and is no ensemble itself")
+        raise ConfigError("reward: a member of an ensemble cannot have a weight or be an ensemble itself")
     leaves = tuple(leaf(m, REWARD) for m in members)
     _differ(leaves, "members of the ensemble")
     return Ensemble(name, weight, leaves, combine, k)
@@ -137,7 +139,7 @@ def _ensemble(spec: Mapping[str, Any]) -> Ensemble:
 def _differ(parts: Sequence[Leaf | Ensemble], what: str) -> None:
     names = [part.name for part in parts]
     if twice := next((n for n in names if names.count(n) > 1), None):
-        raise ConfigError(f"reward: two {what} are called '{twice}'; give them names: {{use: ..., name: ...}}")
+        raise ConfigError(f"reward: two {what} have the name '{twice}'; name them: {{use: ..., name: ...}}")
 
 
 def _leaves(part: Leaf | Ensemble) -> tuple[Leaf, ...]:

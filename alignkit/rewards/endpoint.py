@@ -1,10 +1,11 @@
-"""A client for language models behind the OpenAI protocol: bounded concurrency, retries, and a cache on disk."""
+"""A client for language models with the OpenAI protocol: bounded concurrency, retries, and a cache on disk."""
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,23 +20,23 @@ from alignkit.rewards.judgements import Judgements, key_of
 from alignkit.rewards.verifiers import Options
 
 Messages = list[dict[str, str]]
-_AGAIN = frozenset({408, 409, 425, 429})  # and 5xx: the same request may succeed later
+_TRANSIENT = frozenset({408, 409, 425, 429})  # and 5xx: the same request may succeed later
 _LONGEST_WAIT = 300.0  # seconds
 
 
 class Endpoint(Options):
-    """Options of whatever asks a language model through an OpenAI-compatible endpoint."""
+    """Options of rewards and judges that call a language model through an OpenAI-compatible endpoint."""
 
     url: str = Field(description="base of the endpoint, such as http://localhost:8000/v1")
     model: str = Field(description="the model's name there")
     key_env: str | None = Field(None, description="NAME of the environment variable that holds the key")
     temperature: float | None = Field(0.0, ge=0, description="null leaves it out of the request")
     max_tokens: int | None = Field(512, ge=1, description="of a reply; null leaves it out of the request")
-    body: dict[str, Any] = Field({}, description="more fields of the request")
+    body: dict[str, Any] = Field({}, description="additional fields of the request")
     timeout: float = Field(60.0, gt=0, description="seconds for one request")
     retries: int = Field(5, ge=0, le=100, description="after time-outs, lost connections, and statuses 429 and 5xx")
-    backoff: float = Field(1.0, ge=0, description="seconds before the first retry; doubles each time")
-    concurrency: int = Field(8, ge=1, description="requests at once, of each process")
+    backoff: float = Field(1.0, ge=0, description="longest wait before the first retry, in seconds; doubles each time")
+    concurrency: int = Field(8, ge=1, description="concurrent requests of each process")
     cache_file: Path | None = Field(None, description="default: ~/.cache/alignkit/judgements.sqlite")
     _judgements: Judgements | None = PrivateAttr(None)
 
@@ -45,27 +46,29 @@ class Endpoint(Options):
         try:
             parsed = httpx2.URL(url)
         except httpx2.InvalidURL as error:
-            raise ValueError(f"is no address: {error}") from None
+            raise ValueError(f"is not a URL: {error}") from None
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError("give http:// or https://, a host, and a path, such as http://localhost:8000/v1")
         return url.rstrip("/")
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> Self:
-        # for the whole and not for a field, whose message would show what was given
+        # checked for the whole: the message of a field's validator would print its value
         if httpx2.URL(self.url).userinfo:
-            raise ValueError("url holds a password; keep it in an environment variable, and name that in key_env")
+            raise ValueError(
+                "url contains a password; put it in an environment variable, and set key_env to the variable's name"
+            )
         if "?" in self.url or "#" in self.url:
-            raise ValueError("url has a query (?...) or a fragment (#...); give the base alone, and a key by key_env")
+            raise ValueError("url has a query (?...) or a fragment (#...); give the base only, and a key by key_env")
         if self.key_env is not None and not os.environ.get(self.key_env):
             raise ValueError("key_env is the NAME of the environment variable that holds the key; it is not set")
         return self
 
     async def replies(self, questions: Sequence[Messages], keep: Callable[[str], bool]) -> list[str]:
-        """Return the model's reply to each question; those that were asked before are read from the cache.
+        """Return the model's reply to each question, from the cache where it has it.
 
-        keep: whether a reply is of use; each one that is goes into the cache as it comes. Raises RewardError where
-        the endpoint refuses, or stays dead after the retries.
+        keep: returns whether a reply is usable; usable replies are cached as they arrive. Raises RewardError where the
+        endpoint refuses a request, or does not answer after all retries.
         """
         if self._judgements is None:
             self._judgements = Judgements(self.cache_file)
@@ -73,7 +76,7 @@ class Endpoint(Options):
         found = {key: cache.get(key) for key in keys}
         missing = {key: q for key, q in zip(keys, questions, strict=True) if found[key] is None}
         slots = asyncio.Semaphore(self.concurrency)
-        limits = httpx2.Limits(max_connections=None)  # the slots are: a wait for one is no time-out
+        limits = httpx2.Limits(max_connections=None)  # the semaphore limits them: waiting for it is no time-out
 
         async def fill(client: httpx2.AsyncClient, key: str, question: Messages) -> None:
             async with slots:
@@ -109,24 +112,26 @@ class Endpoint(Options):
         }
 
     async def _reply(self, client: httpx2.AsyncClient, messages: Messages) -> str:
-        """Ask once, and again after failures that may pass."""
+        """Send a request, and send it again after transient failures."""
         for attempt in range(self.retries + 1):
-            said = await self._attempt(client, messages)
-            if isinstance(said, str):
-                return said
-            failed = said
-            wait = min(self.backoff * 2**attempt, _LONGEST_WAIT) if failed.wait is None else failed.wait
+            found = await self._attempt(client, messages)
+            if isinstance(found, str):
+                return found
+            failed = found
+            # jitter, so that requests that failed together are not all sent again at the same moment
+            backoff = min(self.backoff * 2**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
+            wait = backoff if failed.wait is None else failed.wait
             if attempt == self.retries or wait > _LONGEST_WAIT:
                 break
             await asyncio.sleep(wait)
         kept = self._judgements.path if self._judgements else ""
         raise RewardError(
-            f"the language model at {self.url} is not to be had: {failed.problem} (asked {attempt + 1} times). "
-            f"Start it again and resume the run; what it has answered is kept in {kept}"
+            f"the language model at {self.url} is not available: {failed.problem} (after {attempt + 1} attempts). "
+            f"Restart it and resume the run; its replies so far are in {kept}"
         )
 
     async def _attempt(self, client: httpx2.AsyncClient, messages: Messages) -> str | _Failure:
-        """Ask once. Raises RewardError where asking again is of no use."""
+        """Send one request. Raises RewardError where a retry cannot help."""
         try:
             async with asyncio.timeout(self.timeout):
                 response = await client.post(f"{self.url}/chat/completions", json=self._request(messages))
@@ -136,27 +141,29 @@ class Endpoint(Options):
             return _Failure(f"{type(error).__name__}: {error}")
         status, about = response.status_code, shown(response.text, 200)
         if status != 200:
-            if status in _AGAIN or status >= 500:
+            if status in _TRANSIENT or status >= 500:
                 return _Failure(f"status {status}, {about}", _retry_after(response))
             raise RewardError(
-                f"the language model at {self.url} refuses: status {status}, {about}; see url, model, key_env and body"
+                f"the language model at {self.url} refuses the request: status {status}, {about}; check url, "
+                "model, key_env "
+                f"and body"
             )
         try:
             reply = response.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
             reply = None
-        return reply if isinstance(reply, str) else _Failure(f"status 200, and no chat completion: {about}")
+        return reply if isinstance(reply, str) else _Failure(f"status 200, but no chat completion: {about}")
 
 
 class _Failure(NamedTuple):
-    """What went wrong, and the seconds after which the endpoint wants to be asked again, where it says so."""
+    """A transient failure, and the seconds that the endpoint asks to wait, None where it does not."""
 
     problem: str
     wait: float | None = None
 
 
 def _retry_after(response: httpx2.Response) -> float | None:
-    """Return the seconds that the endpoint asks for, given as a number or as a date; None where it does not."""
+    """Return the seconds of the Retry-After header, a number or a date; None without one."""
     value = response.headers.get("retry-after", "")
     if value.isdecimal():
         return float(value)

@@ -1,10 +1,10 @@
-"""Calling rewards and judges: everything that scores is a function of keyword arguments, ours and strangers' alike.
+"""Calling rewards and judges: each is a function of keyword arguments, built in or from a user.
 
     def reward(prompts, completions, **columns) -> list[float]
     def judge(prompts, first, second, **columns) -> list[float]
 
-A function gets what its parameters name: those above, the rows' columns, and, where it names them, `lengths` and
-`ended` of the completions. With `**columns` it gets every column.
+A function is passed what its parameters name: the arguments above, the rows' columns, and `lengths` and `ended` of the
+completions. With `**columns` it is passed every column.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 class RowError(Exception):
-    """Entry `index` cannot be scored; whoever called the function adds its row and prompt."""
+    """Entry `index` cannot be scored; the caller adds its row and prompt."""
 
     def __init__(self, index: int, message: str) -> None:
         super().__init__(message)
@@ -35,17 +35,17 @@ class RowError(Exception):
 
 
 def present(value: Any, index: int, column: str) -> Any:
-    """Return the value that row `index` has in a column that cannot be empty. Raises RowError where it has none."""
+    """Return row `index`'s value of a required column. Raises RowError where it is None."""
     if value is None:
-        raise RowError(index, f"the row has nothing in the column '{column}'")
+        raise RowError(index, f"the row has no value in the column '{column}'")
     return value
 
 
 @dataclass(frozen=True)
 class Function:
-    """A reward or a judge with its name, and the options that every call gets.
+    """A reward or a judge with its name and the options of every call.
 
-    kind: "reward" or "judge". given: the names of what it is always given ("prompts", "completions", ...).
+    kind: "reward" or "judge". given: the arguments that every call has ("prompts", "completions", ...).
     """
 
     kind: str
@@ -56,17 +56,19 @@ class Function:
 
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """Its parameters. Raises ConfigError where it cannot be called by keywords, or does not take the options."""
+        """Its parameters. Raises ConfigError where it cannot be called by keyword, or does not take the options."""
         try:
             parameters = inspect.signature(self.call).parameters
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{self.kind} '{self.name}': its parameters cannot be read: {error}") from None
         for name, p in parameters.items():
             if p.kind is p.POSITIONAL_ONLY and p.default is p.empty:
-                raise ConfigError(f"{self.kind} '{self.name}' takes '{name}' by position; all is given by keyword")
+                raise ConfigError(
+                    f"{self.kind} '{self.name}' takes '{name}' by position only; arguments are passed by keyword"
+                )
         known = [name for name, p in parameters.items() if p.kind in _NAMED]
         for name in self.options:
-            if name in self.given or name not in known:  # **columns take columns: a misspelt option would go unseen
+            if name in self.given or name not in known:  # not through **columns: a misspelt option would be ignored
                 raise ConfigError(
                     f"{self.kind} '{self.name}' has no option '{name}'.{nearest(name, known)} "
                     f"Its parameters: {', '.join(known) or 'none'}"
@@ -75,26 +77,24 @@ class Function:
 
     @cached_property
     def columns(self) -> frozenset[str]:
-        """The columns that it cannot do without."""
+        """The columns that it requires."""
         known = {*self.given, *self.options, "lengths", "ended"}
         named = {n for n, p in self.parameters.items() if p.kind in _NAMED and p.default is p.empty}
         return frozenset({*(named - known), *getattr(self.call, "needs", ())})
 
     @property
     def is_async(self) -> bool:
-        """Whether a call has to be awaited."""
+        """Whether a call must be awaited."""
         return inspect.iscoroutinefunction(self.call) or inspect.iscoroutinefunction(type(self.call).__call__)
 
     def check_columns(self, there: Collection[str]) -> None:
-        """Raise RewardError where rows with these columns lack one that it cannot do without."""
+        """Raise RewardError where rows with these columns lack a required one."""
         for column in sorted(self.columns - set(there)):
             have = f"the rows have {', '.join(sorted(there))}" if there else "the rows have no other columns"
-            raise RewardError(
-                f"{self.kind} '{self.name}' asks for the column '{column}'; {have}.{nearest(column, there)}"
-            )
+            raise RewardError(f"{self.kind} '{self.name}' needs the column '{column}'; {have}.{nearest(column, there)}")
 
     def arguments(self, answers: Answers, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments of a call. Raises RewardError for a column that is not there."""
+        """Return the keyword arguments of a call. Raises RewardError for a missing column."""
         there = answers.columns
         self.check_columns(there)
         offered = {**there, "lengths": answers.lengths, "ended": answers.ended, **given}
@@ -103,20 +103,20 @@ class Function:
             wanted |= {*there, *given}
         return {name: value for name, value in offered.items() if name in wanted} | dict(self.options)
 
-    def checked(self, answers: Answers, said: object) -> Values:
-        """Return what came back as a list of floats and None. Raises RewardError where it is no score an answer."""
-        said = said.tolist() if hasattr(said, "tolist") else said
-        if not isinstance(said, list | tuple):
+    def checked(self, answers: Answers, returned: object) -> Values:
+        """Return a call's result as a list of floats and None. Raises RewardError unless it has one for each answer."""
+        returned = returned.tolist() if hasattr(returned, "tolist") else returned
+        if not isinstance(returned, list | tuple):
             raise RewardError(
-                f"{self.kind} '{self.name}' must return a list of {len(answers)} numbers, not {shown(said)} "
+                f"{self.kind} '{self.name}' must return a list of {len(answers)} numbers, got {shown(returned)} "
                 f"(first: {answers.place(0)})"
             )
-        if len(said) != len(answers):
+        if len(returned) != len(answers):
             raise RewardError(
-                f"{self.kind} '{self.name}' returned {len(said)} values for {len(answers)} completions, "
-                f"{shown(said)} (first: {answers.place(0)}); it must return one for each"
+                f"{self.kind} '{self.name}' returned {len(returned)} values for {len(answers)} completions, "
+                f"{shown(returned)} (first: {answers.place(0)}); it must return one for each"
             )
-        return [None if v is None else self._number(answers, i, v) for i, v in enumerate(said)]
+        return [None if v is None else self._number(answers, i, v) for i, v in enumerate(returned)]
 
     def _number(self, answers: Answers, i: int, value: Any) -> float:
         plain = value.item() if getattr(value, "ndim", None) == 0 else value
@@ -131,7 +131,7 @@ class Function:
         return found
 
     def failed(self, answers: Answers, error: Exception) -> RewardError:
-        """Return the RewardError that says what the function raised, and where."""
+        """Return the RewardError for what the function raised, with its place."""
         if isinstance(error, RowError):
             return RewardError(f"{self.kind} '{self.name}', {answers.place(error.index)}: {error}")
         if isinstance(error, RewardError):
@@ -142,44 +142,44 @@ class Function:
 
 
 class Functions:
-    """Functions that are asked about the same answers; the async ones share one event loop, until `close`.
+    """Functions that are called with the same answers; async ones share one event loop until `close`.
 
-    The loop stays because clients and semaphores belong to the loop that they were first used in.
+    The loop is kept because clients and semaphores belong to the loop that first used them.
     """
 
     def __init__(self, functions: Sequence[Function]) -> None:
         self._functions = list(functions)
         self._thread: ThreadPoolExecutor | None = None
-        self._runner = asyncio.Runner()  # makes its loop when it is first used
+        self._runner = asyncio.Runner()  # creates its loop on first use
 
     def check_columns(self, there: Collection[str]) -> None:
-        """Raise RewardError where rows with these columns lack one that a function cannot do without."""
+        """Raise RewardError where rows with these columns lack one that a function requires."""
         for function in self._functions:
             function.check_columns(there)
 
-    def ask(self, answers: Answers, given: Mapping[str, Any]) -> list[Values]:
-        """Call every function; the async ones wait together.
+    def call(self, answers: Answers, given: Mapping[str, Any]) -> list[Values]:
+        """Call every function, the async ones concurrently.
 
-        given: what stands beside the columns. Raises RewardError naming the function, the row and what came back.
+        given: the arguments besides the columns. Raises RewardError naming the function, the row and what it returned.
         """
         arguments = [function.arguments(answers, given) for function in self._functions]
-        said: dict[int, object] = {}
+        results: dict[int, object] = {}
         for i, function in enumerate(self._functions):
             if not function.is_async:
                 try:
-                    said[i] = function.call(**arguments[i])
-                except Exception as error:  # a stranger's function may raise anything
+                    results[i] = function.call(**arguments[i])
+                except Exception as error:  # a user's function may raise anything
                     raise function.failed(answers, error) from error
         waiting = [i for i, function in enumerate(self._functions) if function.is_async]
         if waiting:
-            if self._thread is None:  # its own: a notebook has an event loop already
+            if self._thread is None:  # its own thread: a notebook already runs an event loop in this one
                 self._thread = ThreadPoolExecutor(1, "alignkit-rewards")
             calls = _together([_awaited(self._functions[i], answers, arguments[i]) for i in waiting])
-            said |= zip(waiting, self._thread.submit(self._runner.run, calls).result(), strict=True)
-        return [function.checked(answers, said[i]) for i, function in enumerate(self._functions)]
+            results |= zip(waiting, self._thread.submit(self._runner.run, calls).result(), strict=True)
+        return [function.checked(answers, results[i]) for i, function in enumerate(self._functions)]
 
     def close(self) -> None:
-        """Call `close()` of the functions that have it, and end the event loop."""
+        """Call `close()` of the functions that have it, and close the event loop."""
         for function in self._functions:
             if callable(close := getattr(function.call, "close", None)):
                 close()
@@ -191,7 +191,7 @@ class Functions:
 
 async def _together(calls: Sequence[Coroutine[Any, Any, object]]) -> list[object]:
     try:
-        async with asyncio.TaskGroup() as group:  # one that fails ends the others: the loop goes on
+        async with asyncio.TaskGroup() as group:  # a failure cancels the others, and the loop continues
             tasks = [group.create_task(call) for call in calls]
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from failed.exceptions[0].__cause__

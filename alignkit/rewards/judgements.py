@@ -1,4 +1,4 @@
-"""What language models replied, on disk: SQLite, one row a question, so that no question is paid for twice."""
+"""Replies of language models on disk: SQLite, one row for each question, so that no question is paid for twice."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def default_path() -> Path:
 
 
 def key_of(question: Mapping[str, Any]) -> str:
-    """Return the key of a question: a hash of its JSON, which must hold all that the reply depends on."""
+    """Return a question's key: a hash of its JSON, which must hold everything that the reply depends on."""
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
 
 
 class Judgements:
-    """Replies by key. Several processes may share a file. Every method raises CacheError where the file fails."""
+    """Replies by key. Several processes can share a file. Every method raises CacheError where the file fails."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path.expanduser() if path else default_path()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # opened by one thread and used by the event loop's, never by both at once
+            # opened in one thread and used in that of the event loop, never in both at once
             self._db = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise self._failed("open", error) from error
@@ -41,12 +41,12 @@ class Judgements:
         self._run("CREATE TABLE IF NOT EXISTS judgements (key TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
 
     def get(self, key: str) -> str | None:
-        """Return the reply to a question, None where it was never asked."""
+        """Return the reply to a question, None where there is none."""
         found = self._run("SELECT reply FROM judgements WHERE key = ?", key)
         return str(json.loads(found[0][0])) if found else None
 
     def put(self, key: str, reply: str) -> None:
-        """Keep a reply."""
+        """Store a reply."""
         self._run("INSERT OR REPLACE INTO judgements VALUES (?, ?)", key, json.dumps(reply))
 
     def close(self) -> None:
@@ -61,6 +61,6 @@ class Judgements:
 
     def _failed(self, what: str, error: Exception) -> CacheError:
         return CacheError(
-            f"cannot {what} the judgements {self.path}: {error}. Give another file: cache_file, or the environment "
+            f"cannot {what} the judgements {self.path}: {error}. Set another file by cache_file, or by the environment "
             f"variable ALIGNKIT_JUDGEMENTS"
         )

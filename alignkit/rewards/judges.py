@@ -1,4 +1,4 @@
-"""Which of two completions is better: functions, preference models, language models, and rewards by Bradley-Terry."""
+"""Judges, which compare two completions: functions, preference models, language models, and Bradley-Terry rewards."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Judge(Protocol):
         ...
 
     def check_columns(self, there: Collection[str]) -> None:
-        """Raise RewardError where rows with these columns lack one that the judge cannot do without."""
+        """Raise RewardError where rows with these columns lack one that the judge requires."""
         ...
 
     def close(self) -> None:
-        """Close what the judge holds open."""
+        """Close the judge's files and connections."""
         ...
 
 
@@ -42,8 +42,8 @@ class FunctionJudge:
         if not len(first):
             return []
         given = {"prompts": first.prompts, "first": first.completions, "second": second.completions}
-        (said,) = self._functions.ask(first, given)
-        return [self._probability(first, i, p) for i, p in enumerate(said)]
+        (values,) = self._functions.call(first, given)
+        return [self._probability(first, i, p) for i, p in enumerate(values)]
 
     def check_columns(self, there: Collection[str]) -> None:
         """See `Judge.check_columns`."""
@@ -83,8 +83,7 @@ class BradleyTerry:
 
 
 def build_judge(spec: Any, device: Device = "cpu") -> Judge:
-    """Load the judge that a spec names (see docs/rewards.md), models onto `device`. Raises as `check_judge`, and
-    ModelError."""
+    """Load the judge of a spec (see docs/rewards.md), models onto `device`. Raises as `check_judge`, and ModelError."""
     if (found := _bradley_terry(spec)) is not None:
         rewards, scale = found
         return BradleyTerry(build_rewards(rewards, device), scale)
@@ -92,7 +91,7 @@ def build_judge(spec: Any, device: Device = "cpu") -> Judge:
 
 
 def check_judge(spec: Any) -> None:
-    """Raise ConfigError where a spec cannot work, PluginError for a broken plugin; loads no model."""
+    """Raise ConfigError for a spec that cannot work, PluginError for a broken plugin; loads no model."""
     if (found := _bradley_terry(spec)) is not None:
         check_rewards(found[0])
     else:
@@ -100,9 +99,9 @@ def check_judge(spec: Any) -> None:
 
 
 def check_columns(reward: Any, judge: Any, there: Collection[str]) -> None:
-    """Raise RewardError where rows with these columns lack one that the specs' functions ask for; loads no model.
+    """Raise RewardError where rows with these columns lack one that the specs' functions require; loads no model.
 
-    reward, judge: None where there is none. A class is not looked at: it would have to be made. Also raises as
+    reward, judge: None without one. A user's class is not checked: it would have to be created. Also raises as
     `check_rewards` and `check_judge`.
     """
     if reward is not None:
@@ -114,16 +113,18 @@ def check_columns(reward: Any, judge: Any, there: Collection[str]) -> None:
 
 
 def judge_folders(spec: Any) -> list[str]:
-    """Return the folders of the models that a spec names; loads none. Raises as `check_judge`."""
+    """Return the folders of a spec's models without loading them. Raises as `check_judge`."""
     if (found := _bradley_terry(spec)) is not None:
         return reward_folders(found[0])
     return [folder] if (folder := leaf(spec, JUDGE).folder) else []
 
 
 def _bradley_terry(spec: Any) -> tuple[Any, float] | None:
-    """Return the rewards' spec and the scale, None for another judge."""
+    """Return the rewards' spec and the scale of a Bradley-Terry judge, None for another one."""
     if isinstance(spec, list | tuple):
-        raise ConfigError("judge: give one, not a list; several rewards are one judge as {bradley_terry: [...]}")
+        raise ConfigError(
+            "judge: must be one judge, got a list; to use several rewards as one judge: {bradley_terry: [...]}"
+        )
     if isinstance(spec, Mapping) and "weight" in spec:
         raise ConfigError("judge: a judge has no weight")
     if not isinstance(spec, Mapping) or "bradley_terry" not in spec:

@@ -1,50 +1,62 @@
-"""Reward models and pairwise preference models: sequence classifiers with one label, from a folder."""
+"""Reward models and pairwise preference models: sequence classifiers with one label, loaded from a folder.
+
+They read the tokens that they were trained on: prompts and completions are tokenised as training data is.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from alignkit.data.rows import Content
+from alignkit.data import Dataset
+from alignkit.data.rows import Content, Report, Row
+from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, ModelError
+from alignkit.rewards.answers import text_of
 from alignkit.rewards.functions import RowError
-from alignkit.rewards.sequences import cut, pairwise_ids, trees
 from alignkit.rewards.verifiers import Options
 
-PAIRWISE = "alignkit_pairwise"  # in config.json of a model that reads two completions
+PAIRWISE = "alignkit_pairwise"  # set in config.json of a model that compares two completions
 _HOW = 'its config.json needs one label ("id2label": {"0": ...}) and a ...ForSequenceClassification architecture'
 
 
 class ModelOptions(Options):
     """Options of a reward model's folder."""
 
-    max_tokens: int = Field(16384, ge=1, description="tokens of a batch, padding included; memory, never the result")
+    max_tokens: int = Field(
+        16384, ge=1, description="tokens of a batch, padding included; affects memory, never the result"
+    )
 
 
 def check_folder(folder: str, pairwise: bool) -> None:
-    """Raise ConfigError where the folder does not hold a sequence classifier with one label, of the kind wanted."""
+    """Raise ConfigError where the folder has no sequence classifier with one label; pairwise: one that compares two."""
     path = Path(folder)
     if not path.is_dir():
-        raise ConfigError(f"there is no folder '{folder}'")
+        raise ConfigError(f"the folder '{folder}' does not exist")
     if not (path / "config.json").is_file():
         if (path / "model" / "config.json").is_file():
-            raise ConfigError(f"'{folder}' is the folder of a run; its model is in {path / 'model'}")
+            raise ConfigError(f"'{folder}' is a run's folder; its model is in {path / 'model'}")
         adapter = (path / "adapter_config.json").is_file()
-        why = "an adapter alone; merge it into its base first" if adapter else "no config.json"
+        why = "it has an adapter only; merge it into its base first" if adapter else "it has no config.json"
         raise ConfigError(f"the folder '{folder}' holds no model: {why}")
     try:
         about = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        kinds, labels = about.get("architectures") or ["?"], len(about.get("id2label", "LR"))  # two where not said
+        kinds, labels = (
+            about.get("architectures") or ["?"],
+            len(about.get("id2label", "LR")),
+        )  # transformers' default is two labels
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"cannot read {path / 'config.json'}: {error}") from None
     if not kinds[0].endswith("ForSequenceClassification"):
-        raise ConfigError(f"the folder '{folder}' holds a {kinds[0]}, which is no reward model: {_HOW}")
+        raise ConfigError(f"the folder '{folder}' holds a {kinds[0]}, which is not a reward model: {_HOW}")
     if labels != 1:
         raise ConfigError(f"the classifier in '{folder}' has {labels} labels; a reward model has 1: {_HOW}")
     if bool(about.get(PAIRWISE)) != pairwise:
@@ -68,25 +80,26 @@ class Classifier:
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True
             )
-        except Exception as error:  # transformers raises a dozen kinds here
+        except Exception as error:  # transformers raises many types here
             raise ModelError(f"cannot load a reward model from '{folder}': {type(error).__name__}: {error}") from error
-        if missing := sorted(loading["missing_keys"]):  # transformers draws them at random and only warns
+        if missing := sorted(loading["missing_keys"]):  # transformers initialises them at random and only warns
             raise ModelError(f"the reward model in '{folder}' lacks weights: {', '.join(missing[:4])}")
         self.folder, self.device, self.max_tokens = folder, torch.device(device), max_tokens
         self.model = model.to(self.device).eval().requires_grad_(False)
 
     def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Score every sequence, longest first, in batches of like length; equal ones get equal scores, bit by bit.
+        """Score every sequence, longest first, in batches of similar length; equal ones get bitwise equal scores.
 
         Raises RowError for one that is longer than the model's positions.
         """
         config = self.model.config.get_text_config()
-        rotary = getattr(config, "rope_parameters", None) is not None  # goes on for ever
+        rotary = getattr(config, "rope_parameters", None) is not None  # without a limit
         limit = math.inf if rotary else getattr(config, "max_position_embeddings", math.inf)
         for i, ids in enumerate(sequences):
             if len(ids) > limit:
                 raise RowError(
-                    i, f"prompt and completion have {len(ids)} tokens, the model in '{self.folder}' reads {limit}"
+                    i,
+                    f"prompt and completion have {len(ids)} tokens, the model in '{self.folder}' reads at most {limit}",
                 )
         found: dict[tuple[int, ...], float] = {}
         left = sorted({tuple(ids) for ids in sequences}, key=lambda ids: (len(ids), ids), reverse=True)
@@ -106,10 +119,9 @@ class Classifier:
 
     def _forward(self, ids: Tensor, mask: Tensor, last: Tensor) -> Tensor:
         head = getattr(self.model, "score", None)
-        if head is None:  # an encoder's head reads its first token, wherever the padding is
+        if head is None:  # an encoder's head reads its first token, so padding does not matter
             return self.model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()  # type: ignore[no-any-return]
-        # a decoder's own forward looks for the last token that is not the pad token, which is the last but one where
-        # the end-of-sequence token pads
+        # a decoder's own forward reads the last token that is not the padding token: the last but one where EOS pads
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return head(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).float()  # type: ignore[no-any-return]
 
@@ -120,7 +132,7 @@ class RewardModel(Classifier):
     def __call__(
         self, prompts: Sequence[Content], completions: Sequence[Content], ended: Sequence[bool]
     ) -> list[float]:
-        """Score each completion; those that were cut have no end-of-sequence token."""
+        """Score each completion; cut completions have no end-of-sequence token."""
         made = trees(self.tokenizer, prompts, [[c] for c in completions])
         return self.scores(
             [[*t.prompt, *cut(self.tokenizer, t.completions[0], e)] for t, e in zip(made, ended, strict=True)]
@@ -128,7 +140,7 @@ class RewardModel(Classifier):
 
 
 class PairwiseModel(Classifier):
-    """A judge: P(first wins) = sigmoid(s(first, second) - s(second, first)), as it was trained; order cannot matter."""
+    """A judge: P(first wins) = sigmoid(s(first, second) - s(second, first)), as trained; the order does not matter."""
 
     def __call__(self, prompts: Sequence[Content], first: Sequence[Content], second: Sequence[Content]) -> list[float]:
         """Compare each pair in both orders."""
@@ -140,3 +152,62 @@ class PairwiseModel(Classifier):
             backwards.append(pairwise_ids(tree.prompt, b, a, eos))
         scores = torch.tensor(self.scores([*forwards, *backwards]), dtype=torch.float64)
         return torch.sigmoid(scores[:n] - scores[n:]).tolist()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Token ids of a prompt and of the completions that continue it."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+
+
+def trees(tokenizer: Any, prompts: Sequence[Content], answers: Sequence[Sequence[Content]]) -> list[Tree]:
+    """Tokenise each prompt with its completions as training data is, with an end-of-sequence token after each.
+
+    Messages go through the tokenizer's chat template. An empty completion is an end-of-sequence token only.
+    Raises as `alignkit.data.tokenise.tokenise` does.
+    """
+    # `tokenise` drops rows with empty or equal answers, so such answers are not passed to it
+    distinct = [[a for k, a in enumerate(some) if not _empty(a) and a not in some[:k]] for some in answers]
+    rows = [Row(p, tuple(some), row=i) for i, (p, some) in enumerate(zip(prompts, distinct, strict=True))]
+    made = _tokenised(tokenizer, rows)
+    dropped = [Row(row.prompt, row=row.row) for row in rows if row.row not in made]
+    made |= _tokenised(tokenizer, dropped)
+    found = []
+    for i, some in enumerate(answers):
+        example = made[i]
+        ids = [completion.tokens.tolist() for completion in example.completions]
+        by_answer = list(zip(distinct[i], ids, strict=False))
+        end = [tokenizer.eos_token_id]
+        found.append(
+            Tree(example.prompt.tolist(), [next((t for a, t in by_answer if a == answer), end) for answer in some])
+        )
+    return found
+
+
+def cut(tokenizer: Any, ids: Sequence[int], ended: bool) -> list[int]:
+    """Return a completion's tokens, without the final token that ends it where the completion was cut."""
+    ends = {tokenizer.eos_token_id, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    return list(ids[:-1]) if not ended and ids and ids[-1] in ends else list(ids)
+
+
+def pairwise_ids(prompt: Sequence[int], first: Sequence[int], second: Sequence[int], eos: int) -> list[int]:
+    """Return the input of a pairwise preference model: prompt, first, EOS, second, EOS.
+
+    A completion that ends in EOS gets no second one.
+    """
+
+    def ended(ids: Sequence[int]) -> list[int]:
+        return [*ids] if ids and ids[-1] == eos else [*ids, eos]
+
+    return [*prompt, *ended(first), *ended(second)]
+
+
+def _tokenised(tokenizer: Any, rows: list[Row]) -> dict[int, Any]:
+    dataset = Dataset(rows, "text", "completion", "the sampled completions", Report(len(rows)))
+    return {example.row: example for example in tokenise(dataset, tokenizer)[0]}
+
+
+def _empty(answer: Content) -> bool:
+    return not text_of(answer).strip()

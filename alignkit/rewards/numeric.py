@@ -1,30 +1,30 @@
-"""Numbers in answers to mathematical questions: where the answer stands, and its exact value."""
+"""Numbers in answers to mathematical questions: finding the answer, and its exact value."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-# repetitions are possessive, and none begins where another one can end: the time is linear in the text's length
+# repetitions are possessive, and none starts where another can end: linear time in the text's length
 _DIGITS = r"(?:(?<!\d)(?<!\d,)\d{1,3}+(?:,\d{3})++(?![\d,])|\d++)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.\d++)?|\.\d++)(?:[eE][+-]?\d{{1,3}}+(?!\d))?"
-_OPERAND = r"\w.)\]}"  # a minus behind a word, a number or a bracket is a dash or a difference
+DECIMAL = rf"(?:{_DIGITS}(?:\.\d++)?|\.\d++)(?:[eE][+-]?\d{{1,3}}+(?!\d))?"
+_OPERAND = r"\w.)\]}"  # after a word, a number or a bracket, a minus is a dash or a difference
 _NUMBER = re.compile(
     rf"(?:(?<![{_OPERAND}])(?P<sign>[+\-−])(?P<gap>\s*+))?(?:[$€£]\s*+)?(?:\\[dt]?frac\s*+"
     r"(?:\{\s*+(?P<a>-?\d++)\s*+\}|(?P<a1>\d))\s*+(?:\{\s*+(?P<b>-?\d++)\s*+\}|(?P<b1>\d))"
-    rf"|(?P<top>{_DECIMAL})(?:\s*+/\s*+(?P<bottom>{_DECIMAL}))?)"
+    rf"|(?P<top>{DECIMAL})(?:\s*+/\s*+(?P<bottom>{DECIMAL}))?)"
 )
 _BEHIND_OPERAND = re.compile(rf"[{_OPERAND}]")
-_LATEX = (("\\!", ""), ("{,}", ","), ("\\,", ","), ("\\$", "$"))  # how thousands and dollars are written
+_LATEX = (("\\!", ""), ("{,}", ","), ("\\,", ","), ("\\$", "$"))  # thousands and dollars in LaTeX
 _TOO_LONG = 400  # characters; Python refuses to read integers of thousands of digits
 
 
 def final_number(text: str) -> Fraction | None:
-    """Return the number that `text` gives as its answer, exact; None where there is none.
+    """Return the number that is the answer in `text`, exact; None without a number.
 
-    The answer stands behind the last "####" or in the last "\\boxed{}", whichever comes later, else it is the last
-    number. Commas between thousands, currency and per cent signs are left out; 3/4 and \\frac{3}{4} are fractions.
-    A minus with white space on both sides is a difference behind a word, a number or a bracket, else a sign.
+    The answer is the number after the last "####" or in the last "\\boxed{}", whichever is later, else the last number.
+    Commas between thousands, currency and per cent signs are ignored; 3/4 and \\frac{3}{4} are fractions.
+    A minus with white space on both sides is a difference after a word, a number or a bracket, else a sign.
     """
     hashes, boxed = text.rfind("####"), text.rfind("\\boxed{")
     if hashes > boxed:
@@ -36,7 +36,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def number_in(text: str) -> Fraction | None:
-    """Return the last number in `text`, exact; None where there is none."""
+    """Return the last number in `text`, exact; None without a number."""
     for written, meant in _LATEX:
         text = text.replace(written, meant)
     last = None
@@ -55,7 +55,7 @@ def number_in(text: str) -> Fraction | None:
 
 
 def _inside(text: str, begin: int) -> str:
-    """Return what stands between the brace before `begin` and the one that closes it."""
+    """Return the text between the brace before `begin` and its closing brace."""
     depth = 1
     for i in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 V = TypeVar("V", float, Tensor)
-_TINY = 1e-8  # keeps equal rewards finite
+_TINY = 1e-8  # the result stays finite where all rewards are equal
 
 
 class RunningStats:
-    """Mean and population standard deviation of all values so far, merged part by part (Chan, Golub, LeVeque 1979).
+    """Mean and population standard deviation of all values so far, updated part by part (Chan, Golub, LeVeque 1979).
 
     count, mean, m2: how many values, their mean, and the sum of their squared deviations from it.
     """
@@ -23,7 +23,7 @@ class RunningStats:
 
     @property
     def std(self) -> float:
-        """The population standard deviation; 1 before there are two values."""
+        """The population standard deviation; 1 with fewer than two values."""
         return math.sqrt(self.m2 / self.count) if self.count > 1 else 1.0
 
     def update(self, count: int, mean: float, m2: float) -> None:
@@ -41,9 +41,9 @@ class RunningStats:
         return (value - self.mean) / (self.std + _TINY)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as JSON values; a resumed run gets the same bits back."""
+        """Return the state as JSON values, which restore it bit for bit."""
         return {"count": self.count, "mean": self.mean, "m2": self.m2}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the state of `state_dict`."""
+        """Restore the state that `state_dict` returned."""
         self.count, self.mean, self.m2 = int(state["count"]), float(state["mean"]), float(state["m2"])

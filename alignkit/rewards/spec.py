@@ -1,7 +1,7 @@
-"""What users write as `reward` and `judge` -> functions that are checked, and loaded when they are built.
+"""The settings `reward` and `judge` -> functions that are checked, and loaded when they are built.
 
-One thing is a callable, "module:function", the folder of a model, or the name of what ships with alignkit or is
-registered by a plugin; with options it is a mapping {use: <that>, ...}.
+A reward or judge is a callable, "module:function", a model's folder, or the name of a built-in one or of a plugin's;
+with options it is a mapping {use: <one of these>, ...}.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 @dataclass(frozen=True)
 class Kind:
-    """What differs between rewards and judges: the word, what ships, what every call gets, and the model's class."""
+    """What differs between rewards and judges: the word, the built-in ones, a call's arguments, the model's class."""
 
     word: str
     built_in: Mapping[str, type[Options]]
@@ -65,8 +65,11 @@ JUDGE = Kind("judge", {"llm": LlmJudge}, ("prompts", "first", "second"), Pairwis
 
 @dataclass(frozen=True)
 class Leaf:
-    """One function that is not loaded yet. folder: of a model, else None. ready: the function where it is there before
-    it is built: it is no model, and no class of somebody else's, which may do anything when it is made."""
+    """One function that is not loaded yet.
+
+    folder: of a model, else None. ready: the function where it can be checked without building it: None for a model,
+    and for a user's class, whose constructor may do anything.
+    """
 
     name: str
     weight: float
@@ -75,7 +78,7 @@ class Leaf:
     ready: Function | None = None
 
     def check_columns(self, there: Collection[str]) -> None:
-        """See `Function.check_columns`; of what is not ready nothing is known."""
+        """See `Function.check_columns`; does nothing unless the function is ready."""
         if self.ready is not None:
             self.ready.check_columns(there)
 
@@ -85,7 +88,7 @@ def leaf(spec: Any, kind: Kind) -> Leaf:
     given = dict(spec) if isinstance(spec, Mapping) else {"use": spec}
     if "use" not in given:
         close = nearest(str(next(iter(given), "")), ["use", "ensemble", "bradley_terry"])
-        raise ConfigError(f"{kind.word}: {shown(spec)} says not what to use; write {{use: ..., weight: 1.0}}.{close}")
+        raise ConfigError(f"{kind.word}: {shown(spec)} has no `use`; write {{use: ..., weight: 1.0}}.{close}")
     use = given.pop("use")
     weight = number(given.pop("weight", 1.0), f"{kind.word}: weight")
     target, name = _target(use, kind)
@@ -144,20 +147,22 @@ def _optioned(cls: Any, name: str, options: Mapping[str, Any], kind: Kind) -> An
 
 
 def _target(use: Any, kind: Kind) -> tuple[Any, str]:
-    """Return a function, a class or a model's folder, and what it is called."""
+    """Return a function, a class or a model's folder, and its name."""
     if callable(use):
         return use, name_of(use)
     if isinstance(use, Path):
         use = os.fspath(use)
     if not isinstance(use, str) or not use:
         raise ConfigError(
-            f"{kind.word}: {shown(use)} is none; give a function, 'module:function', a model's folder, or one of "
+            f"{kind.word}: must be a function, 'module:function', a model's folder or a name, got {shown(use)}; names: "
             f"{', '.join(sorted(kind.built_in))}"
         )
     installed = registry.names(kind.group)
     if use in kind.built_in:
         if use in installed:
-            raise PluginError(f"{kind.word} '{use}' ships with alignkit, and a plugin brings one of the same name too")
+            raise PluginError(
+                f"{kind.word} '{use}' is built in, but a plugin provides one of the same name; uninstall the plugin"
+            )
         return kind.built_in[use], use
     if use in installed:
         return kind.registered(use), use
@@ -167,8 +172,9 @@ def _target(use: Any, kind: Kind) -> tuple[Any, str]:
     if os.sep not in use and not Path(use).is_dir():
         known = [*kind.built_in, *installed]
         raise ConfigError(
-            f"no {kind.word} '{use}'.{nearest(use, known)} There are {', '.join(sorted(known))}; a function is "
-            f"'module:function', a model its folder"
+            f"no {kind.word} is called '{use}'.{nearest(use, known)} Names: {', '.join(sorted(known))}; write a "
+            "function as "
+            f"'module:function', a model as its folder"
         )
     try:
         check_folder(use, pairwise=kind is JUDGE)
@@ -178,7 +184,7 @@ def _target(use: Any, kind: Kind) -> tuple[Any, str]:
 
 
 def name_of(use: Any) -> str:
-    """Return what a function, a text that names one, or a model's folder is called where it is given no `name`."""
+    """Return the default name of a function, of the text that names one, or of a model's folder."""
     if callable(use):
         return str(getattr(use, "__name__", type(use).__name__))
     path = Path(os.path.expanduser(str(use)))
@@ -191,7 +197,7 @@ def _imported(module: str, name: str, kind: Kind) -> Callable[..., Any]:
     if _ships_with_python(module):
         raise _refused(f"{module}:{name}", kind)
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that no file here takes the place of an installed module
+        sys.path.append(os.getcwd())  # last, so that no local file shadows an installed module
     try:
         found = getattr(importlib.import_module(module), name)
     except AttributeError:
@@ -203,15 +209,15 @@ def _imported(module: str, name: str, kind: Kind) -> Callable[..., Any]:
         raise ConfigError(
             f"{kind.word}: the module '{module}' ({where}) has no '{name}'.{nearest(name, there)}"
         ) from None
-    except (Exception, SystemExit) as error:  # a module may do anything while it is imported
+    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         raise ConfigError(
             f"{kind.word}: the module '{module}' of '{module}:{name}' cannot be imported: {type(error).__name__}: "
-            f"{error}. It must be installed, or lie in {os.getcwd()}"
+            f"{error}. It must be installed, or be in {os.getcwd()}"
         ) from error
     if (inspect.isroutine(found) or inspect.isclass(found)) and _ships_with_python(getattr(found, "__module__", None)):
         raise _refused(f"{module}:{name}", kind)  # imported there from the standard library
     if not callable(found):
-        raise ConfigError(f"{kind.word}: '{module}:{name}' is no function, but {shown(found)}")
+        raise ConfigError(f"{kind.word}: '{module}:{name}' must be a function or a class, got {shown(found)}")
     return found  # type: ignore[no-any-return]
 
 
@@ -220,8 +226,8 @@ def _ships_with_python(module: str | None) -> bool:
 
 
 def _refused(what: str, kind: Kind) -> ConfigError:
-    # none of it scores anything, and os:system with an option would run a command
+    # nothing in it is a reward, and os:system with an option would run a command
     return ConfigError(
-        f"{kind.word}: '{what}' is of Python's standard library, which holds no {kind.word}; write a function in a "
-        f"module of your own, with a name that the standard library has not"
+        f"{kind.word}: '{what}' belongs to Python's standard library, which has no {kind.word}; write a function in "
+        f"your own module, with a name that the standard library does not use"
     )

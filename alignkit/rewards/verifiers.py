@@ -1,6 +1,6 @@
-"""The rewards that ship with alignkit and need no model: each is a class of options whose objects are functions.
+"""Built-in rewards without a model: each is a class of options whose objects are functions.
 
-All give 1 for a good answer and 0 for a bad one, except `length` (from 1 to 0) and `brevity` (from 0 to -1).
+All return 1 for a good answer and 0 for a bad one, except `length` (from 1 to 0) and `brevity` (from 0 to -1).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from alignkit.rewards.answers import text_of
 from alignkit.rewards.functions import RowError, present
 from alignkit.rewards.numeric import final_number
 
-_SECONDS = 5.0  # for a pattern on one completion
+_SECONDS = 5.0  # time limit of a pattern on one completion
 
 
 class Options(BaseModel):
-    """Options of a reward or a judge that ships with alignkit; unknown ones are refused."""
+    """Options of a built-in reward or judge; unknown options are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class Exact(Options):
-    """1 where the completion is the row's answer, white space around both left out."""
+    """1 where the completion equals the row's answer, ignoring white space around both."""
 
-    column: str = Field("answer", description="the rows' column that holds the answer")
+    column: str = Field("answer", description="column of the rows that holds the answer")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -45,11 +45,11 @@ class Exact(Options):
 class Numeric(Options):
     """1 where the completion's answer is the row's number, see `final_number`.
 
-    The row's answer may be worked, as in GSM8K: it is read as the completion is.
+    The row's answer may contain its derivation, as in GSM8K: it is read as the completion is.
     """
 
-    column: str = Field("answer", description="the rows' column that holds the answer")
-    verify: Literal["number", "math"] = Field("number", description="math: expressions too, by math-verify")
+    column: str = Field("answer", description="column of the rows that holds the answer")
+    verify: Literal["number", "math"] = Field("number", description="math: expressions too, compared by math-verify")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class Numeric(Options):
         return verify
 
     def __call__(self, completions: Sequence[Content], **columns: list[Any]) -> list[float]:
-        """Score each completion; a row without an answer, or with one that is no number, is an error."""
+        """Score each completion; a row without an answer, or whose answer has no number, is an error."""
         same = _same_expression if self.verify == "math" else _same_number
         answers = columns[self.column]
         return [
@@ -79,7 +79,7 @@ class Numeric(Options):
 def _same_number(completion: str, answer: str, index: int) -> bool:
     wanted = final_number(answer)
     if wanted is None:
-        raise RowError(index, f"the answer {shown(answer)} holds no number")
+        raise RowError(index, f"the answer {shown(answer)} has no number")
     return final_number(completion) == wanted
 
 
@@ -88,14 +88,14 @@ def _same_expression(completion: str, answer: str, index: int) -> bool:
 
     wanted = parse(answer.rpartition("####")[2])
     if not wanted:
-        raise RowError(index, f"math-verify finds nothing in the answer {shown(answer)}")
+        raise RowError(index, f"math-verify finds no expression in the answer {shown(answer)}")
     return bool(verify(wanted, parse(completion.rpartition("####")[2])))
 
 
 class Format(Options):
-    """1 where a regular expression fits the completion."""
+    """1 where a regular expression matches the completion."""
 
-    pattern: str = Field(description="regular expression; (?s) at its beginning lets a dot stand for line breaks")
+    pattern: str = Field(description="regular expression; starts with (?s) where a dot must match line breaks")
     match: Literal["full", "search"] = Field("full", description="all of the completion, or any part of it")
     _compiled: Any = PrivateAttr()
 
@@ -105,7 +105,7 @@ class Format(Options):
         try:
             regex.compile(pattern)
         except regex.error as error:
-            raise ValueError(f"is no regular expression: {error}") from None
+            raise ValueError(f"is not a regular expression: {error}") from None
         return pattern
 
     def model_post_init(self, _: object) -> None:
@@ -113,7 +113,7 @@ class Format(Options):
         self._compiled = regex.compile(self.pattern)
 
     def __call__(self, completions: Sequence[Content]) -> list[float]:
-        """Score each completion; a pattern that does not come to an end is an error."""
+        """Score each completion; a pattern that exceeds its time limit is an error."""
         fits = self._compiled.fullmatch if self.match == "full" else self._compiled.search
         scores = []
         for i, completion in enumerate(completions):
@@ -121,13 +121,14 @@ class Format(Options):
                 scores.append(float(fits(text_of(completion), timeout=_SECONDS) is not None))
             except TimeoutError:
                 raise RowError(
-                    i, f"the pattern {shown(self.pattern)} takes over {_SECONDS:g} s on {shown(text_of(completion))}"
+                    i,
+                    f"the pattern {shown(self.pattern)} takes more than {_SECONDS:g} s on {shown(text_of(completion))}",
                 ) from None
         return scores
 
 
 class Json(Options):
-    """1 where the completion is one JSON value, and an object with all of `keys` where those are given."""
+    """1 where the completion is one JSON value; with `keys`, an object that has all of them."""
 
     keys: list[str] = Field([], description="keys that the object must have")
 
@@ -144,15 +145,15 @@ class Json(Options):
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")  # Python reads NaN and Infinity, JSON has neither
+    raise ValueError(f"{constant} is not JSON")  # Python reads NaN and Infinity, which JSON does not have
 
 
 class Length(Options):
-    """1 for completions of `min` to `max` tokens, falling in a straight line to 0 over `slack` tokens outside."""
+    """1 for completions of `min` to `max` tokens, falling linearly to 0 over `slack` tokens outside."""
 
     min: int = Field(0, ge=0, description="tokens")
     max: int = Field(ge=0, description="tokens")
-    slack: int = Field(0, ge=0, description="tokens outside of the window until the reward is 0")
+    slack: int = Field(0, ge=0, description="tokens outside the window over which the reward falls to 0")
 
     @model_validator(mode="after")
     def _is_a_window(self) -> Self:
@@ -161,19 +162,19 @@ class Length(Options):
         return self
 
     def __call__(self, lengths: Sequence[int]) -> list[float]:
-        """Score each completion by its tokens."""
+        """Score each completion by its number of tokens."""
         outside = [max(self.min - n, n - self.max, 0) for n in lengths]
         return [1.0 if k == 0 else max(0.0, 1 - k / self.slack) if self.slack else 0.0 for k in outside]
 
 
 class Brevity(Options):
-    """A penalty of length: 0 up to `free` tokens, then falling in a straight line to -1 at `limit` and beyond.
+    """A length penalty: 0 up to `free` tokens, then falling linearly to -1 at `limit` and beyond.
 
     With free = L_max - L_cache and limit = L_max this is DAPO's soft overlong punishment (2503.14476, eq. 13).
     """
 
-    free: int = Field(0, ge=0, description="tokens that cost nothing")
-    limit: int = Field(gt=0, description="tokens at which the penalty is whole")
+    free: int = Field(0, ge=0, description="tokens without a penalty")
+    limit: int = Field(gt=0, description="tokens at which the penalty is complete")
 
     @model_validator(mode="after")
     def _falls(self) -> Self:
@@ -182,6 +183,6 @@ class Brevity(Options):
         return self
 
     def __call__(self, lengths: Sequence[int]) -> list[float]:
-        """Score each completion by its tokens."""
+        """Score each completion by its number of tokens."""
         span = self.limit - self.free
         return [0.0 - min(max(n - self.free, 0) / span, 1.0) for n in lengths]

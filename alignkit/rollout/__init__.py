@@ -1,10 +1,12 @@
 """Sampling completions from a model.
 
-sampling.py      sample(): checks, and the two ways to sample
-batched.py       padded batches through transformers' `generate`, each prompt computed once
+sampling.py      sample(): checks, and the choice of a backend
+batched.py       padded batches by transformers' `generate`, each prompt computed once
 mixture.py       the geometric mixture of a policy and its reference
-noise.py         the randomness of a sequence, which nothing beside it changes
+noise.py         the random numbers of a sequence, independent of its batch
 continuous.py    transformers' continuous batching
+completions.py   sampled tokens as a batch of trees, and as text for rewards
+checks.py        whether rewards, judge and sampling settings fit a method
 """
 
 from alignkit.rollout.batched import Sampled

@@ -1,11 +1,10 @@
-"""Padded batches through transformers' `generate`, with randomness of our own and each prompt computed once.
+"""Padded batches by transformers' `generate`, with our own random numbers and each prompt computed once.
 
 P prompts, R rows (a prompt has as many as it has completions), T tokens of the longest prompt.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,19 +15,18 @@ from torch import Tensor, nn
 
 from alignkit.config import Sampling
 from alignkit.models.loading import causal_lm
+from alignkit.models.passes import halved
 from alignkit.models.scoring import without_flex
 from alignkit.rollout.mixture import MixedLogits, Mixture
 from alignkit.rollout.noise import GumbelNoise
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sampled:
     """A sampled completion.
 
-    tokens: with the token that ended it where one came, or up to the one that completed a stop string.
-    ended: whether one of these came, and it was not cut off.
+    tokens: including the token that ended it, or the one that completed a stop string. ended: whether it ended this
+    way; False where it was cut.
     """
 
     tokens: list[int]
@@ -37,7 +35,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Batched:
-    """What all batches of a call of `sample` share. ends: the tokens that end a sequence."""
+    """What all batches of a call of `sample` share. ends: tokens that end a sequence."""
 
     model: nn.Module
     tokenizer: Any
@@ -63,15 +61,13 @@ class Batched:
     def _rows(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]
     ) -> list[Sampled]:
-        """Sample rows together, or in halves where memory runs out: no completion depends on its neighbours."""
-        try:
-            return self._batch(prompts, rows, numbers)
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise
-        half = len(rows) // 2
-        logger.warning("out of memory: sampling %d completions at once, which changes none", half)
-        return self._rows(prompts, rows[:half], numbers) + self._rows(prompts, rows[half:], numbers)
+        """Sample rows together, or fewer at once where memory runs out: completions do not depend on their batch."""
+
+        def attempt(size: int) -> list[Sampled]:
+            parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+            return [one for part in parts for one in self._batch(prompts, part, numbers)]
+
+        return halved(attempt, len(rows), 1, "sampling.batch_size")[0]
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]
@@ -107,7 +103,7 @@ class Batched:
         return [MixedLogits(lm, self.mixture, cache, mask_PT[at_R])]
 
     def _warpers(self, width: int, device: torch.device) -> list[Any]:
-        # handed over, since `generate` adds its own only where it draws, and these come after the mixture
+        # passed explicitly: `generate` adds its own only where it draws, and these must come after the mixture
         from transformers.generation import logits_process as known
 
         s, warpers = self.sampling, list[Any]()
@@ -131,18 +127,18 @@ class Batched:
 class Stops:
     """A stopping criterion of transformers' `generate`: a row ends with the token that completes a stop string.
 
-    Only completions are read; transformers' own criterion also finds strings that begin in the prompt.
-    lengths: row -> tokens of its completion up to there.
+    Only completions are searched; transformers' own criterion also finds strings that start in the prompt.
+    lengths: row -> tokens of its completion, up to the stop string.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], width: int) -> None:
         self.tokenizer, self.stop, self.width = tokenizer, stop, width
-        # a token has a byte at least; one token more, because decoders drop a space before the first
+        # a token has at least one byte; one token more, because decoders drop a space before the first one
         self.reach = max((len(s.encode()) for s in stop), default=0) + 1
         self.lengths: dict[int, int] = {}
 
     def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
-        """Return which rows have come to a stop string, bool [R]."""
+        """Return which rows have reached a stop string, bool [R]."""
         tails = input_ids[:, max(self.width, input_ids.shape[1] - self.reach) :]
         texts = self.tokenizer.batch_decode(tails, clean_up_tokenization_spaces=False)
         hits = [any(s in text for s in self.stop) for text in texts]
@@ -153,7 +149,7 @@ class Stops:
 
 
 def _batches(lengths: Sequence[int], n: int, size: int) -> Iterator[tuple[list[int], range]]:
-    """Yield prompts and which of their completions to sample together: `size` rows at most, the longest first."""
+    """Yield prompts and which of their completions to sample together: at most `size` rows, the longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     together = max(1, size // n)
     for start in range(0, len(order), together):
@@ -162,7 +158,7 @@ def _batches(lengths: Sequence[int], n: int, size: int) -> Iterator[tuple[list[i
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ids and mask [P, T], padded on the left; the mask from lengths, for the pad may be any token."""
+    """Return ids and mask [P, T], padded on the left; the mask comes from lengths, as the padding may be any token."""
     width = max(len(p) for p in prompts)
     ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
     mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
@@ -170,10 +166,10 @@ def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) ->
 
 
 def _prefix(lm: Any, ids_PT: Tensor, mask_PT: Tensor, at_R: Tensor) -> Any | None:
-    """Return keys and values of all but the prompts' last tokens, computed once a prompt and copied for its rows.
+    """Return keys and values of all but the prompts' last tokens, computed once per prompt and copied for its rows.
 
-    None where there are none, or a model keeps something that cannot be copied so (recurrent states): each row then
-    reads its whole prompt.
+    None without such tokens, or where the model's cache cannot be copied (recurrent states): each row then computes its
+    whole prompt.
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -189,7 +185,7 @@ def _prefix(lm: Any, ids_PT: Tensor, mask_PT: Tensor, at_R: Tensor) -> Any | Non
 
 @contextmanager
 def sampling_mode(model: nn.Module) -> Iterator[None]:
-    """Have the model in evaluation, with none of the settings that its folder brought for `generate`; then undo it."""
+    """Set evaluation mode, without the `generate` settings of the model's folder; restore both afterwards."""
     from transformers import GenerationConfig
 
     lm = causal_lm(model)
@@ -197,7 +193,7 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
     settings = lm.generation_config
     try:
         model.eval()
-        lm.generation_config = GenerationConfig()  # a repetition penalty, say, is no part of the policy
+        lm.generation_config = GenerationConfig()  # a repetition penalty, for example, is not part of the policy
         with without_flex(lm):
             yield
     finally:

@@ -1,4 +1,4 @@
-"""Whether a run's rewards, judge and sampling settings can serve its method; loads nothing."""
+"""Whether a run's rewards, judge and sampling settings fit its method."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from alignkit.rewards import check_judge, check_rewards
 
 
 def check_online(config: RunConfig, method: Method[Any]) -> None:
-    """Raise ConfigError where what samples and scores cannot serve the method; loads nothing."""
+    """Raise ConfigError where the settings that sample and score do not fit the method; loads nothing."""
     needs = method.roles() if method.data == "prompts" else frozenset[str]()
     for role, check in (("reward", check_rewards), ("judge", check_judge)):
         given = getattr(config, role)
         if role in needs and given is None:
             raise ConfigError(
-                f"'{method.name}' needs a {role}: give `{role}`, such as a function `my_module:my_{role}`, the folder "
-                f"of a reward model, or one that ships with alignkit; see docs/rewards.md"
+                f"'{method.name}' needs a {role}: set `{role}` to a function such as `my_module:my_{role}`, the "
+                "folder of a "
+                f"reward model, or the name of a built-in {role}; see docs/rewards.md"
             )
         if role not in needs and given is not None:
-            raise ConfigError(f"'{method.name}' asks no {role}; leave out `{role}`")
+            raise ConfigError(f"'{method.name}' does not use a {role}; remove `{role}`")
         if given is not None:
             check(given)
     if "judge" in needs and config.patience is not None:
         raise ConfigError(
-            f"'{method.name}' plays against an opponent that moves, so patience cannot tell; leave it out"
+            f"'{method.name}' plays against an opponent that changes, so evaluations do not compare; remove patience"
         )
     if "judge" in needs and config.sampling.backend == "continuous":
-        raise ConfigError(f"'{method.name}' samples from a mixture, which backend: continuous cannot; use generate")
+        raise ConfigError(
+            f"'{method.name}' samples from a mixture, which backend: continuous does not support; use backend: generate"
+        )
     if method.data == "prompts" and config.fsdp:
-        raise ConfigError(f"'{method.name}' samples, which a policy sharded by fsdp cannot do yet; leave out fsdp")
+        raise ConfigError(f"'{method.name}' samples, which a policy sharded by fsdp does not support yet; remove fsdp")

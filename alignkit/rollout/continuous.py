@@ -1,4 +1,4 @@
-"""transformers' continuous batching as a backend: rows join as others end, and nothing is padded."""
+"""transformers' continuous batching as a backend: new rows start as others end, without padding."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def sample_continuously(
 
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     rows = min(len(prompts) * n, sampling.batch_size)
-    # sized by the job: the defaults take most of the memory. The blocks alone limit how many rows run at once, since
-    # transformers 5.23 breaks where a prompt's completions begin together and are more than max_requests_per_batch
+    # sized by the job: the defaults take most of the memory. Only the blocks limit how many rows run at once, because
+    # transformers 5.23 fails where one prompt's completions start together and exceed max_requests_per_batch
     sizes = ContinuousBatchingConfig(
         page_size=PAGE,
         num_blocks=rows * (math.ceil(longest / PAGE) + 1),
@@ -44,11 +44,13 @@ def sample_continuously(
         pad_token_id=ends[0],
     )
     device = next(model.parameters()).device
-    # it seeds the global generator
+    # generate_batch seeds the global generator
     with sampling_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         made = list(causal_lm(model).generate_batch([list(p) for p in prompts], settings, sizes).values())
     if len(made) != len(prompts) * n or any(one.error for one in made):
-        why = next((str(one.error) for one in made if one.error), f"{len(made)} of {len(prompts) * n} came back")
+        why = next(
+            (str(one.error) for one in made if one.error), f"{len(made)} of {len(prompts) * n} completions returned"
+        )
         raise ModelError(f"continuous batching failed ({why}); use backend: generate")
     done = [Sampled(list(one.generated_tokens), one.generated_tokens[-1] in ends) for one in made]
     return [done[i * n : (i + 1) * n] for i in range(len(prompts))]

@@ -19,7 +19,7 @@ class Mixture:
 
     reference: a causal language model, or the policy itself. weight: in [0, 1]; 0 is the policy, 1 the reference.
     context: entered around each pass of the reference, such as peft's `disable_adapter`. Raises ConfigError for a
-    weight outside. Source: Nash-MD, 2312.00886, section 4.2 and appendix.
+    weight outside [0, 1]. Source: Nash-MD, 2312.00886, section 4.2 and appendix.
     """
 
     reference: nn.Module
@@ -28,13 +28,13 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
-            raise ConfigError(f"a mixture of policy and reference weighs the reference from 0 to 1, not {self.weight}")
+            raise ConfigError(f"the reference's weight in a mixture must be from 0 to 1, got {self.weight}")
 
 
 class MixedLogits:
-    """A logits processor of transformers' `generate`, the first one: it asks the reference about the same tokens.
+    """The first logits processor of transformers' `generate`: it computes the reference's logits of the same tokens.
 
-    lm: the reference. cache: what it has kept of the prompts, None where it keeps nothing. mask: of the prompts [R, T].
+    lm: the reference. cache: its keys and values of the prompts, None without. mask: of the prompts [R, T].
     """
 
     def __init__(self, lm: Any, mixture: Mixture, cache: Any | None, mask: Tensor) -> None:
@@ -45,7 +45,7 @@ class MixedLogits:
         new = self.mask.new_ones(len(self.mask), input_ids.shape[1] - self.mask.shape[1])
         kept = {} if self.cache is None else {"past_key_values": self.cache}
         with self.mixture.context():
-            # one step of its own loop, which knows what of the tokens lies in the cache already
+            # one step of its own loop, which knows which tokens the cache already has
             out = self.lm.generate(
                 input_ids,
                 attention_mask=torch.cat([self.mask, new], 1),
@@ -55,5 +55,5 @@ class MixedLogits:
                 **kept,
             )
         weight, reference_RV = self.mixture.weight, torch.as_tensor(out.logits[0])
-        # a token that the policy rules out has -infinity, which times 0 is no number
+        # a token that the policy rules out has -inf, and -inf * 0 is nan
         return reference_RV if weight == 1 else (1 - weight) * scores + weight * reference_RV

@@ -1,8 +1,8 @@
-"""The randomness of a sequence: Gumbel noise that is counted, not drawn, so that nothing else moves it.
+"""The random numbers of a sequence: counter-based Gumbel noise, so that nothing else in the run changes it.
 
 A token is argmax(logits + Gumbel noise), which is a draw from softmax(logits) (Maddison, Tarlow and Minka, 1411.0030,
 eq. 2). The noise is a function of (seed, number of the prompt, completion, position, token), through SplitMix64
-(Steele, Lea and Flood, 2014) in int64 arithmetic that wraps: every device makes the same bits. R rows, V vocabulary.
+(Steele, Lea and Flood, 2014) in wrapping int64 arithmetic: every device computes the same bits. R rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _GAMMA, _FIRST, _SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE
 
 
 def splitmix(state: Tensor, at: Tensor) -> Tensor:
-    """Return the `at`-th output (from 0) of SplitMix64 generators that start at `state`: int64, of 64 random bits."""
-    # in place, since with a token's worth of bits for a whole vocabulary, memory is what takes the time
+    """Return the `at`-th output (from 0) of SplitMix64 generators that start at `state`: 64 random bits, int64."""
+    # in place: with 64 bits for each token of the vocabulary, memory traffic takes most of the time
     z = state + (at + 1) * _GAMMA
     z.bitwise_xor_(_shifted(z, 30)).mul_(_FIRST)
     z.bitwise_xor_(_shifted(z, 27)).mul_(_SECOND)
@@ -25,20 +25,20 @@ def splitmix(state: Tensor, at: Tensor) -> Tensor:
 
 
 def _shifted(z: Tensor, by: int) -> Tensor:
-    return (z >> by).bitwise_and_(2 ** (64 - by) - 1)  # int64's own shift draws copies of the sign in
+    return (z >> by).bitwise_and_(2 ** (64 - by) - 1)  # int64's shift is arithmetic: it fills with the sign bit
 
 
 def gumbel(bits: Tensor) -> Tensor:
-    """Return standard Gumbel numbers of 64 random bits each, float32: from -2.8 to 37."""
-    # large numbers come from fractions near 0, where float32 tells 2^-54 from nothing; at 1 they would be -infinity
+    """Return standard Gumbel numbers from 64 random bits each, float32: from -2.8 to 37."""
+    # large numbers come from fractions near 0, where float32 resolves 2^-54; a fraction of 1 would give -inf
     fraction = _shifted(bits, 11).float().add_(0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-24)
     return fraction.neg_().log1p_().neg_().log_().neg_()
 
 
 class GumbelNoise:
-    """A logits processor of transformers' `generate`, the last one: its argmax is a sample.
+    """The last logits processor of transformers' `generate`: the argmax of its result is a sample.
 
-    numbers, completions: of each row, which prompt and which of its completions it is. width: of the padded prompts.
+    numbers, completions: the prompt and the completion of each row. width: of the padded prompts.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""sample(): what may be asked for, and who does it."""
+"""sample(): checks, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def sample(
 ) -> list[list[Sampled]]:
     """Return n sampled completions of each prompt, [prompt][completion].
 
-    prompts: text, tokenised as it stands, or tokens; none is ever cut. seed: from 0 to 2^63 - 1. numbers: what each
-    prompt is called, its place by default. mixture: sample from it instead of from the model.
-    With backend "generate" a completion depends on the weights, the prompt, `seed`, its prompt's number and its own:
-    not on batches, ranks or order, but for rounding. With "continuous" the same call on the same machine has given the
-    same samples, but they depend on everything that is sampled in it, and `numbers` are not read.
-    The model is given back as it was, and the global generators too.
-    Raises ConfigError (no end-of-sequence token, or what the backend cannot do), DataError (an empty prompt) and
-    ModelError (more tokens than the model has positions).
+    prompts: text, tokenised as it is, or tokens; they are never cut. seed: from 0 to 2^63 - 1. numbers: identify the
+    prompts, default: their positions. mixture: sample from it instead of from the model.
+    With backend "generate" a completion depends on the weights, the prompt, `seed`, its prompt's number and its own
+    number, and not on batches, ranks or order, except for rounding. With "continuous" the same call on the same machine
+    has returned the same samples, but they depend on everything sampled in that call, and `numbers` is ignored.
+    The model and the global generators are restored to their state before the call.
+    Raises ConfigError (no end-of-sequence token, or a setting that the backend does not support), DataError (an empty
+    prompt) and ModelError (more tokens than the model has positions).
     """
     lm = causal_lm(model)
     ends = _ends(lm, tokenizer)
@@ -46,15 +46,15 @@ def sample(
     _check(lm, tokens, sampling.max_new_tokens)
     if sampling.backend == "continuous":
         if mixture is not None:
-            raise ConfigError("backend: continuous cannot sample from a mixture of two models; use backend: generate")
+            raise ConfigError("backend: continuous does not support mixtures of two models; use backend: generate")
         return sample_continuously(model, tokens, sampling, ends, n, seed)
     work = Batched(model, tokenizer, sampling, ends, seed, mixture)
     return work.sample(tokens, n, range(len(tokens)) if numbers is None else numbers)
 
 
 def _ends(lm: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a sequence, the tokenizer's first. A chat model's folder may name others that end a turn; those
-    that are ordinary tokens to the tokenizer are a configuration's defaults, meant for another vocabulary."""
+    """Return the tokens that end a sequence, the tokenizer's first. A chat model's folder may name others that end a
+    turn; ordinary tokens among them are defaults of the configuration, for another vocabulary, and are ignored."""
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token and save it again")
     named = lm.generation_config.eos_token_id
@@ -66,11 +66,11 @@ def _ends(lm: Any, tokenizer: Any) -> list[int]:
 
 def _check(lm: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     config = lm.config.get_text_config()
-    rotary = getattr(config, "rope_parameters", None) is not None  # goes on for ever
+    rotary = getattr(config, "rope_parameters", None) is not None  # has no limit
     limit = None if rotary else getattr(config, "max_position_embeddings", None)
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise DataError(f"prompt {number} of {len(prompts)} is empty; nothing can be sampled after nothing")
+            raise DataError(f"prompt {number} of {len(prompts)} is empty; give at least one token")
         if limit and len(prompt) + max_new_tokens > limit:
             raise ModelError(
                 f"prompt {number} of {len(prompts)} has {len(prompt)} tokens, and with max_new_tokens {max_new_tokens} "

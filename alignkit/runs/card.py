@@ -1,6 +1,6 @@
-"""The Hugging Face model card (README.md) of a trained model, made from what its run's folder holds.
+"""The Hugging Face model card (README.md) of a trained model, written from its run's folder.
 
-It names folders and files by their last part only: a card travels further than the machine that it was written on.
+It names folders and files by their last part only, because cards are published.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import yaml
 
 from alignkit import registry
-from alignkit.runs import sessions, usage
 from alignkit.config import RunConfig, read_yaml
+from alignkit.data.rows import SUFFIXES
 from alignkit.errors import PluginError
 from alignkit.method import Method
-from alignkit.runs.results import in_training, outcomes
-from alignkit.data.rows import SUFFIXES
+from alignkit.runs import sessions, usage
 from alignkit.runs.folder import read_lines
+from alignkit.runs.results import in_training, outcomes
 
 _SHOWN = (
     "epochs", "max_steps", "batch_size", "epochs_per_batch", "minibatches", "learning_rate", "schedule",
@@ -33,9 +33,9 @@ _ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
 
 
 def place(value: object) -> str:
-    """Return what may be said of a model or a file: a hub name whole, of a path the last part.
+    """Return the public name of a model or a file: a hub name as it is, the last part of a path.
 
-    The model/ of a run's folder is called by the run's name, rows that were given in Python by their type.
+    The model/ of a run's folder has the run's name, rows that were given in Python have their type's name.
     """
     path = Path(str(value))
     if not _local(value):
@@ -44,7 +44,7 @@ def place(value: object) -> str:
 
 
 def papers(method: type[Method[Any]] | None) -> list[str]:
-    """Return the arXiv numbers that a method's module names in its first paragraph, else the first in all of it."""
+    """Return the arXiv numbers in the first paragraph of a method's docstring, else the first one in the docstring."""
     said = _about(method)
     return _ARXIV.findall(said.split("\n\n")[0]) or _ARXIV.findall(said)[:1]
 
@@ -79,7 +79,7 @@ class _About:
 
     @property
     def title(self) -> str:
-        """What it is, in a line."""
+        """The title, in one line."""
         what = {"preference": "Preference model", "score": "Reward model"}.get(self.speaks, "Language model")
         return " ".join(f"{what} by {self.name}, from {self.base}".split())
 
@@ -98,10 +98,10 @@ class _About:
         }
 
     def lead(self) -> str:
-        """Say what was done, with the method's papers."""
+        """Return how the model was trained, with the method's papers."""
         steps = max((int(line["step"]) for line in self.lines), default=0)
         first = _about(self.method).split("\n\n")[0]
-        said = (
+        method = (
             f"The method, {_code(self.name)}: {' '.join(first.split())}"
             if first
             else f"The method: {_code(self.name)}."
@@ -109,11 +109,11 @@ class _About:
         links = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in papers(self.method))
         return (
             f"{_code(self.base)}, trained {'by LoRA ' if self.settings.get('lora') else ''}for {steps} "
-            f"step{'s' * (steps != 1)} on {self.data}.\n\n{said}{f' Papers: {links}.' if links else ''}"
+            f"step{'s' * (steps != 1)} on {self.data}.\n\n{method}{f' Papers: {links}.' if links else ''}"
         )
 
     def results(self) -> str:
-        """Return the table of what the run is judged by."""
+        """Return the table of the run's results."""
         found = outcomes(self.lines)
         if not found:
             return "None were logged."
@@ -155,18 +155,23 @@ class _About:
         ]
 
     def limits(self) -> str:
-        """Say what is not known of the model, and what its run was warned of."""
+        """Return the model's limits, and the alarms of its run."""
         points = [
-            "No benchmark was run, and nobody looked for harm in what it says. What its base does wrong it may do too."
+            "No benchmark was run, and its outputs were not checked for harm. It may have all problems of its "
+            "base model."
         ]
         if not any(o.held_out for o in outcomes(self.lines)):
-            points.append("No rows were held out, so nothing here says how it does on rows that it was not trained on.")
+            points.append("No rows were held out, so its quality on rows that it was not trained on is unknown.")
         else:
-            points.append("The held-out rows come from where the training rows come from; elsewhere it may do worse.")
+            points.append(
+                "The held-out rows come from the same source as the training rows; on other data it may be worse."
+            )
         if self.settings.get("reward") or self.settings.get("judge"):
-            points.append("It learned what its reward or judge likes, which is not the same as what people like.")
+            points.append("It was optimised for its reward or judge, which can differ from what people prefer.")
         if self.scores:
-            points.append("It was made to compare answers to one prompt. Answers to different prompts do not compare.")
+            points.append(
+                "It compares answers to one prompt. Its scores of answers to different prompts are not comparable."
+            )
         points += [f"Alarm `{a.get('name')}`: {a.get('message')}." for a in self.alarms]
         return "\n".join(f"- {' '.join(p.split())}" for p in points)
 
@@ -183,7 +188,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _local(value: object) -> bool:
-    """Whether it is a path, and no name on the hub."""
+    """Return whether it is a path, not a name on the hub."""
     text = str(value)
     path = Path(text)
     far = path.is_absolute() or len(path.parts) > 2 or text.startswith((".", "~"))
@@ -191,7 +196,7 @@ def _local(value: object) -> bool:
 
 
 def _public(value: Any) -> Any:
-    """A setting without paths and addresses."""
+    """Return a setting without paths and URLs."""
     if isinstance(value, Mapping):
         return {k: _public(v) for k, v in value.items() if k not in _PRIVATE}
     if isinstance(value, list):
@@ -200,11 +205,11 @@ def _public(value: Any) -> Any:
 
 
 def _about(method: type[Method[Any]] | None) -> str:
-    """What the module of a method says of it."""
+    """Return the docstring of a method's module."""
     return (sys.modules[method.__module__].__doc__ or "").strip() if method else ""
 
 
 def _code(value: Any) -> str:
-    """A value as code within a line or a table."""
+    """Return a value as inline code for a line or a table."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return "`" + " ".join(text.replace("`", "'").replace("|", "\\|").split()) + "`"

@@ -1,8 +1,9 @@
-"""Checkpoints that are whole or absent: atomic to write, verified to read, safetensors and JSON only.
+"""Checkpoints that are complete or absent: written atomically, verified when read, safetensors and JSON only.
 
 A checkpoint is a folder `step-00000012` with one safetensors file per group of tensors, state.json, and manifest.json,
-which names size and sha256 of the others. It is written under a temporary name, the manifest last, and renamed when
-everything is on the disk, so a process killed at any moment leaves the older checkpoints and at most some rubbish.
+which lists size and sha256 of the others. It is written under a temporary name, the manifest last, and renamed when
+everything is on the disk. So a process killed at any moment leaves the older checkpoints and at most a temporary
+folder.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.errors import CheckpointError
-from alignkit.runs.runstate import flatten_optimizer, optimizer_state, packed, rng_state, set_optimizer_state, set_rng_state, unflatten_optimizer, without_aliases
+from alignkit.runs.runstate import (
+    flatten_optimizer,
+    optimizer_state,
+    packed,
+    rng_state,
+    set_optimizer_state,
+    set_rng_state,
+    unflatten_optimizer,
+    without_aliases,
+)
 
 __all__ = [
     "Loaded",
@@ -39,12 +49,12 @@ __all__ = [
 VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})(\.new)?")
 _TEMPORARY = re.compile(r"\.tmp-step-\d+-(\d+)")
-_HEADER_ROOM = 1 << 20  # file headers, the manifest, and the file system's own books
+_HEADER_ROOM = 1 << 20  # for file headers, the manifest, and the file system's metadata
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A whole checkpoint: the step it was written at, its groups of tensors (on the CPU), its state, its folder."""
+    """A complete checkpoint: its step, its groups of tensors (on the CPU), its state, its folder."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -55,11 +65,11 @@ class Loaded:
 def save(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write the checkpoint of `step` into `folder`, then remove all but the `keep` newest of this step and before.
+    """Write the checkpoint of `step` into `folder`, then remove all but the `keep` newest up to this step.
 
     tensors: groups such as "model", "optimizer", "rng", one file each; tensors that share memory are stored once.
     state: JSON values with text keys. Returns the checkpoint's folder.
-    Raises CheckpointError, and leaves older checkpoints as they are, where the disk is full or cannot be written.
+    Raises CheckpointError where the disk is full or cannot be written; older checkpoints are not touched.
     """
     unique = {group: without_aliases(named) for group, named in tensors.items()}
     aliases = {group: pair[1] for group, pair in unique.items()}
@@ -87,10 +97,10 @@ def save(
 
 
 def load(folder: Path, log: Callable[[str], object] = print) -> Loaded | None:
-    """Return the newest whole checkpoint in `folder`, or None where there is no checkpoint at all.
+    """Return the newest complete checkpoint in `folder`, or None without any checkpoint.
 
-    Every file's sha256 is verified. A broken checkpoint is named through `log` and the one before it is used.
-    Raises CheckpointError where there are checkpoints and none is whole.
+    Every file's sha256 is verified. A damaged checkpoint is reported through `log`, and the one before it is used.
+    Raises CheckpointError where all checkpoints are damaged.
     """
     problems = []
     for path in _checkpoints(folder):
@@ -98,20 +108,20 @@ def load(folder: Path, log: Callable[[str], object] = print) -> Loaded | None:
             return _read(path)
         except CheckpointError as error:
             problems.append(str(error))
-            log(f"checkpoint {path} is broken ({error}); trying the one before it")
+            log(f"checkpoint {path} is damaged ({error}); trying the one before it")
     if problems:
         raise CheckpointError(
-            f"none of the {len(problems)} checkpoints in {folder} is whole: {'; '.join(problems)}. Restore one from a "
-            f"backup, or start afresh with an empty folder."
+            f"all {len(problems)} checkpoints in {folder} are damaged: {'; '.join(problems)}. Restore one from a "
+            f"backup, or start again with an empty folder."
         )
     return None
 
 
 def _seal(temporary: Path) -> None:
-    """Bring all files to the disk and write the manifest, which makes the folder a checkpoint."""
+    """Sync all files to the disk and write the manifest, which makes the folder a checkpoint."""
     files = {}
     for path in sorted(temporary.iterdir()):
-        os.chmod(path, 0o644)  # safetensors makes files that only their owner can read
+        os.chmod(path, 0o644)  # safetensors creates files that only their owner can read
         _sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     _sync(temporary)
@@ -123,7 +133,7 @@ def _seal(temporary: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path) -> Path:
-    """Rename into place; a checkpoint of the same step goes only when the new one has a name that `load` reads."""
+    """Rename into place; a checkpoint of the same step is removed once the new one has a name that `load` reads."""
     if final.exists():
         spare = final.with_name(final.name + ".new")
         shutil.rmtree(spare, ignore_errors=True)
@@ -137,14 +147,14 @@ def _publish(temporary: Path, final: Path) -> Path:
 
 
 def _read(path: Path) -> Loaded:
-    """Read a checkpoint after verifying each of its files; CheckpointError says what is wrong with which."""
+    """Read a checkpoint after verifying each file. Raises CheckpointError naming the file and its problem."""
     try:
         for name, entry in _manifest(path).items():
             file = path / name
             if not file.is_file():
                 raise CheckpointError(f"{name} is missing")
             if file.stat().st_size != entry["size"]:
-                raise CheckpointError(f"{name} has {file.stat().st_size} bytes, {entry['size']} were written")
+                raise CheckpointError(f"{name} has {file.stat().st_size} bytes, but {entry['size']} were written")
             if _sha256(file) != entry["sha256"]:
                 raise CheckpointError(f"{name} has changed since it was written: its sha256 differs")
         head = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -167,27 +177,27 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"manifest.json is damaged: {error!r}") from error
     if version != VERSION:
-        raise CheckpointError(f"manifest.json has format version {version}, this alignkit reads {VERSION}")
+        raise CheckpointError(f"manifest.json has format version {version}, but this alignkit reads version {VERSION}")
     if any(Path(name).name != name for name in files):
         raise CheckpointError("manifest.json names files outside the checkpoint")
     return files
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Folders with a checkpoint's name, newest first; of one step, a replacement (.new) before what it replaces."""
+    """Return folders named as checkpoints, newest first; a replacement (.new) before the one of the same step."""
     names = [(m, p) for p in (folder.iterdir() if folder.is_dir() else ()) if (m := _NAME.fullmatch(p.name))]
     return [p for _, p in sorted(names, key=lambda mp: (int(mp[0][1]), mp[0][2] is not None), reverse=True)]
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
-    # Later steps stay: they are damaged, or another run's, and neither is this run's to delete.
+    # later steps stay: they are damaged, or belong to another run
     mine = [p for p in _checkpoints(folder) if int(p.name[5:].removesuffix(".new")) <= step]
     for path in mine[max(keep, 1) :]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the temporary folders of processes that are gone, and of this one."""
+    """Remove the temporary folders of finished processes, and of this one."""
     for path in folder.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
@@ -198,7 +208,7 @@ def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # it may live and belong to someone else
+        return not isinstance(error, ProcessLookupError)  # it may be alive and belong to another user
     return True
 
 
@@ -220,5 +230,5 @@ def _full_message(folder: Path, step: int, needed: int, error: Exception) -> str
     free = shutil.disk_usage(place).free
     return (
         f"the checkpoint of step {step} cannot be written to {folder}: {error}. It needs {needed / 1e6:.1f} MB, "
-        f"{free / 1e6:.1f} MB are free. Older checkpoints are whole. Free some space, or choose another output folder."
+        f"{free / 1e6:.1f} MB are free. Older checkpoints are intact. Free some space, or choose another output folder."
     )

@@ -17,7 +17,7 @@ from alignkit.errors import ConfigError, DataError
 
 EVAL = "eval/"  # in front of the metrics of an evaluation
 
-# Settings that may change between a run and its resumption without changing what is computed.
+# settings that may change when a run is resumed, because they do not change its results
 FREE = {
     "resume", "name", "output", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_tokens",
     "trackers", "device", "timeout_minutes", "trust_remote_code", "cache_file", "reference_cache", "kept_logits_gib",
@@ -26,30 +26,30 @@ FREE = {
 
 
 def create(config: RunConfig, accelerator: Any) -> Path:
-    """Return the run's folder, made anew, or found again to be resumed; the main process makes it for all ranks.
+    """Return the run's folder: a new one, or the existing one to resume; the main process creates it for all ranks.
 
-    Raises ConfigError: taken, or not there.
+    Raises ConfigError: it exists already, or does not exist to be resumed.
     """
     name = find_or_make(config).name if accelerator.is_main_process else ""
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast
 
-        # as numbers in a tensor: an object would travel as a pickle
+        # as a tensor of numbers: an object would be pickled
         letters = torch.tensor(list(name.encode().ljust(255)), device=accelerator.device)
         name = bytes(broadcast(letters).tolist()).decode().rstrip()
     return config.output / name
 
 
 def find_or_make(config: RunConfig, file: str = "config.yaml") -> Path:
-    """Return the folder of `config.name` (else of its method and a number); of one process. Raises as `create`.
+    """Return the folder `config.name`, or METHOD-NUMBER without a name; for one process. Raises as `create`.
 
-    file: what makes a folder one that can be resumed.
+    file: the file that a folder must have to be resumed.
     """
     try:
         return _find_or_make(config, file)
     except OSError as error:
         raise ConfigError(
-            f"cannot make a folder in {config.output}: {error.strerror}; choose another --output"
+            f"cannot create a folder in {config.output}: {error.strerror}; choose another --output"
         ) from error
 
 
@@ -57,11 +57,11 @@ def _find_or_make(config: RunConfig, file: str) -> Path:
     if config.name is not None:
         folder = config.output / config.name
         if config.resume and not (folder / file).is_file():
-            raise ConfigError(f"nothing to resume in {folder}; runs there: {_runs(config.output, file)}")
+            raise ConfigError(f"{folder} has no run to resume; runs in {config.output}: {_runs(config.output, file)}")
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file; choose another --name")
         if not config.resume and folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} exists; go on with it by --resume, or choose another --name")
+            raise ConfigError(f"{folder} exists; continue it with --resume, or choose another --name")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     config.output.mkdir(parents=True, exist_ok=True)
@@ -71,19 +71,19 @@ def _find_or_make(config: RunConfig, file: str) -> Path:
         folder = config.output / f"{config.method}-{number:03d}"
         try:
             folder.mkdir()
-        except FileExistsError:  # another process took it just now
+        except FileExistsError:  # another process has just created it
             continue
         return folder
-    raise ConfigError(f"{config.output} is full of runs; choose another --output")
+    raise ConfigError(f"{config.output} has no free run number; choose another --output")
 
 
 @contextmanager
 def undone(folder: Path, made: bool) -> Iterator[None]:
-    """Remove a folder that was just made where what prepares the run fails: nothing but config.yaml is in it yet."""
+    """Remove a new folder where preparing the run fails, as long as it holds config.yaml only."""
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # another rank may be faster
+        with suppress(OSError):  # another rank may have removed it
             if made and {p.name for p in folder.iterdir()} <= {"config.yaml"}:
                 (folder / "config.yaml").unlink(missing_ok=True)
                 folder.rmdir()
@@ -96,7 +96,7 @@ def _runs(output: Path, file: str) -> str:
 
 
 def write_config(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """Write config.yaml; when resuming, compare it instead. Raises ConfigError naming what changed."""
+    """Write config.yaml; where the run is resumed, compare it instead. Raises ConfigError naming changed settings."""
     path = folder / "config.yaml"
     if resume:
         before, now = ({k: v for k, v in s.items() if k not in FREE} for s in (read_yaml(path), settings))
@@ -111,19 +111,21 @@ def resume_command(folder: Path) -> str:
 
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ConfigError naming what changed between the settings that a folder was begun with and those given now."""
+    """Raise ConfigError naming the settings that differ between a folder's start and now."""
     now = json.loads(json.dumps(now))
     changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
     if changed:
         was = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed[:3])
-        raise ConfigError(f"{folder} was run with other settings: {was}. Resume with the same, or start a new run")
+        raise ConfigError(
+            f"{folder} was started with other settings: {was}. Resume with the same settings, or start a new run"
+        )
 
 
 class StepLines:
-    """A file of JSON objects, one a line, each with its step: metrics.jsonl and its like.
+    """A file with one JSON object per line, each with its step, such as metrics.jsonl.
 
-    What a resumed run does again is taken out: the lines of steps after `from_step` (from step 0 on all), and those of
-    an evaluation at `from_step` unless it was the last one `evaluated`.
+    Lines that a resumed run will write again are removed: those of steps after `from_step` (all lines where it is 0),
+    and those of an evaluation at `from_step` unless `evaluated` is that step.
     """
 
     def __init__(self, path: Path, from_step: int, evaluated: int = -1) -> None:
@@ -133,13 +135,13 @@ class StepLines:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any], flush: bool = True) -> None:
-        """Append one line and hand it to the system, so that a killed run keeps it."""
+        """Append one line and flush it, so that it survives a killed process."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if flush:
             self.flush()
 
     def flush(self) -> None:
-        """Hand all lines to the system."""
+        """Flush all lines to the operating system."""
         self._file.flush()
 
     def close(self) -> None:
@@ -147,9 +149,9 @@ class StepLines:
         self._file.close()
 
     def _drop_after(self, step: int, evaluated: bool) -> None:
-        # a run that was killed after its last checkpoint repeats those steps
+        # a run killed after its last checkpoint repeats the steps after it
         temporary = self.path.with_suffix(".tmp")
-        odd = "surrogateescape"  # bytes that are no text go where they came from
+        odd = "surrogateescape"  # bytes that are not UTF-8 are copied unchanged
         with (
             self.path.open(encoding="utf-8", errors=odd) as lines,
             temporary.open("w", encoding="utf-8", errors=odd) as kept,
@@ -161,14 +163,14 @@ class StepLines:
                     if keep and about["step"] == step and not evaluated:
                         keep = of_training(about)
                 except (ValueError, KeyError, TypeError, RecursionError):
-                    continue  # the line that was being written when the process was killed
+                    continue  # the process was killed while it wrote this line
                 if keep:
                     kept.write(line)
         os.replace(temporary, self.path)
 
 
 def of_training(line: Mapping[str, Any]) -> bool:
-    """Say whether a line is of a training step, and not of an evaluation."""
+    """Return whether a line belongs to a training step, not to an evaluation."""
     return line.get("training") is not False and not any(name.startswith(EVAL) for name in line)
 
 
@@ -178,10 +180,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path, needs: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file that `StepLines` wrote; a last line that was cut off is left out.
+    """Yield the objects of a file that `StepLines` wrote; an incomplete last line is ignored.
 
-    needs: keys of every line beside the step. Integers beyond 15 digits are floats, which may be infinite. Raises
-    DataError: no such file, or a line that is no object with a step and these keys.
+    needs: keys that every line must have besides the step. Integers of more than 15 digits are read as floats, which
+    may be infinite. Raises DataError: missing file, or a line that is not an object with a step and these keys.
     """
     bad = 0
     try:
@@ -189,7 +191,9 @@ def read_lines(path: Path, needs: tuple[str, ...] = ()) -> Iterator[dict[str, An
             for number, line in enumerate(lines, 1):
                 if bad:
                     what = " and ".join(f"a {key}" for key in ("step", *needs))
-                    raise DataError(f"{path}, line {bad}, is no JSON object with {what}; take it out, or run again")
+                    raise DataError(
+                        f"{path}, line {bad}, is not a JSON object with {what}; remove the line, or run again"
+                    )
                 try:
                     found = json.loads(line, parse_int=_integer)
                     whole = (
@@ -205,5 +209,5 @@ def read_lines(path: Path, needs: tuple[str, ...] = ()) -> Iterator[dict[str, An
 
 
 def _integer(digits: str) -> int | float:
-    # no run counts so far, and a float cannot hold more: what computes with it would end in an error
+    # real counts are smaller, and a huge integer cannot be converted to a float in later computations
     return int(digits) if len(digits) <= 15 else float(digits)

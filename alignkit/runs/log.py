@@ -1,4 +1,4 @@
-"""What is written of a run while it goes on: metrics.jsonl, trackers, and the alarms of its listeners."""
+"""The log of a run: metrics.jsonl, trackers, and the alarms of its listeners."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """metrics.jsonl, Accelerate's trackers and the listeners, open while a loop runs; the main process alone writes.
+    """metrics.jsonl, Accelerate's trackers and the listeners, open while a loop runs; only the main process writes.
 
-    settings: as in config.yaml. done, evaluated: the step that the session begins after, and that of the last
-    evaluation. shown: the terminal's display. alarm: the first one that `stop_on` names, None while there is none.
+    settings: as in config.yaml. done: the step after which the session starts. evaluated: the step of the last
+    evaluation. shown: the terminal's display. alarm: the first alarm that `stop_on` names, else None.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class RunLog:
             self._accelerator.end_training()
 
     def write(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """Write one step's values with the alarms that they raise, and return both; nothing where there are none."""
+        """Write one step's values with the alarms that they raise, and return both; does nothing without values."""
         if not values:
             return {}
         if self._listeners:
-            alarms = self._listeners.hear(step, values)
+            alarms = self._listeners.check(step, values)
             values = {**values, **{f"alarm/{alarm.name}": alarm.value for alarm in alarms}}
-            # the loop asks for it at the end of the step, together with all ranks
+            # the loop reads it at the end of the step, together with all ranks
             ends = (alarm for alarm in alarms if alarm.name in self._settings["stop_on"])
             self.alarm = self.alarm or next(ends, None)
         if self._file:
-            # JSON has no nan: a step that was skipped is written with null
+            # JSON has no nan: values of a skipped step are null
             self._file.write(step, {k: v if math.isfinite(v) else None for k, v in values.items()})
         if self._settings["trackers"]:
             self._accelerator.log(dict(values), step=step)
@@ -80,48 +80,50 @@ class RunLog:
 
 
 class Listeners:
-    """The installed listeners of one run, of its main process; open while its loop runs.
+    """The installed listeners of one run, on its main process; open while its loop runs.
 
-    A listener that raises is left out from then on: nobody who watches may end what is watched.
+    A listener that raises is not called again: it must not end the run.
     """
 
     def __init__(self, run: RunView, done: int, evaluated: int) -> None:
         self._run, self._hooks = run, registry.listeners(logger.warning)
         self._lines = StepLines(run.folder / "alarms.jsonl", done, evaluated)
-        self._said = {str(line.get("name")) for line in read_lines(self._lines.path)}
-        for name in sorted(self._said & set(run.settings.get("stop_on") or ())):
-            logger.warning("stop_on: %s was raised before, and does not end the run any more", name)
+        self._raised = {str(line.get("name")) for line in read_lines(self._lines.path)}
+        for name in sorted(self._raised & set(run.settings.get("stop_on") or ())):
+            logger.warning("stop_on: %s was raised before, so it no longer ends the run", name)
 
-    def hear(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-        """Ask everybody about a line of metrics; return the alarms that are new, logged and written."""
-        new = [alarm for alarm in self._asked(step, metrics) if alarm.name not in self._said]
+    def check(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Pass a line of metrics to every listener; log, write and return the alarms that are new."""
+        new = [alarm for alarm in self._alarms(step, metrics) if alarm.name not in self._raised]
         new = list({alarm.name: alarm for alarm in reversed(new)}.values())[::-1]
         training = of_training(metrics)
         for alarm in new:
             logger.warning("alarm %s: %s. %s", alarm.name, alarm.message, alarm.remedy)
             self._lines.write(step, {**asdict(alarm), "training": training})
-            self._said.add(alarm.name)
+            self._raised.add(alarm.name)
         return new
 
     def close(self) -> None:
         """Close the file."""
         self._lines.close()
 
-    def _asked(self, step: int, metrics: Mapping[str, float]) -> Iterator[Alarm]:
+    def _alarms(self, step: int, metrics: Mapping[str, float]) -> Iterator[Alarm]:
         for name, hooks in list(self._hooks.items()):
             try:
-                said = hooks.on_metrics(run=self._run, step=step, metrics=dict(metrics))
-                yield from [_checked(alarm) for some in said for alarm in some]
-            except (Exception, SystemExit) as error:  # a stranger's code may do anything
-                logger.warning("listener '%s' is left out: %s: %s", name, type(error).__name__, error)
+                returned = hooks.on_metrics(run=self._run, step=step, metrics=dict(metrics))
+                yield from [_checked(alarm) for alarms in returned for alarm in alarms]
+            except (Exception, SystemExit) as error:  # a plugin may raise anything
+                logger.warning(
+                    "listener '%s' failed and is not called again: %s: %s", name, type(error).__name__, error
+                )
                 del self._hooks[name]
 
 
 def _checked(alarm: Any) -> Alarm:
-    """Return the alarm with plain numbers and texts, as a line of JSON wants them."""
+    """Return the alarm with plain numbers and texts for a line of JSON."""
     if not isinstance(alarm, Alarm):
-        raise TypeError(f"on_metrics returns a list of alignkit.Alarm, not of {type(alarm).__name__}")
+        raise TypeError(f"on_metrics must return a list of alignkit.Alarm, got one of {type(alarm).__name__}")
     value, limit = float(alarm.value), float(alarm.limit)
     if not math.isfinite(value) or not math.isfinite(limit):
-        raise ValueError(f"alarm '{alarm.name}' has value {value} and limit {limit}; give finite numbers")
+        raise ValueError(f"alarm '{alarm.name}' has value {value} and limit {limit}, which must be finite")
     return Alarm(str(alarm.name), value, limit, str(alarm.message), str(alarm.remedy))

@@ -1,12 +1,12 @@
-"""A chain of methods, such as SFT -> reward model -> PPO: what a stage trains, the later ones begin with or ask.
+"""A chain of methods, such as SFT -> reward model -> PPO: later stages start from, or score with, earlier models.
 
     runs/rlhf/
-      pipeline.yaml                every stage with the settings that were given
+      pipeline.yaml                every stage with its settings
       1-sft/  2-reward/  3-ppo/    runs, as `alignkit run` leaves them
-      summary.json                 a row for each finished stage, and the settings that the pipeline was begun with
+      summary.json                 a row for each finished stage, and the settings at the pipeline's start
 
-A stage's model is that of the latest earlier stage that trained a policy; its reward or judge, where it needs one and
-none is given, the latest earlier reward model. "@name" as a value is the model folder of the earlier stage `name`.
+A stage's default model is that of the latest earlier stage that trained a policy; its default reward or judge, where it
+needs one, is the latest earlier reward model. The value "@name" is the model folder of the earlier stage `name`.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.runs import folder as runfolder
 from alignkit.config import RunConfig, read_yaml, write_yaml
 from alignkit.errors import ConfigError
 from alignkit.files import write_text
+from alignkit.runs import folder as runfolder
+from alignkit.runs.results import HEADLINE
 from alignkit.runs.stages import Stage, check, named, resolve
 
 logger = logging.getLogger(__name__)
 
 FILE = "pipeline.yaml"
-MAIN = ("loss", "rewards/accuracy", "reward/mean", "kl")
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """A finished stage. seconds: of the call that finished it, None where that is not known.
+    """A finished stage. seconds: of the call that finished it, None where unknown.
 
-    metrics: the last of each of MAIN that the run logged, on held-out rows where it has them ("eval/...").
+    metrics: the last value of each HEADLINE metric that the run logged, on held-out rows where it has them
+    ("eval/...").
     """
 
     stage: str
@@ -50,7 +51,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What a pipeline leaves: its folder, and a row for each stage."""
+    """A finished pipeline: its folder, and a row for each stage."""
 
     folder: Path
     stages: tuple[StageResult, ...]
@@ -61,16 +62,18 @@ def read_pipeline(path: str | os.PathLike[str]) -> dict[str, Any]:
     settings = read_yaml(path)
     stages = settings.get("stages")
     if any(isinstance(s, Mapping) and s.get("trust_remote_code") for s in (stages if isinstance(stages, list) else ())):
-        raise ConfigError(f"{path} asks for trust_remote_code; only the command line or a Python call may grant that")
+        raise ConfigError(
+            f"{path} sets trust_remote_code, which only the command line or a Python call may set; remove it there"
+        )
     return settings
 
 
 def run_pipeline(run: Callable[..., Any], stages: Any, settings: Mapping[str, Any]) -> PipelineResult:
     """Run all stages that are not finished yet, in order.
 
-    run: `Engine().run`. stages: flat settings, each with `method` and, optionally, a `name`. settings: those that all
-    stages share; `name` and `output` are the pipeline's folder, `resume` goes on with it. All are checked before
-    anything is trained. Raises AlignkitError, which names the stage.
+    run: `Engine().run`. stages: flat settings, each with `method` and, optionally, a `name`. settings: shared by all
+    stages; `name` and `output` set the pipeline's folder, `resume` continues it. All settings are checked before
+    anything is trained. Raises AlignkitError naming the stage.
     """
     shared = dict(settings)
     given: dict[str, Any] = {k: shared.pop(k) for k in ("name", "output", "resume") if k in shared}
@@ -93,10 +96,10 @@ def run_pipeline(run: Callable[..., Any], stages: Any, settings: Mapping[str, An
 
 
 def table(result: PipelineResult) -> Any:
-    """Return a rich table with a row for each stage; folders are those in the pipeline's."""
+    """Return a rich table with a row for each stage; folders are relative to the pipeline's."""
     from rich.table import Table
 
-    shown = [m for m in MAIN if any({m, f"eval/{m}"} & s.metrics.keys() for s in result.stages)]
+    shown = [m for m in HEADLINE if any({m, f"eval/{m}"} & s.metrics.keys() for s in result.stages)]
     made = Table("stage", "method", "steps", "seconds", *shown, "folder", box=None)
     for s in result.stages:
         numbers = [s.metrics.get(f"eval/{m}", s.metrics.get(m)) for m in shown]
@@ -116,15 +119,17 @@ def _run(run: Callable[..., Any], stage: Stage, place: Path, folders: Mapping[st
 
 
 def _folder(stages: Sequence[Stage], given: Mapping[str, Any]) -> Path:
-    """Return the pipeline's folder, made anew, or found again with the same stages in it."""
+    """Return the pipeline's folder: a new one, or the existing one with the same stages."""
     config = RunConfig(**{"method": "pipeline", "model": "-", "data": "-", **given})
     if config.name is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("several processes need one folder: give the pipeline a `name`")
+        raise ConfigError("several processes need one folder: set the pipeline's `name`")
     if int(os.environ.get("RANK", "0")):
-        return config.output / str(config.name)  # the first process makes it; a stage begins when all are there
+        return config.output / str(
+            config.name
+        )  # the first process creates it; a stage starts when all processes are there
     folder = runfolder.find_or_make(config, FILE)
     written = [s.written() for s in stages]
-    if config.resume:  # pipeline.yaml itself may have been edited and given again
+    if config.resume:  # pipeline.yaml itself may have been edited
         runfolder.check_same(folder, *_comparable(_summary(folder)["begun_with"], written))
     else:
         _write_summary(folder, {"begun_with": written, "stages": []})
@@ -133,7 +138,7 @@ def _folder(stages: Sequence[Stage], given: Mapping[str, Any]) -> Path:
 
 
 def _comparable(before: Any, now: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both lists of stages as flat settings: the stages' names, or where these are the same what is in each."""
+    """Return both lists of stages as flat settings: their names where these differ, else the settings of each."""
     names = [[stage["name"] for stage in stages] for stages in (before, now)]
     if names[0] != names[1]:
         return {"stages": ", ".join(names[0])}, {"stages": ", ".join(names[1])}
@@ -149,14 +154,14 @@ def _how_to_resume(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        logger.warning("the pipeline is not finished; go on with: alignkit pipeline %s --resume", folder / FILE)
+        logger.warning("the pipeline is not finished; continue with: alignkit pipeline %s --resume", folder / FILE)
         raise
 
 
 def _result(stage: Stage, place: Path, seconds: float | None) -> StageResult:
     lines = runfolder.read_metrics(place)
     last = {k: v for line in lines for k, v in line.items() if v is not None}
-    shown = {m if f"eval/{m}" not in last else f"eval/{m}" for m in MAIN}
+    shown = {m if f"eval/{m}" not in last else f"eval/{m}" for m in HEADLINE}
     metrics = {k: last[k] for k in sorted(shown & last.keys())}
     return StageResult(stage.name, stage.method.name, int(last["step"]), seconds, metrics, str(place))
 

@@ -13,13 +13,16 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-SHOWN = ("loss", "reward/mean", "wins/mean", "rewards/accuracy", "rewards/margin", "kl", "lr", "tokens_per_second")
+from alignkit.runs.results import HEADLINE
+
+_FIRST = ("loss", *(m for m in HEADLINE if m != "loss"))
+SHOWN = (*_FIRST, "lr", "tokens_per_second")
 
 
 def line(step: int, total: int, values: Mapping[str, Any], left: float | None = None) -> str:
-    """Return one line about a step: its number, the metrics that matter most, and alarms."""
+    """Return one line about a step: its number, the headline metrics, and alarms."""
     shown = [f"{_short(k)} {values[k]:.4g}" for k in SHOWN if k in values]
-    shown += [f"{k} {v:.4g}" for k, v in values.items() if k.startswith("eval/") and k[5:] in SHOWN[:6]]
+    shown += [f"{k} {v:.4g}" for k, v in values.items() if k.startswith("eval/") and k[5:] in _FIRST]
     shown += [f"ALARM {k[6:]}" for k in values if k.startswith("alarm/")]
     tail = f" | {_clock(left)} left" if left is not None else ""
     return f"step {step}/{total} | " + " | ".join(shown) + tail
@@ -35,7 +38,7 @@ def _clock(seconds: float) -> str:
 
 
 class Progress:
-    """Shows steps as they are done; use `Progress.of_run`."""
+    """Shows steps as they finish; use `Progress.of_run`."""
 
     def __init__(self, total: int, done: int, bar: Any = None, task: Any = None) -> None:
         self._total, self._first, self._started = total, done, time.perf_counter()
@@ -46,7 +49,7 @@ class Progress:
     @staticmethod
     @contextmanager
     def of_run(total: int, done: int, shown: bool) -> Iterator[Progress | None]:
-        """Open the display for a run of `total` steps of which `done` are behind it; None where nothing is shown."""
+        """Open the display of a run of `total` steps of which `done` are finished; yields None where shown is False."""
         if not shown:
             yield None
             return
@@ -63,11 +66,11 @@ class Progress:
             yield Progress(total, done, bar, bar.add_task("", total=total, completed=done))
 
     def step(self, step: int, values: Mapping[str, Any], always: bool = False) -> None:
-        """Show a finished step. Plain lines come at most once a second, and always for the last step and for alarms."""
+        """Show a finished step. Plain lines are printed at most once a second; always for the last step and alarms."""
         alarms = {k: v for k, v in values.items() if k.startswith("alarm/")}
         self._alarms |= alarms
         if self._bar is not None:
-            # a line scrolls by and stays; the bar has room for one, so alarms stay in it
+            # lines stay on the screen, but the bar is a single line, so alarms are repeated in it
             shown = line(step, self._total, {**values, **self._alarms}).split(" | ", 1)[1]
             self._bar.update(self._task, completed=step, description=shown)
             return
@@ -83,20 +86,20 @@ class PlainHandler(logging.Handler):
     """Log records as plain lines on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the message; a warning says so."""
+        """Write the message, after its level where that is a warning or higher."""
         start = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         print(start + record.getMessage(), file=sys.stderr, flush=True)
 
 
 class StopSignals:
-    """While entered, notes the first SIGTERM or SIGINT in `received` and exits on the second."""
+    """Context in which the first SIGTERM or SIGINT is recorded in `received`, and the second exits."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -109,4 +112,4 @@ class StopSignals:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
-        os.write(2, b"\nfinishing this step and saving; once more to leave at once\n")
+        os.write(2, b"\nfinishing this step and saving; send it again to exit at once\n")

@@ -1,4 +1,4 @@
-"""What a run is judged by, before and after training, from the lines of its metrics.jsonl."""
+"""The metrics that a run is judged by, before and after training, from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+HEADLINE = ("reward/mean", "wins/mean", "rewards/accuracy", "rewards/margin", "loss", "kl")
+"""The metrics that summarise a run on the terminal, in a pipeline's table and in its results, without "eval/"."""
 RESULTS = (
-    "reward/mean", "wins/mean", "rewards/accuracy", "rewards/margin", "loss", "kl", "entropy", "completion/length",
-    "completion/eos_rate", "completion/distinct_2", "logps/chosen", "logps/rejected",
+    *HEADLINE, "entropy", "completion/length", "completion/eos_rate", "completion/distinct_2", "logps/chosen",
+    "logps/rejected",
 )  # fmt: skip
-"""What a run is judged by first; names as in metrics.jsonl, without "eval/"."""
+"""The metrics of a run's results, in their order, without "eval/"."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A metric before and after training. held_out: of held-out rows; else of the first and the last training step.
+    """A metric before and after training. held_out: on held-out rows, else at the first and the last training step.
 
-    Of what was measured once one of the two is None: `after` where that was at step 0, else `before`.
+    One of the two is None where it was measured once: `after` where that was at step 0, else `before`.
     """
 
     name: str
@@ -32,12 +34,12 @@ class Outcome:
 
     @property
     def last(self) -> float | None:
-        """The value that was measured last."""
+        """The last value that was measured."""
         return self.before if self.after is None else self.after
 
 
 def outcomes(lines: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-    """Return the RESULTS that the lines of metrics.jsonl hold, on held-out rows where there are any."""
+    """Return the RESULTS in the lines of metrics.jsonl, those on held-out rows where they exist."""
     found = []
     for name in RESULTS:
         for key, held_out in ((f"eval/{name}", True), (name, False)):
@@ -52,6 +54,6 @@ def outcomes(lines: Sequence[Mapping[str, Any]]) -> list[Outcome]:
 
 
 def in_training(found: Sequence[Outcome]) -> str:
-    """Say what the values are that no held-out rows have."""
+    """Return a note about the values that were not measured on held-out rows."""
     when = ", at its first and at its last logged step" if any(o.compared and not o.held_out for o in found) else ""
-    return f"not measured on held-out rows, but in training{when}"
+    return f"measured in training{when}, not on held-out rows"

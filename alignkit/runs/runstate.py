@@ -1,6 +1,6 @@
-"""What a checkpoint holds besides weights: random generators and the optimiser, as tensors and JSON values.
+"""The state in a checkpoint besides weights: random generators and the optimiser, as tensors and JSON values.
 
-No pickle: whatever is not a tensor is a number, a text, or a list or dict of such.
+No pickle: a value that is not a tensor is a number, a text, or a list or dict of these.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def set_rng_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Put back what `rng_state` returned; CUDA devices that this machine lacks are passed over.
+    """Restore what `rng_state` returned; CUDA devices that this machine does not have are ignored.
 
-    Raises CheckpointError where the state is not one that the generators accept.
+    Raises CheckpointError where the generators do not accept the state.
     """
     try:
         torch.set_rng_state(tensors["torch"])
@@ -55,13 +55,13 @@ def set_rng_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> No
         version, internal, gauss_next = state["python"]
         random.setstate((version, tuple(internal), gauss_next))
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"the saved state of the random generators cannot be used: {error!r}") from error
+        raise CheckpointError(f"the saved state of the random generators cannot be restored: {error!r}") from error
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
     """Return the whole optimiser's state, sharded or not, as (tensors, JSON value); every rank must call it."""
     if not optimizer.state:
-        # torch would make the missing state with a step on zero gradients, which moves AdamW's step count to 1.
+        # torch would create the missing state by a step on zero gradients, which sets AdamW's step count to 1
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return flatten_optimizer({"groups": groups})
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -71,9 +71,9 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
 def set_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], layout: Any
 ) -> None:
-    """Give a fresh optimiser what `optimizer_state` returned; every rank must call it with the whole state.
+    """Load what `optimizer_state` returned into a new optimiser; every rank must call it with the whole state.
 
-    Raises CheckpointError where the state is that of other parameters.
+    Raises CheckpointError where the state belongs to other parameters.
     """
     saved = unflatten_optimizer(tensors, layout)
     if "groups" in saved:
@@ -87,12 +87,12 @@ def set_optimizer_state(
         names.setdefault(parameter, set()).add(_WRAPPERS.sub("", name))
     stateful = {_WRAPPERS.sub("", name) for name in saved["state"]}
     for untouched in [p for p in optimizer.state if not names[p] & stateful]:
-        # No gradient ever reached it; torch gave it the state of a step on zeros (see `optimizer_state`).
+        # it never had a gradient; torch created its state by a step on zeros (see `optimizer_state`)
         del optimizer.state[untouched]
     if lost := stateful - {name for p in optimizer.state for name in names[p]}:
         raise CheckpointError(
             f"the checkpoint holds optimiser state of {len(lost)} parameters that are not trained here, such as "
-            f"'{min(lost)}'. Resume with the settings that the run was begun with"
+            f"'{min(lost)}'. Resume with the settings that the run was started with"
         )
 
 
@@ -124,7 +124,7 @@ def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]
 
 
 def unflatten_optimizer(tensors: Mapping[str, Tensor], layout: Any) -> dict[str, Any]:
-    """Put together again what `flatten_optimizer` took apart, exactly."""
+    """Rebuild exactly what `flatten_optimizer` split."""
 
     def walk(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -141,7 +141,7 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], layout: Any) -> dict[str,
 
 
 def without_aliases(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split off tensors seen under another name before (tied weights): (the others, name -> that other name)."""
+    """Remove tensors that occurred before under another name (tied weights): (the rest, name -> that other name)."""
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
@@ -155,7 +155,7 @@ def without_aliases(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 def packed(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous, no two in one storage, as safetensors wants them."""
+    """Return the tensors on the CPU, contiguous, each with its own storage, as safetensors requires."""
     result: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, t in named.items():

@@ -1,13 +1,13 @@
-"""What each session of a run (its start, and every resumption) ran on and cost: sessions.json in the run's folder.
+"""The environment and cost of each session of a run (its start and every resumption): sessions.json in its folder.
 
     [{"started": "2026-11-21T13:22:01+00:00", "ended": "done", "from_step": 0, "to_step": 32,
       "preparing_seconds": 2.1, "seconds": 24.0, "tokens": 61440, "peak_memory_bytes": 911212544,
       "environment": {...}, "facts": {...}}]
 
-ended: done | stopped (a signal, an alarm) | failed | running, which a killed session stays. seconds: of the loop,
-evaluations included; preparing_seconds: before it. tokens: as in `tokens_per_second`, over all ranks and steps.
-peak_memory_bytes: of the first process since it began; on a GPU of what torch allocated there. A killed session's cost
-is known to within a minute. No host name, user name or folder is written.
+ended: done | stopped (a signal, an alarm) | failed | running (also of a killed session). seconds: of the loop, with
+evaluations; preparing_seconds: before it. tokens: as in `tokens_per_second`, over all ranks and steps.
+peak_memory_bytes: of the first process; on a GPU, allocated by torch. The cost of a killed session is known to within a
+minute. No host name, user name or folder is written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from alignkit.reference.reference import Reference
 
 FILE = "sessions.json"
 _LIBRARIES = ("alignkit", "alignkit-kernels", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "triton")
-_EVERY = 60.0  # seconds between two writes of the file while the loop runs
+_EVERY = 60.0  # seconds between writes of the file while the loop runs
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Seconds = Annotated[float, Field(ge=0, lt=2**63, allow_inf_nan=False)]
 
@@ -61,7 +61,7 @@ class _Environment(_Checked):
 
 
 class _Entry(_Checked):
-    """What whoever reads an entry computes with; the rest is shown as it is."""
+    """The values of an entry that readers compute with; other values are only displayed."""
 
     preparing_seconds: _Seconds = 0.0
     seconds: _Seconds = 0.0
@@ -72,7 +72,7 @@ class _Entry(_Checked):
 
 
 class Session:
-    """The clock of one session: made when it starts, open while its loop runs, counted into by every step."""
+    """The record of one session: created at its start, opened with its loop, updated by every step."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -85,7 +85,7 @@ class Session:
     def open(
         self, folder: Path, done: int, environment: Mapping[str, Any], facts: Mapping[str, Any], cache: Any = None
     ) -> None:
-        """Begin the file's entry; of the main process alone. cache: the reference's, whose hits are counted."""
+        """Start the session's entry, on the main process only. cache: the reference's, whose hits are counted."""
         self._path, self._earlier, self._cache = folder / FILE, read(folder), cache
         now = time.perf_counter()
         self._loop_began, self._written, self._step = now, now, done
@@ -108,7 +108,7 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        # how it ended and what it cost; nothing where it was not opened
+        # on other ranks the session was never opened
         if self._path:
             stopped = kind is not None and (not issubclass(kind, Exception) or issubclass(kind, AlarmError))
             self._write("done" if kind is None else "stopped" if stopped else "failed")
@@ -130,7 +130,7 @@ class Session:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Return the sessions of a run, oldest first; none without the file. Raises ConfigError: it cannot be read."""
+    """Return the sessions of a run, oldest first; empty without the file. Raises ConfigError: it cannot be read."""
     path = folder / FILE
     if not path.is_file():
         return []
@@ -140,11 +140,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
             validated(_Entry, one)
         return found
     except (OSError, ValueError, TypeError, RecursionError, ConfigError) as error:
-        raise ConfigError(f"cannot read {path}: {error}. Remove it; the run's cost so far is lost with it") from None
+        raise ConfigError(
+            f"cannot read {path}: {error}. Remove the file; the record of the run's cost so far is lost"
+        ) from None
 
 
 def total(sessions: list[dict[str, Any]], key: str) -> float:
-    """Return what all sessions cost together: "seconds", "preparing_seconds" or "tokens"."""
+    """Return the sum over all sessions of "seconds", "preparing_seconds" or "tokens"."""
     return float(sum(one.get(key, 0) for one in sessions))
 
 
@@ -162,11 +164,11 @@ def environment(accelerator: Any) -> dict[str, Any]:
 
 
 def peak_memory(gpu: bool) -> int:
-    """Return the most memory that this process has held, in bytes; gpu: what torch allocated there instead."""
+    """Return the peak memory of this process in bytes; gpu: of torch's allocations there instead."""
     if gpu:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage counts the process that started this one too
+    if status.is_file():  # getrusage also counts the process that started this one
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
@@ -174,7 +176,7 @@ def peak_memory(gpu: bool) -> int:
 
 
 def digest(source: object) -> str | None:
-    """Return the sha256 of a data file, None where the source is no file."""
+    """Return the sha256 of a data file, None where the source is not a file."""
     path = Path(source) if isinstance(source, str | Path) else None
     if path is None or not path.is_file():
         return None
@@ -185,7 +187,7 @@ def digest(source: object) -> str | None:
 def facts(
     config: RunConfig, model: nn.Module, reference: Reference | None, learning_rate: float, rows: int, held_out: int
 ) -> dict[str, Any]:
-    """Return what a session's entry tells of its run, as JSON values. model: what is trained."""
+    """Return the facts about a run in a session's entry, as JSON values. model: the trained one."""
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
     about: dict[str, Any] | None = None
     if reference is not None:

@@ -1,4 +1,4 @@
-"""The stages of a pipeline: what each takes from the earlier ones, and what can be known to be wrong beforehand."""
+"""The stages of a pipeline: what each takes from earlier ones, and checks before anything is trained."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit import registry
-from alignkit import data
+from alignkit import data, registry
 from alignkit.config import RunConfig, gathered, split
+from alignkit.data.rows import shown
 from alignkit.errors import AlignkitError, ConfigError, ModelError, nearest
-from alignkit.models.loading import load_tokenizer
 from alignkit.method import Method
-from alignkit.rollout.checks import check_online
+from alignkit.models.loading import load_tokenizer
+from alignkit.reference.choice import check_reference
 from alignkit.rewards import PAIRWISE
 from alignkit.rewards.models import ModelOptions
-from alignkit.reference.choice import check_reference
-from alignkit.data.rows import shown
+from alignkit.rollout.checks import check_online
 
 _EARLIER = re.compile(r"@([A-Za-z0-9_.+=-]+)")
 _OF_THE_PIPELINE = ("output", "resume")
@@ -27,7 +26,7 @@ _OF_THE_PIPELINE = ("output", "resume")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. config: the run's settings, checked. settings: all it is run with, earlier models as "@name"."""
+    """One stage. config: the run's validated settings. settings: all of its settings, earlier models as "@name"."""
 
     name: str
     method: Method[Any]
@@ -41,7 +40,7 @@ class Stage:
         return {"name": self.name, **{k: v for k, v in given.items() if k != "name"}}
 
     def filled(self, by: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings with every "@name" replaced; rows of data are left alone. Raises ConfigError."""
+        """Return the settings with every "@name" replaced, except in rows of data. Raises ConfigError."""
         filled = {}
         for key, value in self.settings.items():
             with named(self.name, key):
@@ -50,23 +49,23 @@ class Stage:
 
     @property
     def judges(self) -> bool:
-        """Whether what it trains compares two answers, instead of scoring one."""
+        """Whether its model compares two answers, instead of scoring one."""
         return bool(self.method.model_settings().get(PAIRWISE))
 
 
 def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
-    """Give every stage the shared settings and what it takes from earlier ones. Raises ConfigError naming the stage.
+    """Add the shared settings and the models of earlier stages to every stage. Raises ConfigError naming the stage.
 
-    A method's own settings cannot be shared. `reward` and `judge` go to the stages whose method needs them.
+    A method's own settings cannot be shared. `reward` and `judge` are passed to stages whose method needs them.
     """
     if not isinstance(stages, Sequence) or isinstance(stages, str) or not stages:
-        raise ConfigError(f"`stages` is a list of settings, each with its `method`; given: {shown(stages)}")
+        raise ConfigError(f"`stages` must be a list of settings, each with its `method`, got {shown(stages)}")
     shared = gathered(shared)
     common = [k for k in RunConfig.model_fields if k != "method"]
     if unknown := [k for k in shared if k not in common]:
         raise ConfigError(
-            f"unknown setting '{unknown[0]}' beside `stages`.{nearest(unknown[0], [*common, 'stages'])} "
-            f"The settings of a method stand in its stage"
+            f"unknown setting '{unknown[0]}' next to `stages`.{nearest(unknown[0], [*common, 'stages'])} "
+            f"Settings of a method belong into its stage"
         )
     resolved: list[Stage] = []
     for number, one in enumerate(stages, 1):
@@ -74,27 +73,27 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
             raise ConfigError(f"stage {number} has no `method`; installed: {', '.join(registry.names())}")
         name = str(one.get("name", one["method"]))
         if name in [s.name for s in resolved]:
-            raise ConfigError(f"two stages are called '{name}'; give each a `name` of its own")
+            raise ConfigError(f"two stages are called '{name}'; give each its own `name`")
         with named(name):
             stage = _resolved(name, number, {str(k): v for k, v in one.items()}, dict(shared), resolved)
-        stage.filled({s.name: "" for s in resolved})  # refuses what no earlier stage makes
+        stage.filled({s.name: "" for s in resolved})  # refuses names that are not earlier stages
         resolved.append(stage)
     return resolved
 
 
 def check(stages: Sequence[Stage]) -> None:
-    """Look at rewards, data and models of all stages, without loading any model. Raises AlignkitError."""
+    """Check rewards, data and models of all stages without loading any model. Raises AlignkitError."""
     by_name = {s.name: s for s in stages}
-    stand_ins = {s.name: type(s.settings["name"], (_Untrained,), {}) for s in stages}
+    placeholders = {s.name: type(s.settings["name"], (_Untrained,), {}) for s in stages}
     for stage in stages:
         with named(stage.name):
-            roles = {role: replaced(getattr(stage.config, role), stand_ins) for role in ("reward", "judge")}
+            roles = {role: replaced(getattr(stage.config, role), placeholders) for role in ("reward", "judge")}
             check_online(stage.config.model_copy(update=roles), stage.method)
             check_reference(stage.config, stage.method)
         for role in ("reward", "judge"):
             with named(stage.name, role):
-                for name, compares in _asked(getattr(stage.config, role), role == "judge"):
-                    _check_asked(by_name[name], compares)
+                for name, compares in _scorers_in(getattr(stage.config, role), role == "judge"):
+                    _check_scorer(by_name[name], compares)
         for key in ("data", "eval_data"):
             with named(stage.name, key):
                 if (source := getattr(stage.config, key)) is not None:
@@ -105,7 +104,7 @@ def check(stages: Sequence[Stage]) -> None:
 
 @contextmanager
 def named(stage: str, key: str | None = None) -> Iterator[None]:
-    """Put the stage's name, and the setting's, in front of an error's message."""
+    """Prefix an error's message with the names of the stage and the setting."""
     try:
         yield
     except AlignkitError as error:
@@ -122,14 +121,14 @@ def replaced(value: Any, by: Mapping[str, Any]) -> Any:
     if isinstance(value, str) and (match := _EARLIER.fullmatch(value)):
         if match[1] not in by:
             there = ", ".join(f"@{name}" for name in by) or "none"
-            raise ConfigError(f"'{value}' is no earlier stage.{nearest(match[1], by)} Earlier ones: {there}")
+            raise ConfigError(f"'{value}' is not an earlier stage.{nearest(match[1], by)} Earlier stages: {there}")
         return by[match[1]]
     return value
 
 
 def _resolved(name: str, number: int, own: dict[str, Any], shared: dict[str, Any], earlier: list[Stage]) -> Stage:
     if clash := [k for k in _OF_THE_PIPELINE if k in own]:
-        raise ConfigError(f"`{clash[0]}` is the whole pipeline's; it stands beside `stages`")
+        raise ConfigError(f"`{clash[0]}` belongs to the whole pipeline; move it next to `stages`")
     cls = registry.get(own["method"])
     asked = {role: shared.pop(role) for role in ("reward", "judge") if role in shared}
     policies = [s for s in earlier if "policy" in s.method.trains]
@@ -141,14 +140,14 @@ def _resolved(name: str, number: int, own: dict[str, Any], shared: dict[str, Any
     for role in ("reward", "judge"):
         if role in needs and role not in settings and (found := asked.get(role, _trained(role, earlier))) is not None:
             settings[role] = found
-    if config.lora and not config.fsdp:  # the next stage begins with weights, not with an adapter on its base
+    if config.lora and not config.fsdp:  # the next stage starts from weights, not from an adapter on its base
         settings.setdefault("merge_adapter", True)
     config, _ = split(settings, cls.Config)
     return Stage(name, method, config, settings)
 
 
 def _trained(role: str, earlier: Sequence[Stage]) -> Any:
-    """Return the latest earlier reward model as `role` takes it."""
+    """Return the spec of the latest earlier reward model for `role`."""
     models = [s for s in earlier if "reward" in s.method.trains and (role == "judge" or not s.judges)]
     if not models:
         return None
@@ -157,38 +156,40 @@ def _trained(role: str, earlier: Sequence[Stage]) -> Any:
 
 
 class _Untrained(ModelOptions):
-    """Stands for a reward model that is not trained yet, so that its options and what is around it can be checked."""
+    """Placeholder of a reward model that is not trained yet, so that the spec that contains it can be checked."""
 
     def __call__(self, **_: Any) -> list[float]:
         return []
 
 
-def _asked(spec: Any, compares: bool) -> Iterator[tuple[str, bool]]:
-    """Yield the stages whose models a reward or judge is made of, and whether each is to compare two answers."""
+def _scorers_in(spec: Any, compares: bool) -> Iterator[tuple[str, bool]]:
+    """Yield the stages whose models a reward or judge uses, and whether each must compare two answers."""
     if isinstance(spec, Mapping):
         for key in spec.keys() & {"use", "ensemble", "bradley_terry"}:
-            yield from _asked(spec[key], compares and key != "bradley_terry")
+            yield from _scorers_in(spec[key], compares and key != "bradley_terry")
     elif isinstance(spec, list | tuple):
         for one in spec:
-            yield from _asked(one, compares)
+            yield from _scorers_in(one, compares)
     elif isinstance(spec, str) and (match := _EARLIER.fullmatch(spec)):
         yield match[1], compares
 
 
-def _check_asked(stage: Stage, compares: bool) -> None:
-    """Raise ConfigError where what the stage trains cannot score answers, or compare two of them."""
+def _check_scorer(stage: Stage, compares: bool) -> None:
+    """Raise ConfigError where the stage's model cannot score answers, or cannot compare two of them."""
     name = f"'@{stage.name}'"
     if "reward" not in stage.method.trains:
-        raise ConfigError(f"{name} is trained by '{stage.method.name}' and no reward model; give a stage that is one")
+        raise ConfigError(
+            f"{name} is trained by '{stage.method.name}', which does not train a reward model; name a stage that does"
+        )
     if compares and not stage.judges:
         raise ConfigError(
-            f'{name} scores single answers; as a judge it is {{bradley_terry: "@{stage.name}"}}, or train it with '
+            f'{name} scores single answers; use it as a judge by {{bradley_terry: "@{stage.name}"}}, or train it with '
             f"`pairwise: true`"
         )
     if stage.judges and not compares:
-        raise ConfigError(f"{name} compares two answers; train it without `pairwise`, or give it as a `judge` alone")
+        raise ConfigError(f"{name} compares two answers; train it without `pairwise`, or use it only as a `judge`")
     if stage.config.lora and not stage.config.merge_adapter:
-        raise ConfigError(f"{name} leaves an adapter alone; give that stage `merge_adapter: true`")
+        raise ConfigError(f"{name} saves an adapter only; set `merge_adapter: true` in that stage")
 
 
 def _check_model(stage: Stage, by_name: Mapping[str, Stage]) -> None:
@@ -198,11 +199,11 @@ def _check_model(stage: Stage, by_name: Mapping[str, Stage]) -> None:
     if match := _EARLIER.fullmatch(str(model)):
         if "policy" in stage.method.trains and "policy" not in by_name[match[1]].method.trains:
             raise ConfigError(
-                f"'{model}' is a reward model, and '{stage.method.name}' trains a policy; give a stage that trains "
-                f"one, or a model's folder"
+                f"'{model}' is a reward model, but '{stage.method.name}' trains a policy; name a stage that trains a "
+                f"policy, or a model's folder"
             )
         return
     load_tokenizer(stage.config)
     folder = Path(model)
     if folder.is_dir() and not any((folder / f).is_file() for f in ("config.json", "adapter_config.json")):
-        raise ModelError(f"'{model}' holds no model: neither config.json nor adapter_config.json is there")
+        raise ModelError(f"the folder '{model}' holds no model: it has neither config.json nor adapter_config.json")

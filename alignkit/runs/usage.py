@@ -1,15 +1,15 @@
-"""How a saved model is loaded and asked, as code for its model card."""
+"""Code that loads and calls a saved model, for its model card."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 Speaks = Literal["text", "chat", "score", "preference"]
-"""What a model says: a continuation, an answer to messages, a number for an answer, or which of two is better."""
+"""A model's output: a continuation, an answer to messages, a score of an answer, or a preference between two."""
 
 
 def text(speaks: Speaks, adapter_of: str | None) -> str:
-    """Return Markdown with code that runs in the model's folder. adapter_of: the base, of an adapter alone."""
+    """Return Markdown with code that runs in the model's folder. adapter_of: the base model of an adapter."""
     task = "SequenceClassification" if speaks in ("score", "preference") else "CausalLM"
     kind = f"AutoModelFor{task}"
     imports, options, note = f"from transformers import {kind}, AutoTokenizer", "", ""
@@ -17,7 +17,7 @@ def text(speaks: Speaks, adapter_of: str | None) -> str:
         kind = f"AutoPeftModelFor{task}"
         imports = f"from peft import {kind}\nfrom transformers import AutoTokenizer"
         options = ", num_labels=1" if task != "CausalLM" else ""
-        note = f"This folder holds the adapter alone; its base is `{adapter_of}`.\n\n"
+        note = f"This folder holds an adapter only; its base model is `{adapter_of}`.\n\n"
     code = (
         f'import torch\n{imports}\n\nfolder = "."  # of this file\n'
         f"tokenizer = AutoTokenizer.from_pretrained(folder)\n"
@@ -61,12 +61,12 @@ print(torch.sigmoid(score(*answers) - score(*reversed(answers))).item())
 """
 _OF_SCORES = """
 
-The score is that of the whole answer, its end-of-sequence token included; of two answers to one prompt the better one
-has the higher score, and σ of their difference is the probability that it is preferred. Messages go through the
-tokenizer's chat template first. In alignkit the folder is a `reward`."""
+The score is that of the whole answer, including its end-of-sequence token. The better of two answers to one prompt has
+the higher score, and σ of the difference is the probability that it is preferred. Apply the tokenizer's chat template
+to messages first. In alignkit the folder can be used as a `reward`."""
 _OF_PAIRS = """
 
-It prints the probability that the first answer is preferred; both orders are asked, so that the place does not count.
-In alignkit the folder is a `judge`."""
+It prints the probability that the first answer is preferred. Both orders are scored, so that the position does not
+matter. In alignkit the folder can be used as a `judge`."""
 _ASK: dict[Speaks, str] = {"text": _TEXT, "chat": _CHAT, "score": _SCORE, "preference": _PAIRWISE}
 _WORDS: dict[Speaks, str] = {"score": _OF_SCORES, "preference": _OF_PAIRS}

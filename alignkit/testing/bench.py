@@ -1,4 +1,4 @@
-"""A method on the bench: one training step in float64 on a small model, cut in any way, on pretended ranks.
+"""The test bench of a method: one training step in float64 on a small model, cut in any way, on simulated ranks.
 
 The step is the engine's: collect once, count over all ranks, then a backward for each micro-batch with the counts of
 `alignkit.engine.averages`. Only devices, optimiser and files are missing.
@@ -7,30 +7,29 @@ The step is the engine's: collect once, count over all ranks, then a backward fo
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignkit.engine import averages
-from alignkit.errors import PluginError
 from alignkit.method import Method
 from alignkit.models.packing import batch_of
-from alignkit.models.scoring import Scorer
-from alignkit.models.values import ActorCritic, Valuer
+from alignkit.models.values import ActorCritic
 from alignkit.testing.byhand import ScoredRow, score_of, score_rows
-from alignkit.testing.world import EOS, blend, tiny_classifier, tiny_model
-from alignkit.types import Batch, Completion, Example, Layout, Outputs
+from alignkit.testing.models import TinyModels
+from alignkit.testing.world import EOS, with_completions
+from alignkit.types import Batch, Example, Layout
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a step is cut, none of which may change its result.
+    """How a step is cut; none of it may change the result.
 
-    layout: of the rows. max_tokens: of a micro-batch. ranks: processes pretended. order: of the collected examples.
+    layout: of the rows. max_tokens: of a micro-batch. ranks: simulated processes. order: of the collected examples.
     """
 
     layout: Layout = Layout("forest", 64)
@@ -41,109 +40,18 @@ class Cut:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a step gave: its loss, the mean of every term and metric, and the policy's gradients by name."""
+    """The result of a step: its loss, the mean of every term and metric, and the policy's gradients by name."""
 
     loss: float
     metrics: dict[str, float]
     gradients: dict[str, Tensor]
 
 
-class TinyModels:
-    """The models of the bench; a role that the method did not declare is refused, as in a run.
-
-    trained: what a step trains: the policy, with its critic where there is one, or a reward model.
-    """
-
-    def __init__(self, method: Method[Any], dtype: torch.dtype = torch.float64) -> None:
-        self.method = method
-        self.policy_scorer = Scorer(tiny_model(0, dtype))
-        self.reference_scorer = Scorer(tiny_model(0, dtype)).requires_grad_(False)
-        blend(self.policy_scorer, tiny_model(1, dtype), 0.05)
-        self.trained: Any = self.policy_scorer
-        if "critic" in method.roles():
-            self.trained = ActorCritic(self.policy_scorer, Valuer(tiny_classifier(2, dtype)))
-        if "reward" in method.trains:
-            self.trained = Valuer(tiny_classifier(0, dtype))
-
-    def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
-        """Score with the policy, and with the critic."""
-        self._ask("policy")
-        if not values:
-            return self.policy_scorer(batch.rows, batch.targets, 1.0, entropy)  # type: ignore[no-any-return]
-        self._ask("critic")
-        return self.trained(batch.rows, batch.targets, 1.0, entropy, frozen)  # type: ignore[no-any-return]
-
-    def reference(self, batch: Batch) -> Outputs:
-        """Score with the reference."""
-        self._ask("reference")
-        with torch.no_grad():
-            return self.reference_scorer(batch.rows, batch.targets)  # type: ignore[no-any-return]
-
-    def reward(self, batch: Batch) -> Tensor:
-        """Score whole answers with the reward model."""
-        self._ask("reward")
-        return self.trained(batch.rows, batch.rows.last_at)  # type: ignore[no-any-return]
-
-    def _ask(self, role: str) -> None:
-        if role not in self.method.roles():
-            raise PluginError(f"'{self.method.name}' asked for the role '{role}', which it does not declare")
-
-
-class ScriptedModels:
-    """Models that say what they are told: one log-probability in nats for every token of a completion.
-
-    policy_says, reference_says: by completion. leaves: the policy's outputs, whose gradients can be looked at.
-    """
-
-    def __init__(self, policy_says: Mapping[Completion, float], reference_says: Mapping[Completion, float]) -> None:
-        self.policy_says, self.reference_says = policy_says, reference_says
-        self.leaves: list[Tensor] = []
-
-    def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
-        """Return the scripted values as a leaf, entropies of 0, and a critic's values of 0 as another leaf."""
-        wanted = torch.is_grad_enabled()
-        logps_C = _spread(batch, self.policy_says).requires_grad_(wanted and not frozen)
-        values_C = torch.zeros_like(logps_C).requires_grad_(wanted)
-        self.leaves += [leaf for leaf, used in ((logps_C, not frozen), (values_C, values)) if used]
-        return Outputs(logps_C, torch.zeros(len(logps_C)) if entropy else None, values_C if values else None)
-
-    def reference(self, batch: Batch) -> Outputs:
-        """Return the scripted values."""
-        return Outputs(_spread(batch, self.reference_says))
-
-    def reward(self, batch: Batch) -> Tensor:
-        """Return each completion's scripted value as its score, a leaf; -30 for one that a method put together."""
-        said = torch.tensor([self.policy_says.get(c, -30.0) for e in batch.examples for c in e.completions])
-        self.leaves.append(said.requires_grad_(torch.is_grad_enabled()))
-        return said
-
-
-def _spread(batch: Batch, says: Mapping[Completion, float]) -> Tensor:
-    values = torch.tensor([says[c] for e in batch.examples for c in e.completions])
-    return values.repeat_interleave(batch.lengths)
-
-
 Scripted = Callable[[Example, int], Example]
 
 
-def made_up(example: Example, n: int) -> Example:
-    """Return the prompt with n completions drawn from its own tokens: one of a single token, some cut, and where its
-    row can be divided by 4 all of them equal."""
-    draw = torch.Generator().manual_seed(int(example.prompt.long().sum()) * 1009 + len(example.prompt))
-    completions = []
-    for k in range(n):
-        length = 1 if k == 1 else int(torch.randint(1, 9, (1,), generator=draw))
-        tokens = torch.randint(EOS + 1, EOS + 40, (length,), generator=draw, dtype=torch.int32)
-        if k % 3 != 2:
-            tokens[-1] = EOS
-        completions.append(Completion(tokens))
-    if example.row % 4 == 0:
-        completions = completions[:1] * n
-    return replace(example, completions=tuple(completions))
-
-
 class _Ranks:
-    """Sums over pretended ranks, each a thread."""
+    """Sums over simulated ranks, each a thread."""
 
     def __init__(self, n: int) -> None:
         self.n, self._barrier, self._values = n, threading.Barrier(n), [torch.empty(0)] * n
@@ -156,14 +64,14 @@ class _Ranks:
         return total
 
     def collect(self, work: Any) -> list[Batch]:
-        """Run work(rank) for every rank at once; the first true error is raised."""
+        """Run work(rank) for all ranks concurrently; raise the original error, not a broken barrier."""
 
         def guarded(rank: int) -> Batch:
             try:
                 with torch.no_grad():
                     return work(rank)  # type: ignore[no-any-return]
             except BaseException:
-                self._barrier.abort()  # or the others would wait for ever
+                self._barrier.abort()  # else the other ranks would wait forever
                 raise
 
         with ThreadPoolExecutor(self.n) as pool:
@@ -176,7 +84,7 @@ class _Ranks:
 
 @dataclass
 class BenchContext:
-    """`alignkit.method.Context` on the bench. moved: the alphas that `update_reference` was called with."""
+    """The bench's `alignkit.method.Context`. moved: the alphas that `update_reference` was called with."""
 
     models: Any
     step_examples: tuple[Example, ...]
@@ -196,8 +104,8 @@ class BenchContext:
     max_new_tokens: int = 256
 
     def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
-        """Return made-up completions, rewards and verdicts, which depend on the example alone."""
-        make = self.scripted or made_up
+        """Return artificial completions, rewards and verdicts, which depend only on the example."""
+        make = self.scripted or with_completions
         made = batch_of([make(e, n) for e in batch.examples], self.layout)
         scores = torch.tensor([score_of(c) for e in made.examples for c in e.completions], dtype=torch.float64)
         ended = torch.tensor([int(c.tokens[-1]) == EOS for e in made.examples for c in e.completions])
@@ -205,25 +113,25 @@ class BenchContext:
         if mixture is not None:
             numbers["wins"] = scores.sigmoid()
         with torch.no_grad():
-            said = self.models.policy(made, values=self.uses_critic)
-            old = said.logps - self.stale * made.targets.double().sin()
+            outputs = self.models.policy(made, values=self.uses_critic)
+            old = outputs.logps - self.stale * made.targets.double().sin()
             per_token = {"old_logps": old} if self.stale or self.uses_critic else {}
-            if said.values is not None:
-                per_token["values"] = said.values
+            if outputs.values is not None:
+                per_token["values"] = outputs.values
             if self.uses_reference:
                 per_token["reference_logps"] = self.models.reference(made).logps
         return made.attach(per_completion=numbers, per_token=per_token)
 
     def log(self, **values: float) -> None:
-        """Keep the numbers."""
+        """Record the numbers."""
         self.logged |= values
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum over all ranks."""
+        """Return the sum over all ranks."""
         return self.ranks.sum(self.rank, value)
 
     def shard(self, examples: Sequence[Example]) -> Batch:
-        """This rank's part of the examples."""
+        """Return this rank's part of the examples."""
         batch = batch_of(examples[self.rank :: self.ranks.n], self.layout)
         if not self.uses_reference or not all(e.completions for e in examples):
             return batch
@@ -231,20 +139,20 @@ class BenchContext:
             return batch.attach(per_token={"reference_logps": self.models.reference(batch).logps})
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean over all ranks."""
+        """Return the mean over all ranks."""
         total = self.ranks.sum(self.rank, torch.stack([value.double().sum(), torch.tensor(float(value.numel()))]))
         return (total[0] / total[1]).to(value)
 
     def update_reference(self, alpha: float) -> None:
-        """Write the call down."""
+        """Record the call."""
         self.moved.append(alpha)
 
 
 class Bench:
-    """One method with its models in float64; `models` may be others that say what is wanted.
+    """One method with its models in float64, or with `models`, such as ScriptedModels.
 
-    scripted: what is sampled from a prompt, instead of what the bench makes up. stale: how far the policy that sampled
-    is behind: old = policy - stale * sin(token), in nats; without it a batch serves one update.
+    scripted: samples completions for a prompt, instead of artificial ones. stale: how far the sampling policy differs
+    from the policy: old = policy - stale * sin(token), in nats; at 0 a batch serves one update.
     """
 
     def __init__(
@@ -268,7 +176,7 @@ class Bench:
         )
 
     def collect(self, examples: Sequence[Example], cut: Cut = Cut()) -> list[Batch]:
-        """Return each rank's batch as `collect` left it, in the order that `cut` asks for."""
+        """Return each rank's batch after `collect`, in the order of `cut`."""
         ranks = _Ranks(cut.ranks)
 
         def work(rank: int) -> Batch:
@@ -283,7 +191,7 @@ class Bench:
         batches = self.collect(examples, cut)
         per_rank = [averages.counts(b, lambda t: t) for b in batches]
         names = {n for counts in per_rank for n in counts}
-        # a count is at least 1 in `counts`, so what a rank has none of is counted anew
+        # `counts` returns at least 1, which is wrong for a rank that has none of them: count again
         totals = {n: max(1.0, float(sum(b.count(n) for b in batches))) for n in names}
         metrics = averages.Averages()
         metrics.expect(totals)
@@ -300,7 +208,7 @@ class Bench:
         return Measured(means["loss"], means, gradients)
 
     def score(self, examples: Sequence[Example]) -> list[ScoredRow]:
-        """Return what the models say about each answer alone, and the rewards of sampled ones: plain numbers."""
+        """Score each answer separately, with the rewards of sampled ones; return plain numbers."""
         models = self.models
         critic = models.trained.critic.model if isinstance(models.trained, ActorCritic) else None
         policy, reference = models.policy_scorer.model, models.reference_scorer.model
@@ -311,8 +219,8 @@ class Bench:
 def assert_same(a: Measured, b: Measured, what: str, tolerance: float = 1e-6) -> None:
     """Fail unless loss, metrics and gradients of two steps agree to `tolerance`, relative to their size.
 
-    Everything is float64, where reordering a sum costs about 1e-14; the rest of the tolerance is for a method that
-    keeps a constant in float32. A wrong denominator is wrong in the first digits.
+    In float64 a reordered sum differs by about 1e-14; the rest of the tolerance is for methods that keep a constant in
+    float32. A wrong denominator shows in the first digits.
     """
     for name in sorted({*a.metrics, *b.metrics}):
         x, y = a.metrics.get(name, float("nan")), b.metrics.get(name, float("nan"))
@@ -325,5 +233,5 @@ def assert_same(a: Measured, b: Measured, what: str, tolerance: float = 1e-6) ->
 
 
 def reordered(n: int) -> list[tuple[int, ...]]:
-    """Return orders to try n examples in: backwards, and odd ones first."""
+    """Return two orders of n examples: reversed, and odd ones first."""
     return [tuple(reversed(range(n))), (*range(1, n, 2), *range(0, n, 2))]

@@ -1,6 +1,6 @@
-"""What an expected value is derived from: log-probabilities of one sequence at a time, in float64, as plain floats.
+"""The basis of expected values: log-probabilities of one sequence at a time, in float64, as plain floats.
 
-Nothing here touches batches, rows, masks or kernels, so an error there cannot hide in both sides of a comparison.
+Nothing here uses batches, rows, masks or kernels, so an error there cannot hide in both sides of a comparison.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from alignkit.types import Completion, Example
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion: the log-probabilities of its trained tokens in nats, by the policy and by the reference.
+    """One completion: the log-probabilities of its trained tokens under the policy and the reference, in nats.
 
-    Of a sampled one also: its reward and, where the method has a critic, the value before each token.
+    reward: of a sampled completion. values: the critic's value before each token, where the method has a critic.
     """
 
     policy: tuple[float, ...]
@@ -29,7 +29,7 @@ class Answer:
 
     @property
     def n(self) -> int:
-        """Trained tokens."""
+        """Number of trained tokens."""
         return len(self.policy)
 
     @property
@@ -39,7 +39,7 @@ class Answer:
 
     @property
     def mean_logp(self) -> float:
-        """Average log-probability a token under the policy."""
+        """Mean log-probability per token under the policy."""
         return self.logp / self.n
 
     @property
@@ -50,14 +50,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """An example with what both models say about its answers."""
+    """An example with its scored answers."""
 
     example: Example
     answers: tuple[Answer, ...]
 
     @property
     def only(self) -> Answer:
-        """The answer of a row that has one."""
+        """The answer of a row with one answer."""
         (answer,) = self.answers
         return answer
 
@@ -79,7 +79,7 @@ def score_rows(
     critic: Any = None,
     reward: Callable[[Completion], float] = lambda _: 0.0,
 ) -> list[ScoredRow]:
-    """Score every answer alone, by the models' own forward without masks or packing, in the models' float64."""
+    """Score each answer separately by the models' own forward pass in float64, without masks or packing."""
 
     def answer(e: Example, c: Completion) -> Answer:
         values = _values(critic, e, c) if critic is not None else ()
@@ -106,15 +106,15 @@ def _values(critic: Any, example: Example, completion: Completion) -> tuple[floa
     sequence = torch.cat([example.prompt, completion.tokens]).tolist()
     with torch.no_grad():
         hidden = critic.base_model(input_ids=torch.tensor([sequence]), use_cache=False).last_hidden_state[0]
-        said = critic.score(hidden).squeeze(-1).double()
-    return tuple(float(v) for v in said[len(example.prompt) - 1 : -1])
+        values = critic.score(hidden).squeeze(-1).double()
+    return tuple(float(v) for v in values[len(example.prompt) - 1 : -1])
 
 
 def sigmoid(x: float) -> float:
-    """Return 1 / (1 + e^-x), exact on both sides of 0."""
+    """Return 1 / (1 + e^-x), accurate on both sides of 0."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def log_sigmoid(x: float) -> float:
-    """Return log(1 / (1 + e^-x)), exact on both sides of 0."""
+    """Return log(1 / (1 + e^-x)), accurate on both sides of 0."""
     return -math.log1p(math.exp(-x)) if x >= 0 else x - math.log1p(math.exp(x))

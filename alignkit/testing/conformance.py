@@ -1,4 +1,4 @@
-"""The whole suite as one class to inherit from."""
+"""The whole suite as one base class."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from alignkit.testing.runs import RunChecks
 
 
 class Conformance(ContractChecks, LossChecks, OnlineChecks, RunChecks):
-    """Everything the engine relies on, checked for `method` in each of `configs`; see `alignkit.testing`."""
+    """Checks everything the engine relies on, for `method` with each of `configs`; see `alignkit.testing`."""

@@ -1,4 +1,4 @@
-"""Checks of what a method declares: its settings, its roles, its purity, what it must leave alone."""
+"""Checks of what a method declares: its settings, its roles, its purity, what it must not change."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from alignkit.config import read_yaml, split, write_yaml
 from alignkit.engine.averages import counts, term_sums
 from alignkit.errors import ConfigError, PluginError
 from alignkit.registry import check_class
-from alignkit.testing.bench import Bench, TinyModels
+from alignkit.testing.bench import Bench
+from alignkit.testing.models import TinyModels
 from alignkit.testing.suite import Suite
 from alignkit.types import Batch, Term
 
 
 class ContractChecks(Suite):
-    """The part of the suite that needs no arithmetic."""
+    """The part of the suite that checks the contract."""
 
     def test_declaration(self, config: dict[str, Any]) -> None:
-        """The class is one that the registry takes, and every setting says what it means."""
+        """The registry accepts the class, and every setting has a description."""
         cls = self.method
         check_class(cls)
-        assert cls.name.islower(), f"the name is typed by users: '{cls.name}' should be lower case"
-        assert set(cls.trains) <= cls.uses, f"trains {cls.trains} names roles that uses {set(cls.uses)} lacks"
+        assert cls.name.islower(), f"users type the name: '{cls.name}' should be lower case"
+        assert set(cls.trains) <= cls.uses, f"trains = {cls.trains} has roles that are not in uses = {set(cls.uses)}"
         assert cls.learning_rate > 0
         assert cls.lora_learning_rate > 0
-        silent = [n for n, f in cls.Config.model_fields.items() if not (f.description or "").strip()]
-        assert not silent, f"settings without a description: {silent}"
+        undescribed = [n for n, f in cls.Config.model_fields.items() if not (f.description or "").strip()]
+        assert not undescribed, f"settings without a description: {undescribed}"
 
     def test_config_round_trip(self, config: dict[str, Any], tmp_path: Any) -> None:
         """Settings survive Python, JSON and YAML, and cannot be changed afterwards."""
@@ -51,20 +52,20 @@ class ContractChecks(Suite):
                 setattr(made, name, getattr(made, name))
 
     def test_unknown_settings_are_refused(self, config: dict[str, Any]) -> None:
-        """A misspelt key is an error, in Python as in a file."""
+        """A misspelt key is an error, in Python and in a file."""
         with pytest.raises(ValidationError):
             self.method.Config(**{**config, "no_such_setting": 1})
         with pytest.raises(ConfigError, match="no_such_setting"):
             split({"method": self.method.name, "model": "m", "data": "d", "no_such_setting": 1}, self.method.Config)
 
     def test_roles(self, config: dict[str, Any]) -> None:
-        """The method asks for declared roles alone, and what each of them says makes a difference."""
+        """The method uses only declared roles, and the reference changes its terms if it is declared."""
         bench = Bench(self.made(config))
         try:
             (batch,) = bench.collect(self.examples())
             terms = bench.method.loss(batch, bench.models)
         except (PluginError, KeyError) as error:
-            pytest.fail(f"uses = {set(self.method.uses)} does not cover what the method asks for: {error}")
+            pytest.fail(f"uses = {set(self.method.uses)} does not cover the roles that the method uses: {error}")
         if "reference" not in bench.method.roles():
             return
         other = Bench(self.made(config))
@@ -72,10 +73,10 @@ class ContractChecks(Suite):
         (moved,) = other.collect(self.examples())
         changed = other.method.loss(moved, other.models)
         same = all(torch.equal(t.value, changed[n].value) for n, t in terms.items() if n in changed)
-        assert not same, "uses names 'reference', but another reference changes no term"
+        assert not same, "uses has 'reference', but another reference changes no term"
 
     def test_loss_is_pure(self, config: dict[str, Any]) -> None:
-        """The same batch gives the same bits, and nothing else has changed."""
+        """The same batch gives the same bits, and nothing else changes."""
         bench = Bench(self.made(config))
         (batch,) = bench.collect(self.examples())
         before = _kept(bench.method), _bits_of_batch(batch)
@@ -84,13 +85,13 @@ class ContractChecks(Suite):
             again = bench.method.loss(batch, bench.models)
         assert _kept(bench.method) == before[0], "loss keeps state in self"
         assert _bits_of_batch(batch) == before[1], "loss changes the batch"
-        assert first.keys() == again.keys(), "loss returns other terms when it is called again"
+        assert first.keys() == again.keys(), "loss returns other terms in a second call"
         for name, term in first.items():
             assert isinstance(term, Term), f"'{name}' is a {type(term).__name__}, not a Term"
-            assert torch.equal(term.value, again[name].value), f"'{name}' differs when loss is called again"
+            assert torch.equal(term.value, again[name].value), f"'{name}' differs in a second call of loss"
 
     def test_collect(self, config: dict[str, Any]) -> None:
-        """It carries no gradient, trains nothing, draws from ctx.generator alone, and keeps the examples."""
+        """`collect` attaches no gradient, trains nothing, draws only from ctx.generator, and keeps the examples."""
         bench = Bench(self.made(config))
         examples = self.examples()
         with _untouched(bench.models):
@@ -100,10 +101,10 @@ class ContractChecks(Suite):
         numbers = {**batch.per_example, **batch.per_completion, **batch.per_token}
         assert not [n for n, v in numbers.items() if v.requires_grad], "collect attached numbers with a gradient"
         for name, value in numbers.items():
-            assert torch.equal(value, again[name]), f"'{name}' is random beyond ctx.generator"
+            assert torch.equal(value, again[name]), f"'{name}' uses randomness that is not from ctx.generator"
 
     def test_frozen_roles_stay(self, config: dict[str, Any]) -> None:
-        """A whole training step changes the policy and leaves every frozen weight as it was, bit for bit."""
+        """A whole training step changes the policy and no bit of a frozen weight."""
         bench = Bench(self.made(config))
         examples = self.examples()
         policy, reference = bench.models.trained, bench.models.reference_scorer
@@ -118,12 +119,12 @@ class ContractChecks(Suite):
         bench.method.after_update(ctx, {"kl": 1.0})
         assert _bits(reference) == before_reference, "a training step changed the reference"
         assert all(p.grad is None for p in reference.parameters()), "the reference got a gradient"
-        assert _bits(policy) != before_policy, "a training step left the policy as it was"
+        assert _bits(policy) != before_policy, "a training step did not change the policy"
         if ctx.moved:
             assert bench.method.reference_need() == "moving", "update_reference needs reference_need() == 'moving'"
 
     def test_state_round_trip(self, config: dict[str, Any]) -> None:
-        """What a checkpoint keeps of the method is JSON, and comes back equal."""
+        """The method's state in a checkpoint is JSON, and is equal when it is loaded."""
         method = self.made(config)
         state = json.loads(json.dumps(method.state_dict()))
         fresh = self.made(config)
@@ -132,20 +133,20 @@ class ContractChecks(Suite):
 
 
 def _kept(method: Any) -> dict[str, Any]:
-    """What the method holds, and what the objects in it hold."""
+    """Return a copy of the method's attributes, and of the attributes of objects in them."""
     return copy.deepcopy({k: getattr(v, "__dict__", v) for k, v in vars(method).items()})
 
 
 @contextmanager
 def _untouched(models: TinyModels) -> Iterator[None]:
-    """Fail when weights, their gradients, or a global random generator are not what they were."""
+    """Fail if weights, their gradients, or a global random generator change."""
     scorers = {"trained model": models.trained, "reference": models.reference_scorer}
     before = {name: _bits(s) for name, s in scorers.items()}
     drawn = _generators()
     yield
     for name, scorer in scorers.items():
         assert _bits(scorer) == before[name], f"the {name}'s weights were changed"
-        assert all(p.grad is None for p in scorer.parameters()), f"the {name} was given a gradient"
+        assert all(p.grad is None for p in scorer.parameters()), f"the {name} got a gradient"
     assert _generators() == drawn, "a global random generator was used; draw from ctx.generator in collect"
 
 

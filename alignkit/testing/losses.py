@@ -1,4 +1,4 @@
-"""Checks of a loss's arithmetic: right by hand, finite at the edges, and the same however a step is cut."""
+"""Checks of a loss's values: equal to those by hand, finite at extremes, and the same however a step is cut."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
 from alignkit.engine.averages import counts, sum_terms
-from alignkit.testing.bench import Bench, Cut, Scripted, ScriptedModels, TinyModels, assert_same, reordered
-from alignkit.testing.suite import Suite
+from alignkit.testing.bench import Bench, Cut, Scripted, assert_same, reordered
+from alignkit.testing.models import ScriptedModels, TinyModels
+from alignkit.testing.suite import Suite, only_for
 from alignkit.testing.world import same_answers
 from alignkit.types import Completion, Example, Layout
 
-POLICY_SAYS = (0.0, -1e-7, -1.0, -30.0, -1e4)
-REFERENCE_SAYS = (0.0, -1.0, -1e4)
+POLICY_LOGPS = (0.0, -1e-7, -1.0, -30.0, -1e4)  # per token
+REFERENCE_LOGPS = (0.0, -1.0, -1e4)
 LENGTHS = (1, 200)
-TOLERANCE = 1e-6  # of expected values: float64 against float64, and constants that a method keeps in float32
+TOLERANCE = 1e-6  # of expected values: both sides are float64, but a method may keep constants in float32
 
 
 class LossChecks(Suite):
-    """The part of the suite that computes."""
+    """The part of the suite that checks the loss."""
 
     def test_expected_values(self, config: dict[str, Any]) -> None:
-        """The step's loss is what `expected` derives from each sequence alone."""
+        """The step's loss equals what `expected` derives from single sequences."""
         bench = Bench(self.made(config))
         examples = self.examples()
-        (batch,) = bench.collect(examples)  # of a method that samples, with its completions
+        (batch,) = bench.collect(examples)  # with the completions of a method that samples
         answered = examples if self.method.data != "prompts" else batch.examples
         want = self.expected_step(self.method.Config(**config), bench.score(answered), bench)
         for layout in (Layout("forest", 64), Layout("padded")):
@@ -60,7 +60,7 @@ class LossChecks(Suite):
             assert_same(whole, bench.step(examples, Cut(layout)), "the width of rows")
 
     def test_layout(self, config: dict[str, Any]) -> None:
-        """Loss and gradient are those of one padded row a sequence."""
+        """Loss and gradient are those of padded rows with one sequence each."""
         bench, examples = Bench(self.made(config)), self.examples()
         assert_same(bench.step(examples), bench.step(examples, Cut(Layout("padded"))), "the layout")
 
@@ -71,21 +71,18 @@ class LossChecks(Suite):
         for ranks in (2, 3):
             assert_same(whole, bench.step(examples, Cut(ranks=ranks)), "the number of ranks")
 
+    @only_for("text", "pairs", "unpaired")
     def test_ties_count_half(self, config: dict[str, Any]) -> None:
-        """Where nothing can be preferred, an accuracy is one half."""
-        if self.method.data == "prompts":
-            pytest.skip("a method on sampled completions has no pairs")
+        """On equal answers an accuracy is one half, where the method logs one."""
         bench = Bench(self.made(config))
         bench.models.reference_scorer = bench.models.policy_scorer
         tie = same_answers(self.method.data)
         metrics = bench.step([tie] * max(2, self.method.min_batch)).metrics
         accuracies = {n: v for n, v in metrics.items() if n.endswith("accuracy")}
-        if not accuracies:
-            pytest.skip("the method logs no accuracy")
-        assert set(accuracies.values()) == {0.5}, f"on equal answers: {accuracies}"
+        assert set(accuracies.values()) <= {0.5}, f"on equal answers: {accuracies}"
 
     def test_extreme_log_probabilities(self, config: dict[str, Any]) -> None:
-        """Loss and gradient are finite in float32 where models are certain, or certain of the contrary."""
+        """Loss and gradient are finite in float32 for log-probabilities from 0 to -10,000 per token."""
         examples, models = extreme_rows(self.method.data)
         bench = Bench(self.made(config), models)
         if self.method.data == "prompts":
@@ -102,10 +99,10 @@ class LossChecks(Suite):
         for leaf in models.leaves:
             assert leaf.grad is not None, "the loss has no gradient with respect to the policy"
             bad = (~leaf.grad.isfinite()).nonzero()
-            assert not len(bad), f"the gradient is not finite where the policy says {leaf[bad[0]].tolist()} a token"
+            assert not len(bad), f"the gradient is not finite at a log-probability of {leaf[bad[0]].tolist()} per token"
 
     def test_extreme_rows(self, config: dict[str, Any]) -> None:
-        """Loss and gradient are finite for a policy without doubts, on very long, very short and equal answers."""
+        """Loss and gradient are finite for a policy with extreme logits, on very long, very short and equal answers."""
         models = TinyModels(self.made(config), torch.float32)
         with torch.no_grad():
             models.policy_scorer.get_parameter("model.lm_head.weight").mul_(1000.0)
@@ -122,27 +119,27 @@ class LossChecks(Suite):
         measured = bench.step(examples, Cut(Layout("forest", 640)))
         assert all(math.isfinite(v) for v in measured.metrics.values()), f"not finite: {measured.metrics}"
         bad = [n for n, g in measured.gradients.items() if not bool(g.isfinite().all())]
-        assert not bad, f"gradients that are not finite: {bad}"
+        assert not bad, f"gradients are not finite: {bad}"
 
 
 def extreme_rows(kind: str) -> tuple[list[Example], ScriptedModels]:
-    """Return rows of one and of 200 tokens, and models that give each an extreme log-probability a token, all ways."""
-    says = [*itertools.product(POLICY_SAYS, REFERENCE_SAYS, LENGTHS)]
+    """Return rows of one and of 200 tokens, and models with every combination of extreme log-probabilities for them."""
+    extremes = [*itertools.product(POLICY_LOGPS, REFERENCE_LOGPS, LENGTHS)]
     n_answers = 2 if kind == "pairs" else 1
     prompt = torch.tensor([5], dtype=torch.int32)
     policy: dict[Completion, float] = {}
     reference: dict[Completion, float] = {}
     examples = []
-    for i, answers in enumerate(itertools.product(says, repeat=n_answers)):
+    for i, answers in enumerate(itertools.product(extremes, repeat=n_answers)):
         completions = tuple(_repeated(7, length) for _, _, length in answers)
-        for completion, (by_policy, by_reference, _) in zip(completions, answers, strict=True):
-            policy[completion], reference[completion] = by_policy, by_reference
+        for completion, (policy_logp, reference_logp, _) in zip(completions, answers, strict=True):
+            policy[completion], reference[completion] = policy_logp, reference_logp
         examples.append(Example(prompt, completions, {"desirable": float(i % 2)}, i + 1))
     return examples, ScriptedModels(policy, reference)
 
 
 def _prompts_of(examples: list[Example]) -> tuple[list[Example], Scripted]:
-    """Return the rows as prompts, and what samples their answers: groups of neighbours, each answer once at least."""
+    """Return the rows as prompts, and a sampler of groups of neighbouring answers, each answer at least once."""
     pool = [c for e in examples for c in e.completions]
 
     def sampled(example: Example, n: int) -> Example:
@@ -156,12 +153,12 @@ def _repeated(token: int, n: int) -> Completion:
 
 
 def _culprit(value: torch.Tensor, models: ScriptedModels, batch: Any) -> str:
-    """Say what the models were told where a term is not finite."""
+    """Return the scripted values at the first place where a term is not finite."""
     at = int((~value.isfinite()).nonzero()[0])
     if len(value) != len(batch):
         return f"entry {at} of {len(value)}"
-    said: Sequence[str] = [
+    answers: Sequence[str] = [
         f"{len(c.tokens)} tokens, policy {models.policy_says[c]}, reference {models.reference_says[c]}"
         for c in batch.examples[at].completions
     ]
-    return " against ".join(said)
+    return " against ".join(answers)

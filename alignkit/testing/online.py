@@ -1,4 +1,4 @@
-"""Checks of methods that sample: ratios, advantages and estimators of the KL."""
+"""Checks of methods that sample: ratios, gradients, repeatability and the estimate of the KL."""
 
 from __future__ import annotations
 
@@ -6,32 +6,28 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
 from alignkit.testing.bench import Bench
-from alignkit.testing.suite import Suite
+from alignkit.testing.suite import Suite, only_for
 from alignkit.testing.world import VOCABULARY
 from alignkit.types import Batch, Completion, Example
 
 
 class OnlineChecks(Suite):
-    """The part of the suite for methods with `data = "prompts"`; others skip it."""
+    """The part of the suite for methods with `data = "prompts"`; others do not have it."""
 
-    def _online(self, config: dict[str, Any]) -> Bench:
-        if self.method.data != "prompts":
-            pytest.skip("the method samples nothing")
-        return Bench(self.made(config))
-
+    @only_for("prompts")
     def test_ratio_is_one_on_policy(self, config: dict[str, Any]) -> None:
-        """In the first update of a batch policy and old policy are one function, and nothing is clipped."""
-        metrics = self._online(config).step(self.examples()).metrics
+        """In the first update of a batch the policy equals the old policy, and nothing is clipped."""
+        metrics = Bench(self.made(config)).step(self.examples()).metrics
         assert abs(metrics["ratio/max"] - 1) < 1e-6, f"the ratio is {metrics['ratio/max']!r} before any update"
         assert metrics["clip_fraction"] == 0
 
+    @only_for("prompts")
     def test_nothing_flows_through_rewards(self, config: dict[str, Any]) -> None:
-        """What `collect` attached and what is logged carries no gradient; the loss does."""
-        bench = self._online(config)
+        """Attached numbers and metrics have no gradient; the loss has one."""
+        bench = Bench(self.made(config))
         (batch,) = bench.collect(self.examples())
         assert not [n for n in _numbers(batch) if batch[n].requires_grad]
         with torch.enable_grad():
@@ -39,22 +35,22 @@ class OnlineChecks(Suite):
         assert any(t.coef and t.value.requires_grad for t in terms.values()), "no term has a gradient"
         assert not [n for n, t in terms.items() if not t.coef and t.value.requires_grad], "a metric has a gradient"
 
+    @only_for("prompts")
     def test_steps_repeat(self, config: dict[str, Any]) -> None:
-        """From the same state and the same samples, a step gives the same numbers, all of them finite."""
-        bench = self._online(config)
+        """From the same state and samples, a step returns the same numbers, all finite."""
+        bench = Bench(self.made(config))
         examples = self.examples()
         whole = bench.step(examples).metrics
         assert all(math.isfinite(v) for v in whole.values()), f"not finite: {whole}"
         bench.method.load_state_dict(self.made(config).state_dict())
         again = bench.step(examples).metrics
-        assert again == whole, "a second step over the same samples, from the same state, logs other numbers"
+        assert again == whole, "a second step with the same samples and state logs other numbers"
 
+    @only_for("prompts", role="reference")
     def test_kl_is_unbiased(self, config: dict[str, Any]) -> None:
-        """The metric "kl", averaged over what the policy may sample, is KL(policy || reference)."""
-        bench = self._online(config)
+        """The metric "kl", averaged over all tokens that the policy may sample, is KL(policy || reference)."""
+        bench = Bench(self.made(config))
         prompt = self.examples()[1]
-        if "reference" not in bench.method.roles():
-            pytest.skip("these settings have no reference")
         policy, reference = (
             s.model(input_ids=prompt.prompt[None].long()).logits[0, -1].double().log_softmax(-1).detach()
             for s in (bench.models.policy_scorer, bench.models.reference_scorer)
@@ -70,7 +66,7 @@ class OnlineChecks(Suite):
             return bench.step([prompt]).metrics["kl"]
 
         got = sum(float(policy[token].exp()) * only(token) for token in range(VOCABULARY))
-        assert math.isclose(got, want, rel_tol=1e-5), f"the mean of the estimates is {got}, the KL {want}"
+        assert math.isclose(got, want, rel_tol=1e-5), f"the mean of the estimates is {got}, the KL is {want}"
 
 
 def _numbers(batch: Batch) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checks in the real engine: interrupted runs, adapters, low precision."""
+"""Checks with the real engine: interrupted runs, adapters, low precision."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ SAMPLING = {"max_new_tokens": 6}
 
 
 class _InterruptedError(Exception):
-    """Stands for whatever ends a process between two steps."""
+    """Represents anything that ends a process between two steps."""
 
 
 def vowels(completions: list[str], **_: Any) -> list[float]:
-    """The kit's reward: the part of a completion that is vowels."""
+    """The kit's reward: the fraction of vowels in a completion."""
     return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
 
 
 def more_vowels(first: list[str], second: list[str], **_: Any) -> list[float]:
-    """The kit's judge: P(the first has more vowels), one half where both have the same."""
+    """The kit's judge: one half plus half the difference of the fractions of vowels."""
     return [0.5 + (a - b) / 2 for a, b in zip(vowels(first), vowels(second), strict=True)]
 
 
 def train(method: type[Method[Any]], folder: Path, **settings: Any) -> Result:
-    """Run the engine on the kit's small world and return its Result; the method need not be installed.
+    """Run the engine in the kit's small world and return its Result; the method need not be installed.
 
-    folder: where runs and the reference cache go. settings: of the run and of the method; they win over the kit's
-    (a fresh `tiny_model`, 12 `tiny_rows`, 2 steps of 4 rows, the CPU, float32, one checkpoint a step).
+    folder: of runs and the reference cache. settings: of the run and of the method; they override the kit's (a new
+    `tiny_model`, 12 `tiny_rows`, 2 steps of 4 rows, the CPU, float32, one checkpoint per step).
     """
     given = {
         "model": tiny_model(),
@@ -61,14 +61,14 @@ def train(method: type[Method[Any]], folder: Path, **settings: Any) -> Result:
     }
     if method.data == "prompts":
         given |= {"sampling": SAMPLING}
-        given |= {role: ask for role, ask in (("reward", vowels), ("judge", more_vowels)) if role in method.uses}
+        given |= {role: f for role, f in (("reward", vowels), ("judge", more_vowels)) if role in method.uses}
     with one_thread(), mock.patch.object(registry, "get", return_value=method):
         return Engine(**{**given, **settings}).run(method.name)
 
 
 @contextmanager
 def interrupted_after(steps: int) -> Iterator[None]:
-    """Make the engine fail when it would begin the step after this many."""
+    """Make the engine fail after this number of steps."""
     original = Loop.step
 
     def step(self: Loop, step: int, total: int) -> dict[str, float]:
@@ -84,20 +84,20 @@ class RunChecks(Suite):
     """The part of the suite that trains."""
 
     def test_resume_full(self, config: dict[str, Any], tmp_path: Path) -> None:
-        """A run that was interrupted and resumed gives the weights of one that was not, bit for bit."""
+        """A run that is interrupted and resumed has the weights of an uninterrupted run, bit for bit."""
         self._resumed_equals_uninterrupted(config, tmp_path, {})
 
     def test_resume_lora(self, config: dict[str, Any], tmp_path: Path) -> None:
-        """The same with adapters, under which the base weights stay as they were, bit for bit."""
+        """The same with adapters, which do not change a bit of the base weights."""
         trained = self._resumed_equals_uninterrupted(config, tmp_path, {"lora": 4})
         base = {n.replace(".base_layer", ""): t for n, t in trained.get_base_model().state_dict().items()}
         for name, weight in tiny_model().state_dict().items():
             if name == "lm_head.weight" and name not in base:
-                continue  # of a classifier, which has a head of its own
+                continue  # a classifier has its own head
             assert torch.equal(base[name], weight), f"training adapters changed the base weight {name}"
 
     def test_bf16(self, config: dict[str, Any], tmp_path: Path) -> None:
-        """With weights and products in bfloat16 every step is finite, and the policy moves."""
+        """With weights and products in bfloat16 every step is finite, and the policy changes."""
         model = tiny_model(dtype=torch.bfloat16)
         before = {n: p.clone() for n, p in model.named_parameters()}
         settings = {"dtype": "bfloat16", "precision": "bf16", "learning_rate": 1e-2, "save_every": None}
@@ -116,7 +116,7 @@ class RunChecks(Suite):
         want, got = whole.model.state_dict(), parts.model.state_dict()
         assert want.keys() == got.keys()
         different = [n for n, t in want.items() if not torch.equal(t, got[n])]
-        assert not different, f"resumed, these weights differ: {different[:4]}"
+        assert not different, f"after a resume, these weights differ: {different[:4]}"
         assert _lines(folder / "whole") == _lines(folder / "parts")
         return parts.model
 

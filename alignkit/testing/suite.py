@@ -1,26 +1,38 @@
-"""How a plugin's test class becomes tests: each configuration through each check, declared failures held to fail."""
+"""Turns a plugin's test class into tests: each check runs for each configuration, and declared failures must fail."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
 
-from alignkit.method import Method
+from alignkit.method import DataKind, Method, Role
 from alignkit.testing.bench import Bench
 from alignkit.testing.byhand import ScoredRow
 from alignkit.testing.world import tiny_examples
 from alignkit.types import Example
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def only_for(*data: DataKind, role: Role | None = None) -> Callable[[F], F]:
+    """Mark a check that applies to methods of these kinds of data, and to configurations that use this role."""
+
+    def mark(check: F) -> F:
+        check.only_for = data, role  # type: ignore[attr-defined]
+        return check
+
+    return mark
+
 
 class Suite:
-    """What the author of a plugin fills in.
+    """The part that the author of a plugin defines.
 
-    method: the class under test. configs: settings; each goes through every check.
-    expected_failures: {"test_name" or "test_name[configuration]": why}; one that passes after all is an error.
+    method: the class under test. configs: settings; every check runs for each.
+    expected_failures: {"test_name" or "test_name[configuration]": reason}; one that passes is an error.
     """
 
     method: ClassVar[type[Method[Any]]]
@@ -28,13 +40,13 @@ class Suite:
     expected_failures: ClassVar[Mapping[str, str]] = {}
 
     def expected(self, config: Any, row: ScoredRow) -> float:
-        """Return the loss of one row, derived by hand: plain `math`, nothing of the plugin."""
+        """Return the loss of one row, derived by hand with plain `math` and without the plugin's code."""
         raise NotImplementedError("define expected(self, config, row), or expected_step, in the test class")
 
     def expected_step(self, config: Any, rows: Sequence[ScoredRow], bench: Bench) -> float:
         """Return the loss of a step over these rows. Default: the mean of `expected`.
 
-        Override it where the loss is no mean over examples. bench.score(examples) scores other rows in the same way.
+        Override it if the loss is not a mean over examples. bench.score(examples) scores other rows in the same way.
         """
         return sum(self.expected(config, row) for row in rows) / len(rows)
 
@@ -43,7 +55,11 @@ class Suite:
         tests = [name for name in dir(cls) if name.startswith("test_")]
         known = {*tests, *(f"{t}[{config_id(c)}]" for t in tests for c in cls.configs)}
         if unknown := sorted(set(cls.expected_failures) - known):
-            raise TypeError(f"expected_failures of {cls.__name__} names no check: {unknown}; there are {tests}")
+            raise TypeError(f"{cls.__name__}: expected_failures has unknown checks {unknown}; checks: {tests}")
+        for name in tests if hasattr(cls, "method") else ():
+            data, _ = getattr(getattr(cls, name), "only_for", (None, None))
+            if data is not None and cls.method.data not in data:
+                setattr(cls, name, None)  # pytest collects what can be called: a check that cannot apply is no skip
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:
@@ -51,12 +67,14 @@ class Suite:
             yield
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Run a check that takes `config` once for each configuration (pytest calls this)."""
+        """Run a check with the argument `config` once for each configuration (pytest calls this)."""
         if "config" not in metafunc.fixturenames:
             return
+        _, role = getattr(metafunc.function, "only_for", (None, None))
         marked = [
             pytest.param(dict(c), id=config_id(c), marks=self._marks(metafunc.function.__name__, config_id(c)))
             for c in self.configs
+            if role is None or role in self.made(c).roles()
         ]
         metafunc.parametrize("config", marked)
 
@@ -71,13 +89,13 @@ class Suite:
         return self.method(self.method.Config(**config))
 
     def examples(self) -> list[Example]:
-        """Return the examples that a step is made of; override it where the method needs special ones."""
+        """Return the examples of a step; override it if the method needs special ones."""
         return tiny_examples(self.method.data)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread: with tensors this small, more of them only wait for each other."""
+    """Limit torch to one thread: with tensors this small, more threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

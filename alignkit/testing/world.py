@@ -1,4 +1,4 @@
-"""The kit's small world: a Llama of two layers, a tokenizer of single characters, rows and examples of each kind."""
+"""The kit's small world: a Llama with two layers, a tokenizer of single characters, rows and examples of each kind."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ EOS = SPECIAL.index("</s>")
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a Llama with 2 layers, hidden size 32 and 64 tokens; the same one for the same seed.
+    """Return a Llama with 2 layers, hidden size 32 and a vocabulary of 64; the same one for the same seed.
 
-    Its weights are drawn wide, so that its probabilities are far from uniform. The global generators are left alone.
+    Its weights are large, so that its probabilities are far from uniform. The global generators do not change.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,7 +44,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def tiny_classifier(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a one-label classifier on `tiny_model`'s trunk; its head is drawn too."""
+    """Return a one-label classifier on `tiny_model`'s trunk, with a random head."""
     from alignkit.models.loading import classifier_like
 
     model: Any = classifier_like(tiny_model(seed, dtype))
@@ -54,14 +54,14 @@ def tiny_classifier(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def blend(model: nn.Module, other: nn.Module, part: float) -> None:
-    """Move the model's weights this part of the way to the other's: a policy that has left its reference a little."""
+    """Move the model's weights by this fraction towards the other's: a policy that has moved from its reference."""
     with torch.no_grad():
-        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-            mine.lerp_(theirs, part)
+        for weight, target in zip(model.parameters(), other.parameters(), strict=True):
+            weight.lerp_(target, part)
 
 
 def tiny_tokenizer() -> Any:
-    """Return a fast tokenizer with a token for each character, BOS and EOS, for texts of `tiny_rows`."""
+    """Return a fast tokenizer with BOS, EOS and a token for each character, for the texts of `tiny_rows`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -99,8 +99,8 @@ def tiny_rows(kind: DataKind, n: int = 12, seed: int = 0) -> list[dict[str, Any]
 
 
 def tiny_examples(kind: DataKind, n: int = 7, seed: int = 0) -> list[Example]:
-    """Return n tokenised examples of the kind: unequal lengths, one prompt that occurs twice, an answer of one token,
-    and answers in which some tokens are read but not trained (a user's turn)."""
+    """Return n tokenised examples of the kind, with unequal lengths, one prompt twice, an answer of one token, and
+    answers in which some tokens are read but not trained (as in a user's turn)."""
     draw = random.Random(seed)
 
     def tokens(n_tokens: int) -> torch.Tensor:
@@ -125,7 +125,23 @@ def tiny_examples(kind: DataKind, n: int = 7, seed: int = 0) -> list[Example]:
     return examples
 
 
+def with_completions(example: Example, n: int) -> Example:
+    """Return the prompt with n random completions, which depend on its tokens: one of a single token, some cut, all of
+    them equal where its row is a multiple of 4."""
+    draw = torch.Generator().manual_seed(int(example.prompt.long().sum()) * 1009 + len(example.prompt))
+    completions = []
+    for k in range(n):
+        length = 1 if k == 1 else int(torch.randint(1, 9, (1,), generator=draw))
+        tokens = torch.randint(EOS + 1, EOS + 40, (length,), generator=draw, dtype=torch.int32)
+        if k % 3 != 2:
+            tokens[-1] = EOS
+        completions.append(Completion(tokens))
+    if example.row % 4 == 0:
+        completions = completions[:1] * n
+    return replace(example, completions=tuple(completions))
+
+
 def same_answers(kind: DataKind) -> Example:
-    """Return an example whose answers are equal, token by token: nothing can be preferred."""
+    """Return an example whose answers are equal token by token, so none can be preferred."""
     first = tiny_examples(kind, 1, seed=5)[0]
     return replace(first, completions=first.completions[:1] * len(first.completions))

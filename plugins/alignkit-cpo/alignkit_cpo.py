@@ -1,4 +1,4 @@
-"""Contrastive Preference Optimization (2401.08417): DPO with a uniform reference, and an SFT term to stay sane.
+"""Contrastive Preference Optimization (2401.08417): DPO with a uniform reference, and an SFT term that stabilises it.
 
 loss = -log s(b (logp_c - logp_r)) + alpha * nll(chosen, averaged over its tokens)
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit import Advice, Batch, DataFacts, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
 from alignkit_kernels import preference_loss, sequence_sum
 
 
@@ -18,16 +18,24 @@ class CPO(Method["CPO.Config"]):
     data = "pairs"
     learning_rate = 1e-6
     lora_learning_rate = 5e-6
+    demo_settings = {"learning_rate": 5e-4}
 
     class Config(MethodConfig):
         """Settings of CPO."""
 
         beta: float = Field(0.1, gt=0, description="scale of the log-probability gap")
         alpha: float = Field(1.0, ge=0, description="weight of the chosen answer's negative log-likelihood")
-        label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed part of labels that are flipped")
+        label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed fraction of flipped labels")
+
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Advise label smoothing against noise."""
+        reason = "needs no reference, and imitates the chosen answers, which must be worth it (2401.08417)"
+        smoothing = facts.label_smoothing()
+        return Advice(40, reason, (smoothing,) if smoothing else ())
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
-        """Return the contrastive term and the SFT term, one of each a pair."""
+        """Return the contrastive term and the SFT term, one value of each per pair."""
         c = self.config
         logps_C = models.policy(batch).logps
         out = preference_loss(logps_C, None, batch.cu_seqlens, "cpo", beta=c.beta, label_smoothing=c.label_smoothing)
@@ -41,5 +49,5 @@ class CPO(Method["CPO.Config"]):
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Bring "cpo"."""
+    """Register "cpo"."""
     return [CPO]

@@ -5,13 +5,13 @@ h = log policy(y) - log reference(y), D = h_chosen - h_rejected, s the logistic 
     loss_type sigmoid   -(1 - e) log s(b D) - e log s(-b D)              2305.18290; e > 0 is conservative DPO
     loss_type robust    (-(1 - e) log s(b D) + e log s(-b D)) / (1 - 2e)  2403.00409: unbiased under flipped labels
     loss_type hinge     max(0, 1 - b D)                                   2305.10425 (SLiC)
-    length_normalised   h averaged over the completion's tokens           b wants to be 10 to 100 times larger then
-    ld_alpha            tokens past the shorter answer's length weigh this much, 2409.06411 (LD-DPO)
-    divergence          f'(policy / reference) in the place of h, 2309.16240 (f-DPO)
-    rpo_alpha           adds this times the chosen answer's negative log-likelihood a token, 2404.19733
-    sync_every          every so many steps, reference <- sync_alpha policy + (1 - sync_alpha) reference, 2404.09656
+    length_normalised   h averaged over the completion's tokens           use a b that is 10 to 100 times larger
+    ld_alpha            weight of the tokens past the shorter answer's length, 2409.06411 (LD-DPO)
+    divergence          f'(policy / reference) instead of h, 2309.16240 (f-DPO)
+    rpo_alpha           weight of the chosen answer's negative log-likelihood per token, 2404.19733
+    sync_every          steps between updates reference <- sync_alpha policy + (1 - sync_alpha) reference, 2404.09656
 
-For forward KL and alpha-divergences f' grows without bound as the ratio falls, so the log-ratio is cut at -20 there.
+For forward KL and alpha-divergences f' grows without bound as the ratio falls, so the log-ratio is clamped at -20.
 """
 
 from __future__ import annotations
@@ -24,7 +24,19 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from alignkit import Batch, Context, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit import (
+    Advice,
+    Batch,
+    Choice,
+    Context,
+    DataFacts,
+    Method,
+    MethodConfig,
+    Models,
+    Term,
+    hookimpl,
+    pair_metrics,
+)
 from alignkit_kernels import preference_loss, sequence_sum
 
 
@@ -41,37 +53,52 @@ class DPO(Method["DPO.Config"]):
         """Settings of DPO; the defaults are the paper's."""
 
         beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
-        loss_type: Literal["sigmoid", "robust", "hinge"] = Field(
-            "sigmoid", description="what is made of a pair's margin"
-        )
-        label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed part of labels that are flipped")
-        length_normalised: bool = Field(False, description="average log-ratios over tokens instead of summing")
+        loss_type: Literal["sigmoid", "robust", "hinge"] = Field("sigmoid", description="loss of a pair's margin")
+        label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed fraction of flipped labels")
+        length_normalised: bool = Field(False, description="average log-ratios over tokens, not sum them")
         ld_alpha: float = Field(1.0, ge=0, le=1, description="weight of tokens past the shorter answer's length")
         divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = Field(
-            "reverse_kl", description="what holds the policy to the reference"
+            "reverse_kl", description="divergence that holds the policy to the reference"
         )
         divergence_alpha: float = Field(0.5, gt=0, lt=1, description="the alpha of divergence: alpha")
         rpo_alpha: float = Field(0.0, ge=0, description="weight of an SFT term on the chosen answers")
         sync_every: int | None = Field(None, ge=1, description="steps between updates of the reference (TR-DPO)")
-        sync_alpha: float = Field(0.6, gt=0, le=1, description="the policy's part in such an update")
+        sync_alpha: float = Field(0.6, gt=0, le=1, description="the policy's weight in such an update")
 
         @model_validator(mode="after")
         def _smoothing_fits(self) -> Any:
             if self.label_smoothing and self.loss_type == "hinge":
-                raise ValueError("label_smoothing has no meaning for loss_type: hinge; use sigmoid or robust")
+                raise ValueError("label_smoothing has no effect on loss_type: hinge; use sigmoid or robust")
             return self
 
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Advise it first for pairs, with smoothing against noisy labels and LD-DPO against a length bias."""
+        reason = "learns from pairs directly; the best studied of its kind (2305.18290)"
+        settings = []
+        if smoothing := facts.label_smoothing():
+            settings.append(smoothing)
+            if facts.flipped:
+                why = "unbiased where this fraction of the labels is flipped (2403.00409)"
+                settings.append(Choice("loss_type", "robust", why))
+            reason += ", with label smoothing against the noise"
+        if facts.length_bias:
+            why = f"{facts.length_bias}: tokens past the shorter one's length weigh half (2409.06411)"
+            settings.append(Choice("ld_alpha", 0.5, why))
+            reason += ", with less weight on the extra length of answers"
+        return Advice(90, reason, tuple(settings))
+
     def reference_need(self) -> Literal["rows", "live", "moving"]:
-        """The reference moves in TR-DPO."""
+        """In TR-DPO the reference moves."""
         return "moving" if self.config.sync_every else "rows"
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
-        """Return the preference term, the SFT term where asked for, and the pair metrics."""
+        """Return the preference term, the SFT term where it has a weight, and the pair metrics."""
         c = self.config
         logps_C = models.policy(batch).logps
         ratios_C, cu_seqlens = self._weights(batch) * (logps_C - batch.reference_logps), batch.cu_seqlens
         if c.divergence != "reverse_kl":
-            # one value a completion: the kernel then sums segments of length one
+            # one value per completion: the kernel then sums segments of length one
             ratios_C = self._derivative(sequence_sum(ratios_C, cu_seqlens))
             cu_seqlens = torch.arange(len(ratios_C) + 1, device=ratios_C.device)
         out = preference_loss(ratios_C, None, cu_seqlens, c.loss_type, beta=c.beta, label_smoothing=c.label_smoothing)
@@ -82,7 +109,7 @@ class DPO(Method["DPO.Config"]):
         return terms
 
     def after_update(self, ctx: Context, metrics: Mapping[str, float]) -> None:
-        """Move the reference where it is time (TR-DPO)."""
+        """Move the reference every `sync_every` steps (TR-DPO)."""
         if self.config.sync_every and (ctx.step + 1) % self.config.sync_every == 0:
             ctx.update_reference(self.config.sync_alpha)
 
@@ -112,5 +139,5 @@ class DPO(Method["DPO.Config"]):
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Bring "dpo"."""
+    """Register "dpo"."""
     return [DPO]

@@ -2,7 +2,7 @@
 
     loss = (D - 1 / (2 tau))^2,  D = m_chosen - m_rejected,  m = log-ratio policy / reference averaged over tokens
 
-The paper sums over tokens; its authors have said that the average was meant, so that is the default.
+The paper sums over tokens; its authors later stated that they average, so the average is the default.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit import Advice, Batch, DataFacts, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
 from alignkit_kernels import preference_loss, sequence_sum
 
 
 class IPO(Method["IPO.Config"]):
-    """DPO without its appetite for infinite margins: the squared loss has a minimum at a finite gap."""
+    """DPO with a finite target: the squared loss has its minimum at a finite gap."""
 
     name = "ipo"
     data = "pairs"
@@ -27,10 +27,18 @@ class IPO(Method["IPO.Config"]):
         """Settings of IPO."""
 
         tau: float = Field(0.1, gt=0, description="strength of the regulariser: the target gap is 1 / (2 tau)")
-        sum: bool = Field(False, description="sum log-ratios over tokens, as the paper's formula reads")
+        sum: bool = Field(False, description="sum log-ratios over tokens, as in the paper's formula")
+
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Advise it where labels are noisy, or rows are few."""
+        reason = "its margin has a finite target, so that no pair pulls without end (2310.12036)"
+        if facts.noisy:
+            return Advice(75, f"{reason}, not even a wrongly labelled one")
+        return Advice(70 if facts.few else 60, f"{reason}: where DPO overfits")
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
-        """Return the squared distance to the target gap, one a pair."""
+        """Return the squared distance to the target gap, one value per pair."""
         logps_C = models.policy(batch).logps
         ratios, cu_seqlens = logps_C - batch.reference_logps, batch.cu_seqlens
         if self.config.sum:
@@ -43,5 +51,5 @@ class IPO(Method["IPO.Config"]):
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Bring "ipo"."""
+    """Register "ipo"."""
     return [IPO]

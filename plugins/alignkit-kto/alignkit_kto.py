@@ -3,12 +3,13 @@
     desirable     w_d (1 - s(b (h - z)))        h = log policy(y) - log reference(y)
     undesirable   w_u (1 - s(b (z - h)))        z = max(0, mean of h over mismatched completions)
 
-The baseline z estimates KL(policy || reference). It is made once a step over the batch of all ranks: every prompt gets
-the completion of another prompt, in an order drawn anew each step, and no gradient flows through it.
+The baseline z estimates KL(policy || reference). It is computed once per step over the batch of all ranks: every prompt
+gets the completion of another prompt, in an order that is drawn anew each step, and no gradient flows through it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +19,11 @@ import torch
 from pydantic import Field
 
 from alignkit import (
+    Advice,
     Batch,
+    Choice,
     Context,
+    DataFacts,
     Example,
     Method,
     MethodConfig,
@@ -33,25 +37,41 @@ from alignkit import (
 )
 from alignkit_kernels import preference_loss, sequence_sum
 
+MAX_WEIGHT = 10.0  # largest weight that is advised; a rule of thumb
+
 
 class KTO(Method["KTO.Config"]):
-    """Raise what is desirable above a moving baseline, sink what is not; pairs are split into two examples."""
+    """Raise desirable completions above a moving baseline, lower the others; pairs are split into two examples."""
 
     name = "kto"
     data = "unpaired"
     uses = frozenset({"policy", "reference"})
     learning_rate = 1e-6
     lora_learning_rate = 5e-6
-    min_batch = 2  # with one example nobody has a completion to lend
+    min_batch = 2  # a mismatched completion comes from another example
+    demo_settings = {"learning_rate": 1e-4, "batch_size": 32}  # a pair is two examples
 
     class Config(MethodConfig):
         """Settings of KTO."""
 
         beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
         desirable_weight: float = Field(
-            1.0, gt=0, description="choose the weights so that weight * count of the two kinds are within 1 to 4/3"
+            1.0, gt=0, description="weight * count should be 1 to 4/3 times that of undesirable examples"
         )
-        undesirable_weight: float = Field(1.0, gt=0, description="the same for undesirable examples")
+        undesirable_weight: float = Field(1.0, gt=0, description="the weight of undesirable examples")
+
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Advise it for single answers of both kinds, with weights where one is rare, and for noisy pairs."""
+        if facts.labels is None:
+            reason = "splits pairs into good and bad answers; the reference stays in memory (2402.01306)"
+            if facts.noisy:
+                return Advice(65, f"{reason}. Its paper prefers it to DPO where labels are noisy")
+            return Advice(30, f"{reason}. With clean pairs DPO comes first")
+        if not all(facts.labels):
+            kind = "good" if facts.labels[0] else "bad"
+            return Advice(None, f"all rows are {kind}: it learns from the difference of the two")
+        return Advice(95, "learns from single answers that are good or bad (2402.01306)", weights(*facts.labels))
 
     def reference_need(self) -> Literal["rows", "live", "moving"]:
         """Mismatched completions are rows that the data does not have."""
@@ -59,29 +79,23 @@ class KTO(Method["KTO.Config"]):
 
     def collect(self, batch: Batch, ctx: Context) -> Batch:
         """Attach the baseline z, the same for every example of the step."""
-        lent = ctx.shard(mismatched(ctx.step_examples, ctx.generator))
-        ratios_C = ctx.models.policy(lent).logps - lent.reference_logps
-        z = ctx.mean(sequence_sum(ratios_C, lent.cu_seqlens)).clamp(min=0)
+        other = ctx.shard(mismatched(ctx.step_examples, ctx.generator))
+        ratios_C = ctx.models.policy(other).logps - other.reference_logps
+        z = ctx.mean(sequence_sum(ratios_C, other.cu_seqlens)).clamp(min=0)
         desirable = torch.tensor([bool(e.numbers["desirable"]) for e in batch.examples], device=batch.device)
         return batch.attach(
             per_completion={"baseline": z.expand(len(batch)), "desirable": desirable, "undesirable": ~desirable}
         )
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
-        """Return one loss an example, and metrics of the desirable and the undesirable ones apart."""
+        """Return one loss per example, and separate metrics of the desirable and the undesirable ones."""
         c = self.config
         logps_C = models.policy(batch).logps
         out = preference_loss(
-            logps_C,
-            batch.reference_logps,
-            batch.cu_seqlens,
-            "kto",
-            beta=c.beta,
-            desirable=batch["desirable"],
-            baseline=batch["baseline"],
-            weights=(c.desirable_weight, c.undesirable_weight),
-        )
-        # how far an answer is on its right side of the baseline
+            logps_C, batch.reference_logps, batch.cu_seqlens, "kto", beta=c.beta, desirable=batch["desirable"],
+            baseline=batch["baseline"], weights=(c.desirable_weight, c.undesirable_weight),
+        )  # fmt: skip
+        # distance to the baseline, positive on the right side
         margin = torch.where(batch["desirable"], 1.0, -1.0) * (out.rewards - c.beta * batch["baseline"])
         ratios = log_ratios(batch, logps_C)
         return {
@@ -102,18 +116,34 @@ class KTO(Method["KTO.Config"]):
 
 
 def mismatched(examples: Sequence[Example], generator: torch.Generator) -> list[Example]:
-    """Return the examples in their order, each with the completion of another, of another prompt where possible."""
+    """Return the examples in their order, each with another one's completion, to another prompt where possible."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for i in torch.randperm(len(examples), generator=generator).tolist():
         groups[examples[i].prompt.numpy().tobytes()].append(i)
     order = [i for group in groups.values() for i in group]
-    # moving along by the largest group's size leaves every group, unless one holds more than half of the batch
+    # a shift by the largest group's size leaves every group, unless one group holds more than half of the batch
     shift = min(max(len(g) for g in groups.values()), len(order) - 1)
-    lender = dict(zip(order, order[shift:] + order[:shift], strict=True))
-    return [replace(e, completions=examples[lender[i]].completions) for i, e in enumerate(examples)]
+    source = dict(zip(order, order[shift:] + order[:shift], strict=True))
+    return [replace(e, completions=examples[source[i]].completions) for i, e in enumerate(examples)]
+
+
+def weights(good: int, bad: int) -> tuple[Choice, ...]:
+    """Return weights with weight * count of the two kinds within 1 to 4/3, as in the paper; at most MAX_WEIGHT."""
+    why = f"{good:,} good and {bad:,} bad rows: weight times number of the two should be within 1 to 4/3"
+    if good < bad:
+        name, value = "desirable_weight", math.ceil(100 * bad / good) / 100
+    elif 3 * good > 4 * bad:
+        name, value = "undesirable_weight", math.floor(100 * good / bad) / 100
+    else:
+        return ()
+    if value > MAX_WEIGHT:
+        rare = "good" if good < bad else "bad"
+        why = f"{why}. That would be {value:,.0f}: each {rare} row would weigh as much as {value:,.0f} others, so it "
+        why += f"ends at {MAX_WEIGHT:g}; find more {rare} rows"
+    return (Choice(name, min(value, MAX_WEIGHT), why),)
 
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Bring "kto"."""
+    """Register "kto"."""
     return [KTO]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from alignkit.errors import ConfigError
 from alignkit.testing import *
 from alignkit.types import Completion, Example
-from alignkit_kto import KTO, mismatched
+from alignkit_kto import KTO, MAX_WEIGHT, mismatched, weights
 
 
 class TestKTO(Conformance):
@@ -135,3 +135,14 @@ def test_pairs_become_two_rows(tmp_path):
     result = train(KTO, tmp_path, data=tiny_rows("pairs", 4), batch_size=8, max_steps=1)
     assert math.isfinite(result.metrics["rewards/chosen"])
     assert math.isfinite(result.metrics["rewards/rejected"])
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000))
+def test_advised_weights_balance_the_two_kinds_as_far_as_the_largest_weight_allows(good, bad):
+    settings = {c.name: c.value for c in weights(good, bad)}
+    ratio = settings.get("desirable_weight", 1.0) * good / (settings.get("undesirable_weight", 1.0) * bad)
+    if max(good, bad) <= MAX_WEIGHT * min(good, bad):
+        assert 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9
+    else:
+        assert list(settings.values()) == [10.0]
+    assert all(0 < value <= 10 for value in settings.values())

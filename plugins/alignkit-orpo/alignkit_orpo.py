@@ -2,14 +2,14 @@
 
     loss = nll(chosen, averaged over its tokens) - lambda log s(o_c - o_r),   o = log(p / (1 - p))
 
-where log p is a completion's average log-probability a token; log(1 - p) is computed so that p near 1 stays finite.
+where log p is a completion's average log-probability per token; log(1 - p) is computed so that p near 1 stays finite.
 """
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit import Advice, Batch, DataFacts, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
 from alignkit_kernels import preference_loss, sequence_sum
 
 
@@ -20,14 +20,23 @@ class ORPO(Method["ORPO.Config"]):
     data = "pairs"
     learning_rate = 8e-6
     lora_learning_rate = 8e-5
+    demo_settings = {"learning_rate": 1e-3, "lambda_": 0.5}
 
     class Config(MethodConfig):
         """Settings of ORPO."""
 
         lambda_: float = Field(0.1, ge=0, description="weight of the odds-ratio term")
 
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Advise it for a model that may not be fine-tuned yet."""
+        reason = "does SFT and preferences in one run, without a reference (2403.07691)"
+        if facts.chat_template is False:
+            return Advice(85, f"{reason}: the model has no chat template, so it may be a base model without SFT")
+        return Advice(45, f"{reason}; for a base model: a model that answers well already would be rewritten")
+
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
-        """Return the SFT term and the odds-ratio term, one of each a pair."""
+        """Return the SFT term and the odds-ratio term, one value of each per pair."""
         logps_C = models.policy(batch).logps
         out = preference_loss(logps_C, None, batch.cu_seqlens, "orpo", beta=self.config.lambda_)
         nll_E, _ = batch.pairs(-sequence_sum(logps_C, batch.cu_seqlens, mean=True))
@@ -40,5 +49,5 @@ class ORPO(Method["ORPO.Config"]):
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Bring "orpo"."""
+    """Register "orpo"."""
     return [ORPO]

@@ -2,12 +2,12 @@
 
     loss = -log p(token), averaged over all completion tokens of the step
 
-Of a row with several turns only the assistant's tokens count; of pairs, the chosen answers.
+In a row with several turns only the assistant's tokens count; in pairs, only the chosen answers.
 """
 
 from __future__ import annotations
 
-from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl
+from alignkit import Advice, Batch, DataFacts, Method, MethodConfig, Models, Term, hookimpl
 
 
 class SFT(Method["SFT.Config"]):
@@ -21,12 +21,22 @@ class SFT(Method["SFT.Config"]):
     class Config(MethodConfig):
         """SFT has no settings of its own."""
 
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Advise it where no row shows what is bad."""
+        if "pairs" in facts.rows or (facts.labels is not None and all(facts.labels)):
+            reason = "imitates the good answers and learns nothing from the others; the step before, on a base model"
+            return Advice(20, reason)
+        if facts.labels is not None:
+            return Advice(95, "imitates the answers: all are good, and no row shows what is bad")
+        return Advice(95, "imitates the answers; without preferences or a reward, rows serve no other method")
+
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
-        """Return the negative log-likelihood in nats a token."""
+        """Return the negative log-likelihood in nats per token."""
         return {"nll": Term(-models.policy(batch).logps, over="tokens")}
 
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Bring "sft"."""
+    """Register "sft"."""
     return [SFT]

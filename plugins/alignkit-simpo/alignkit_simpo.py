@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit import Advice, Batch, DataFacts, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
 from alignkit_kernels import preference_loss, sequence_sum
 
 
 class SimPO(Method["SimPO.Config"]):
-    """Rank answers by their average log-probability, with a margin to win by."""
+    """Rank answers by their average log-probability, with a target margin."""
 
     name = "simpo"
     data = "pairs"
@@ -26,10 +26,18 @@ class SimPO(Method["SimPO.Config"]):
 
         beta: float = Field(2.0, gt=0, description="scale of the average log-probabilities")
         gamma_ratio: float = Field(0.5, ge=0, description="target margin divided by beta")
-        sft_weight: float = Field(0.0, ge=0, description="adds this times the chosen answer's NLL a token")
+        sft_weight: float = Field(0.0, ge=0, description="weight of the chosen answer's NLL per token")
+
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Advise it against a length bias."""
+        reason = "needs no reference, and ranks answers by their average token, not by their sum (2405.14734)"
+        if facts.length_bias:
+            return Advice(80, f"{reason}; here {facts.length_bias}")
+        return Advice(50, f"{reason}; nothing but the learning rate holds it near its start")
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
-        """Return the margin loss, one a pair, and the SFT term where asked for."""
+        """Return the margin loss, one value per pair, and the SFT term where it has a weight."""
         c = self.config
         logps_C = models.policy(batch).logps
         out = preference_loss(logps_C, None, batch.cu_seqlens, "simpo", beta=c.beta, gamma=c.gamma_ratio * c.beta)
@@ -42,5 +50,5 @@ class SimPO(Method["SimPO.Config"]):
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Bring "simpo"."""
+    """Register "simpo"."""
     return [SimPO]

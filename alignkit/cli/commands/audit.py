@@ -18,35 +18,35 @@ Examples:
 
 
 def audit(
-    data: Annotated[str, typer.Argument(help="Rows, as of a run", metavar="DATA")],
-    eval_data: Annotated[str | None, typer.Option(help="Held-out rows: do they share prompts?")] = None,
+    data: Annotated[str, typer.Argument(help="Rows, as in a run", metavar="DATA")],
+    eval_data: Annotated[str | None, typer.Option(help="Held-out rows, checked for shared prompts")] = None,
     columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
     model: Annotated[str | None, typer.Option(help="Its tokenizer counts tokens: folder or hub name")] = None,
     reward: Annotated[str | None, typer.Option(help="What scores answers, see docs/rewards.md")] = None,
-    asked: Annotated[int, typer.Option(min=2, help="Rows that the reward is asked about")] = 500,
+    asked: Annotated[int, typer.Option(min=2, help="Rows that the reward scores")] = 500,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="As of a run, with --model  [default: 1024]")
+        int | None, typer.Option(min=1, help="As in a run, with --model  [default: 1024]")
     ] = None,
     max_completion_tokens: Annotated[
-        int | None, typer.Option(min=1, help="As of a run, with --model  [default: 1024]")
+        int | None, typer.Option(min=1, help="As in a run, with --model  [default: 1024]")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="File for all numbers")] = None,
-    html: Annotated[Path | None, typer.Option(help="File for a page to read")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page to this file")] = None,
 ) -> None:
-    """Look through preference data: repeats, contradictions, lengths, biases; with --reward, what a reward favours."""
-    from alignkit.insight.targets import check_targets
+    """Audit preference data: repeats, contradictions, lengths, biases; with --reward, what a reward favours."""
+    from alignkit.insight.output_files import check_targets
 
     check_targets({"--json": json, "--html": html})
-    asked_for = {"max_prompt_tokens": max_prompt_tokens, "max_completion_tokens": max_completion_tokens}
-    limits = {name: limit for name, limit in asked_for.items() if limit is not None}
+    given = {"max_prompt_tokens": max_prompt_tokens, "max_completion_tokens": max_completion_tokens}
+    limits = {name: limit for name, limit in given.items() if limit is not None}
     if limits and model is None:
         option = f"--{next(iter(limits)).replace('_', '-')}"
-        raise ConfigError(f"{option} is in tokens, which only a tokenizer counts; give --model too, or leave it out")
+        raise ConfigError(f"{option} counts tokens, which needs a tokenizer; give --model too, or leave it out")
     named = console.columns_of(columns)
-    console.speak()
-    from alignkit.insight import audit as room
+    console.show_log()
+    from alignkit.insight import audit as audits
 
-    found = room.audit(
+    found = audits.audit(
         data,
         eval_data=eval_data,
         columns=named,
@@ -55,8 +55,8 @@ def audit(
         asked=asked,
         **limits,
     )
-    room.print_audit(found)
+    audits.print_audit(found)
     if json:
-        room.write_json(found, json)
+        audits.write_json(found, json)
     if html:
-        room.write_html(found, html)
+        audits.write_html(found, html)

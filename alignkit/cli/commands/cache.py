@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The persistent cache of reference log-probabilities.", no_args_is_help=True)
 Text = str | None
-CacheFile = Annotated[Path | None, typer.Option(help="The cache's file; default: $ALIGNKIT_CACHE or the home's")]
+CacheFile = Annotated[
+    Path | None, typer.Option(help="The cache's file; default: $ALIGNKIT_CACHE, or ~/.cache/alignkit")
+]
 
 
 @app.command("info")
 def info(file: CacheFile = None) -> None:
-    """Show where the cache is, its size, and its references."""
+    """Show the cache's path, its size, and its references."""
     with _cache(file) as cache:
         about = cache.info()
         typer.echo(f"path: {about['path']}")
@@ -37,17 +39,17 @@ def info(file: CacheFile = None) -> None:
 
 @app.command("verify")
 def verify(file: CacheFile = None) -> None:
-    """Check every value's checksum; damaged ones are removed, and will be computed again."""
+    """Check every value's checksum; damaged values are removed, and computed again when needed."""
     with _cache(file) as cache:
         good, bad = cache.verify()
-    typer.echo(f"{good} values are whole, {bad} were damaged and are removed")
+    typer.echo(f"{good} values are intact, {bad} were damaged and have been removed")
     if bad:
         raise typer.Exit(1)
 
 
 @app.command("clear")
 def clear(
-    reference: Annotated[Text, typer.Option(help="Only this one's: the beginning of its name in `info`")] = None,
+    reference: Annotated[Text, typer.Option(help="Only this reference's: the beginning of its name in `info`")] = None,
     file: CacheFile = None,
 ) -> None:
     """Remove all values, or those of one reference."""
@@ -57,14 +59,14 @@ def clear(
 
 @contextmanager
 def _cache(file: Path | None) -> Iterator[LogpCache]:
-    """Open the cache to look at it; one that is not there is not made."""
+    """Open the cache; a missing one is not created."""
     from alignkit.errors import CacheError
     from alignkit.reference.cache import LogpCache, default_path
 
     if file is not None and not file.is_file():
-        raise CacheError(f"no such file: {file}. The default is {default_path()}; leave out --file to use it")
+        raise CacheError(f"no such file: {file}. The default is {default_path()}; omit --file to use it")
     if not (file or default_path()).is_file():
-        typer.echo(f"no cache yet at {default_path()}; the first run with a reference makes it")
+        typer.echo(f"no cache at {default_path()} yet; the first run with a reference creates it")
         raise typer.Exit
     with LogpCache(file) as cache:
         yield cache

@@ -17,43 +17,43 @@ Text = str | None
 def compare(
     methods: Annotated[str, typer.Option(help="all, or names, comma-separated")] = "all",
     model: Annotated[Text, typer.Option(help="Folder or hub name of the base  [default: the demo's]")] = None,
-    data: Annotated[Text, typer.Option(help="Rows, a tenth of which is held out  [default: the demo's]")] = None,
+    data: Annotated[Text, typer.Option(help="Rows; 10 % of the prompts are held out  [default: the demo's]")] = None,
     eval_data: Annotated[Text, typer.Option(help="Held-out rows instead, in the same forms")] = None,
     reward: Annotated[Text, typer.Option(help="What scores answers, see docs/rewards.md")] = None,
     judge: Annotated[Text, typer.Option(help="What compares two answers, see docs/rewards.md")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the runs and the samples")] = 0,
     output: Annotated[Path, typer.Option(help="Folder that holds the runs")] = Path("runs"),
     json: Annotated[Path | None, typer.Option(help="File for all numbers")] = None,
-    png: Annotated[Path | None, typer.Option(help="File for a picture of win rate against KL")] = None,
+    png: Annotated[Path | None, typer.Option(help="File for a plot of win rate against KL")] = None,
     more: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, for the methods that have it")
     ] = None,
 ) -> None:
-    """Train a base by every method that the rows can serve, and show what each has made of it."""
+    """Train a base with every method that the rows can serve, and compare the results."""
     given = {"model": model, "data": data, "eval_data": eval_data, "reward": reward, "judge": judge}
     given = {k: console.value_of(v) if k in ("reward", "judge") else v for k, v in given.items() if v is not None}
     check(given, output, json, png)
     if not given:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo
-    console.speak()
-    from alignkit import compare as room
+    console.show_log()
+    from alignkit import compare as package
 
     if png:
-        room.check_picture()
+        package.check_picture()
     names = None if methods == "all" else [m.strip() for m in methods.split(",") if m.strip()]
-    found = room.compare(given, console.pairs_of(more or []), names, output, seed)
-    terminal.show(room.table(found))
+    found = package.compare(given, console.pairs_of(more or []), names, output, seed)
+    terminal.show(package.table(found))
     for name, reason in found.left_out.items():
         typer.echo(f"left out: {name}: {reason}")
     if json:
-        room.write_json(found, json)
+        package.write_json(found, json)
     if png:
-        room.draw(found, png)
+        package.draw(found, png)
     raise typer.Exit(1 if any(row.failed for row in found.rows) else 0)
 
 
 def check(given: dict[str, Any], output: Path, json: Path | None, png: Path | None) -> None:
-    """Raise ConfigError where only a part of a task is given, or what is asked for could not be written in the end."""
+    """Raise ConfigError where a task is given in part only, or a file could not be written in the end."""
     from alignkit.errors import ConfigError
 
     missing = [f"--{name}" for name in ("model", "data") if given and name not in given]

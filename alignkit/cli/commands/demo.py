@@ -12,21 +12,22 @@ from alignkit.cli import console
 
 
 def demo(
-    method: Annotated[str, typer.Option(help="dpo, ipo, kto, orpo, simpo, cpo, ppo, grpo, rloo or nash")] = "dpo",
+    method: Annotated[
+        str | None,
+        typer.Option(help="An installed method that trains a policy  [default: the best installed one for pairs]"),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder that holds the runs")] = Path("runs"),
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the task, the models and the samples")] = 0,
 ) -> None:
     """Align a small model on a made-up task: no downloads.
 
-    Makes the task, fine-tunes a small model on it, aligns it, and shows what changed.
+    Creates the task, fine-tunes a small model on it, aligns it, and shows what changed.
     """
-    # A model this small gains nothing from threads, and loses much where other programs hold the cores.
+    # A model this small gains nothing from threads, and slows down a lot where other programs use the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from alignkit import registry
+    from alignkit.demo import best, run_demo
 
-    registry.get(method)
-    registry.get("sft")
-    console.speak()
-    from alignkit.demo import run_demo
-
+    method = best("pairs") if method is None else registry.get(method).name
+    console.show_log()
     typer.echo(run_demo(method, output, seed))

@@ -17,27 +17,26 @@ EXAMPLES = """\b
 Examples:
   alignkit doctor
   alignkit doctor config.yaml
-  alignkit doctor --verify --json doctor.json"""
+  alignkit doctor --json doctor.json"""
 
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="A YAML file of settings: what it needs is looked at too", metavar="CONFIG")
+        Path | None,
+        typer.Argument(help="A YAML file of settings: the disk of its `output` is examined", metavar="CONFIG"),
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Check every value of the reference cache")] = False,
-    json: Annotated[Path | None, typer.Option(help="File for all of it")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything to this file too")] = None,
 ) -> None:
-    """Say what is installed, what computes and why, and what is wrong, for a bug report; exit code 1 is a problem."""
+    """Report versions, devices, kernels, attention, plugins and disks, and what is wrong; exit code 1 is a problem."""
     terminal.check_target("--json", json)
-    from alignkit.insight.doctor import Asked, examine
+    from alignkit.insight.doctor import examine
 
     settings = {}
     if config is not None:
-        with suppress(ImportError):  # a broken library is what the examination is for
+        with suppress(ImportError):  # a broken library is for the examination to report
             settings = console.settings_of(str(config), {}, [], only_file=True)
-    runs, int8 = Path(str(settings.get("output") or "runs")), settings.get("reference") == "int8"
-    found = examine(Asked(runs, verify, int8))
-    # what a terminal cannot show must not end it
+    found = examine(Path(str(settings.get("output") or "runs")))
+    # a character that the terminal cannot show must not end the command
     encoding = sys.stdout.encoding or "utf-8"
     typer.echo(found.text().encode(encoding, "backslashreplace").decode(encoding))
     if json:

@@ -18,16 +18,16 @@ Examples:
 
 def health(
     run: Annotated[Path, typer.Argument(help="Folder of a run", metavar="RUN")],
-    json: Annotated[Path | None, typer.Option(help="File for the alarms")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the alarms to this file")] = None,
     more: Annotated[
         list[str] | None, typer.Option("--set", metavar="LIMIT=VALUE", help="Another limit, see docs/health.md")
     ] = None,
 ) -> None:
-    """Say which alarms a run raises, from its folder; older runs and other limits too."""
+    """List the alarms of a run from its folder, also of old runs and by other limits."""
     terminal.check_target("--json", json)
-    from alignkit.insight.health import shown
+    from alignkit.insight.health import alarm_output
 
-    found = shown.replayed(run, console.pairs_of(more or []))
-    terminal.show(shown.table(found) if found else f"{run}: no alarms")
+    found = alarm_output.replay_with(run, console.pairs_of(more or []))
+    terminal.show(alarm_output.table(found) if found else f"{run}: no alarms")
     if json:
-        shown.write_json(found, json)
+        alarm_output.write_json(found, json)

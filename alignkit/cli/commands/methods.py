@@ -12,7 +12,7 @@ from alignkit.cli import console
 
 
 def methods() -> None:
-    """List the installed methods, and the broken ones with their reason."""
+    """List the installed methods, and broken ones with their problem."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -51,9 +51,9 @@ def settings(
 def validate(
     config: Annotated[Path, typer.Argument(help="A YAML file of settings", metavar="CONFIG")],
 ) -> None:
-    """Check a YAML file and every row of its data, without loading a model."""
+    """Check a YAML file and every row of its data without loading a model."""
     checked, method = console.checked(console.settings_of(str(config), {}, [], only_file=True))
-    console.speak()
+    console.show_log()
     from alignkit.engine import assemble
     from alignkit.models import loading
     from alignkit.rewards import check_columns
@@ -63,4 +63,4 @@ def validate(
     rows = assemble.read(checked, method, loading.load_tokenizer(checked))
     assemble.least_examples(checked, method, rows, n_ranks=1)
     check_columns(checked.reward, checked.judge, {name for e in (*rows.train, *rows.held_out) for name in e.columns})
-    typer.echo(f"{config}: fine, ready to run with '{checked.method}'")
+    typer.echo(f"{config}: valid, ready to run with '{checked.method}'")

@@ -22,23 +22,25 @@ _UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, "tb": 10**12, "t
 
 def plan(
     config: Annotated[Path, typer.Argument(help="A YAML file of settings", metavar="CONFIG")],
-    memory: Annotated[str | None, typer.Option(help="What it has to fit into, such as 24GB or 80GiB")] = None,
-    gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Plan for one  [default: what is here]")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Of torchrun; each has a GPU of its own")] = 1,
-    hits: Annotated[bool, typer.Option("--hits", help="Load the weights, to count what the cache knows")] = False,
-    more: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting")] = None,
-    json: Annotated[Path | None, typer.Option(help="File for all numbers")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory to fit into, such as 24GB or 80GiB")] = None,
+    gpu: Annotated[
+        bool | None, typer.Option("--gpu/--cpu", help="Plan for a GPU or a CPU  [default: this machine]")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of torchrun, each with its own GPU")] = 1,
+    hits: Annotated[bool, typer.Option("--hits", help="Load the weights, to count the values in the cache")] = False,
+    more: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file")] = None,
 ) -> None:
-    """Say what a run will do and what memory it needs, without loading a model: it reads configurations and rows."""
+    """Plan a run: what it does and the memory that it needs, from configurations and rows, without loading a model."""
     terminal.check_target("--json", json)
     limit = bytes_of(memory)
     settings = console.settings_of(str(config), {}, more or [], only_file=True)
     console.checked(settings)
-    console.speak()
-    from alignkit.insight import plan as room
+    console.show_log()
+    from alignkit.insight import plan as planning
 
-    found = room.plan(settings, limit=limit, gpu=gpu, processes=processes, hits=hits)
-    room.print_plan(found)
+    found = planning.plan(settings, limit=limit, gpu=gpu, processes=processes, hits=hits)
+    planning.print_plan(found)
     if json:
         from alignkit.files import write_text
 
@@ -53,8 +55,8 @@ def bytes_of(text: str | None) -> int | None:
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     if found is None or found[2].lower() not in _UNITS:
-        raise ConfigError(f"'{text}' is no size of memory; give one such as 24GB or 80GiB")
+        raise ConfigError(f"'{text}' is not a size of memory; give one such as 24GB or 80GiB")
     size = int(float(found[1]) * _UNITS[found[2].lower()])
     if not size:
-        raise ConfigError(f"'{text}' is no memory at all; give a size such as 24GB or 80GiB")
+        raise ConfigError(f"'{text}' is no memory; give a size such as 24GB or 80GiB")
     return size

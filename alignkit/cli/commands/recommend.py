@@ -23,25 +23,25 @@ Examples:
 def recommend(
     data: Annotated[str, typer.Option(help="Rows, as of a run")],
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the model: lengths in its tokens")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="What a run has to fit into, such as 24GB")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory that a run must fit into, such as 24GB")] = None,
     reward: Annotated[str | None, typer.Option(help="What scores samples, see docs/rewards.md")] = None,
     judge: Annotated[str | None, typer.Option(help="What compares two samples, see docs/rewards.md")] = None,
     columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
-    json: Annotated[Path | None, typer.Option(help="File for all of it")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for everything")] = None,
 ) -> None:
-    """Say which installed methods the rows can serve, which to start with, and why; loads no model."""
+    """Show which installed methods the rows can serve, which to start with, and why; loads no model."""
     terminal.check_target("--json", json)
     named, memory = console.columns_of(columns), bytes_of(gpu_memory)
     specs = {k: None if v is None else console.value_of(v) for k, v in (("reward", reward), ("judge", judge))}
-    console.speak()
-    from alignkit.insight import recommend as room
+    console.show_log()
+    from alignkit.insight import recommend as package
 
-    found = room.recommend(data, model=model, columns=named, memory=memory, **specs)
-    room.print_recommendation(found)
+    found = package.recommend(data, model=model, columns=named, memory=memory, **specs)
+    package.print_recommendation(found)
     if found.first is not None:
         given = {"data": data, "model": model or "MODEL", "gpu-memory": gpu_memory, "reward": reward, "judge": judge}
         words = [f"--{k} {shlex.quote(v)}" for k, v in {**given, "columns": columns}.items() if v is not None]
-        typer.echo(f"\nto begin: alignkit init {' '.join(words)}")
+        typer.echo(f"\nnext: alignkit init {' '.join(words)}")
     if json:
         from alignkit.files import write_text
 

@@ -17,10 +17,10 @@ Examples:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of pipelines", metavar="RUN ...")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs or pipelines", metavar="RUN ...")],
     output: Annotated[Path, typer.Option(help="The file to write")] = Path("report.html"),
 ) -> None:
-    """Write what runs did into one HTML file: curves, alarms, completions, data, settings, environment, cost."""
+    """Report on runs in one HTML file: curves, alarms, completions, data, settings, environment, cost."""
     terminal.check_target("--output", output)
     from alignkit.insight.report import report as write
 

@@ -1,4 +1,4 @@
-"""Whether what is preferred has more of something that is not content."""
+"""Whether the preferred answer has more of a feature that is not content."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from alignkit.insight.intervals import strict, wilson
 
 Direction = Literal["more", "less"]
 
-_STRICT = strict(len(FEATURES))  # a finding has to stand against all features that were looked at
+_STRICT = strict(len(FEATURES))  # one interval per feature
 
 
 @dataclass(frozen=True)
 class Bias:
-    """A feature among pairs of which one answer is preferred.
+    """How often the preferred answer of a pair has more of a feature.
 
-    pairs: that have a preference. differs: of these, in which one answer has more of the feature than the other. more:
-    in how many of them it is the preferred one. share: more / differs, with its 95 % Wilson interval low to high; None
-    where nothing differs. direction: what is preferred in the larger part, more of the feature or less. accuracy: of
-    the rule "the one with `direction` is preferred" over all pairs, ties half; never below one half.
-    beyond_chance: whether the interval leaves one half out at 95 % for all features together.
+    pairs: with a preference. differs: pairs in which one answer has more of the feature. more: pairs in which the
+    preferred answer has more. share: more / differs, with its 95 % Wilson interval low to high; None where no pair
+    differs. direction: what the majority prefers, more of the feature or less. accuracy: of the rule "the answer with
+    `direction` is preferred" over all pairs, ties count half; never below one half.
+    beyond_chance: whether the interval excludes one half at 95 % for all features together.
     """
 
     feature: str
@@ -40,15 +40,15 @@ class Bias:
     beyond_chance: bool
 
 
-def counted(rows: Sequence[Row], lengths: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Return how much of each feature both answers of each pair have, [pairs, 2]; lengths: as counted already."""
+def feature_counts(rows: Sequence[Row], lengths: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Return the count of each feature in both answers of each pair, [pairs, 2]; lengths: counted beforehand."""
     texts = [[answer_text(answer) for answer in row.completions] for row in rows]
-    found = {f.name: _counts(f, texts) for f in FEATURES if f is not LENGTH}
-    return {LENGTH.name: np.asarray(lengths, dtype=float).reshape(-1, 2), **found}
+    counts = {f.name: _counts(f, texts) for f in FEATURES if f is not LENGTH}
+    return {LENGTH.name: np.asarray(lengths, dtype=float).reshape(-1, 2), **counts}
 
 
 def biases(counts: dict[str, np.ndarray], preferred: np.ndarray) -> tuple[Bias, ...]:
-    """Return the bias on each feature; preferred: above 0 where the first answer is, below where the second is [pairs].
+    """Return the bias of each feature; preferred [pairs]: above 0 for the first answer, below 0 for the second.
 
     Pairs at 0 are left out. Empty where no pair is left.
     """

@@ -1,4 +1,4 @@
-"""What an answer can have that is not its content: how much of it there is, how to add it and how to take it away."""
+"""Features of an answer other than its content: how to count, add and remove each."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _EMOJI = regex.compile(
     r"|(?:\p{Emoji_Presentation}|\p{Extended_Pictographic}(?:\uFE0F|\p{Emoji_Modifier}))"
     r"(?:\uFE0F|\p{Emoji_Modifier}|[\U000E0020-\U000E007F]|\u200D\p{Extended_Pictographic})*)"
 )
-# powers are no bold text; a language without spaces may have letters at both ends
+# powers are not bold text; a language without spaces may have letters at both ends
 _BOLD = regex.compile(r"(?<![0-9A-Za-z_])\*\*(?=[^\s*])((?:[^*\n]|\*(?!\*))+?)(?<=\S)\*\*(?![0-9A-Za-z_])")
 _WORD = regex.compile(r"\b\p{L}{4,}\b")
-_EXCLAMATION = regex.compile(r"[!！](?![=\[])")  # neither != nor an image of Markdown
+_EXCLAMATION = regex.compile(r"[!！](?![=\[])")  # neither != nor an image in Markdown
 _ITEM = regex.compile(r"^([ \t]*)(?:(?:[-*+•]|\d{1,3}[.)])[ \t]+)+(?=\S)", regex.MULTILINE)
 _LINK = regex.compile(r"(?:https?://|www\.)[^\s<>()\[\]]+", regex.IGNORECASE)
 _NAMED_LINK = regex.compile(r"\[([^\[\]\n]+)\]\((?:https?://|www\.)[^\s()]+\)", regex.IGNORECASE)
@@ -33,10 +33,10 @@ _AFFIRMATIVE_CLAUSE = regex.compile(rf"^(\s*)(?:{_OPENING}\s*[,.!:;–—-]+\s*)
 
 @dataclass(frozen=True)
 class Feature:
-    """Something that an answer has more or less of.
+    """A countable feature of an answer.
 
-    more, less: what to call the answer of a pair that has more, or less. count: how much a text has. added, taken: the
-    text with more or with less of it, and as far as that goes nothing else changed; None where there is no way.
+    more, less: names of the answer of a pair that has more, or less. count: how much a text has. added, taken: the text
+    with more or with less of it and, as far as possible, nothing else changed; None where that cannot be done.
     """
 
     name: str
@@ -47,18 +47,18 @@ class Feature:
     _take: Callable[[str], str]
 
     def added(self, text: str) -> str | None:
-        """Return a text that had none of it with some of it; the length is added to any text."""
+        """Return the text with the feature added, if it had none; length can be added to any text."""
         changed = self._add(text)
         return changed if (self is LENGTH or not self.count(text)) and self.count(changed) > self.count(text) else None
 
     def taken(self, text: str) -> str | None:
-        """Return a text that had some of it with less of it, in most cases none."""
+        """Return the text with less of the feature, in most cases none."""
         changed = self._take(text)
         return changed if changed.strip() and self.count(changed) < self.count(text) else None
 
 
 def answer_text(content: Content) -> str:
-    """Return what the assistant says in an answer: text as it is, of messages the assistant's alone."""
+    """Return the assistant's text of an answer: text unchanged, of messages only the assistant's."""
     if isinstance(content, str):
         return content
     return "\n\n".join(message["content"] for message in content if message["role"] == "assistant")

@@ -1,4 +1,4 @@
-"""What is worth a sentence: beyond chance, with what can be done about it."""
+"""Findings: what is beyond chance, each with a remedy."""
 
 from __future__ import annotations
 
@@ -9,87 +9,89 @@ from alignkit.insight.audit.bias import Bias
 from alignkit.insight.audit.features import FEATURES, LENGTH
 from alignkit.insight.audit.lengths import Budgets
 from alignkit.insight.audit.repeats import Repeats
-from alignkit.insight.audit.scored import Scored
+from alignkit.insight.audit.reward_audit import RewardAudit
 
 LARGE_PART = 0.1  # of answers that are cut
 LARGE_EFFECT = 0.1  # standard deviations
-_DONE = {"added": "adding {} to", "taken": "taking {} from"}
+_CHANGES = {"added": "adding {} to", "taken": "taking {} from"}
 _BY_NAME = {feature.name: feature for feature in FEATURES}
 
 
 class Finding(NamedTuple):
-    """What was found, and what to do about it."""
+    """A finding and what to do about it."""
 
     what: str
     remedy: str
 
 
-def of_rows(repeats: Repeats, shared: Sequence[int] | None, budgets: Budgets | None) -> Iterator[Finding]:
-    """Yield what is wrong with the rows themselves."""
+def row_findings(repeats: Repeats, shared: Sequence[int] | None, budgets: Budgets | None) -> Iterator[Finding]:
+    """Yield faults of the rows themselves."""
     if repeats.contradictions:
         rows = _listed([f"{a} and {b}" for a, b in repeats.contradictions])
         yield Finding(
             f"{_times(len(repeats.contradictions), 'row says', 'rows say')} the opposite of another row (rows {rows})",
-            "decide for one of the two; where such noise must stay, try `label_smoothing` of dpo, or ipo",
+            "decide for one of the two; where noise must stay, see the methods and settings of `alignkit recommend`",
         )
     if repeats.duplicates:
         n = len(repeats.duplicates)
         yield Finding(
-            f"{_times(n, 'row stands', 'rows stand')} in the data before (row{'s' * (n > 1)} "
+            f"{_times(n, 'row repeats', 'rows repeat')} an earlier row (row{'s' * (n > 1)} "
             f"{_listed(repeats.duplicates)})",
-            "remove them: a row that stands twice weighs twice",
+            "remove them: a repeated row counts twice",
         )
     if shared:
         yield Finding(
             f"{_times(len(shared), 'held-out row has', 'held-out rows have')} a prompt that is trained on "
             f"(rows {_listed(shared)} of the held-out data)",
-            "hold out by prompt, as `eval_fraction` does: what is measured on these rows flatters",
+            "hold out by prompt, as `eval_fraction` does: results on these rows are too good",
         )
     if budgets and budgets.answers_cut > LARGE_PART * budgets.answers:
         yield Finding(
             f"{budgets.answers_cut} of {budgets.answers} answers are longer than max_completion_tokens "
             f"{budgets.max_completion_tokens}, and lose their end",
-            "raise max_completion_tokens, or leave long rows out: a model that sees no ends does not learn to end",
+            "raise max_completion_tokens, or leave long rows out: without ends a model does not learn to stop",
         )
 
 
-def of_preferences(biases: Sequence[Bias]) -> Iterator[Finding]:
-    """Yield the features that tell the chosen answer beyond chance."""
+def preference_findings(biases: Sequence[Bias]) -> Iterator[Finding]:
+    """Yield the features that predict the chosen answer beyond chance."""
     for bias in biases:
         if bias.beyond_chance:
-            remedy = "a method can learn this instead of the content: balance the pairs, or watch it in the samples"
+            remedy = "a method can learn this instead of the content: balance the pairs, or watch for it in the samples"
             if bias.feature == LENGTH.name:
                 how = f"a method can win by writing {bias.direction}"
-                remedy = f"{how}: try simpo, or `length_normalised` or `ld_alpha` of dpo"
+                remedy = f"{how}: see the methods and settings of `alignkit recommend`"
             yield Finding(f"{_preferred(bias)} is chosen in {_share(bias)} of the pairs in which they differ", remedy)
 
 
-def of_reward(scored: Scored, preferences: Sequence[Bias]) -> Iterator[Finding]:
-    """Yield what a reward gets wrong, or pays for besides content; preferences: the biases of the data."""
-    name = f"the reward '{scored.reward}'"
-    if scored.deviation == 0:
-        yield Finding(f"{name} gives every answer the same score", "it teaches nothing here: check what it asks for")
-        return
-    if scored.low is not None and scored.high is not None and scored.accuracy is not None and scored.low <= 0.5:
-        better = "no better than chance" if scored.high >= 0.5 else "worse than chance"
+def reward_findings(audit: RewardAudit, preferences: Sequence[Bias]) -> Iterator[Finding]:
+    """Yield what a reward gets wrong, or rewards other than content; preferences: the biases of the data."""
+    name = f"the reward '{audit.reward}'"
+    if audit.deviation == 0:
         yield Finding(
-            f"{name} agrees with {scored.accuracy:.0%} of the preferences, {better}",
+            f"{name} gives every answer the same score", "nothing can be learned from it here: check what it scores"
+        )
+        return
+    if audit.low is not None and audit.high is not None and audit.accuracy is not None and audit.low <= 0.5:
+        better = "no better than chance" if audit.high >= 0.5 else "worse than chance"
+        yield Finding(
+            f"{name} agrees with {audit.accuracy:.0%} of the preferences, {better}",
             "do not optimise against it: train it on such data, or check that its answers have the form it knows",
         )
-    for bias, own in zip(scored.biases, preferences, strict=False):  # a reward of nothing but ties has no biases
+    for bias, own in zip(audit.biases, preferences, strict=False):  # a reward with only ties has no biases
         if bias.beyond_chance and bias.share is not None and own.share is not None:
             people = own.share if bias.share > 0.5 else 1 - own.share
             yield Finding(
                 f"{_preferred(bias)} has the higher score in {_share(bias)} of the pairs in which they differ, and is "
                 f"chosen in {people:.0%}",
-                "what the reward has beyond the preferences, it has added: a policy will follow the reward",
+                "the reward exceeds the preferences here: a policy will follow the reward",
             )
-    for effect in scored.effects:
+    for effect in audit.effects:
         if effect.beyond_chance and effect.mean is not None and abs(effect.mean) >= LARGE_EFFECT:
             yield Finding(
-                f"{_DONE[effect.change].format(effect.feature)} the same answer changes the score by "
+                f"{_CHANGES[effect.change].format(effect.feature)} the same answer changes the score by "
                 f"{effect.mean:+.2f} standard deviations ({effect.n} answers)",
-                "a policy finds this out: add a reward against it, an ensemble, or pairs that differ in nothing else",
+                "a policy exploits this: add a reward against it, an ensemble, or pairs that differ in nothing else",
             )
 
 

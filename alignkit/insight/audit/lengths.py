@@ -1,4 +1,4 @@
-"""How long prompts and answers are, and what the budgets of a run would cut."""
+"""Lengths of prompts and answers, and what the budgets of a run would cut."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Budgets:
-    """What a run with these budgets would cut, and drop after tokenising (reason -> rows of the source)."""
+    """What a run with these budgets would cut, and drop or note after tokenising (reason -> rows of the source)."""
 
     max_prompt_tokens: int | None
     max_completion_tokens: int | None
@@ -41,8 +41,8 @@ class Budgets:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Rows, and for each the length of its prompt and of its answers; rows without a token to learn are left out."""
+class Lengths:
+    """Rows with the lengths of their prompts and answers; rows without a token to learn are left out."""
 
     unit: str
     rows: list[Row]
@@ -50,15 +50,15 @@ class Measured:
     answers: list[tuple[int, ...]]
 
 
-def measure(dataset: Dataset, tokenizer: Any | None) -> Measured:
-    """Count tokens as training does, the end-of-sequence token too; characters without a tokenizer."""
+def measure(dataset: Dataset, tokenizer: Any | None) -> Lengths:
+    """Count tokens as training does, end-of-sequence included; characters without a tokenizer."""
     if tokenizer is None:
         rows = list(dataset.rows)
         answers = [tuple(len(text_of(answer).strip()) for answer in row.completions) for row in rows]
-        return Measured("characters", rows, [len(text_of(row.prompt).strip()) for row in rows], answers)
+        return Lengths("characters", rows, [len(text_of(row.prompt).strip()) for row in rows], answers)
     examples, _ = tokenise(dataset, tokenizer)
     kept = {example.row for example in examples}
-    return Measured(
+    return Lengths(
         "tokens",
         [row for row in dataset.rows if row.row in kept],
         [len(example.prompt) for example in examples],
@@ -66,8 +66,8 @@ def measure(dataset: Dataset, tokenizer: Any | None) -> Measured:
     )
 
 
-def summaries(measured: Measured, kind: str) -> tuple[Length, ...]:
-    """Return the lengths of prompts and of each sort of answer."""
+def summaries(measured: Lengths, kind: str) -> tuple[Length, ...]:
+    """Summarise the lengths of prompts and of each kind of answer."""
     parts: dict[str, Sequence[int]] = {"prompt": measured.prompts}
     if kind == "pairs":
         parts |= {"chosen": [a for a, _ in measured.answers], "rejected": [b for _, b in measured.answers]}
@@ -81,12 +81,12 @@ def summaries(measured: Measured, kind: str) -> tuple[Length, ...]:
 
 def budgets(
     dataset: Dataset,
-    measured: Measured,
+    measured: Lengths,
     tokenizer: Any,
     max_prompt_tokens: int | None,
     max_completion_tokens: int | None,
 ) -> Budgets:
-    """Return what a run with these budgets would do to the rows. Raises as `tokenise`."""
+    """Return what a run with these budgets would cut and drop. Raises what `tokenise` raises."""
     _, report = tokenise(dataset, tokenizer, max_prompt_tokens, max_completion_tokens)
     answers = [n for some in measured.answers for n in some]
     return Budgets(

@@ -1,4 +1,4 @@
-"""Rows that stand twice, that say the opposite of each other, and prompts that stand on both sides of a split."""
+"""Duplicate and contradictory rows, and prompts on both sides of a split."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from alignkit.data.rows import Content, Row
 
 @dataclass(frozen=True)
 class Repeats:
-    """What occurs more than once; rows are 1-based rows of the source.
+    """Repeated content; rows are numbered from 1 in the source.
 
-    prompts: different ones. duplicates: rows that say what an earlier row says. contradictions: (earlier row, row) of
-    which one prefers the answer that the other rejects, or of which the label differs.
+    prompts: the number of different prompts. duplicates: rows equal to an earlier row. contradictions: (earlier row,
+    row) where one prefers the answer that the other rejects, or the labels differ.
     """
 
     prompts: int
@@ -24,7 +24,7 @@ class Repeats:
 
 
 def repeats(rows: Sequence[Row]) -> Repeats:
-    """Find repeated and contradictory rows; white space around texts is left out of the comparison."""
+    """Find repeated and contradictory rows; white space around texts is ignored."""
     seen: dict[tuple[object, ...], int] = {}
     duplicates, contradictions = [], []
     for row in rows:
@@ -32,14 +32,14 @@ def repeats(rows: Sequence[Row]) -> Repeats:
         opposite = (prompt, answers, 1.0 - label) if label is not None else (prompt, answers[::-1], None)
         if (prompt, answers, label) in seen:
             duplicates.append(row.row)
-        elif opposite in seen:  # an answer of one row alone is its own reverse, and so a duplicate
+        elif opposite in seen:  # a single answer is its own reverse, and so a duplicate
             contradictions.append((seen[opposite], row.row))
         seen.setdefault((prompt, answers, label), row.row)
     return Repeats(len({key(row.prompt) for row in rows}), tuple(duplicates), tuple(contradictions))
 
 
 def votes(rows: Sequence[Row]) -> list[tuple[int, int]]:
-    """Return of each pair of answers that is judged more than once how often either one is chosen."""
+    """Return how often either answer is chosen, for each pair of answers with more than one judgement."""
     chosen = Counter((key(row.prompt), *map(key, row.completions)) for row in rows)
     both = {(prompt, *sorted((a, b))) for prompt, a, b in chosen}
     counts = ((chosen[prompt, a, b], chosen[prompt, b, a]) for prompt, a, b in sorted(both))
@@ -47,13 +47,13 @@ def votes(rows: Sequence[Row]) -> list[tuple[int, int]]:
 
 
 def shared_prompts(rows: Sequence[Row], held_out: Sequence[Row]) -> tuple[int, ...]:
-    """Return the held-out rows whose prompt is one of those trained on."""
+    """Return the held-out rows whose prompt is trained on."""
     trained = {key(row.prompt) for row in rows}
     return tuple(row.row for row in held_out if key(row.prompt) in trained)
 
 
 def key(content: Content) -> str:
-    """Return what two contents share that say the same."""
+    """Return a key that equal contents share."""
     if isinstance(content, str):
         return content.strip()
     return json.dumps([[message["role"], message["content"].strip()] for message in content])

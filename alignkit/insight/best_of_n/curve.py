@@ -1,6 +1,6 @@
 """The expected best of k, without sampling again: an average over all subsets of size k of the n samples.
 
-The i-th smallest of n values is the largest of C(i - 1, k - 1) of the C(n, k) subsets. So the mean over subsets is
+The i-th smallest of n values is the largest in C(i - 1, k - 1) of the C(n, k) subsets. So the mean over subsets is
 sum_i C(i - 1, k - 1) / C(n, k) x_(i), the unbiased estimator of 2112.09332 (appendix I); 2210.10760 has the curves.
 """
 
@@ -14,7 +14,7 @@ from itertools import groupby
 
 import numpy as np
 
-from alignkit.insight.intervals import of_mean
+from alignkit.insight.intervals import mean_interval
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ def curve(proxy: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] | No
     """Return a point for every k from 1 to n; proxy, gold: of each prompt's n samples, [prompt][sample]."""
     golds = gold if gold is not None else [None] * len(proxy)
     orders = [ordered(p, g) for p, g in zip(proxy, golds, strict=True)]
-    # [proxy, and gold where there is one][prompt][rank]
+    # [proxy, and gold if given][prompt][rank]
     ascending = np.array([[values for values in order if values is not None] for order in orders]).swapaxes(0, 1)
     return tuple(_point(k, ascending) for k in range(1, len(proxy[0]) + 1))
 
 
 def ordered(proxy: Sequence[float], gold: Sequence[float] | None) -> tuple[list[float], list[float] | None]:
-    """Return both sorted by the proxy; gold is averaged over ties, of which any may be taken for the best."""
+    """Return both sorted by the proxy; gold is averaged over ties, because any of them may be taken as the best."""
     values = sorted(proxy)
     if gold is None:
         return values, None
@@ -64,10 +64,10 @@ def ordered(proxy: Sequence[float], gold: Sequence[float] | None) -> tuple[list[
 
 
 def best_of(k: int, ascending: np.ndarray) -> np.ndarray:
-    """Return the mean over all subsets of size k of the value that stands last in it [...]; ascending: [..., n]."""
+    """Return the mean of the last value of each subset of size k, over all subsets [...]; ascending: [..., n]."""
     n = ascending.shape[-1]
     i = np.arange(n - 1, 0, -1)
-    # C(i, k - 1) / C(n, k) from the last value down, each from the one above it: the binomials themselves overflow
+    # C(i, k - 1) / C(n, k) from the last value down, each from the previous one: the binomials themselves overflow
     weights = k / n * np.cumprod(np.concatenate([[1.0], np.maximum(i - k + 1, 0) / i]))
     return np.asarray(ascending[..., ::-1] @ weights)
 
@@ -78,5 +78,5 @@ def _point(k: int, ascending: np.ndarray) -> Point:
 
 
 def _mean(values: Sequence[float]) -> Mean:
-    low, high = of_mean(values) if len(values) > 1 else (None, None)
+    low, high = mean_interval(values) if len(values) > 1 else (None, None)
     return Mean(statistics.fmean(values), low, high)

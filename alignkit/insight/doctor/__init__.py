@@ -1,17 +1,15 @@
-"""What this machine has, what of it is in use and why, and what is wrong with it: `alignkit doctor`.
+"""What this machine has, what of it a run uses and why, and what is wrong with it: `alignkit doctor`.
 
-parts.py         a part of what is found, guarded; what is private in it
-software.py      versions, and whether libraries work
-machine.py       processors, memory, GPUs
-container.py     what a container leaves of them
-computing.py     kernels and attention
-installed.py     plugins
-kept.py          the reference cache, disks
-surroundings.py  environment variables, the terminal
-examined.py      all of it, as text and as JSON
+probe.py      what a probe finds; what is private in it
+versions.py   versions, against what alignkit and its plugins need
+devices.py    processors, memory, GPUs
+kernels.py    the kernels of each device
+attention.py  the attention of a Llama
+plugins.py    methods, rewards, judges, listeners
+disks.py      free space and permissions
+diagnosis.py  examine(): all of it, as text and as JSON
 """
 
-from alignkit.insight.doctor.examined import Diagnosis, examine
-from alignkit.insight.doctor.parts import Asked
+from alignkit.insight.doctor.diagnosis import Diagnosis, examine
 
-__all__ = ["Asked", "Diagnosis", "examine"]
+__all__ = ["Diagnosis", "examine"]

@@ -1,7 +1,7 @@
-"""What goes wrong in a run: for each alarm a pure function over the history.
+"""Detectors of faults in a run: for each alarm a pure function over the history.
 
 A function has its alarm's name. It gets the history, the alarm's limit and all limits, and returns the value that is
-beyond the limit, else None. Its words are in `words.py`.
+beyond the limit, else None. Its message is in `alarm_messages.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import statistics
 from alignkit.alarms import Health
 from alignkit.insight.health.history import History
 
-AFTER_WARMUP = 20  # steps at the full rate, after which a policy has moved
-SPIKE = 6  # times the second largest of the norms before: where they vary widely, or one spiked, the median says little
-NOISE = 3  # standard errors that a change has to be beyond
-GROWN = {"repetition": 0.1, "opening": 0.25}  # what the base does itself is its style, and no collapse
+AFTER_WARMUP = 20  # steps at the full learning rate, after which a policy has moved
+SPIKE = (
+    6  # times the second largest of the earlier norms: where these vary widely, or one spiked, the median means little
+)
+NOISE = 3  # standard errors that a change must exceed
+GROWN = {"repetition": 0.1, "opening": 0.25}  # what the base does too is its style, not a collapse
 
 
 def kl_high(h: History, limit: float, _: Health) -> float | None:
@@ -24,13 +26,13 @@ def kl_high(h: History, limit: float, _: Health) -> float | None:
 
 
 def kl_low(h: History, limit: float, _: Health) -> float | None:
-    """The policy is where it began although the learning rate has long been at its peak."""
+    """The policy has not moved although the learning rate has long been at its peak."""
     kl = h.now("kl")
     return kl if kl is not None and kl < limit and h.step - h.warm_at >= AFTER_WARMUP else None
 
 
 def reward_kl(h: History, limit: float, health: Health) -> float | None:
-    """The reward has risen, and the KL is large and still grows."""
+    """The reward has risen, and the KL is large and still growing."""
     return _above(h.now("kl"), limit) if _rose(h, health) and h.grows("kl") else None
 
 
@@ -40,24 +42,24 @@ def reward_length(h: History, limit: float, health: Health) -> float | None:
 
 
 def reward_held_out(h: History, limit: float, health: Health) -> float | None:
-    """The reward has risen, and one that is not trained on has fallen."""
+    """The reward has risen, and another that is not trained on has fallen."""
     falls = [fall for name in h.held_out if (fall := _fall(h, f"reward/{name}")) is not None]
     return _above(max(falls, default=None), limit) if _rose(h, health) else None
 
 
 def distinct(h: History, limit: float, _: Health) -> float | None:
-    """Completions resemble each other."""
+    """Completions become alike."""
     ratio, growth = h.ratio("completion/distinct_2"), h.ratio("completion/length")
     if ratio is None:
         return None
-    # longer texts repeat more of their pairs by themselves, about with the root of their length (Heaps' law)
+    # longer texts repeat more of their pairs anyway, about with the root of their length (Heaps' law)
     return _below(ratio * math.sqrt(max(growth or 1.0, 1.0)), limit)
 
 
 def entropy(h: History, limit: float, _: Health) -> float | None:
-    """Nothing is left to be sampled."""
+    """Samples no longer vary."""
     now, ratio = h.now("entropy"), h.ratio("entropy")
-    return _below(now, limit) if ratio is not None and ratio < 0.5 else None  # a base may be as sure as that
+    return _below(now, limit) if ratio is not None and ratio < 0.5 else None  # a base may have as low an entropy
 
 
 def repetition(h: History, limit: float, _: Health) -> float | None:
@@ -71,40 +73,40 @@ def opening(h: History, limit: float, _: Health) -> float | None:
 
 
 def displacement(h: History, limit: float, _: Health) -> float | None:
-    """The margin grows although the chosen answers become less likely, because the rejected ones do so faster."""
+    """The margin grows although chosen answers become less likely, because rejected ones do so faster."""
     chosen, rejected, margin = h.change("fall/chosen"), h.change("fall/rejected"), h.change("rewards/margin")
     if chosen is None or rejected is None or margin is None or rejected >= chosen or margin <= 0:
         return None
-    # without a reference, a few rows that happened to be unlikely look like a fall
+    # without a reference, a few unlikely rows look like a fall
     return _above(-chosen, limit) if -chosen > NOISE * h.noise("fall/chosen") else None
 
 
 def zero_variance(h: History, limit: float, _: Health) -> float | None:
-    """Most groups have one reward, and so no advantage."""
+    """Most groups have equal rewards, and so no advantage."""
     return _above(h.now("text/dead_groups"), limit)
 
 
 def clip_fraction(h: History, limit: float, _: Health) -> float | None:
-    """Updates leave the policy that sampled too far behind."""
+    """Updates move the policy too far from the one that sampled."""
     return _above(h.now("clip_fraction"), limit)
 
 
 def value_loss(h: History, limit: float, _: Health) -> float | None:
     """The critic's loss explodes."""
-    now, begun = h.now("value"), h.begun("value")
-    if now is None or begun is None or len(h.before("value")) < h.window:
+    now, early = h.now("value"), h.start_median("value")
+    if now is None or early is None or len(h.before("value")) < h.window:
         return None
-    usual = max(begun, statistics.median(h.before("value")))
+    usual = max(early, statistics.median(h.before("value")))
     return _above(now / usual, limit) if usual else None
 
 
 def explained_variance(h: History, limit: float, _: Health) -> float | None:
     """The critic is worse than a constant."""
-    return _below(h.middle("value/explained_variance"), limit)
+    return _below(h.median("value/explained_variance"), limit)
 
 
 def grad_spike(h: History, limit: float, _: Health) -> float | None:
-    """One gradient is far larger than those before it."""
+    """One gradient is far larger than the earlier ones."""
     last, before = h.last("grad_norm"), sorted(norm for norm in h.before("grad_norm") if norm > 0)
     if last is None or len(before) < max(h.window, 2) or last <= SPIKE * before[-2]:
         return None
@@ -137,7 +139,7 @@ def _rose(h: History, health: Health) -> bool:
 
 def _fall(h: History, name: str) -> float | None:
     change, spreads = h.change(f"{name}/mean"), (h.start(f"spread/{name}"), h.now(f"spread/{name}"))
-    # where nearly all were alike at the start, one that differs now is no large fall
+    # where nearly all were equal at the start, one that differs now is not a large fall
     spread = max((s for s in spreads if s is not None), default=None)
     if change is None or spread is None or change >= 0:
         return None

@@ -1,4 +1,4 @@
-"""The numbers of a run so far, as detectors ask for them: at the start, and now."""
+"""The values of a run so far, as detectors need them: at the start, and now."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import statistics
 from collections import defaultdict, deque
 from collections.abc import Mapping
 
-RECENT = 50  # lines that a running median is over
+RECENT = 50  # lines of a running median
 
 
 class History:
-    """One series of lines, of training or of evaluations; keeps its first and its last lines only.
+    """One series of lines, of training or of evaluations; keeps only its first and its last lines.
 
     window: lines whose mean counts as the value at the start, and as the value now.
     """
@@ -25,7 +25,7 @@ class History:
         self._rate = 0.0
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Take in a line; what is not finite has been left out of it."""
+        """Add a line, which has finite values only."""
         self.step = step
         for name, value in values.items():
             if len(self._first[name]) < 2 * self.window:
@@ -35,50 +35,50 @@ class History:
             self._rate, self.warm_at = values["lr"], max(step, self.warm_at)
 
     def start(self, name: str) -> float | None:
-        """Mean of the first lines; None until as many came after them, which `now` is about."""
+        """Return the mean of the first lines; None until as many have followed, which `now` averages."""
         first = self._first.get(name, [])
         return statistics.fmean(first[: self.window]) if len(first) == 2 * self.window else None
 
-    def begun(self, name: str) -> float | None:
-        """Median of the first lines; None of fewer than `window`."""
+    def start_median(self, name: str) -> float | None:
+        """Return the median of the first lines; None with fewer than `window`."""
         first = self._first.get(name, [])[: self.window]
         return statistics.median(first) if len(first) == self.window else None
 
     def now(self, name: str) -> float | None:
-        """Mean of the last lines; None of fewer than `window`."""
+        """Return the mean of the last lines; None with fewer than `window`."""
         last = self._recent(name, self.window)
         return statistics.fmean(last) if len(last) == self.window else None
 
-    def middle(self, name: str) -> float | None:
-        """Median of the last lines; None until the run is two windows old."""
+    def median(self, name: str) -> float | None:
+        """Return the median of the last lines; None until the run has two windows."""
         return statistics.median(self._recent(name, self.window)) if self.start(name) is not None else None
 
     def before(self, name: str) -> list[float]:
-        """The last lines' values without the very last."""
+        """Return the values of the last lines except the last one."""
         return self._recent(name, RECENT + 1)[:-1]
 
     def last(self, name: str) -> float | None:
-        """The value of the last line that has it, None where there is none."""
+        """Return the last value, None if there is none."""
         return next(iter(self._recent(name, 1)), None)
 
     def grows(self, name: str) -> bool:
-        """Say whether the newer half of the last lines is above the older half."""
+        """Return whether the newer half of the last lines is above the older half."""
         half = max(self.window // 2, 1)
         last = self._recent(name, 2 * half)
         return len(last) == 2 * half and sum(last[half:]) > sum(last[:half])
 
     def change(self, name: str) -> float | None:
-        """Now minus start."""
+        """Return now minus start."""
         start, now = self.start(name), self.now(name)
         return None if start is None or now is None else now - start
 
     def noise(self, name: str) -> float:
-        """Standard error of `change`, as the spread of the first and of the last lines has it; 0 of single lines."""
+        """Return the standard error of `change`, from the variances of first and last lines; 0 for single lines."""
         windows = self._first.get(name, [])[: self.window], self._recent(name, self.window)
-        return math.sqrt(sum(statistics.variance(some) / len(some) for some in windows if len(some) > 1))
+        return math.sqrt(sum(statistics.variance(values) / len(values) for values in windows if len(values) > 1))
 
     def ratio(self, name: str) -> float | None:
-        """Now by start; None where the start is 0."""
+        """Return now divided by start; None where the start is 0."""
         start, now = self.start(name), self.now(name)
         return None if not start or now is None else now / start
 

@@ -1,4 +1,4 @@
-"""The detectors over one run, line by line."""
+"""All detectors over one run, line by line."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignkit.alarms import Alarm, Health
+from alignkit.insight.health.alarm_messages import DETECTORS
+from alignkit.insight.health.completion_stats import Row, completion_stats, number, same_opening
 from alignkit.insight.health.history import History
-from alignkit.insight.health.texts import Row, facts, number, same_opening
-from alignkit.insight.health.words import DETECTORS
 from alignkit.rewards.spec import name_of
 from alignkit.runs.folder import EVAL, of_training
 
 
 class Monitor:
-    """Looks at a run's lines in their order; what it says depends on nothing but them.
+    """Reads a run's lines in order; its alarms depend on nothing else.
 
-    Evaluations are a series of their own, of which one line is enough to compare with.
+    Evaluations are a separate series, in which one line is enough for a comparison.
     """
 
     def __init__(self, limits: Health, settings: Mapping[str, Any] | None = None) -> None:
@@ -25,39 +25,39 @@ class Monitor:
         self._histories = {True: History(limits.window), False: History(1, training=False)}
         for history in self._histories.values():
             history.held_out = held_out(self._settings.get("reward"))
-        # while a critic warms up the policy stands still on purpose
+        # the policy does not move while a critic warms up
         self._histories[True].warm_at = int(number(self._settings.get("critic_warmup_steps")) or 0)
         self._best, self._worst = float("-inf"), float("inf")
         self._before: deque[Sequence[Row]] = deque(maxlen=limits.window - 1)
 
     def see(self, step: int, metrics: Mapping[str, Any], completions: Sequence[Row] = ()) -> list[Alarm]:
-        """Take in a line of metrics and the completions of its step; return what is wrong now, said before or not."""
-        start = "" if of_training(metrics) else EVAL
-        history = self._histories[not start]
+        """Add a line of metrics and the completions of its step; return what is wrong now, reported before or not."""
+        prefix = "" if of_training(metrics) else EVAL
+        history = self._histories[not prefix]
         values = {
-            name.removeprefix(start): value
+            name.removeprefix(prefix): value
             for name, given in metrics.items()
-            if name.startswith(start) and (value := number(given)) is not None
+            if name.startswith(prefix) and (value := number(given)) is not None
         }
-        values |= self._of_texts(completions, bool(start)) | _fallen(values)
-        if values.get("reward/std") == 0:  # nothing varies that a critic could explain
+        values |= self._of_completions(completions, bool(prefix)) | _likelihoods(values)
+        if values.get("reward/std") == 0:  # equal rewards: nothing for a critic to explain
             values.pop("value/explained_variance", None)
         history.add(step, values)
-        return [alarm for detector in DETECTORS if (alarm := self._found(detector, history))]
+        return [alarm for detector in DETECTORS if (alarm := self._alarm(detector, history))]
 
-    def _of_texts(self, completions: Sequence[Row], evaluation: bool) -> dict[str, float]:
+    def _of_completions(self, completions: Sequence[Row], evaluation: bool) -> dict[str, float]:
         rewards = [value for row in completions if (value := number(row.get("reward"))) is not None]
         self._best, self._worst = max([self._best, *rewards]), min([self._worst, *rewards])
-        found = facts(completions, self._best, self._worst)
+        found = completion_stats(completions, self._best, self._worst)
         if completions and not evaluation:
-            # a step of few prompts is looked at together with those before it
+            # a step with few prompts is combined with the steps before it
             opening = same_opening([row for rows in (*self._before, completions) for row in rows])
             self._before.append(completions)
             if "text/opening" not in found and opening is not None:
                 found["text/opening"] = opening
         return found
 
-    def _found(self, detector: Any, history: History) -> Alarm | None:
+    def _alarm(self, detector: Any, history: History) -> Alarm | None:
         limit = getattr(self._limits, detector.name)
         if limit is None or not (history.training or detector.evaluations):
             return None
@@ -65,13 +65,13 @@ class Monitor:
         if value is None:
             return None
         where = f"step {history.step}: " + ("" if history.training else "on held-out rows ")
-        message = where + detector.what.format(value=value, limit=limit)
+        message = where + detector.message.format(value=value, limit=limit)
         return Alarm(detector.name, value, limit, message, detector.advice(self._settings))
 
 
-def _fallen(values: Mapping[str, float]) -> dict[str, float]:
-    """Return how likely chosen and rejected answers are, in nats a token: against the reference where there is one,
-    which takes out of it which rows a step happened to have."""
+def _likelihoods(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the log-likelihood of chosen and rejected answers in nats a token: relative to the reference if there is
+    one, which removes the differences between rows."""
     found = {}
     for side in ("chosen", "rejected"):
         logps, length, ratio = (values.get(f"{name}/{side}") for name in ("logps", "length", "logratios"))
@@ -83,7 +83,7 @@ def _fallen(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def held_out(reward: Any) -> tuple[str, ...]:
-    """Return the names of the rewards of weight 0 in a run's `reward`, as they are logged."""
+    """Return the logged names of the rewards of weight 0 in a run's `reward`."""
     specs = reward if isinstance(reward, list | tuple) else [reward]
     idle = [s for s in specs if isinstance(s, Mapping) and _weight(s) == 0]
     return tuple(str(s.get("name") or ("ensemble" if "ensemble" in s else name_of(s.get("use")))) for s in idle)
@@ -91,6 +91,6 @@ def held_out(reward: Any) -> tuple[str, ...]:
 
 def _weight(spec: Mapping[str, Any]) -> float | None:
     try:
-        return number(float(spec.get("weight", 1.0)))  # text is taken too, as by the rewards themselves
+        return number(float(spec.get("weight", 1.0)))  # text is accepted, as in rewards
     except (TypeError, ValueError):
         return None

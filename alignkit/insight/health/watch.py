@@ -1,4 +1,4 @@
-"""A monitor over a run's folder: from its beginning, also where the run was killed and resumed, or is long over."""
+"""A monitor over a run's folder from the first line, also for resumed and finished runs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from alignkit.alarms import Alarm, Health
 from alignkit.config import gathered, read_yaml, validated
 from alignkit.errors import ConfigError, DataError
+from alignkit.insight.health.completion_stats import Row
 from alignkit.insight.health.monitor import Monitor
-from alignkit.insight.health.texts import Row
 from alignkit.runs.folder import of_training, read_metrics
 
 
 class Watch:
-    """Feeds a monitor with lines of metrics, and with their completions (the first rank's) from the run's folder."""
+    """Passes lines of metrics to a monitor, with their completions (the first rank's) from the run's folder."""
 
     def __init__(self, folder: Path, limits: Health, settings: Mapping[str, Any]) -> None:
         self._monitor, self._enabled = Monitor(limits, settings), limits.enabled
-        self._path, self._read = folder / "completions.jsonl", 0
+        self._path, self._offset = folder / "completions.jsonl", 0
 
     @classmethod
     def of(cls, folder: Path, settings: Mapping[str, Any]) -> Watch:
-        """Watch a run by the limits in its settings; the lines that the folder holds already are history."""
+        """Watch a run by the limits in its settings; lines that the folder already has are history."""
         watch = cls(folder, validated(Health, settings.get("health") or {}), settings)
         for line in read_metrics(folder):
             watch.see(line["step"], line)
@@ -35,33 +35,33 @@ class Watch:
         return self._monitor.see(step, metrics, self._rows(step, of_training(metrics))) if self._enabled else []
 
     def _rows(self, step: int, trained: bool) -> list[Row]:
-        """The completions of a line. Those before it, of steps that were not logged, are passed over."""
+        """Return the completions of a line. Earlier ones, of steps that were not logged, are skipped."""
         rows: list[Row] = []
         if not self._path.is_file():
             return rows
         with self._path.open("rb") as lines:
-            lines.seek(self._read)
+            lines.seek(self._offset)
             for line in lines:
                 try:
                     row = json.loads(line)
                     place = (int(row["step"]), not row["training"])
                 except (ValueError, KeyError, TypeError, RecursionError):
                     if not line.endswith(b"\n"):
-                        break  # it is being written, or was cut off where a run was killed
-                    self._read += len(line)
+                        break  # it is being written, or was cut off when a run was killed
+                    self._offset += len(line)
                     continue
                 if place > (step, not trained):
                     break
-                self._read += len(line)
+                self._offset += len(line)
                 if place == (step, not trained):
                     rows.append(row)
         return rows
 
 
 def replay(folder: Path, changes: Mapping[str, Any] | None = None) -> list[tuple[int, Alarm]]:
-    """Return the alarms of a run's folder with their steps, each name once, as the run would have said them.
+    """Return the alarms of a run's folder with their steps, each name once, as the run would have reported them.
 
-    changes: other limits, such as {"kl_high": 20}. Raises DataError (no run, nothing in it), ConfigError (a limit).
+    changes: other limits, such as {"kl_high": 20}. Raises DataError (no run, or an empty one), ConfigError (a limit).
     """
     settings = _settings(folder)
     given = gathered({"health": settings.get("health") or {}, **{f"health.{k}": v for k, v in (changes or {}).items()}})
@@ -71,7 +71,7 @@ def replay(folder: Path, changes: Mapping[str, Any] | None = None) -> list[tuple
         raise ConfigError(f"health in {folder / 'config.yaml'}, or --set: {error}") from None
     lines = read_metrics(folder)
     if not lines:
-        raise DataError(f"{folder / 'metrics.jsonl'} is empty: the run made no step")
+        raise DataError(f"{folder / 'metrics.jsonl'} is empty: the run did no step")
     watch = Watch(folder, limits, settings)
     found: dict[str, tuple[int, Alarm]] = {}
     for line in lines:
@@ -88,5 +88,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     settings = read_yaml(file) if file.is_file() else {}
     if not isinstance(settings.get("health", {}), Mapping):
-        raise ConfigError(f"{file}: health is {settings['health']!r:.80}; it is a mapping, such as {{kl_high: 20}}")
+        raise ConfigError(
+            f"{file}: health is {settings['health']!r:.80}; it must be a mapping, such as {{kl_high: 20}}"
+        )
     return settings

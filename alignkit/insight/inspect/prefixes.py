@@ -1,4 +1,4 @@
-"""A reward at every prefix of an answer: what it sees, and when."""
+"""A reward at every prefix of an answer."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ import torch
 
 from alignkit.data.rows import Content
 from alignkit.errors import ConfigError, RewardError
-from alignkit.insight.inspect.pieces import pieces
-from alignkit.insight.places import device, model_folder
+from alignkit.insight.inspect.token_texts import token_texts
+from alignkit.insight.model_paths import device, model_folder
 from alignkit.rewards import Answers, build_rewards
 from alignkit.rewards.answers import text_of
 from alignkit.rewards.functions import RowError
-from alignkit.rewards.models import Classifier, ModelOptions, RewardModel, check_folder
-from alignkit.rewards.sequences import trees
+from alignkit.rewards.models import Classifier, ModelOptions, RewardModel, check_folder, trees
 
-SAME = 1e-3  # of the largest score: rounding, but no token that is read before its time
+SAME = 1e-3  # of the largest score: rounding, smaller than the effect of a later token
 
 
 @dataclass(frozen=True)
 class Prefixes:
     """A reward along an answer.
 
-    unit: "tokens", or "words" of a reward that reads text. pieces: of the answer, one behind the other. scores: of the
-    prefix that ends with each piece, in the reward's units; the last one is the answer's. start: of the prompt with
-    nothing behind it, None where the reward reads text.
+    unit: "tokens", or "words" for a reward that reads text. pieces: the answer's, in order. scores: of the prefix that
+    ends with each piece, in the reward's units; the last is the answer's. start: the score of the prompt alone, None
+    where the reward reads text.
     """
 
     reward: str
@@ -42,24 +41,24 @@ class Prefixes:
 
     @property
     def changes(self) -> tuple[float, ...]:
-        """What each piece adds to the score; nothing for the first one where there is no start."""
+        """The change of the score with each piece; 0 for the first piece where there is no start."""
         before = [self.scores[0] if self.start is None else self.start, *self.scores]
         return tuple(after - b for b, after in zip(before, self.scores, strict=False))
 
     def describe(self) -> dict[str, Any]:
-        """Return everything as it goes into JSON."""
+        """Return everything as JSON values."""
         return {**asdict(self), "changes": self.changes}
 
 
 def reward_prefixes(reward: Any, text: str, prompt: Content = "") -> Prefixes:
     """Score every prefix of an answer.
 
-    reward: the folder of a reward model (or of the run that made it), read token by token; any other spec
+    reward: the folder of a reward model (or of its run), read token by token; any other spec
     (docs/rewards.md) word by word. prompt: text, or messages for the model's chat template. Raises ConfigError,
     ModelError and RewardError.
     """
     if not text.strip():
-        raise ConfigError("there is no text to look at; give some")
+        raise ConfigError("the text is empty; give an answer")
     if isinstance(reward, str | Path) and (os.sep in str(reward) or Path(reward).is_dir()):
         folder = model_folder(os.path.expanduser(reward))
         check_folder(folder, pairwise=False)
@@ -68,9 +67,9 @@ def reward_prefixes(reward: Any, text: str, prompt: Content = "") -> Prefixes:
 
 
 def prefix_scores(model: Classifier, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
-    """Return the model's score of the prompt with 0, 1, ... all of the tokens behind it, each prefix on its own.
+    """Return the model's score of the prompt followed by 0, 1, ... all of the tokens, each prefix on its own.
 
-    A causal model says all of them in one pass; whether it is causal is found out on two prefixes.
+    A causal model scores all prefixes in one pass; whether it is causal is checked on two prefixes.
     """
     sequences = [[*prompt, *ids[:n]] for n in range(len(ids) + 1)]
     try:
@@ -79,8 +78,8 @@ def prefix_scores(model: Classifier, prompt: Sequence[int], ids: Sequence[int]) 
         if head is None:
             return model.scores(sequences)
         with torch.no_grad():
-            read = torch.tensor([sequences[-1]], device=model.device)
-            hidden = model.model.base_model(input_ids=read, use_cache=False).last_hidden_state[0]
+            input_ids = torch.tensor([sequences[-1]], device=model.device)
+            hidden = model.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
             scores: list[float] = head(hidden[len(prompt) - 1 :]).squeeze(-1).float().tolist()
         at = [0, len(ids) // 2]
         alone = [*model.scores([sequences[i] for i in at]), *whole]
@@ -98,8 +97,8 @@ def _by_tokens(folder: str, text: str, prompt: Content) -> Prefixes:
     (tree,) = trees(model.tokenizer, [prompt], [[answer]])
     (ids,) = tree.completions
     start, *scores = prefix_scores(model, tree.prompt, ids)
-    shown = tuple(pieces(model.tokenizer, tree.prompt, ids))
-    return Prefixes(folder, text_of(prompt), "tokens", shown, tuple(scores), start)
+    texts = tuple(token_texts(model.tokenizer, tree.prompt, ids))
+    return Prefixes(folder, text_of(prompt), "tokens", texts, tuple(scores), start)
 
 
 def _by_words(spec: Any, text: str, prompt: Content) -> Prefixes:

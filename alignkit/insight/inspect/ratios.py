@@ -15,8 +15,8 @@ from alignkit.data import Dataset, load
 from alignkit.data.rows import Report, Row
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, DataError, ModelError
-from alignkit.insight.inspect.pieces import pieces
-from alignkit.insight.places import device, model_folder
+from alignkit.insight.inspect.token_texts import token_texts
+from alignkit.insight.model_paths import device, model_folder
 from alignkit.models.loading import from_pretrained, load_tokenizer
 from alignkit.models.scoring import plain_logps
 from alignkit.rewards.answers import text_of
@@ -25,7 +25,7 @@ from alignkit.types import Completion, Example
 
 @dataclass(frozen=True)
 class Side:
-    """An answer's tokens: as text, and their log-probabilities by policy and reference, nats; trained: which count."""
+    """An answer's tokens as text, their log-probabilities by policy and reference in nats, and which are trained."""
 
     pieces: tuple[str, ...]
     policy: tuple[float, ...]
@@ -39,17 +39,17 @@ class Side:
 
     @property
     def total(self) -> float:
-        """h = log policy - log reference of the answer: the sum over the tokens that count."""
+        """h = log policy - log reference of the answer: the sum over the trained tokens."""
         return math.fsum(x for x, t in zip(self.ratios, self.trained, strict=True) if t)
 
     def describe(self) -> dict[str, Any]:
-        """Return everything as it goes into JSON."""
+        """Return everything as JSON values."""
         return {**asdict(self), "ratios": self.ratios, "total": self.total}
 
 
 @dataclass(frozen=True)
 class PairRatios:
-    """A pair by policy and reference. margin: h chosen - h rejected, nats."""
+    """A pair under policy and reference. margin: h chosen - h rejected, nats."""
 
     policy: str
     reference: str
@@ -63,7 +63,7 @@ class PairRatios:
         return self.chosen.total - self.rejected.total
 
     def describe(self) -> dict[str, Any]:
-        """Return everything as it goes into JSON."""
+        """Return everything as JSON values."""
         sides = {"chosen": self.chosen.describe(), "rejected": self.rejected.describe()}
         return {
             "policy": self.policy,
@@ -75,41 +75,42 @@ class PairRatios:
 
 
 def pair_of(data: object, row: int) -> Row:
-    """Return the pair in row `row` of the source, counted from 1. Raises DataError where it is none."""
+    """Return the pair in row `row` of the source, counted from 1. Raises DataError where that row is not a pair."""
     dataset = load(data, "pairs")
     found = next((r for r in dataset.rows if r.row == row), None)
     if found is None:
         why = next((reason for reason, rows in dataset.report.dropped.items() if row in rows), None)
-        what = f"row {row} is dropped ({why}); choose another" if why else f"there is no row {row}"
+        what = f"row {row} is dropped ({why}); choose another" if why else f"row {row} does not exist"
         raise DataError(f"{dataset.source}: {what}; it has {dataset.report.total} rows")
     return found
 
 
 def pair_ratios(policy: str, row: Row, reference: str | None = None) -> PairRatios:
-    """Score both answers of a pair by policy and reference, each sequence on its own.
+    """Score both answers of a pair under policy and reference, each sequence on its own.
 
-    policy, reference: folders or hub names of models, adapters, or runs. Without a reference, the base that the
-    policy's adapter stands on. Raises ModelError and ConfigError.
+    policy, reference: folders or hub names of models, adapters, or runs. The default reference is the base of the
+    policy's adapter. Raises ModelError and ConfigError.
     """
     policy = model_folder(policy)
     adapter = (Path(policy) / "adapter_config.json").is_file()
     if reference is None and not adapter:
-        raise ConfigError(f"'{policy}' is no adapter, whose base would be the reference; give --reference")
+        raise ConfigError(f"'{policy}' is not an adapter, so it has no base to use as the reference; give --reference")
     config = RunConfig(method="inspect", model=policy, data="-")
     tokenizer = load_tokenizer(config)
     example = _example(row, tokenizer)
     model: Any = from_pretrained(policy, config).to(device()).eval()
-    said = _logps(model, example)
+    policy_logps = _logps(model, example)
     if reference is None:
         reference = str(json.loads((Path(policy) / "adapter_config.json").read_text())["base_model_name_or_path"])
         with model.disable_adapter():
-            asked = _logps(model, example)
+            reference_logps = _logps(model, example)
     else:
         reference = model_folder(reference)
         other = config.model_copy(update={"model": reference})
         _check_same_tokens(tokenizer, load_tokenizer(other), policy, reference)
-        asked = _logps(from_pretrained(reference, other).to(device()).eval(), example)
-    sides = [_side(tokenizer, example, c, p, r) for c, p, r in zip(example.completions, said, asked, strict=True)]
+        reference_logps = _logps(from_pretrained(reference, other).to(device()).eval(), example)
+    answers = zip(example.completions, policy_logps, reference_logps, strict=True)
+    sides = [_side(tokenizer, example, *answer) for answer in answers]
     return PairRatios(policy, reference, text_of(row.prompt), *sides)
 
 
@@ -122,20 +123,21 @@ def _example(row: Row, tokenizer: Any) -> Example:
 
 @torch.no_grad()
 def _logps(model: Any, example: Example) -> list[list[float]]:
-    where, n = next(model.parameters()).device, len(example.prompt)
+    model_device, n = next(model.parameters()).device, len(example.prompt)
     try:
         return [
-            plain_logps(model, torch.cat([example.prompt, c.tokens]).to(where), n).tolist() for c in example.completions
+            plain_logps(model, torch.cat([example.prompt, c.tokens]).to(model_device), n).tolist()
+            for c in example.completions
         ]
     except (IndexError, RuntimeError) as error:  # more tokens than positions, ids outside of the vocabulary
         longest = n + max(len(c.tokens) for c in example.completions)
         raise ModelError(f"{type(model).__name__} cannot read the pair's {longest} tokens: {error}") from error
 
 
-def _check_same_tokens(mine: Any, theirs: Any, policy: str, reference: str) -> None:
-    if mine.get_vocab() != theirs.get_vocab():
+def _check_same_tokens(policy_tokenizer: Any, reference_tokenizer: Any, policy: str, reference: str) -> None:
+    if policy_tokenizer.get_vocab() != reference_tokenizer.get_vocab():
         raise ModelError(
-            f"the tokenizers of '{policy}' and '{reference}' have different tokens, so there is no ratio of the two; "
+            f"the tokenizers of '{policy}' and '{reference}' have different tokens, so their log-ratio is undefined; "
             f"give the model that the policy was trained from"
         )
 
@@ -144,10 +146,10 @@ def _side(
     tokenizer: Any, example: Example, completion: Completion, policy: list[float], reference: list[float]
 ) -> Side:
     ids = completion.tokens.tolist()
-    kept = set(completion.trained_at.tolist())
+    trained = set(completion.trained_at.tolist())
     return Side(
-        tuple(pieces(tokenizer, example.prompt.tolist(), ids)),
+        tuple(token_texts(tokenizer, example.prompt.tolist(), ids)),
         tuple(policy),
         tuple(reference),
-        tuple(i in kept for i in range(len(ids))),
+        tuple(i in trained for i in range(len(ids))),
     )

@@ -1,4 +1,4 @@
-"""Bytes of the tensors that are alive, by what they are for; and the moment when there are most of them."""
+"""Bytes of live tensors by purpose, and their peak."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class _Entry:
 
 
 class Ledger(TorchDispatchMode):
-    """While it is entered, every storage that an operation makes is counted under the label of the moment.
+    """While entered, it counts every storage that an operation allocates under the current label.
 
-    Tensors without numbers (fake ones) count as the memory that they stand for. now, peak: bytes by label.
+    Fake tensors count as the memory that real ones would take. now, peak: bytes by label.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def labelled(self, label: str) -> Iterator[None]:
-        """Count what is made inside under this label."""
+        """Count what is allocated inside under this label."""
         before, self._label = self._label, label
         try:
             yield
@@ -42,7 +42,7 @@ class Ledger(TorchDispatchMode):
             self._label = before
 
     def count(self, tensor: Tensor, label: str | None = None) -> None:
-        """Count a tensor that is there, or move it under another label; one on "meta" takes no memory."""
+        """Count an existing tensor, or move it to another label; a tensor on "meta" takes no memory."""
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
@@ -53,17 +53,17 @@ class Ledger(TorchDispatchMode):
                 entry.label = label
             return
         entry = self._entries[storage] = _Entry(label or self._label, storage.nbytes())
-        weakref.finalize(storage, self._gone, entry)
+        weakref.finalize(storage, self._release, entry)
         self.now[entry.label] += entry.n_bytes
         self._total += entry.n_bytes
         if self._total > self._largest:
             self._largest, self.peak = self._total, dict(self.now)
 
     def forget_peak(self) -> None:
-        """Begin to look for the largest moment anew."""
+        """Restart the search for the peak."""
         self._largest, self.peak = self._total, dict(self.now)
 
-    def _gone(self, entry: _Entry) -> None:
+    def _release(self, entry: _Entry) -> None:
         self.now[entry.label] -= entry.n_bytes
         self._total -= entry.n_bytes
 

@@ -1,6 +1,6 @@
-"""Memory of a run by part and phase, reckoned with models that hold no numbers.
+"""Memory of a run by part and phase, estimated with models that have no data.
 
-An update is rehearsed with two and with three layers, and what a layer adds is counted as often as the model has
+A dry run of an update is made with two and with three layers, and what a layer adds is multiplied by the number of
 layers: a plan takes seconds for a model of any depth.
 """
 
@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignkit.config import RunConfig
 from alignkit.errors import AlignkitError, ModelError
+from alignkit.insight.plan.dry_run import collect, few_blocks, layers_of, learn, trunks
 from alignkit.insight.plan.ledger import Ledger
-from alignkit.insight.plan.rehearsal import collected, few_blocks, layers_of, learn, trunks
-from alignkit.insight.plan.spread import spread
-from alignkit.insight.plan.unloaded import in_8_bits, n_bytes, unloaded
+from alignkit.insight.plan.meta_models import in_8_bits, n_bytes, unloaded
+from alignkit.insight.plan.sharded_memory import per_rank
 from alignkit.method import Method
 from alignkit.models.loading import causal_lm, first_line
 from alignkit.models.packing import batch_of
@@ -32,18 +32,18 @@ from alignkit.rewards import judge_folders, reward_folders
 from alignkit.rollout.noise import GumbelNoise
 from alignkit.types import Batch, Example, Layout
 
-FEW = (2, 3)  # layers that an update is rehearsed with
+FEW = (2, 3)  # layers of a dry run
 # What the C library keeps free between tensors on a CPU: some bytes, a part of all tensors, and with adapters, whose
-# many small tensors lie between the large ones, a part of what waits for the backward. Fitted to benchmarks/plan.py.
+# small tensors lie between the large ones, a part of what is kept for the backward. Fitted to benchmarks/plan.py.
 GAPS_BYTES, GAPS, ADAPTER_GAPS = 150 << 20, 0.1, 0.75
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part in each phase of a run, at its largest moment: {phase: {part: bytes}}.
+    """Bytes by part in each phase of a run, at its peak: {phase: {part: bytes}}.
 
-    tokens: of the heaviest update, prompts counted once. positions, padded: those that its rows have, packed, and those
-    that a row for each completion would have. reference: its form, None without one.
+    tokens: of the heaviest update, prompts counted once. positions, padded: positions of its packed rows, and of one
+    row per completion. reference: its form, None without one.
     """
 
     phases: dict[str, dict[str, int]]
@@ -54,21 +54,21 @@ class Memory:
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs the most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def peak(self) -> int:
-        """The most that is needed, in bytes."""
+        """The memory that is needed, in bytes."""
         return sum(self.phases[self.peak_phase].values())
 
 
 @dataclass(frozen=True)
 class Work:
-    """What memory is reckoned for. examples: of the heaviest step. program: bytes of the process without models.
+    """What memory is estimated for. examples: of the heaviest step. program: bytes of the process without models.
 
-    bf16: products are made in bfloat16. gpu: bytes that it has, None on a CPU or where that is not known. processes: of
-    the run, of which this is one; examples are its own.
+    bf16: products are computed in bfloat16. gpu: its memory in bytes, None on a CPU or where unknown. processes: of the
+    run; this is one of them, and examples are its own.
     """
 
     config: RunConfig
@@ -82,12 +82,12 @@ class Work:
 
 
 def memory(work: Work) -> Memory:
-    """Reckon the memory of a run. Raises ModelError where a model cannot be known by its configuration."""
+    """Estimate the memory of a run. Raises ModelError where a configuration does not determine its model."""
     try:
         return _memory(work, FakeTensorMode(allow_non_fake_inputs=True))
     except AlignkitError:
         raise
-    except Exception as error:  # an architecture may decide by numbers, which there are none of
+    except Exception as error:  # an architecture may branch on values, which do not exist here
         raise ModelError(f"the memory of this model cannot be planned: {first_line(error)}") from error
 
 
@@ -98,15 +98,15 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     resident = {"program": work.program, "weights": n_bytes(policy), "optimiser": 2 * gradients}
     form = _form(work, n_bytes(policy))
-    resident |= _others(config, form, policy, mode)
+    resident |= _other_models(config, form, policy, mode)
     if isinstance(module, ActorCritic):
         resident["critic"] = n_bytes(module.critic)
     depth = max(len(layers_of(trunk)) for trunk in trunks(module))
     few = [n for n in FEW if n < depth] or [depth]
-    rehearsed = [_moment(work, _module(config, method, mode), n) for n in few]
-    micros = rehearsed[0][1]
-    learning = _extended([m for m, _ in rehearsed], few, depth)
-    # the largest part of an update comes first; while the second is computed, the first one's gradients wait
+    dry_runs = [_dry_run(work, _module(config, method, mode), n) for n in few]
+    micros = dry_runs[0][1]
+    learning = _extrapolate([m for m, _ in dry_runs], few, depth)
+    # the largest micro-batch comes first; while the second is computed, the gradients of the first are kept
     second = micros[1].n_tokens / micros[0].n_tokens if len(micros) > 1 else 0.0
     later = {**{k: round(v * second) for k, v in learning.items()}, "gradients": gradients if second else 0}
     phases = {
@@ -115,7 +115,7 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     }
     if method.data == "prompts":
         phases["sampling"] = {**resident, "rollouts": _rollouts(work, policy, mode)}
-    phases = spread(phases, module, work.processes, config.fsdp)
+    phases = per_rank(phases, module, work.processes, config.fsdp)
     alone = batch_of([e for micro in micros for e in micro.examples], Layout("padded")).micro_batches(config.max_tokens)
     if work.program:
         for parts in phases.values():
@@ -130,7 +130,7 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
 
 
 def _module(config: RunConfig, method: Method[Any], mode: FakeTensorMode) -> Any:
-    """Return what is trained, as a run would put it together."""
+    """Return what is trained, as a run would assemble it."""
     if "reward" in method.trains:
         return Valuer(unloaded(config.model, config, mode, "classifier"))
     policy = Scorer(unloaded(config.model, config, mode), int(config.kept_logits_gib * 2**30))
@@ -141,8 +141,8 @@ def _module(config: RunConfig, method: Method[Any], mode: FakeTensorMode) -> Any
             return ActorCritic(policy, nn.Linear(causal_lm(policy.model).config.get_text_config().hidden_size, 1))
     folders = reward_folders(config.reward) if config.reward is not None else []
     own = {"policy": config.model, "reward": next(iter(folders), config.model)}
-    begun = own["reward"] if config.critic == "auto" else own.get(config.critic, config.critic)
-    return ActorCritic(policy, Valuer(unloaded(begun, config, mode, "classifier")))
+    initial = own["reward"] if config.critic == "auto" else own.get(config.critic, config.critic)
+    return ActorCritic(policy, Valuer(unloaded(initial, config, mode, "classifier")))
 
 
 def _policy(module: Any) -> nn.Module:
@@ -151,8 +151,8 @@ def _policy(module: Any) -> nn.Module:
 
 def _gaps(parts: Mapping[str, int], adapters: bool) -> int:
     tensors = sum(parts.values()) - parts["program"]
-    waiting = parts.get("activations", 0) + parts.get("head", 0)
-    return GAPS_BYTES + round(GAPS * tensors + ADAPTER_GAPS * waiting * adapters)
+    kept = parts.get("activations", 0) + parts.get("head", 0)
+    return GAPS_BYTES + round(GAPS * tensors + ADAPTER_GAPS * kept * adapters)
 
 
 def _form(work: Work, size: int) -> str | None:
@@ -163,7 +163,7 @@ def _form(work: Work, size: int) -> str | None:
     return form
 
 
-def _others(config: RunConfig, form: str | None, policy: nn.Module, mode: FakeTensorMode) -> dict[str, int]:
+def _other_models(config: RunConfig, form: str | None, policy: nn.Module, mode: FakeTensorMode) -> dict[str, int]:
     """Return the bytes of the models that are not trained."""
     sizes = {"full": n_bytes, "int8": in_8_bits}
     folders = reward_folders(config.reward) if config.reward is not None else []
@@ -175,8 +175,8 @@ def _others(config: RunConfig, form: str | None, policy: nn.Module, mode: FakeTe
     }
 
 
-def _moment(work: Work, module: Any, n_layers: int) -> tuple[Counter[str], list[Batch]]:
-    """Rehearse an update with the first layers alone: bytes by part, and the parts that the update is made in."""
+def _dry_run(work: Work, module: Any, n_layers: int) -> tuple[Counter[str], list[Batch]]:
+    """Run an update with the first layers only; return bytes by part, and the micro-batches of the update."""
     for trunk in trunks(module):
         del layers_of(trunk)[n_layers:]
     ledger = Ledger()
@@ -185,12 +185,12 @@ def _moment(work: Work, module: Any, n_layers: int) -> tuple[Counter[str], list[
     logits = work.config.max_tokens * causal_lm(_policy(module)).config.get_text_config().vocab_size
     cast = torch.autocast("cpu", torch.bfloat16) if work.bf16 else contextlib.nullcontext()
     with few_blocks(logits), ledger, cast:
-        micros, roles = collected(work.config, work.method, module, work.layout, work.examples)
+        micros, roles = collect(work.config, work.method, module, work.layout, work.examples)
         found = learn(work.method, module, micros[0], roles, ledger)
     return Counter({k: v for k, v in found.items() if k != "weights"}), micros
 
 
-def _extended(moments: Sequence[Counter[str]], few: Sequence[int], depth: int) -> dict[str, int]:
+def _extrapolate(moments: Sequence[Counter[str]], few: Sequence[int], depth: int) -> dict[str, int]:
     last = moments[-1]
     if len(moments) == 1:
         return dict(last)
@@ -198,17 +198,20 @@ def _extended(moments: Sequence[Counter[str]], few: Sequence[int], depth: int) -
 
 
 def _rollouts(work: Work, policy: nn.Module, mode: FakeTensorMode) -> int:
-    """Return the bytes of keys and values at their longest, one layer's of them twice, and of choosing a token."""
-    config, about = work.config, causal_lm(policy).config.get_text_config()
-    n_layers, heads = about.num_hidden_layers, getattr(about, "num_key_value_heads", about.num_attention_heads)
-    width = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
+    """Return the bytes of keys and values at their longest, one layer counted twice, and of choosing a token."""
+    config, text_config = work.config, causal_lm(policy).config.get_text_config()
+    n_layers, heads = (
+        text_config.num_hidden_layers,
+        getattr(text_config, "num_key_value_heads", text_config.num_attention_heads),
+    )
+    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     n_rows = config.sampling.batch_size
     length = max(len(e.prompt) for e in work.examples) + config.sampling.max_new_tokens
-    a_layer = 2 * n_rows * heads * length * width * next(policy.parameters()).element_size()
+    per_layer = 2 * n_rows * heads * length * width * next(policy.parameters()).element_size()
     ledger = Ledger()
     with ledger, torch.no_grad():
         noise = GumbelNoise(0, [0] * n_rows, [0] * n_rows, 0, torch.device("cpu"))
         with mode:
-            scores = torch.empty(n_rows, about.vocab_size)
+            scores = torch.empty(n_rows, text_config.vocab_size)
         noise(torch.zeros(n_rows, 1, dtype=torch.int64), scores)
-    return int(a_layer * (n_layers + 1) + sum(ledger.peak.values()))
+    return int(per_layer * (n_layers + 1) + sum(ledger.peak.values()))

@@ -1,4 +1,4 @@
-"""Settings that need less memory, alone and together: each is planned, so that a change of the peak's phase is seen."""
+"""Settings that need less memory, alone and combined: each is planned, because the peak may move to another phase."""
 
 from __future__ import annotations
 
@@ -7,44 +7,44 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from alignkit.config import LoraSettings
-from alignkit.insight.places import is_adapter
+from alignkit.insight.model_paths import is_adapter
 from alignkit.insight.plan.memory import Memory, Work, memory
 
-WORTH = 0.98  # of the peak is left at most, where a change is worth naming
+WORTH = 0.98  # of the peak: a change that leaves more is not reported
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Settings that need less memory: the peak with them, in bytes."""
+    """Settings that need less memory, and the peak with them, in bytes."""
 
     settings: dict[str, Any]
     peak: int
 
 
-def tried(work: Work, found: Memory, limit: int | None) -> Iterator[Remedy]:
-    """Yield what would need less, the greatest saving first; then together, where none alone fits into the limit.
+def find_remedies(work: Work, found: Memory, limit: int | None) -> Iterator[Remedy]:
+    """Yield settings that need less memory, the largest saving first; then combined, where none alone fits the limit.
 
-    Nothing where the run fits as it is. found: the memory as it is.
+    Yields nothing where the run fits already. found: the memory without changes.
     """
     if limit is not None and found.peak <= limit:
         return
-    alone = [
+    single = [
         (Remedy(change, less.peak), less) for change in _changes(work, found) if (less := _less(work, change, found))
     ]
-    alone.sort(key=lambda one: one[0].peak)
-    yield from (remedy for remedy, _ in alone)
-    if limit is not None and alone and alone[0][0].peak > limit:
-        together = _together(work, *alone[0], limit)
-        if together.settings != alone[0][0].settings:
-            yield together
+    single.sort(key=lambda pair: pair[0].peak)
+    yield from (remedy for remedy, _ in single)
+    if limit is not None and single and single[0][0].peak > limit:
+        combination = _combined(work, *single[0], limit)
+        if combination.settings != single[0][0].settings:
+            yield combination
 
 
-def _together(work: Work, best: Remedy, found: Memory, limit: int) -> Remedy:
-    """Add the change that saves the most at the peak that is now, until all fits or nothing saves; the first change
-    that makes it fit is taken, which is the gentlest."""
-    begun = work
+def _combined(work: Work, best: Remedy, found: Memory, limit: int) -> Remedy:
+    """Add the change that saves the most at the current peak, until the run fits or nothing saves more; the first
+    change that makes it fit, which is the mildest, is used."""
+    original = work
     while best.peak > limit:
-        work, step = _changed(begun, best.settings), None
+        work, step = _changed(original, best.settings), None
         for change in _changes(work, found):
             less = _less(work, change, found)
             if less is not None and (step is None or less.peak < step[1].peak):
@@ -58,13 +58,13 @@ def _together(work: Work, best: Remedy, found: Memory, limit: int) -> Remedy:
 
 
 def _less(work: Work, change: Mapping[str, Any], found: Memory) -> Memory | None:
-    """Return the memory with a change, None where it is hardly less than what was found."""
+    """Return the memory with a change, None where it is hardly less."""
     changed = memory(_changed(work, change))
     return changed if changed.peak < WORTH * found.peak else None
 
 
 def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
-    """Yield what may lower the peak as it is, the gentlest first: a plan takes seconds, so nothing else is tried."""
+    """Yield changes that may lower the current peak, the mildest first; a plan takes seconds, so others are skipped."""
     config, parts = work.config, found.phases[found.peak_phase]
 
     def large(*names: str) -> bool:
@@ -80,7 +80,7 @@ def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
         yield {"sampling.batch_size": config.sampling.batch_size // 2}
     if not config.gradient_checkpointing and large("activations", "workspace"):
         yield {"gradient_checkpointing": True}
-    moves = work.method.reference_need() == "moving"  # which needs all weights, on each rank
+    moves = work.method.reference_need() == "moving"  # which needs all weights on each rank
     if work.processes > 1 and not (config.fsdp or moves) and work.method.data != "prompts":
         yield {"fsdp": True}
     if config.lora is None and not moves and not is_adapter(config.model):
@@ -94,15 +94,15 @@ def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
 
 
 def _frozen(work: Work) -> bool:
-    """Whether the weights may be kept in bfloat16: they are frozen, and products are made of bfloat16 as it is.
+    """Return whether the weights may be kept in bfloat16: they are frozen, and products are in bfloat16 anyway.
 
-    peft keeps adapters in float32, and nothing else that would be trained: no head of a critic or reward model, and no
-    module in full.
+    peft keeps adapters in float32, but nothing else that is trained: not the head of a critic or reward model, and not
+    `modules_to_save`.
     """
     config, method = work.config, work.method
     heads = "critic" in method.roles() or "reward" in method.trains
-    alone = config.lora is not None and not config.lora.modules_to_save and not heads
-    return alone and work.bf16
+    only_adapters = config.lora is not None and not config.lora.modules_to_save and not heads
+    return only_adapters and work.bf16
 
 
 def _changed(work: Work, settings: Mapping[str, Any]) -> Work:

@@ -1,15 +1,17 @@
-"""What runs did, as one HTML file: curves, alarms, completions before and after, data, settings, environment, cost.
+"""A report on runs as one HTML file: curves, alarms, completions before and after, data, settings, environment, cost.
 
-read.py       what is in the folders of runs
-curves.py     which metrics are drawn, in which units
-svg.py        a chart; ticks.py its axes
-samples.py    completions before and after
-settings.py   what differs from the defaults, and between runs
-facts.py      reference, environment, cost
-audits.py     the data
-written.py    report(): all of it into a file
+run_files.py       what the folders of runs contain
+curves.py          which metrics are drawn, in which units
+charts.py          a chart; inline_svg.py embeds it in the page
+numbers.py         which numbers are drawn, and how they are written
+completions.py     completions before and after
+setting_tables.py  what differs from the defaults, and between runs
+run_facts.py       reference, environment, cost
+run_tables.py      the facts of several runs side by side
+data_audits.py     the data
+html_report.py     report(): everything in one file
 """
 
-from alignkit.insight.report.written import report
+from alignkit.insight.report.html_report import report
 
 __all__ = ["report"]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from alignkit.alarms import HEALTHY_KL
-from alignkit.insight.report.read import Run
-from alignkit.insight.report.svg import Mark, Point, Series, chart, sample
-from alignkit.insight.report.ticks import finite, number
+from alignkit.insight.report.charts import Mark, Series, alarm_sample, chart, sample
+from alignkit.insight.report.numbers import Point, finite, number
+from alignkit.insight.report.run_files import Run
 from alignkit.runs.folder import EVAL
+from alignkit.runs.results import RESULTS
 
 _GROUPS = (
     ("Reward and loss", r"wins/.*|rewards?/.*|advantage/.*|loss"),
@@ -20,7 +21,6 @@ _GROUPS = (
     ("Length and variety", r"completion/.*|length/.*"),
     ("Optimiser and speed", r"grad_norm|lr|skipped|tokens_per_second|seconds/.*"),
 )
-_FIRST = ("reward/mean", "wins/mean", "rewards/accuracy", "rewards/margin", "kl", "completion/length")
 _UNITS = (
     (r"kl", "nats a sequence"),
     (r"entropy", "nats a token"),
@@ -41,13 +41,13 @@ _UNITS = (
     (r"tokens_per_second", "tokens a second"),
     (r"seconds/.*", "seconds a step"),
 )
-_FEW = 4  # so many points are drawn even where they are equal
-_UNSEEN = re.compile(r"step|epoch|alarm/.*")
+_FEW = 4  # points that are drawn even where they are equal
+_NOT_DRAWN = re.compile(r"step|epoch|alarm/.*")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric's chart. same: other metrics with the same numbers, which are not drawn again."""
+    """The chart of one metric. same: other metrics with the same numbers, which are not drawn again."""
 
     name: str
     unit: str
@@ -57,7 +57,7 @@ class Panel:
 
 @dataclass
 class Group:
-    """Panels under one heading. constant: "name value" of metrics that never changed, which are not drawn."""
+    """Panels under one heading. constant: "name value" of metrics that never change, which are not drawn."""
 
     title: str
     panels: list[Panel]
@@ -65,7 +65,7 @@ class Group:
 
 
 def groups(runs: Sequence[Run], marks: Sequence[Mark]) -> list[Group]:
-    """Return the curves of all runs, one chart a metric; what no pattern names is a term of the loss."""
+    """Return the curves of all runs, one chart per metric; a metric that no pattern matches is a term of the loss."""
     made = {title: Group(title, [], []) for title, _ in _GROUPS}
     seen: dict[tuple[tuple[Point, ...], ...], Panel] = {}
     for name in names(runs):
@@ -78,35 +78,37 @@ def groups(runs: Sequence[Run], marks: Sequence[Mark]) -> list[Group]:
         elif numbers in seen:
             seen[numbers].same.append(name)
         else:
-            of, band = unit(name), HEALTHY_KL if name == "kl" else None
-            said = f"{of}; shaded: {band[0]:g} to {band[1]:g}" if band else of
-            seen[numbers] = Panel(name, said, [], chart(name, of, series, marks, band))
+            in_units, band = unit(name), HEALTHY_KL if name == "kl" else None
+            caption = f"{in_units}; shaded: {band[0]:g} to {band[1]:g}" if band else in_units
+            seen[numbers] = Panel(name, caption, [], chart(name, in_units, series, marks, band))
             group.panels.append(seen[numbers])
     return [group for group in made.values() if group.panels or group.constant]
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """Return the metrics of all runs without "eval/", the most telling ones first, then as they are written."""
-    there: dict[str, None] = {}
+    """Return the metrics of all runs without "eval/": RESULTS first, then in the order of the file."""
+    found: dict[str, None] = {}
     for run in runs:
         for line in run.lines:
-            there |= dict.fromkeys(key.removeprefix(EVAL) for key, v in line.items() if finite(v))
-    shown = [n for n in there if not _UNSEEN.fullmatch(n)]
-    return sorted(shown, key=lambda n: _FIRST.index(n) if n in _FIRST else len(_FIRST))
+            found |= dict.fromkeys(key.removeprefix(EVAL) for key, v in line.items() if finite(v))
+    drawn = [n for n in found if not _NOT_DRAWN.fullmatch(n)]
+    return sorted(drawn, key=lambda n: RESULTS.index(n) if n in RESULTS else len(RESULTS))
 
 
 def unit(name: str) -> str:
-    """Return the unit of a metric, as docs/run.md has it; empty for what is not known."""
+    """Return the unit of a metric, as in docs/run.md; empty for unknown metrics."""
     return next((unit for pattern, unit in _UNITS if re.fullmatch(pattern, name)), "")
 
 
 def legend(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
-    """Return a sample of each line with its words: of one run training and held-out rows, else the runs."""
+    """Return a sample of each line with its label: training and held-out rows of one run, else the runs; and alarms."""
     held_out = any(key.startswith(EVAL) for run in runs for line in run.lines for key in line)
     if len(runs) == 1:
-        return [(sample(0, False), "training"), *([(sample(1, True), "held-out rows")] if held_out else [])]
-    lines = [(sample(i, False), run.label) for i, run in enumerate(runs)]
-    return [*lines, *([(sample(0, True), "with points: held-out rows")] if held_out else [])]
+        lines = [(sample(0, False), "training"), *([(sample(1, True), "held-out rows")] if held_out else [])]
+    else:
+        lines = [(sample(i, False), run.label) for i, run in enumerate(runs)]
+        lines += [(sample(0, True), "with points: held-out rows")] if held_out else []
+    return [*lines, *([(alarm_sample(), "alarm, by its number")] if any(run.alarms for run in runs) else [])]
 
 
 def _series(runs: Sequence[Run], name: str) -> Iterator[Series]:
@@ -114,13 +116,13 @@ def _series(runs: Sequence[Run], name: str) -> Iterator[Series]:
         training = _points(run, name)
         held_out = _points(run, EVAL + name)
         if len(runs) == 1:
-            words, styles = ("training", "held-out rows"), (0, 1)
+            labels, styles = ("training", "held-out rows"), (0, 1)
         else:
-            words, styles = (run.label, f"{run.label}, held-out rows"), (i, i)
+            labels, styles = (run.label, f"{run.label}, held-out rows"), (i, i)
         if training:
-            yield Series(words[0], training, styles[0])
+            yield Series(labels[0], training, styles[0])
         if held_out:
-            yield Series(words[1], held_out, styles[1], held_out=True)
+            yield Series(labels[1], held_out, styles[1], held_out=True)
 
 
 def _points(run: Run, name: str) -> list[Point]:

@@ -1,4 +1,4 @@
-"""DPO-Positive (2402.13228): DPO that may not win a pair by making both answers less likely.
+"""DPO-Positive (2402.13228): DPO that cannot win a pair by making both answers less likely.
 
 loss = -log s(b (h_c - h_r - lambda max(0, -h_c))),   h = log policy(y) - log reference(y)
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from pydantic import Field
 from torch.nn.functional import logsigmoid, relu
 
-from alignkit import Batch, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
+from alignkit import Advice, Batch, DataFacts, Method, MethodConfig, Models, Term, hookimpl, pair_metrics
 from alignkit_kernels import sequence_sum
 
 
 class DPOP(Method["DPOP.Config"]):
-    """DPO with a penalty while the chosen answer is less likely than it was under the reference."""
+    """DPO with a penalty while the chosen answer is less likely than under the reference."""
 
     name = "dpop"
     data = "pairs"
@@ -25,8 +25,13 @@ class DPOP(Method["DPOP.Config"]):
         beta: float = Field(0.3, gt=0, description="how strongly the policy is held to the reference")
         lambda_: float = Field(50.0, ge=0, description="weight of the penalty; 0 is DPO")
 
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Advise it after DPO; its penalty is for answers that differ in little, which the facts do not show."""
+        return Advice(55, "keeps chosen answers likely, also where a pair differs in a few tokens (2402.13228)")
+
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
-        """Return one loss a pair, and the usual metrics."""
+        """Return one loss per pair, and the usual metrics."""
         beta, lambda_ = self.config.beta, self.config.lambda_
         logps_C = models.policy(batch).logps
         h_S = sequence_sum(logps_C - batch.reference_logps, batch.cu_seqlens)
@@ -37,5 +42,5 @@ class DPOP(Method["DPOP.Config"]):
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Bring "dpop"."""
+    """Register "dpop"."""
     return [DPOP]

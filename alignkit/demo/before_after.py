@@ -1,0 +1,148 @@
+"""Run the demo, and print the policy's metrics and samples before and after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from alignkit import data, registry
+from alignkit.data import tokenise
+from alignkit.demo import policy_metrics, recipes, world
+from alignkit.engine import Engine
+from alignkit.errors import ConfigError, nearest
+from alignkit.rewards import Answers, Rewards, build_rewards
+from alignkit.rollout import Sampled, sample
+from alignkit.types import Example
+
+SAMPLES = 4  # per question: with one, the base's win rate against itself would be several points from 50 %
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out questions, and the same questions as tokenised pairs."""
+
+    questions: list[world.Question]
+    pairs: list[Example]
+
+    def sampled(self, model: Any, tokenizer: Any, seed: int) -> list[list[Sampled]]:
+        """Return SAMPLES answers to each question."""
+        return sample(model, tokenizer, [e.prompt for e in self.pairs], recipes.LENGTH, n=SAMPLES, seed=seed)
+
+    def answers(self, tokenizer: Any, sampled: Sequence[Sequence[Sampled]]) -> Answers:
+        """Return the samples in the form that rewards read."""
+        flat = [(q, e, s) for q, e, some in zip(self.questions, self.pairs, sampled, strict=True) for s in some]
+        return Answers(
+            prompts=[q.prompt for q, _, _ in flat],
+            completions=[tokenizer.decode(s.tokens, skip_special_tokens=True) for _, _, s in flat],
+            columns={"fact": [q.fact for q, _, _ in flat]},
+            rows=[e.row for _, e, _ in flat],
+            lengths=[len(s.tokens) for _, _, s in flat],
+            ended=[s.ended for _, _, s in flat],
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A policy on the held-out questions. scores: of `world.score`; reward: the mean of the run's own reward."""
+
+    answers: list[Any]
+    scores: list[int]
+    accuracy: float
+    kl: float
+    reward: float | None
+
+
+def run_demo(method: str, output: Path, seed: int) -> str:
+    """Create the task, fine-tune, align with `method`, and print the tables; return a closing line."""
+    if method not in (names := recipes.offered()):
+        raise ConfigError(f"the demo has no '{method}'; it has {', '.join(names)}.{nearest(method, names)}")
+    started = time.perf_counter()
+    folder, cls = _folder(output, method), registry.get(method)
+    train, test = world.questions(seed)
+    engine = Engine(output=folder, seed=seed, reference_cache=True, cache_file=folder / "reference.sqlite")
+    base = recipes.train_base(engine, folder / "data", train, seed)
+    settings = {**recipes.recipe(method), "model": str(base.folder / "model")}
+    if {"critic", "reward"} <= cls.uses:  # the critic begins as a reward model, so one is trained first
+        reward, pairs = recipes.best("pairs", "reward"), _data(folder, "pairs", train, test)
+        trained = engine.run(reward, **{**recipes.recipe(reward), **pairs, "model": settings["model"]}, name=reward)
+        settings["reward"] = str(trained.folder / "model")
+    rewards = build_rewards(settings.get("reward", recipes.VERDICTS["reward"])) if cls.data == "prompts" else None
+    held_out = HeldOut(test, tokenise.tokenise(data.load(world.pair_rows(test), "pairs"), base.tokenizer)[0])
+    before = evaluate(base.model, base.model, base.tokenizer, held_out, seed, rewards)
+    aligned = engine.run(method, **settings, **_data(folder, cls.data, train, test), name=method)
+    after = evaluate(aligned.model, base.model, base.tokenizer, held_out, seed + 1, rewards)
+    opponent = _scores(held_out.answers(base.tokenizer, held_out.sampled(base.model, base.tokenizer, seed + 2)))
+    _print(method, test, (before, after), opponent)
+    return (
+        f"{time.perf_counter() - started:.0f} s. Model: {aligned.folder / 'model'}. "
+        f"Metrics: {aligned.folder / 'metrics.jsonl'}. "
+        f"Again: alignkit run {aligned.folder / 'config.yaml'} --name again"
+    )
+
+
+def evaluate(
+    model: Any, base: Any, tokenizer: Any, held_out: HeldOut, seed: int, rewards: Rewards | None
+) -> Evaluation:
+    """Sample answers to every question, and compare policy and base on the brief and the chatty answer."""
+    sampled = held_out.sampled(model, tokenizer, seed)
+    answers = held_out.answers(tokenizer, sampled)
+    return Evaluation(
+        answers=answers.completions[::SAMPLES],
+        scores=_scores(answers),
+        accuracy=policy_metrics.preference_accuracy(model, base, held_out.pairs),
+        kl=policy_metrics.kl_of_samples(model, base, held_out.pairs, sampled),
+        reward=None if rewards is None else sum(rewards.score(answers).total) / len(answers),
+    )
+
+
+def _scores(answers: Answers) -> list[int]:
+    return [world.score(f, str(a)) for f, a in zip(answers.columns["fact"], answers.completions, strict=True)]
+
+
+def _data(folder: Path, kind: str, train: list[world.Question], test: list[world.Question]) -> dict[str, str]:
+    """Write the rows of a kind, and return the settings that name them."""
+    name, rows = ("prompts", world.prompt_rows) if kind == "prompts" else ("pairs", world.pair_rows)
+    return {
+        "data": str(world.write_jsonl(folder / f"data/{name}.jsonl", rows(train))),
+        "eval_data": str(world.write_jsonl(folder / f"data/held-out-{name}.jsonl", rows(test))),
+    }
+
+
+def _print(
+    method: str, questions: list[world.Question], both: tuple[Evaluation, Evaluation], opponent: list[int]
+) -> None:
+    """Print the tables. both: before and after; opponent: the scores of other samples of the base."""
+    console = Console(width=None if Console().is_terminal else 120)
+    table = Table(f"{len(questions)} held-out questions", "base", f"after {method}", box=None)
+    n = len(opponent)
+    if both[0].reward is not None:
+        table.add_row("mean reward", *(f"{e.reward:.2f}" for e in both))
+    table.add_row("win rate against the base", *(f"{policy_metrics.win_rate(e.scores, opponent):.1%}" for e in both))
+    table.add_row("sampled answers in the preferred style", *(f"{sum(s == 2 for s in e.scores) / n:.1%}" for e in both))
+    table.add_row("sampled answers with the right fact", *(f"{sum(s > 0 for s in e.scores) / n:.1%}" for e in both))
+    table.add_row("preference accuracy", *(f"{e.accuracy:.1%}" for e in both))
+    table.add_row("KL to the base (nats per sequence)", *(f"{e.kl:.2f}" for e in both))
+    console.print(table)
+    samples = Table("question", "base", f"after {method}", box=None)
+    for q, a, b in list(zip(questions, both[0].answers, both[1].answers, strict=True))[:4]:
+        samples.add_row(*(escape(t) for t in (q.prompt.split("\n")[0].removeprefix("Question: "), a, b)))
+    console.print(samples)
+
+
+def _folder(output: Path, method: str) -> Path:
+    for number in range(1, 10**6):
+        folder = output / f"demo-{method}-{number:03d}"
+        if not folder.exists():
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise ConfigError(f"cannot create {folder}: {error.strerror}; choose another --output") from error
+            return folder
+    raise ConfigError(f"{output} is full of demos; choose another --output")

@@ -1,0 +1,23 @@
+"""The model that an insight tool reads, and the device that it uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def model_folder(name: str) -> str:
+    """Return the model's folder where `name` is the folder of a run, else `name` unchanged."""
+    inner = Path(name).expanduser() / "model"
+    return str(inner) if (inner.parent / "config.yaml").is_file() and inner.is_dir() else name
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a model's folder contains an adapter, which a run continues to train."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

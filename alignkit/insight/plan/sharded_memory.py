@@ -1,0 +1,39 @@
+"""What several processes change in the memory of one: buckets of gradients, or sharded weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from alignkit.models.sharding import blocks_of
+
+# gathered on each rank while a pass is in a block: this block, the next one, and its receive buffer
+BLOCKS = 3
+
+Phases = Mapping[str, Mapping[str, int]]
+
+
+def per_rank(phases: Phases, module: Any, processes: int, fsdp: bool) -> dict[str, dict[str, int]]:
+    """Return the phases of one of several ranks, in bytes by part; phases: of a single process."""
+    if processes == 1:
+        return {name: dict(parts) for name, parts in phases.items()}
+    if not fsdp:  # DistributedDataParallel has buckets for all gradients, which the last micro-batch's gradients view
+        buckets = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+        with_buckets = {name: {**parts, "buckets": buckets} for name, parts in phases.items()}
+        return {**with_buckets, "updating": dict(phases["updating"])}
+    shards = {name: _shard(parts, processes) for name, parts in phases.items()}
+    shards["learning"]["gathered"] = _gathered(module)
+    whole = {name: phases["learning"].get(name, 0) for name in ("program", "weights", "reference")}
+    return {"loading": whole, **shards}
+
+
+def _shard(parts: Mapping[str, int], processes: int) -> dict[str, int]:
+    sharded = ("weights", "gradients", "optimiser")
+    return {name: -(-size // processes) if name in sharded else size for name, size in parts.items()}
+
+
+def _gathered(module: Any) -> int:
+    """Return the bytes of weights gathered at one time: weights outside all blocks stay gathered until a pass ends."""
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(module)]
+    outside: int = sum(p.nbytes for p in module.parameters()) - sum(blocks)
+    return outside + BLOCKS * max(blocks, default=0)

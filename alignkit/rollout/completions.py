@@ -1,0 +1,63 @@
+"""Sampled tokens as a batch of trees, and as text for rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from alignkit.models.packing import batch_of
+from alignkit.rewards import Answers
+from alignkit.rollout.batched import Sampled
+from alignkit.types import Batch, Completion, Example
+
+
+def with_completions(examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], like: Batch) -> Batch:
+    """Return the prompts with their completions as a batch with "ended"."""
+    grown = [
+        replace(e, completions=tuple(Completion(torch.tensor(s.tokens, dtype=torch.int32)) for s in some))
+        for e, some in zip(examples, sampled, strict=True)
+    ]
+    ended = torch.tensor([s.ended for some in sampled for s in some], device=like.device)
+    return batch_of(grown, like.layout, like.device).attach(per_completion={"ended": ended})
+
+
+def answers_of(
+    tokenizer: Any, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], columns: Sequence[str] = ()
+) -> Answers:
+    """Return prompts and completions as rewards receive them: text without special tokens, and the rows' columns.
+
+    columns: names to include for every row, None where a row lacks one; the rows' own names are added.
+    """
+    flat = [(e, s) for e, some in zip(examples, sampled, strict=True) for s in some]
+    texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for _, s in flat]
+    names = dict.fromkeys([*columns, *(name for e in examples for name in e.columns)])
+    return Answers(
+        prompts=[e.asked for e, _ in flat],
+        completions=[
+            t if isinstance(e.asked, str) else [{"role": "assistant", "content": t}]
+            for (e, _), t in zip(flat, texts, strict=True)
+        ],
+        columns={name: [e.columns.get(name) for e, _ in flat] for name in names},
+        rows=[e.row for e, _ in flat],
+        lengths=[len(s.tokens) for _, s in flat],
+        ended=[s.ended for _, s in flat],
+    )
+
+
+def distinct(sampled: Sequence[Sequence[Sampled]], n: int = 2) -> tuple[int, int]:
+    """Return the numbers of different n-grams and of all n-grams in all completions; their ratio is distinct-n."""
+    grams = [tuple(s.tokens[i : i + n]) for some in sampled for s in some for i in range(len(s.tokens) - n + 1)]
+    return len(set(grams)), len(grams)
+
+
+def with_placeholders(examples: Sequence[Example], sampling_tokens: int) -> list[Example]:
+    """Return the prompts with two artificial completions each, for the probe of the model before anything is
+    sampled.
+    """
+    return [
+        replace(e, completions=tuple(Completion(e.prompt[-n:].clone()) for n in (min(sampling_tokens, 8), 3)))
+        for e in examples
+    ]

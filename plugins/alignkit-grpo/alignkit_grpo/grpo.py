@@ -1,0 +1,112 @@
+"""Group Relative Policy Optimization (2402.03300) and its variants.
+
+    A_i = (r_i - mean of the group) / (std of the group + 1e-4)      clipped surrogate + beta KL in the loss
+
+A group is a prompt with G completions: one tree. Unlike in the paper the KL is k2, whose gradient is the KL's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from alignkit import Advice, Batch, Context, DataFacts, Method, MethodConfig, Models, Term, rollout_metrics
+from alignkit_kernels import PolicyLoss, policy_loss, sequence_sum
+
+EPSILON = 1e-4
+CLIP_HIGH = {"dapo": 0.28, "cispo": 4.0}  # 2503.14476; 2506.13585 has only the upper side, far from 1
+
+
+class GRPO(Method["GRPO.Config"]):
+    """Learn from each completion's reward relative to the others of its prompt; no critic."""
+
+    name = "grpo"
+    data = "prompts"
+    uses = frozenset({"policy", "reference", "reward"})
+    learning_rate = 1e-6
+    lora_learning_rate = 1e-5
+    demo_settings = {"learning_rate": 3e-4, "group_size": 8, "beta": 0.01}
+
+    class Config(MethodConfig):
+        """Settings of GRPO."""
+
+        group_size: int = Field(8, ge=2, description="completions sampled per prompt")
+        beta: float = Field(0.04, ge=0, description="weight of the KL to the reference; at 0 no reference is loaded")
+        kl: Literal["k1", "k2", "k3"] = Field("k2", description="estimator of the KL; the paper's is k3")
+        clip: float = Field(0.2, gt=0, le=1, description="how far a ratio may fall below 1")
+        clip_high: float | None = Field(None, gt=0, description="how far above 1; default: clip, dapo 0.28, cispo 4")
+        variant: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = Field(
+            "grpo", description="how tokens are averaged and clipped; see the docs"
+        )
+        ratio: Literal["token", "sequence"] = Field("token", description="sequence: GSPO, with a clip of about 3e-4")
+        scale: Literal["group", "batch", "none"] | None = Field(
+            None, description="standard deviation that rewards are divided by; default: group, dr_grpo none"
+        )
+        mask_truncated: bool = Field(False, description="leave completions that were cut out of the loss")
+
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Advise it first where the reward can be checked."""
+        reason = "compares several answers to a prompt with each other, without a critic (2402.03300)"
+        if not facts.reward:
+            return Advice(88, f"{reason}; the column `answer` can be checked")
+        return Advice(100 if facts.checkable else 97, reason)
+
+    def roles(self) -> frozenset[str]:
+        """Leave out the reference where the KL has no weight."""
+        return self.uses if self.config.beta else self.uses - {"reference"}
+
+    def collect(self, batch: Batch, ctx: Context) -> Batch:
+        """Sample and score the groups; attach the advantages, and each completion's weight in the average."""
+        batch = ctx.rollouts(batch, self.config.group_size)
+        rewards = batch["rewards"].view(len(batch), -1)
+        spread = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
+        scale = self.config.scale or ("none" if self.config.variant == "dr_grpo" else "group")
+        centred = rewards - rewards.mean(1, keepdim=True)
+        if scale == "group":
+            centred = centred / (rewards.std(1, keepdim=True) + EPSILON)
+        elif scale == "batch":
+            mean = ctx.mean(rewards)
+            centred = centred / (ctx.mean((rewards - mean).square()).sqrt() + EPSILON)
+        # equal rewards may differ from their mean by rounding
+        advantages = torch.where(spread, centred, 0.0).flatten()
+        learned = batch["ended"] if self.config.mask_truncated else torch.ones_like(batch["ended"])
+        counts = torch.stack([(~spread).sum(), learned.sum(), (batch.lengths * learned).sum()]).double()
+        n_equal, n_learned, n_tokens = ctx.sum(counts).tolist()
+        ctx.log(**{"advantage/zero_variance_groups": n_equal})
+        # the factor that turns a completion's sum over tokens into its term of a mean over completions
+        of_step = n_learned / max(n_tokens, 1.0)  # a mean over all tokens of the step, however it is split
+        constant = {"dr_grpo": 1 / ctx.max_new_tokens, "dapo": of_step, "cispo": of_step}.get(self.config.variant)
+        share = 1 / batch.lengths if constant is None else torch.full_like(advantages, constant)
+        return batch.attach(
+            per_completion={"advantages": advantages, "learned": learned, "share": share},
+            per_token={"learned_tokens": learned.repeat_interleave(batch.lengths)},
+        )
+
+    def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
+        """Return the surrogate with its KL, averaged as the variant defines."""
+        outputs = models.policy(batch, entropy=True)
+        out = self._surrogate(batch, outputs.logps)
+        terms = rollout_metrics(batch, outputs, out)
+        if self.config.variant == "bnpo":
+            return {"policy": Term(out.losses, over="learned_tokens"), **terms}
+        sums = sequence_sum(out.losses, batch.cu_seqlens)
+        return {"policy": Term(sums * batch["share"], over="learned"), **terms}
+
+    def _surrogate(self, batch: Batch, logps: Tensor) -> PolicyLoss:
+        c = self.config
+        high = c.clip_high or CLIP_HIGH.get(c.variant, c.clip)
+        old = batch["old_logps"] if "old_logps" in batch else logps.detach()
+        cispo = c.variant == "cispo"
+        out = policy_loss(
+            logps, old, batch["advantages"] * (not cispo), batch.cu_seqlens, ratio=c.ratio, clip=(c.clip, high),
+            reference_logps=batch.reference_logps if c.beta else None, kl=c.kl, kl_coef=c.beta,
+        )  # fmt: skip
+        if not cispo:
+            return out
+        # the clipped ratio is a weight without a gradient, so every token contributes (2506.13585 eq. 4)
+        weight = out.ratios.clamp(max=1 + high) * batch["advantages"].repeat_interleave(batch.lengths)
+        return out._replace(losses=out.losses - weight * logps, clipped=out.ratios > 1 + high)

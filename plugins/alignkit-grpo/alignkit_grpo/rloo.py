@@ -1,0 +1,62 @@
+"""REINFORCE leave-one-out (2402.14740).
+
+    loss = -A_i log policy(y_i),   A_i = R_i - mean of the others' R,   R = r - beta (log policy(y) - log reference(y))
+
+A group is a prompt with G completions: one tree.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from alignkit import Advice, Batch, Context, DataFacts, Method, MethodConfig, Models, Term, rollout_metrics
+from alignkit_kernels import policy_loss, sequence_sum
+
+
+class RLOO(Method["RLOO.Config"]):
+    """REINFORCE with the mean reward of a prompt's other completions as baseline."""
+
+    name = "rloo"
+    data = "prompts"
+    uses = frozenset({"policy", "reference", "reward"})
+    learning_rate = 1e-6
+    lora_learning_rate = 1e-5
+    demo_settings = {"learning_rate": 2e-4, "batch_size": 32, "group_size": 4, "beta": 0.05, "epochs": 6}
+
+    class Config(MethodConfig):
+        """Settings of RLOO."""
+
+        group_size: int = Field(4, ge=2, description="completions sampled per prompt")
+        beta: float = Field(0.05, ge=0, description="weight of the KL in the reward; at 0 no reference is loaded")
+        clip: float = Field(0.2, gt=0, le=1, description="clip range of the ratio in further updates on a batch")
+
+    @classmethod
+    def advice(cls, facts: DataFacts) -> Advice:
+        """Advise it first where the reward is a model."""
+        reason = "the plainest that samples: no critic, no division by a deviation (2402.14740)"
+        if not facts.reward:
+            return Advice(86, reason)
+        return Advice(98, reason) if facts.checkable else Advice(100, f"{reason}; a good start with a reward model")
+
+    def roles(self) -> frozenset[str]:
+        """Leave out the reference where the KL has no weight."""
+        return self.uses if self.config.beta else self.uses - {"reference"}
+
+    def collect(self, batch: Batch, ctx: Context) -> Batch:
+        """Sample and score the groups."""
+        return ctx.rollouts(batch, self.config.group_size)
+
+    def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
+        """Return -A log policy(y) per completion; groups are never split, so their baselines can be computed here."""
+        outputs = models.policy(batch, entropy=True)
+        old = batch["old_logps"] if "old_logps" in batch else outputs.logps.detach()
+        rewards = batch["rewards"]
+        if self.config.beta:
+            rewards = rewards - self.config.beta * sequence_sum(old - batch.reference_logps, batch.cu_seqlens)
+        groups = rewards.view(len(batch), -1)
+        others = (groups.sum(1, keepdim=True) - groups) / (groups.shape[1] - 1)
+        advantages = (groups - others).flatten()
+        clip = (self.config.clip, self.config.clip)
+        out = policy_loss(outputs.logps, old, advantages, batch.cu_seqlens, clip=clip)
+        losses = sequence_sum(out.losses, batch.cu_seqlens)
+        return {"policy": Term(losses, over="completions"), **rollout_metrics(batch, outputs, out)}
