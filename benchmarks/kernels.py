@@ -1,8 +1,9 @@
-"""The kernels beside eager PyTorch, torch.compile, TRL, Liger and cut-cross-entropy, in one run.
+"""The kernels compared with eager PyTorch, torch.compile, TRL, Liger and cut-cross-entropy, in one run.
 
     python benchmarks/kernels.py --json kernels.json --png kernels.png
+    python benchmarks/kernels.py --tiny              tiny shapes, in seconds: does everything run?
 
-On a GPU the large shapes in bfloat16, on a CPU small ones in float32; `--help` lists the options. The same as
+Large shapes in bfloat16 on a GPU, small ones in float32 on a CPU; `--help` lists the options. The same as
 `alignkit bench kernels` and `python -m alignkit_kernels.bench`.
 """
 

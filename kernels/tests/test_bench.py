@@ -231,7 +231,7 @@ def test_a_rival_that_refuses_a_case_is_skipped_with_its_words(
 
     monkeypatch.setitem(rivals._ADAPTERS, "sequence_sum", {"trl": lambda case: refuse})
     assert tiny("--only", "sequence_sum") == 0
-    assert "without trl: refuses: RuntimeError: not this one (sequence_sum)" in capsys.readouterr().out
+    assert "without trl: fails: RuntimeError: not this one (sequence_sum)" in capsys.readouterr().out
 
 
 def test_no_time_left_is_said_and_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,13 +268,13 @@ def test_without_matplotlib_there_is_no_picture_and_a_hint(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "path9"], "no case 'path9'"),
+        (["--only", "path9"], "unknown case 'path9'"),
         (["--shapes", "3x4"], "N x H x V"),
         (["--shapes", "axbxc"], "N x H x V"),
         (["--shapes", "0x5x6"], "each at least 1"),
         (["--shapes", "5x6x7,5x-6x7"], "each at least 1"),
-        (["--json", "/nonexistent/x.json"], "--json /nonexistent/x.json: there is no folder /nonexistent"),
-        (["--png", "/nonexistent/x.png"], "--png /nonexistent/x.png: there is no folder /nonexistent"),
+        (["--json", "/nonexistent/x.json"], "--json /nonexistent/x.json: the folder /nonexistent does not exist"),
+        (["--png", "/nonexistent/x.png"], "--png /nonexistent/x.png: the folder /nonexistent does not exist"),
         (["--json", "/"], "is a folder, not a file"),
     ],
 )

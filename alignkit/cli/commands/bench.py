@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+app = typer.Typer(help="Benchmarks on this machine.", no_args_is_help=True)
 Text = str | None
 
 
@@ -21,9 +21,10 @@ def kernels(
     json: Annotated[Path | None, typer.Option(help="File for rows and versions")] = None,
     png: Annotated[Path | None, typer.Option(help="File for the picture; needs matplotlib")] = None,
 ) -> None:
-    """Compare the log-probability kernels with eager PyTorch and what else is installed: error, time, memory.
+    """Compare the log-probability kernels with eager PyTorch and the installed rivals: error, time, memory.
 
-    A contender that is wrong against float64 gets no time. `python -m alignkit_kernels.bench --help` has more options.
+    A contender whose error against float64 is too large is not timed. More options:
+    `python -m alignkit_kernels.bench --help`.
     """
     given = {k: v for k, v in locals().items() if v is not None and v is not False}
     from alignkit_kernels.bench import main as bench

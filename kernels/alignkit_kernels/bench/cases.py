@@ -1,4 +1,4 @@
-"""What is measured: operations, shapes, inputs, and floors in FLOP and bytes.
+"""The cases: operations, shapes, inputs, and floors in FLOP and bytes.
 
 Shape letters: N tokens, H hidden size, V vocabulary, C completion tokens, S completions of T tokens.
 """
@@ -43,12 +43,12 @@ WANTED = {
 PATHS = ("path1", "path2", "path3", "path4")
 FOREMOST = (*PATHS, "selective_logps")
 NAMES = (*FOREMOST, "linear_dpo", *VECTORS)
-SPREAD = 3.0  # standard deviation of the logits: with 1 nearly all of them would be negligible, unlike a model's
+SPREAD = 3.0  # standard deviation of the logits, as in models: with 1 nearly all of them would be negligible
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on a shape. `wanted` names the inputs whose gradient is made; without any no graph is kept."""
+    """An operation on a shape. `wanted` names the inputs that get a gradient; without any, no graph is kept."""
 
     name: str
     sizes: dict[str, int]
@@ -70,7 +70,7 @@ class Case:
 
 
 def build(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
-    """Return the case of that name; of N, H, V an operation takes what it has."""
+    """Return the case of that name; an operation uses those of N, H and V that it has."""
     n, h, v = shape
     wanted = WANTED.get(name, ())
     product = 2.0 * n * h * v
@@ -131,7 +131,7 @@ def _ragged(case: Case, normal: Callable[..., Tensor]) -> Inputs:
     c, s, longest = case.sizes["C"], case.sizes["S"], case.sizes["longest"]
     lengths = _lengths(s, longest)
     borders = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    # what eager code indexes with is made beforehand: that is no part of its time
+    # the indices of the eager code are prepared here, so that its time does not include them
     steps = torch.arange(longest)
     inside = steps < lengths[:, None]
     shared = {

@@ -16,10 +16,10 @@ from alignkit_kernels.backend import uses_triton
 from alignkit_kernels.bench.cases import Case, Contender, Inputs
 
 GAMMA, LAM, BETA, CLIP = 0.99, 0.95, 0.1, (0.2, 0.2)
-BUDGETS = {1: None, 2: 1 << 40, 3: 0, 4: None}  # bytes for kept logits that force a path
-# both ways of a product without gradient, whichever the operation chooses: the LARGEST_HIDDEN that forces one
+BUDGETS = {1: None, 2: 1 << 40, 3: 0, 4: None}  # bytes of kept logits that force a path
+# path 4 has two implementations, and the operation chooses one: the LARGEST_HIDDEN that forces each
 WAYS = {"fused": 1 << 40, "folded": 0}
-OWN = frozenset({"alignkit", *WAYS})  # held to the same errors, and no rivals of each other
+OWN = frozenset({"alignkit", *WAYS})  # held to the same error limit, and not compared as rivals
 ops: Any = alignkit_kernels
 
 
@@ -31,7 +31,7 @@ def own(case: Case) -> Contender:
 
 
 def ways(case: Case) -> dict[str, Contender]:
-    """Return path 4 with the fused product and with the folded one, where there is a choice."""
+    """Return path 4 with the fused product and with the folded one, when the operation has a choice."""
     probe = torch.empty(0, dtype=case.dtype, device=case.device)
     if case.path != 4 or case.dtype not in (torch.bfloat16, torch.float16) or not uses_triton(probe):
         return {}
@@ -44,7 +44,7 @@ def eager(case: Case) -> Contender:
 
 
 def planned_path(case: Case) -> int | None:
-    """Return the path that linear_logps says it takes; None for other operations."""
+    """Return the path that linear_logps plans to take; None for other operations."""
     if not case.path:
         return None
     n, h, v = (case.sizes[k] for k in "NHV")
@@ -104,7 +104,7 @@ _OWN: dict[str, Contender] = {
 
 
 def eager_linear(x: Inputs) -> Tensor:
-    """Full logits, log_softmax in float32, gather."""
+    """Compute full logits, log_softmax in float32, gather."""
     return _chosen(linear(x["hidden"], x["weight"]), x["targets"])
 
 
@@ -114,7 +114,7 @@ def _chosen(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def dpo_from_logps(logps: Tensor, reference: Tensor, n_sequences: int) -> Tensor:
-    """Mean DPO loss of equally long sequences, the chosen ones in front."""
+    """Return the mean DPO loss of equally long sequences, the chosen ones first."""
     h = (logps - reference).view(n_sequences, -1).sum(1)
     chosen, rejected = h.chunk(2)
     return -logsigmoid(BETA * (chosen - rejected)).mean()

@@ -1,4 +1,4 @@
-"""What a case's results are in float64, at all places or at some, and how far a contender is from that."""
+"""The results of a case in float64, in all rows or some, and the error of a contender against them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from alignkit_kernels.bench.cases import Case, Contender, Inputs
 from alignkit_kernels.bench.contenders import dpo_from_logps, eager
 
-ROWS = 128  # of hidden and of weight whose gradients are checked: in float64 all of them would take the longest of all
+ROWS = 128  # of hidden and weight whose gradients are checked: in float64 all rows would take longer than the rest
 COLUMNS = 4096  # of the vocabulary at a time
 
 
 class Exact(NamedTuple):
-    """float64 values of a result at its rows `at` (all where None)."""
+    """float64 values of a result in its rows `at` (None: all)."""
 
     values: Tensor
     at: Tensor | None = None
@@ -42,7 +42,7 @@ def results(case: Case, contender: Contender, inputs: Inputs) -> dict[str, Tenso
 
 
 def errors(got: dict[str, Tensor], exact: dict[str, Exact]) -> dict[str, Error]:
-    """Compare each result; what is not finite, or has the wrong shape, is infinitely wrong."""
+    """Return the error of each result: infinite when it is not finite or has the wrong shape."""
     found = {}
     for name, (values, at) in exact.items():
         mine = got[name] if at is None else got[name][at]

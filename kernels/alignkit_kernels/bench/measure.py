@@ -1,4 +1,4 @@
-"""Milliseconds and peak memory of a call, on the CPU and on a GPU, and the versions of all that was measured."""
+"""Milliseconds and peak memory of a call, on a CPU or a GPU, and the versions of what is measured."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def alternate(
 ) -> dict[str, Times]:
     """Time the calls in turn, A B C A B C ..., for about `seconds` in all, and at least `least_rounds` rounds.
 
-    Each call gets the number of the round, to take inputs that lie in no cache.
+    Each call gets the number of the round, so that it can use inputs that are in no cache.
     """
     clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
     estimates = {name: clock(call, 0, 1) for name, call in calls.items()}
-    # a call of microseconds is repeated within a round: the clock itself takes a few
+    # a call of microseconds is repeated within a round, because the clock itself takes some
     repeats = {name: max(1, min(1000, int(2 / max(ms, 1e-4)))) for name, ms in estimates.items()}
     once = sum(estimates[name] * repeats[name] for name in calls) / 1000
     rounds = max(least_rounds, min(100, int(seconds / max(once, 1e-9))))
@@ -65,7 +65,7 @@ def _cuda_clock(device: torch.device) -> Callable[[Callable[[int], object], int,
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         flush.zero_()
-        # while the device waits the host queues the call: a millisecond of launches stays out of the time
+        # the host queues the call while the device waits: a millisecond of launches is not counted
         torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         call(i)
@@ -77,7 +77,7 @@ def _cuda_clock(device: torch.device) -> Callable[[Callable[[int], object], int,
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Return the most memory that the call held beyond what there was before it; None where that cannot be read."""
+    """Return the peak memory of the call, beyond the memory held before it; None when it cannot be read."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -88,7 +88,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         return int(torch.cuda.max_memory_allocated(device) - before)
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
         before = _status("VmRSS")
         call()
         return max(0, _status("VmHWM") - before)
@@ -102,7 +102,7 @@ def _status(field: str) -> int:
 
 
 def matmul_rate(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the FLOP/s of hidden [n, h] @ weight [v, h].T as the library does it here, undisturbed."""
+    """Return the FLOP/s of hidden [n, h] @ weight [v, h].T with the library of this device, alone."""
     hidden, weight = torch.randn(n, h).to(device, dtype), torch.randn(v, h).to(device, dtype)
     logits = torch.empty(n, v, dtype=dtype, device=device)
     times = alternate({"matmul": lambda _: torch.mm(hidden, weight.T, out=logits)}, device, 2.0, 5)
@@ -110,13 +110,13 @@ def matmul_rate(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device
 
 
 def rates(device: torch.device) -> tuple[float, float] | None:
-    """Return (FLOP/s, bytes/s) of a device whose ceilings are known."""
+    """Return (FLOP/s, bytes/s) of a device with known ceilings, else None."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((r for known, r in RATES.items() if name.startswith(known)), None)
 
 
 def machine(device: torch.device, threads: int) -> dict[str, Any]:
-    """Describe what was measured on."""
+    """Describe the machine: device, cores, versions, date."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",

@@ -1,4 +1,4 @@
-"""The table, and the bars that the figures are held to."""
+"""The table, and the bars that the figures must meet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD = ["case", "contender", "ms", "least", "most", "peak MiB", "- grads", "x fl
 
 
 def bars(rows: list[Row], device: str) -> list[str]:
-    """Judge alignkit's rows of the shapes that have bars; one line a bar, ending in "holds" or "BROKEN"."""
+    """Judge alignkit's rows of the shapes that have bars; one line per bar, which ends in "holds" or "BROKEN"."""
     judge = _gpu_bars if device.startswith("NVIDIA H200") else _cpu_bars if device.startswith("CPU") else None
     lines = []
     for row in rows:
@@ -32,7 +32,7 @@ def bars(rows: list[Row], device: str) -> list[str]:
 
 
 def _has_bars(row: Row) -> bool:
-    """Small shapes only show that everything runs; those of the ragged operations are given by the device."""
+    """Small shapes only show that everything runs; the device determines the shapes of the ragged operations."""
     shapes = GPU_SHAPES if row["dtype"] == "bfloat16" else CPU_SHAPES
     known = [dict(zip("NHV", shape, strict=True)) for shape in shapes]
     return row["case"] in VECTORS or any(row["shape"].items() <= k.items() for k in known)
@@ -70,12 +70,12 @@ def _gpu_bars(row: Row, where: str) -> list[str]:
 
 
 def sizes(row: Row) -> str:
-    """The shape in a few letters."""
+    """Return the shape as short text."""
     return " ".join(f"{k}{v}" for k, v in row["shape"].items())
 
 
 def table(rows: list[Row], skipped: list[dict[str, str]], judged: list[str], machine: dict[str, Any]) -> str:
-    """Lay out everything for a terminal."""
+    """Lay out rows, absent contenders and bars for a terminal."""
     threads = f", threads {machine['threads']}" if machine["device"].startswith("CPU") else ""
     versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "triton", "cuda", "driver") if machine[k])
     body = [_cells(row) for row in rows]

@@ -1,4 +1,4 @@
-"""What else computes the same, each optional: an adapter for a case, or the reason why there is none."""
+"""Other implementations, each optional: an adapter for a case, or the reason why it does not take part."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from alignkit_kernels.bench.cases import VECTORS, Case, Contender, Inputs
 from alignkit_kernels.bench.contenders import BETA, eager
 
-TRL_CHUNK = 32768  # of the vocabulary: what its trainers pass
-APPROXIMATE = frozenset({"cut-cross-entropy"})  # leaves small gradients out: shown, no bar
+TRL_CHUNK = 32768  # of the vocabulary, as its trainers pass it
+APPROXIMATE = frozenset({"cut-cross-entropy"})  # drops small gradients: shown, without a bar
 
 
 class Refused(Exception):
-    """A rival that does not take part, and why."""
+    """A rival does not take part; the message is the reason."""
 
 
 def rivals(case: Case, uncompiled: str | None = None) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Return the adapters by name, and the reasons of those that do not take part.
+    """Return the adapters by name, and the reasons of the rivals that do not take part.
 
-    uncompiled: why torch.compile does not.
+    uncompiled: the reason of torch.compile, None when it takes part.
     """
     found: dict[str, Contender] = {}
     reasons: dict[str, str] = {}
@@ -37,24 +37,24 @@ def rivals(case: Case, uncompiled: str | None = None) -> tuple[dict[str, Contend
 
 
 def need(module: str, name: str) -> Any:
-    """Import a rival's function. Raises Refused: not installed, or broken."""
+    """Import a rival's function. Raises Refused when it is not installed or broken."""
     package = module.split(".")[0]
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         missing = error.name or package
         raise Refused("not installed" if missing == package else f"needs '{missing}', not installed") from error
-    except Exception as error:  # a stranger's module may do anything while it is imported
+    except Exception as error:  # the import of a third-party module may fail in any way
         raise Refused(f"cannot be imported: {type(error).__name__}: {error}".split("\n")[0]) from error
 
 
 def _compiled(uncompiled: str | None) -> Callable[[Case], Contender]:
     def adapter(case: Case) -> Contender:
         if case.name in VECTORS:
-            raise Refused("left out of the ragged operations: compiling takes longer than all else of them")
+            raise Refused("left out of the ragged operations: compiling takes longer than the rest of them")
         if uncompiled:
             raise Refused(uncompiled)
-        torch.compiler.reset()  # each shape gets its own static graph, as fast as can be
+        torch.compiler.reset()  # each shape gets its own static graph, the fastest
         made: Contender = torch.compile(eager(case), dynamic=False)
         return made
 
@@ -74,7 +74,7 @@ def _trl_chunked(case: Case) -> Contender:
 def _trl_selective(case: Case) -> Contender:
     function = need("trl.trainer.utils", "selective_log_softmax")
     if case.device.type == "cpu" and case.dtype != torch.float32:
-        raise Refused("in low precision on a CPU it works row by row")
+        raise Refused("works row by row in low precision on a CPU")
     return lambda x: function(x["logits"], x["targets"])
 
 

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Bench:
-    """One run's settings, and what it found."""
+    """The settings of one run, and its results."""
 
     device: torch.device
     seconds: float
@@ -39,27 +39,27 @@ class Bench:
     skipped: list[dict[str, str]] = field(default_factory=list)
     products: dict[tuple[int, ...], float] = field(default_factory=dict)  # FLOP/s on a CPU by shape
     sweep: list[Row] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)  # operations, whatever the shape
+    seen: set[str] = field(default_factory=set)  # operations measured so far, of any shape
 
     def skip(self, case: Case, contender: str, why: str) -> None:
-        """Note who does not take part in what."""
+        """Record a contender that does not take part in a case."""
         self.skipped.append({"case": case.label, "contender": contender, "why": why})
 
     def measure(self, case: Case, without: Sequence[str] = ()) -> list[Row]:
-        """Check, weigh and time every contender of a case; the rows, alignkit's first."""
+        """Check and time every contender of a case and measure its memory; return the rows, alignkit's first."""
         if time.monotonic() > self.deadline:
             self.skip(case, "all", "out of time")
             return []
         try:
             return self._measured(case, without)
-        except Exception as error:  # the cases after this one still have figures to give
+        except Exception as error:  # the cases after this one are still measured
             self.skip(case, "all", f"{type(error).__name__}: {error}".split("\n")[0][:200])
             return []
 
     def _measured(self, case: Case, without: Sequence[str]) -> list[Row]:
         uncompiled = None if self.compiled else "left out; on a CPU --compile tries it"
         if case.name in self.seen:
-            uncompiled = uncompiled or "takes part in an operation's first shape alone: compiling takes long"
+            uncompiled = uncompiled or "takes part only in the first shape of an operation: compiling takes long"
         self.seen.add(case.name)
         others, reasons = rivals(case, uncompiled)
         for name, why in reasons.items():
@@ -92,7 +92,7 @@ class Bench:
         return rows
 
     def _checked(self, case: Case, contenders: Mapping[str, Contender], inputs: cases.Inputs) -> list[Row]:
-        """One row a contender that runs, red where it is wrong, as yet without figures."""
+        """Return one row per contender that runs, red when it is wrong, without figures so far."""
         exact = exact_results(case, inputs)
         found: dict[str, dict[str, Error]] = {}
         precision: dict[str, float] = {}
@@ -101,20 +101,20 @@ class Bench:
                 got = results(case, contenders[name], inputs)
                 found[name] = errors(got, exact)
                 precision = precision or {k: torch.finfo(t.dtype).eps for k, t in got.items()}
-            except Exception as error:  # a rival may refuse a case in any way
-                self.skip(case, name, f"refuses: {type(error).__name__}: {error}".split("\n")[0][:200])
+            except Exception as error:  # a rival may reject a case in any way
+                self.skip(case, name, f"fails: {type(error).__name__}: {error}".split("\n")[0][:200])
             got = {}
         rows = []
         for name in (n for n in contenders if n in found):
             limit = LIMIT if name in OWN else RIVALS_LIMIT
             red = verdict(found[name], found.get("eager"), limit, precision) if name != "eager" else None
             if name == "alignkit" and red is None and (path := planned_path(case)) != case.path:
-                red = f"wanted path {case.path}, and the plan says {path}"
+                red = f"expected path {case.path}, but the plan is path {path}"
             rows.append(blank(case, name, found[name], found.get("eager"), red))
         return rows
 
     def _floor_ms(self, case: Case) -> float | None:
-        """The least time of a case on this device; None where its rates are not known."""
+        """Return the least time of a case on this device; None when its rates are not known."""
         known = measure.rates(case.device)
         if known and (not case.flop or case.dtype in (torch.bfloat16, torch.float16)):
             return 1000 * max(case.flop / known[0], case.bytes / known[1])
@@ -129,7 +129,7 @@ class Bench:
 def verdict(
     mine: dict[str, Error], eagers: dict[str, Error] | None, limit: float, precision: dict[str, float]
 ) -> str | None:
-    """Say which result is further from float64 than `limit` times eager's, and half a unit in the last place."""
+    """Return which result has more than `limit` times eager's error and half a unit in the last place, else None."""
     for name, error in mine.items():
         least = eagers[name].relative if eagers else precision.get(name, 0.0)
         allowed = limit * least + precision.get(name, 0.0) / 2
@@ -139,8 +139,8 @@ def verdict(
 
 
 def blank(case: Case, name: str, mine: dict[str, Error], eagers: dict[str, Error] | None, red: str | None) -> Row:
-    """Return a row with its errors, and no figures yet."""
-    # where eager is exact there is no ratio
+    """Return a row with its errors, without figures so far."""
+    # no ratio when eager is exact
     ratios = [e.relative / eagers[k].relative for k, e in mine.items() if eagers and eagers[k].relative > 0]
     return {
         "case": case.name, "contender": name, "shape": case.sizes, "dtype": str(case.dtype)[6:],
@@ -176,20 +176,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", "--tiny", action="store_true", help="tiny shapes, few rounds: does everything run?")
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the CPU (default: all)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="leave out what has not begun by then")
-    parser.add_argument("--json", type=Path, help="where to write rows and versions")
-    parser.add_argument("--png", type=Path, help="where to draw time and memory against vocabulary and tokens")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="leave out the cases that have not begun by then")
+    parser.add_argument("--json", type=Path, help="file for rows and versions")
+    parser.add_argument("--png", type=Path, help="file for the picture: time and memory by vocabulary and tokens")
     args = parser.parse_args(argv)
     args.names = args.only.split(",") if args.only else list(cases.NAMES)
     if unknown := [n for n in args.names if n not in cases.NAMES]:
-        parser.error(f"no case '{unknown[0]}'; there are {', '.join(cases.NAMES)}")
+        parser.error(f"--only: unknown case '{unknown[0]}'; choose from {', '.join(cases.NAMES)}")
     try:
         args.shapes = [tuple(int(x) for x in s.split("x")) for s in args.shapes.split(",")] if args.shapes else None
         if any(len(s) != 3 or min(s) < 1 for s in args.shapes or ()):
             raise ValueError
     except ValueError:
-        parser.error("--shapes wants N x H x V, each at least 1, such as 2048x512x32000,512x128x8000")
+        parser.error("--shapes must be N x H x V, each at least 1, such as 2048x512x32000,512x128x8000")
     for option, path in (("--json", args.json), ("--png", args.png)):
         if path is not None and (why := unwritable(path)):
             parser.error(f"{option} {path}: {why}")
@@ -197,16 +197,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def unwritable(path: Path) -> str | None:
-    """Say why a file cannot be written there; None where it can."""
+    """Return why a file cannot be written there; None when it can."""
     if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
+        return f"the folder {path.parent} does not exist"
     if path.is_dir():
         return "is a folder, not a file"
-    return None if os.access(path if path.exists() else path.parent, os.W_OK) else "may not be written"
+    return None if os.access(path if path.exists() else path.parent, os.W_OK) else "is not writable"
 
 
 def plan(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """Return the cases in their order: those of the bars on every shape, then all else."""
+    """Return the cases in order: those with bars on every shape, then the others."""
     cuda = device.type == "cuda"
     dtype = DTYPES[args.dtype or ("bfloat16" if cuda else "float32")]
     shapes: Sequence[Shape] = args.shapes or (cases.GPU_SHAPES if cuda else cases.CPU_SHAPES)
@@ -232,13 +232,13 @@ def swept(bench: Bench, dtype: torch.dtype | None, quick: bool, save: Callable[[
         case = cases.build(name, shape, dtype or (torch.bfloat16 if cuda else torch.float32), bench.device)
         print(f"sweep: {case.label} ...", file=sys.stderr, flush=True)
         logits = shape[0] * shape[2] * case.dtype.itemsize / measure.MIB
-        # a compilation for each point would take the longest of all
+        # compiling for each point would take longer than the rest
         bench.sweep += [{**row, "axis": axis, "logits_mib": logits} for row in bench.measure(case, ["torch.compile"])]
         save()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where alignkit is wrong or missing somewhere."""
+    """Run the benchmark; return 1 when alignkit is wrong or missing in a case, or the run was stopped."""
     args = arguments(argv)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and device.type == "cpu":
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(device, seconds, device.type == "cuda" or args.compile, deadline)
     about = measure.machine(device, args.threads)
     ended = False
-    with suppress(KeyboardInterrupt):  # stopped, it tells what there is by then
+    with suppress(KeyboardInterrupt):  # a stopped run reports what it has measured by then
         for case in plan(args, device):
             print(f"{case.label} ...", file=sys.stderr, flush=True)
             bench.rows += bench.measure(case)
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(path: Path | None, about: dict[str, Any], bench: Bench, bars: list[str]) -> None:
-    """Write what there is so far: a run that is stopped leaves its figures."""
+    """Write the figures so far, so that a stopped run leaves them."""
     if path is not None:
         found = {"machine": about, "rows": bench.rows, "skipped": bench.skipped, "bars": bars, "sweep": bench.sweep}
         path.write_text(json.dumps(found, indent=1))
