@@ -308,7 +308,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{path} must contain settings such as 'method: dpo', found {type(values).__name__}")
     if values.get("trust_remote_code"):
         raise ConfigError(
-            f"{path} sets trust_remote_code, which only the command line or a Python call may set; remove it there"
+            f"{path} sets trust_remote_code, which only the command line or a Python call may set; remove it"
         )
     return {str(k): v for k, v in values.items()}
 

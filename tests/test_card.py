@@ -68,7 +68,7 @@ def test_a_card_of_dpo_says_what_was_done(settings: dict[str, Any], rows_file: s
     for name in ("loss", "rewards/accuracy", "kl"):
         assert f"| `{name}` | {first[f'eval/{name}']:.4g} | {last[f'eval/{name}']:.4g} |" in text
     assert "On held-out rows" in text
-    assert "from where the training rows come from" in text
+    assert "The held-out rows come from the same source as the training rows" in text
 
 
 def test_no_card_says_where_the_machine_keeps_its_files(settings: dict[str, Any], rows_file: str) -> None:
@@ -80,7 +80,7 @@ def test_no_card_says_where_the_machine_keeps_its_files(settings: dict[str, Any]
     for private in (settings["model"], str(settings["output"]), str(Path(rows_file).parent), str(Path.home())):
         assert private not in text
     assert '"use": "scores", "weight": 0.5' in text
-    assert "It learned what its reward or judge likes" in text
+    assert "It was optimised for its reward or judge, which can differ from what people prefer" in text
     assert "of `my rows.jsonl`" in text
     assert metadata(result.folder / "model")["tags"] == ["alignkit", "grpo"]
 
@@ -98,7 +98,7 @@ def test_the_code_of_a_full_model_and_of_an_adapter_runs(settings: dict[str, Any
     about = metadata(adapter)
     assert (about["library_name"], about["base_model_relation"]) == ("peft", "adapter")
     assert about["tags"] == ["alignkit", "sft", "lora"]
-    assert "This folder holds the adapter alone; its base is `tiny0`." in (adapter / "README.md").read_text()
+    assert "This folder holds an adapter only; its base model is `tiny0`." in (adapter / "README.md").read_text()
     assert metadata(merged)["library_name"] == "transformers"
     assert "trained by LoRA for 1 step " in (merged / "README.md").read_text()
 
@@ -111,7 +111,7 @@ def test_the_code_of_a_reward_model_says_the_reward(lora: int | None, settings: 
     assert "reward-model" in metadata(model)["tags"]
     text = (model / "README.md").read_text()
     assert "# Reward model by reward, from tiny0" in text
-    assert "Answers to different prompts do not compare" in text
+    assert "Its scores of answers to different prompts are not comparable" in text
     said = float(run_code(model))
     if lora is None:
         rewards = build_rewards(str(model), torch.device("cpu"))
@@ -220,12 +220,12 @@ def test_a_card_is_written_of_whatever_stands_in_the_settings(tmp_path: Path) ->
             [{"step": 0, "eval/loss": 0.5, "epoch": 1}, {"step": 1, "kl": 1}, {"step": 2, "kl": 2, "eval/loss": 0.25}],
             "On held-out rows:\n\n| metric | before | after |\n|---|---:|---:|\n| `loss` | 0.5 | 0.25 |\n"
             "| `kl` * | 1 | 2 |\n\n"
-            "\\* not measured on held-out rows, but in training, at its first and at its last logged step\n",
+            "\\* measured in training, at its first and at its last logged step, not on held-out rows\n",
         ),
         (
             [{"step": 1, "loss": 0.5}],
             "## Results\n\n| metric | value |\n|---|---:|\n| `loss` * | 0.5 |\n\n"
-            "\\* not measured on held-out rows, but in training\n",
+            "\\* measured in training, not on held-out rows\n",
         ),
         (
             [{"step": 0, "eval/loss": 0.5}],
@@ -264,4 +264,4 @@ def test_a_model_is_saved_even_where_its_card_cannot_be_written(
     monkeypatch.setattr(card, "write", broken)
     result = alignkit.run("sft", data=make_rows("text", 8), **settings | {"max_steps": 1})
     assert (result.folder / "model/model.safetensors").is_file()
-    assert "no model card is written: no space for words" in caplog.text
+    assert "the model card could not be written: no space for words" in caplog.text

@@ -205,7 +205,8 @@ def test_all_broken_is_an_error_that_names_each(tmp_path):
     flip(write(tmp_path, 1) / "model.safetensors")
     (write(tmp_path, 2) / "state.json").unlink()
     with pytest.raises(
-        CheckpointError, match=r"none of the 2 .*state\.json is missing; model\.safetensors has changed"
+        CheckpointError,
+        match=r"all 2 checkpoints in .* are damaged: state\.json is missing; model\.safetensors has changed",
     ):
         checkpoint.load(tmp_path, log=lambda text: None)
 
@@ -214,7 +215,7 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from alignkit import checkpoint
+from alignkit.runs import checkpoint
 
 folder, tensors = Path(sys.argv[1]), {"model": {"w": torch.full((5000,), 2.0)}, "rng": {"torch": torch.arange(9)}}
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod")

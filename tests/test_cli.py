@@ -141,8 +141,11 @@ def test_settings_show_the_methods_and_the_runs(call: Call) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "dop", "--model", "m", "--data", "d"], ["no method 'dop'", "Did you mean 'dpo'?", "installed: "]),
-        (["run", "dop"], ["no method 'dop'"]),
+        (
+            ["run", "dop", "--model", "m", "--data", "d"],
+            ["no method is called 'dop'", "Did you mean 'dpo'?", "installed: "],
+        ),
+        (["run", "dop"], ["no method is called 'dop'"]),
         (["settings", "dop"], ["Did you mean 'dpo'?"]),
         (["demo", "--method", "dop"], ["Did you mean 'dpo'?"]),
         (["run", "dpo", "--modle", "m"], ["--modle", "--model"]),
@@ -157,7 +160,7 @@ def test_settings_show_the_methods_and_the_runs(call: Call) -> None:
         (["run", "dpo"], ["no model and no data given; add --model and --data"]),
         (["run", "dpo", "--model", "m"], ["no data given; add --data"]),
         (["run", "missing.yaml"], ["cannot read missing.yaml"]),
-        (["run", "missing/settings"], ["'missing/settings' is no method", ".yaml"]),
+        (["run", "missing/settings"], ["'missing/settings' is not a method", ".yaml"]),
         (["validate", "missing.yaml"], ["cannot read missing.yaml"]),
         (["cache", "info", "--file", "missing.sqlite"], ["no such file: missing.sqlite"]),
     ],
@@ -205,7 +208,7 @@ def test_validate(call: Call, place: Path, tiny: str, prefs: str) -> None:
     (place / "config.yaml").write_text(yaml.safe_dump({"method": "dpo", "model": tiny, "data": prefs, "beta": 0.2}))
     said = call("validate", "config.yaml")
     assert said.code == 0
-    assert said.out == "config.yaml: fine, ready to run with 'dpo'\n"
+    assert said.out == "config.yaml: valid, ready to run with 'dpo'\n"
     assert "8 rows to train on" in said.err
     (place / "bad.jsonl").write_text(FAULTY)
     (place / "config.yaml").write_text(yaml.safe_dump({"method": "dpo", "model": tiny, "data": "bad.jsonl"}))
@@ -249,13 +252,13 @@ def test_a_taken_name_and_resume(call: Call, prefs: str, tiny: str) -> None:
     call("run", "dpo", "--model", tiny, "--data", prefs, "--name", "one", "--batch-size", 4, "--set", "save_every=1")
     again = call("run", "runs/one/config.yaml")
     assert again.code == 2
-    assert "runs/one exists; go on with it by --resume" in again.err
+    assert "runs/one exists; continue it with --resume" in again.err
     resumed = call("run", "runs/one/config.yaml", "--resume")
     assert resumed.code == 0
     assert "resumed from runs/one/checkpoints/step-00000002" in resumed.err
     lost = call("run", "dpo", "--model", tiny, "--data", prefs, "--name", "two", "--resume")
     assert lost.code == 2
-    assert "nothing to resume in runs/two; runs there: one" in lost.err
+    assert "runs/two has no run to resume; runs in runs: one" in lost.err
 
 
 @pytest.mark.usefixtures("no_model")
@@ -298,7 +301,7 @@ def test_an_error_on_another_rank_is_one_line(
 
 def test_cache_commands(call: Call, place: Path) -> None:
     assert call("cache", "info") == Said(
-        0, f"no cache yet at {place / 'cache.sqlite'}; the first run with a reference makes it\n", ""
+        0, f"no cache at {place / 'cache.sqlite'} yet; the first run with a reference creates it\n", ""
     )
     assert not (place / "cache.sqlite").exists()
     fingerprints = ["a" * 64, "b" * 64]
@@ -309,7 +312,7 @@ def test_cache_commands(call: Call, place: Path) -> None:
     assert said.code == 0
     assert "values: 5\n" in said.out
     assert "reference aaaaaaaaaaaa: 2 values, 24 bytes, " in said.out
-    assert call("cache", "verify") == Said(0, "5 values are whole, 0 were damaged and are removed\n", "")
+    assert call("cache", "verify") == Said(0, "5 values are intact, 0 were damaged and have been removed\n", "")
     unknown = call("cache", "clear", "--reference", "c")
     assert unknown.code == 2
     assert "aaaaaaaaaaaa" in unknown.err
@@ -324,7 +327,7 @@ def test_cache_verify_ends_with_1_where_values_were_damaged(call: Call, place: P
         cache.put({b"k" * 32: torch.zeros(3)}, "a" * 64)
     with sqlite3.connect(place / "cache.sqlite") as db:
         db.execute("UPDATE logps SET value = x'00000000'")
-    assert call("cache", "verify") == Said(1, "0 values are whole, 1 were damaged and are removed\n", "")
+    assert call("cache", "verify") == Said(1, "0 values are intact, 1 were damaged and have been removed\n", "")
 
 
 def test_the_kernels_are_measured(call: Call, place: Path) -> None:
@@ -350,7 +353,7 @@ def test_the_module_is_the_command(place: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: no method 'dop'")
+    assert done.stderr.startswith("error: no method is called 'dop'")
     assert "Traceback" not in done.stderr
 
 
@@ -374,7 +377,7 @@ def test_two_processes_make_one_run(place: Path, prefs: str, tiny: str) -> None:
         (("--set", "adam_betas=[2, 3]"), "adam_betas.0: Input should be less than 1"),
         (("--seed", 2**32), "seed: Input should be less than or equal to 4294967295"),
         (("--set", "tokenizer=7"), "tokenizer: give a folder, a hub name, or a loaded object (given: 7)"),
-        (("--output", "prefs.jsonl"), "cannot make a folder in prefs.jsonl: File exists; choose another --output"),
+        (("--output", "prefs.jsonl"), "cannot create a folder in prefs.jsonl: File exists; choose another --output"),
     ],
 )
 def test_values_that_only_a_library_would_have_refused(
@@ -402,4 +405,4 @@ def test_a_tracker_that_is_not_installed_is_refused(call: Call, prefs: str, tiny
 def test_validate_takes_files_of_settings_only(call: Call) -> None:
     said = call("validate", "dpo")
     assert (said.code, said.out) == (2, "")
-    assert "'dpo' is no config; a file of settings is named .yaml or .yml" in said.err
+    assert "'dpo' is not a config; a file of settings must end in .yaml or .yml" in said.err

@@ -133,7 +133,9 @@ def test_a_rate_written_as_1e_5_is_a_number(tmp_path: Path) -> None:
 def test_trust_remote_code_in_a_yaml_file_is_refused(value: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(f"method: mine\ntrust_remote_code: {value}\n")
-    with pytest.raises(ConfigError, match=r"c\.yaml asks for trust_remote_code; only the command line or a Python"):
+    with pytest.raises(
+        ConfigError, match=r"c\.yaml sets trust_remote_code, which only the command line or a Python call"
+    ):
         read_yaml(path)
 
 
@@ -149,7 +151,7 @@ def test_trust_remote_code_is_off_in_a_yaml_file_that_says_so_and_never_written_
     ("text", "message"),
     [
         ("a: [1", "is not YAML: "),
-        ("- a\n- b\n", r"must hold settings such as 'method: dpo', found list"),
+        ("- a\n- b\n", r"must contain settings such as 'method: dpo', found list"),
         ("just words", "found str"),
         ("", "found NoneType"),
         ("a: !!python/object/apply:os.system ['true']", "is not YAML: could not determine a constructor"),
@@ -269,5 +271,5 @@ def test_a_setting_of_a_mapping_may_be_named_alone() -> None:
     assert (run.sampling.top_p, run.sampling.temperature, run.sampling.max_new_tokens) == (0.9, 0.7, 256)
     with pytest.raises(ConfigError, match=r"sampling.temperatur"):
         split({"method": "grpo", "model": "m", "data": "d", "sampling.temperatur": 0.7}, MethodConfig)
-    with pytest.raises(ConfigError, match=r"'lora.alpha' is given beside 'lora: 8'; give `lora` as a mapping"):
+    with pytest.raises(ConfigError, match=r"'lora.alpha' cannot be combined with 'lora: 8'; give `lora` as a mapping"):
         split({"method": "grpo", "model": "m", "data": "d", "lora": 8, "lora.alpha": 4}, MethodConfig)

@@ -238,8 +238,8 @@ FAULTS = [
     ({**PAIR, "margin": None}, "pairs", "margin", "None"),
     ({**PAIR, "margin": float("nan")}, "pairs", "margin", "nan"),
     ({**PAIR, "chosen": "\ud800"}, "pairs", "chosen", "surrogate"),
-    ({**PAIR, "prompt": [USER, FOUR]}, "pairs", "prompt", "assistant's message last"),
-    ({"prompt": [USER], "chosen": [USER], "rejected": [FOUR]}, "pairs", "chosen", "nothing after the prompt"),
+    ({**PAIR, "prompt": [USER, FOUR]}, "pairs", "prompt", "found an assistant message at the end"),
+    ({"prompt": [USER], "chosen": [USER], "rejected": [FOUR]}, "pairs", "chosen", "no answer after the prompt"),
     ({"chosen": "x", "rejected": [USER, FOUR]}, "pairs", "rejected", "one answer is text"),
     ({"prompt": "q", "response_a": "x", "response_b": "y", "winner": "c"}, "pairs", "winner", "'c'"),
     ({"prompt": "q", "completions": ["x"], "scores": [1, 2]}, "pairs", "scores", "2 scores for 1 completions"),
@@ -250,12 +250,17 @@ FAULTS = [
     ({"prompt": "q", "completion": "c", "label": None}, "unpaired", "label", "None"),
     ({"prompt": "q", "completion": "c", "label": -1}, "unpaired", "label", "-1"),
     ({"messages": [USER, BAD]}, "text", "messages", "'asistant'.*Did you mean 'assistant'"),
-    ({"messages": [USER, {"role": "assistant", "content": None}]}, "text", "messages", "content is None"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": None}]},
+        "text",
+        "messages",
+        "assistant message has content None",
+    ),
     ({"messages": [USER, "4"]}, "text", "messages", "'4'"),
     ({"messages": "hello"}, "text", "messages", "'hello'"),
-    ({"messages": [FOUR]}, "text", "messages", "assistant's message first"),
+    ({"messages": [FOUR]}, "text", "messages", "found an assistant message at the start"),
     ({"messages": [USER, {**FOUR, "tool_calls": [1]}]}, "text", "messages", "tool_calls"),
-    ({"text": [USER]}, "text", "text", "call the column 'messages'"),
+    ({"text": [USER]}, "text", "text", "rename the column to 'messages'"),
     ({"prompt": None}, "prompts", "prompt", "None"),
 ]
 
@@ -349,7 +354,7 @@ def test_a_form_that_does_not_serve_the_method():
 @pytest.mark.parametrize(
     ("rows", "kind", "columns", "error", "said"),
     [
-        ([{"question": "q"}], "text", None, DataError, "found the columns question, which are no known form"),
+        ([{"question": "q"}], "text", None, DataError, "found the columns question, which match no known form"),
         ([PAIR], "pair", None, ConfigError, "Did you mean 'pairs'?"),
         ([PAIR], "pairs", {"promt": "prompt"}, ConfigError, "unknown name 'promt'. Did you mean 'prompt'?"),
         ([PAIR], "pairs", {"prompt": "promt"}, DataError, "no column 'promt'.*Did you mean 'prompt'?"),
@@ -480,7 +485,7 @@ def test_files_that_are_something_else(tmp_path):
     with pytest.raises(DataError, match=r"cannot read '\.txt' files; give one of \.jsonl"):
         load(tmp_path / "rows.txt", "text")
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 cut off")
-    with pytest.raises(DataError, match="not a whole parquet file"):
+    with pytest.raises(DataError, match="not a complete parquet file"):
         load(tmp_path / "rows.parquet", "text")
     with pytest.raises(DataError, match=r"not a folder written by datasets\.save_to_disk; it holds rows\.parquet"):
         load(tmp_path, "text")

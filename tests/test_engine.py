@@ -124,11 +124,13 @@ def test_resume_refuses_other_settings_other_rows_and_a_run_that_is_not_there(se
     alignkit.run("dpo", data=rows, **settings)
     with pytest.raises(ConfigError, match=r"beta was 0\.1, is 0\.2"):
         alignkit.run("dpo", data=rows, beta=0.2, resume=True, **settings)
-    with pytest.raises(CheckpointError, match="rows are not those"):
+    with pytest.raises(
+        CheckpointError, match=r"the rows differ from those of .*step-00000006; resume with the same data"
+    ):
         alignkit.run("dpo", data=make_rows("pairs", 12, seed=1), resume=True, **settings)
-    with pytest.raises(ConfigError, match=r"nothing to resume in .*; runs there: r"):
+    with pytest.raises(ConfigError, match=r"other has no run to resume; runs in .*: r"):
         alignkit.run("dpo", data=rows, **settings | {"name": "other", "resume": True})
-    with pytest.raises(ConfigError, match="exists; go on with it by --resume"):
+    with pytest.raises(ConfigError, match="exists; continue it with --resume"):
         alignkit.run("dpo", data=rows, **settings)
 
 
@@ -136,7 +138,9 @@ def test_resume_refuses_rows_with_other_labels(settings: dict[str, Any]) -> None
     rows = make_rows("unpaired", 12)
     settings |= {"name": "r", "save_every": 2}
     alignkit.run("kto", data=rows, **settings)
-    with pytest.raises(CheckpointError, match="rows are not those"):
+    with pytest.raises(
+        CheckpointError, match=r"the rows differ from those of .*step-00000006; resume with the same data"
+    ):
         alignkit.run("kto", data=[{**r, "label": not r["label"]} for r in rows], resume=True, **settings)
 
 
@@ -153,7 +157,9 @@ def test_resuming_a_finished_run_that_kept_no_checkpoint_says_so_and_trains_noth
     settings |= {"data": make_rows("pairs", 12), "name": "r"}
     first = alignkit.run("dpo", **settings)
     before = (first.folder / "model/model.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match=r"is finished: its model is in .*model. To train on, start a new run"):
+    with pytest.raises(
+        CheckpointError, match=r"is finished: its model is in .*model. To train it further, start a new run"
+    ):
         alignkit.run("dpo", resume=True, **settings)
     assert (first.folder / "model/model.safetensors").read_bytes() == before
 
@@ -203,7 +209,7 @@ def test_out_of_memory_halves_the_budget_and_changes_nothing(
 
     monkeypatch.setattr(alignkit_dpo.DPO, "loss", greedy)
     small = alignkit.run("dpo", data=rows, **settings)
-    assert caplog.text.count("out of memory: going on with max_tokens") >= 1
+    assert caplog.text.count("out of memory: continuing with max_tokens") >= 1
     close(small.model, whole.model, 1e-6)
 
 

@@ -62,7 +62,7 @@ def test_an_async_function_with_a_column_and_an_option() -> None:
         ([None, 0.5], "judge 'mine' returned None for row 3"),
         ([0.5, math.nan], "judge 'mine' returned nan for row 4"),
         ([0.5], "judge 'mine' returned 1 values for 2"),
-        (0.5, "judge 'mine' must return a list of 2 numbers, not 0.5"),
+        (0.5, "judge 'mine' must return a list of 2 numbers, got 0.5"),
     ],
 )
 def test_what_is_no_probability_is_named(said: Any, says: str) -> None:
@@ -194,15 +194,15 @@ def test_wrong_specs_are_refused(tmp_path: Path) -> None:
     reward = write_classifier(tmp_path / "rm")
     for spec, problem in (
         (reward, r"scores single completions; as a judge it is `judge: {bradley_terry: .*rm}`"),
-        ("llmm", r"no judge 'llmm'. Did you mean 'llm'\?"),
-        ("exact", "no judge 'exact'"),
-        ([longer], "give one, not a list"),
+        ("llmm", r"no judge is called 'llmm'. Did you mean 'llm'\?"),
+        ("exact", "no judge is called 'exact'"),
+        ([longer], "must be one judge, got a list"),
         ({"use": longer, "weight": 2}, "a judge has no weight"),
         ({"bradley_terry": "exact", "scal": 2}, r"no option 'scal'. Did you mean 'scale'\?"),
         ({"bradley_terry": "exact", "scale": 0}, "scale is 0; give a number above 0"),
-        ({"bradley_terry": "exactt"}, "no reward 'exactt'"),
+        ({"bradley_terry": "exactt"}, "no reward is called 'exactt'"),
         ({"bradley_tery": "exact"}, "Did you mean 'bradley_terry'"),
-        (None, "judge: None is none"),
+        (None, "judge: must be a function, .* got None"),
     ):
         with pytest.raises(ConfigError, match=problem):
             check_judge(spec)

@@ -71,7 +71,9 @@ def test_tokens_that_the_model_does_not_embed_are_named_with_their_row() -> None
     model = model_of("llama")
     n = model.get_input_embeddings().num_embeddings
     strange = Example(torch.tensor([3, 4]), (Completion(torch.tensor([5])), Completion(torch.tensor([n]))), row=7)
-    with pytest.raises(ModelError, match=rf"row 7 holds the token {n}, and the model embeds {n} \(0 to {n - 1}\)"):
+    with pytest.raises(
+        ModelError, match=rf"row 7 holds the token {n}, but the model has {n} embeddings \(0 to {n - 1}\)"
+    ):
         check_fit(model, [*examples(), strange])
     check_fit(model, examples())
 
@@ -83,7 +85,9 @@ def test_rows_longer_than_learned_positions_are_an_error_and_than_rotary_ones_a_
     prompt = torch.tensor([1, 2, 3, 4, 5])
     fits, long = (Example(prompt, (Completion(torch.arange(n)),), row=n) for n in (3, 4))
     check_fit(gpt2, [fits])
-    what = "1 of 2 sequences are longer than the model's 8 positions, the longest 9 tokens .row 4.; let max_prompt_tok"
+    what = (
+        "1 of 2 sequences are longer than the model's 8 positions, the longest 9 tokens .row 4.; lower max_prompt_tok"
+    )
     with pytest.raises(ModelError, match=what):
         check_fit(gpt2, [fits, long])
     # where completions are lent, the 5 tokens of one prompt may meet the 4 of another's completion
@@ -172,5 +176,5 @@ def test_a_model_that_sees_what_it_predicts_is_refused() -> None:
     bert = tf.BertLMHeadModel(tf.BertConfig(vocab_size=97, **sizes)).eval()
     for p in bert.parameters():
         p.data *= 5  # as drawn, it hardly looks at other tokens
-    with pytest.raises(ModelError, match="BertLMHeadModel reads the tokens that it has to predict"):
+    with pytest.raises(ModelError, match="BertLMHeadModel sees the tokens that it predicts"):
         choose_layout(Scorer(bert), examples(), config(), CPU)

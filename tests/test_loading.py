@@ -72,14 +72,14 @@ def test_an_adapter_folder_is_loaded_on_its_base_and_trained_on(tiny: str, tmp_p
     ids = torch.tensor([[3, 4, 5, 6]])
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=0, atol=1e-6)
-    with pytest.raises(ModelError, match="already carries an adapter: it is trained on; leave out `lora`"):
+    with pytest.raises(ModelError, match="already has an adapter, which is trained further; leave out `lora`"):
         load_model(config(model=str(tmp_path / "adapter"), lora=True), CPU)
 
 
 def test_what_can_only_be_a_folder_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     for load in (lambda: load_model(config(model=missing), CPU), lambda: load_tokenizer(config(model=missing))):
-        with pytest.raises(ModelError, match=r"there is no folder '.*missing'; give one that holds a model, or a hub"):
+        with pytest.raises(ModelError, match=r"the folder '.*missing' does not exist; give a model's folder, or a hub"):
             load()
 
 
@@ -87,9 +87,11 @@ def test_a_name_that_may_be_a_folder_or_on_the_hub_says_where_it_was_looked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelError, match=r"cannot load a causal language model from 'org/missing' \(no such folder"):
+    with pytest.raises(
+        ModelError, match=r"cannot load a causal language model from 'org/missing' \(no local folder has this name"
+    ):
         load_model(config(model="org/missing"), CPU)
-    with pytest.raises(ModelError, match=r"cannot load a tokenizer from 'org/missing' \(no such folder"):
+    with pytest.raises(ModelError, match=r"cannot load a tokenizer from 'org/missing' \(no local folder has this name"):
         load_tokenizer(config(model="org/missing"))
 
 
@@ -98,7 +100,7 @@ def test_a_folder_without_a_model_is_named_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load a causal language model from") as error:
         load_model(config(model=str(tmp_path)), CPU)
     assert "\n" not in str(error.value)
-    assert "no such folder" not in str(error.value)
+    assert "no local folder" not in str(error.value)
 
 
 def test_a_model_that_writes_no_text_is_refused(tmp_path: Path) -> None:
@@ -142,5 +144,5 @@ def test_a_model_object_needs_its_tokenizer_beside_it(tiny: str) -> None:
 
 def test_an_encoder_and_decoder_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     tf.T5Config(vocab_size=97).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"is an encoder and a decoder \(t5\); give a causal language model"):
+    with pytest.raises(ModelError, match=r"is an encoder-decoder model \(t5\); give a causal language model"):
         load_model(config(model=str(tmp_path)), CPU)

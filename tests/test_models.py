@@ -237,7 +237,9 @@ def test_a_model_that_names_no_head_is_refused(monkeypatch: pytest.MonkeyPatch) 
     model = fresh("llama")
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
     batch = batch_of(examples(), Layout())
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM names no head \(get_output_embeddings\(\) is None\)"):
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM has no head to score tokens with: get_output_embeddings\(\) is None"
+    ):
         Scorer(model)(batch.rows, batch.targets)
 
 

@@ -359,7 +359,7 @@ def test_attach_takes_numbers_of_the_right_size_alone(extent: str, size: int) ->
     batch = batch_of([A, B], Layout())
     assert batch.attach(**{extent: {"x": torch.zeros(size)}})["x"].shape == (size,)
     for wrong in (size - 1, size + 1):
-        with pytest.raises(ValueError, match=f"{extent} number 'x' has {wrong} entries, wanted {size}"):
+        with pytest.raises(ValueError, match=f"{extent} number 'x' must have {size} entries, got {wrong}"):
             batch.attach(**{extent: {"x": torch.zeros(wrong)}})
 
 
@@ -375,10 +375,10 @@ def test_attach_keeps_what_was_there_and_replaces_what_is_given_again() -> None:
 
 def test_a_number_that_is_not_there_is_named_with_those_that_are() -> None:
     batch = batch_of([A, B], Layout())
-    with pytest.raises(KeyError, match="carries no 'margin'; it has nothing"):
+    with pytest.raises(KeyError, match="the batch has no 'margin'; it has no numbers"):
         batch["margin"]
     batch = batch.attach(per_example={"margin": torch.zeros(2)}, per_token={"old_logps": torch.zeros(6)})
-    with pytest.raises(KeyError, match=r"carries no 'margins'; it has \['margin', 'old_logps'\]"):
+    with pytest.raises(KeyError, match=r"the batch has no 'margins'; it has \['margin', 'old_logps'\]"):
         batch["margins"]
     with pytest.raises(KeyError, match=r"does the method declare uses=\{'reference'\}"):
         _ = batch.reference_logps
@@ -389,7 +389,7 @@ def test_a_term_is_counted_over_what_it_names() -> None:
     batch = batch_of([A, B], Layout()).attach(per_completion={"good": mask})
     counted = {name: batch.count(name) for name in ("examples", "completions", "tokens", "good")}
     assert counted == {"examples": 2, "completions": 3, "tokens": 6, "good": 2}
-    with pytest.raises(KeyError, match="carries no 'bad'"):
+    with pytest.raises(KeyError, match="the batch has no 'bad'"):
         batch.count("bad")
 
 

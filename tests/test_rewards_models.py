@@ -123,12 +123,12 @@ def test_folders_that_hold_no_reward_model(tmp_path: Path) -> None:
     two = write_classifier(tmp_path / "two", labels=2)
     pairwise = write_classifier(tmp_path / "pairwise", **{PAIRWISE: True})
     for given, says in (
-        (tmp_path / "empty", "holds no model: no config.json"),
-        (tmp_path / "adapter", "holds no model: an adapter alone"),
-        (tmp_path / "run", r"run' is the folder of a run; its model is in .*run/model$"),
+        (tmp_path / "empty", "holds no model: it has no config.json"),
+        (tmp_path / "adapter", "holds no model: it has an adapter only"),
+        (tmp_path / "run", r"run' is a run's folder; its model is in .*run/model$"),
         (tmp_path / "odd", "cannot read .*config.json"),
-        (tmp_path / "missing", "there is no folder"),
-        (tmp_path / "causal", "holds a LlamaForCausalLM, which is no reward model"),
+        (tmp_path / "missing", "missing' does not exist"),
+        (tmp_path / "causal", "holds a LlamaForCausalLM, which is not a reward model"),
         (three, "has 3 labels; a reward model has 1"),
         (two, "has 2 labels; a reward model has 1"),
         (pairwise, "compares two completions; give it as `judge: "),

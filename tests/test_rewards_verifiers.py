@@ -118,7 +118,7 @@ def test_no_text_takes_more_than_linear_time(text: str, number: str | None) -> N
 
 @pytest.mark.parametrize("spec", ["exact", "numeric"])
 def test_a_row_without_an_answer_is_named(spec: str) -> None:
-    with pytest.raises(RewardError, match=f"'{spec}', row 2, prompt '.': the row has nothing in the column 'answer'"):
+    with pytest.raises(RewardError, match=f"'{spec}', row 2, prompt '.': the row has no value in the column 'answer'"):
         score(spec, ["4", "4"], answer=[4, None])
 
 
@@ -144,9 +144,9 @@ def test_numeric_reads_worked_answers_and_plain_numbers() -> None:
 
 
 def test_an_answer_without_a_number_is_an_error() -> None:
-    with pytest.raises(RewardError, match=r"'numeric', row 2, prompt '\?': the answer 'many' holds no number"):
+    with pytest.raises(RewardError, match=r"'numeric', row 2, prompt '\?': the answer 'many' has no number"):
         score("numeric", ["1", "1"], answer=["1", "many"])
-    with pytest.raises(RewardError, match="asks for the column 'answer'; the rows have gold"):
+    with pytest.raises(RewardError, match="needs the column 'answer'; the rows have gold"):
         score("numeric", ["1"], gold=["1"])
 
 
@@ -154,7 +154,7 @@ def test_expressions_by_math_verify() -> None:
     pytest.importorskip("math_verify")
     spec = {"use": "numeric", "verify": "math"}
     assert score(spec, [r"$\frac{\sqrt{8}}{2}$", r"$1.5$", "72"], answer=[r"$\sqrt{2}$"] * 2 + [GSM8K]) == [1, 0, 1]
-    with pytest.raises(RewardError, match="math-verify finds nothing in the answer 'many'"):
+    with pytest.raises(RewardError, match="math-verify finds no expression in the answer 'many'"):
         score(spec, ["1"], answer=["many"])
 
 
@@ -178,14 +178,14 @@ def test_format() -> None:
     completions = ["<think>a</think>", "<think>a</think> b", "x", "<think>a\nb</think>"]
     assert score({"use": "format", "pattern": "<think>.*</think>"}, completions) == [1, 0, 0, 0]
     assert score({"use": "format", "pattern": "(?s)<think>.*</think>", "match": "search"}, completions) == [1, 1, 0, 1]
-    with pytest.raises(ConfigError, match="pattern: is no regular expression"):
+    with pytest.raises(ConfigError, match="pattern: is not a regular expression"):
         check_rewards({"use": "format", "pattern": "(a"})
 
 
 def test_a_pattern_without_an_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alignkit.rewards.verifiers._SECONDS", 0.05)
     with pytest.raises(
-        RewardError, match=r"'format', row 2, .*: the pattern '\(a\|aa\)\*\$' takes over 0.05 s on 'aaaa"
+        RewardError, match=r"'format', row 2, .*: the pattern '\(a\|aa\)\*\$' takes more than 0.05 s on 'aaaa"
     ):
         score({"use": "format", "pattern": "(a|aa)*$"}, ["aaa", "a" * 60 + "c"])
 

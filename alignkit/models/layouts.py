@@ -35,8 +35,7 @@ def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None
     for example, completion in sequences:
         if (token := max(int(example.prompt.max()), int(completion.tokens.max()))) >= known:
             raise ModelError(
-                f"row {example.row} holds the token {token}, but the model has embeddings for {known} (0 to "
-                f"{known - 1}): "
+                f"row {example.row} holds the token {token}, but the model has {known} embeddings (0 to {known - 1}): "
                 f"the tokenizer belongs to another model, or the embeddings were not resized"
             )
     config = lm.config.get_text_config()

@@ -88,9 +88,7 @@ class LogpCache:
                     bad.append(rowid)
         if bad:
             self._delete(bad)
-            warnings.warn(
-                f"{len(bad)} damaged values in {self.path} were deleted; they are computed again", stacklevel=2
-            )
+            warnings.warn(f"damaged values in {self.path}: {len(bad)} deleted; they are computed again", stacklevel=2)
         self.hits += len(found)
         self.misses += len(wanted) - len(found)
         return found
@@ -149,7 +147,7 @@ class LogpCache:
         if reference is not None and len(chosen) != 1:
             short = [n[:12] for n in chosen or names]
             raise CacheError(
-                f"{len(chosen)} references in {self.path} start with '{reference}', must be one; references: "
+                f"{len(chosen)} references in {self.path} start with '{reference}'; give the start of exactly one: "
                 f"{', '.join(short) or 'none'}.{nearest(reference, short)} See: alignkit cache info"
             )
         with self._transaction():

@@ -125,9 +125,10 @@ class Endpoint(Options):
                 break
             await asyncio.sleep(wait)
         kept = self._judgements.path if self._judgements else ""
+        attempts = f"{attempt + 1} attempt{'s' * (attempt > 0)}"
         raise RewardError(
-            f"the language model at {self.url} is not available: {failed.problem} (after {attempt + 1} attempts). "
-            f"Restart it and resume the run; its replies so far are in {kept}"
+            f"the language model at {self.url} is not available: {failed.problem} (after {attempts}). Restart it and "
+            f"resume the run; its replies so far are kept in {kept}"
         )
 
     async def _attempt(self, client: httpx2.AsyncClient, messages: Messages) -> str | _Failure:
@@ -144,9 +145,8 @@ class Endpoint(Options):
             if status in _TRANSIENT or status >= 500:
                 return _Failure(f"status {status}, {about}", _retry_after(response))
             raise RewardError(
-                f"the language model at {self.url} refuses the request: status {status}, {about}; check url, "
-                "model, key_env "
-                f"and body"
+                f"the language model at {self.url} refuses the request: status {status}, {about}; check url, model, "
+                f"key_env and body"
             )
         try:
             reply = response.json()["choices"][0]["message"]["content"]

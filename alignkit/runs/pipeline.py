@@ -63,7 +63,7 @@ def read_pipeline(path: str | os.PathLike[str]) -> dict[str, Any]:
     stages = settings.get("stages")
     if any(isinstance(s, Mapping) and s.get("trust_remote_code") for s in (stages if isinstance(stages, list) else ())):
         raise ConfigError(
-            f"{path} sets trust_remote_code, which only the command line or a Python call may set; remove it there"
+            f"{path} sets trust_remote_code, which only the command line or a Python call may set; remove it"
         )
     return settings
 

@@ -65,7 +65,7 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
     if unknown := [k for k in shared if k not in common]:
         raise ConfigError(
             f"unknown setting '{unknown[0]}' next to `stages`.{nearest(unknown[0], [*common, 'stages'])} "
-            f"Settings of a method belong into its stage"
+            f"Settings of a method belong in its stage"
         )
     resolved: list[Stage] = []
     for number, one in enumerate(stages, 1):
