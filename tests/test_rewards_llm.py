@@ -88,6 +88,8 @@ def test_options_that_are_null_are_not_sent(chat: ChatServer, spec: dict[str, An
         ("7", (0, 10), 0.7),
         (" 8.5/10.\n", (0, 10), 0.85),
         ("Score: -1", (-2, 2), 0.25),
+        ("Score: 1,000", (0, 4000), 0.25),  # numbers are read as those in answers are
+        ("Score: 1e1", (0, 20), 0.5),
         ("SCORE = 3", (1, 5), 0.5),
     ],
 )
