@@ -61,5 +61,5 @@ def test_a_server_of_language_models(served: tuple[str, str], tmp_path: Path) ->
     replies = [json.loads(row[0]) for row in sqlite3.connect(cache).execute("SELECT reply FROM judgements")]
     assert len(replies) == 3 + 6
     assert all(isinstance(reply, str) and len(reply) <= 4 * 4 for reply in replies)
-    with pytest.raises(RewardError, match="refuses: status 4"):
+    with pytest.raises(RewardError, match="refuses the request: status 4"):
         build_rewards(spec | {"model": "another/model", "body": {"temperature": "hot"}}).score(asked)
