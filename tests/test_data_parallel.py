@@ -121,5 +121,5 @@ def test_every_rank_has_every_minibatch_and_a_part_of_what_is_held_out(
 
 
 def test_sharding_over_one_process_is_an_error_not_a_silent_plain_run(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="fsdp shards over several processes, and this is one; start it by `torchrun"):
+    with pytest.raises(ConfigError, match="fsdp needs several processes, but there is one; start it with `torchrun"):
         alignkit.run("sft", data=make_rows("pairs", 8), fsdp=True, **settings)

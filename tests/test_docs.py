@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -119,13 +120,21 @@ def test_the_forms_on_the_data_page_are_all_and_in_order() -> None:
     assert names == list(dict.fromkeys(form.name for form in forms.FORMS))
 
 
-def test_every_module_of_the_core_stands_once_in_the_table() -> None:
-    text = (ROOT / "ARCHITECTURE.md").read_text()
-    table = text.split("## To change X open Y")[1].split("##")[0]
-    named = re.findall(r"`(\w+(?:\.py|/))`", table)
+def test_every_package_and_every_module_of_the_root_stands_once_in_the_table() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text.split("## The packages")[1].split("##")[0]
     core = ROOT / "alignkit"
-    there = [p.name for p in core.glob("*.py")] + [f"{p.parent.name}/" for p in core.glob("*/__init__.py")]
-    assert sorted(named) == sorted(there)
+    root = [p.stem for p in core.glob("*.py") if not p.stem.startswith("__")]
+    there = root + [f"{p.parent.name}/" for p in core.glob("*/__init__.py")]
+    assert sorted(re.findall(r"`(\w+/?)`", table)) == sorted(there)
+
+
+@pytest.mark.parametrize("package", ["data", "models", "reference", "rewards", "rollout", "runs", "engine"])
+def test_every_module_of_a_package_stands_once_in_its_docstring(package: str) -> None:
+    folder = ROOT / "alignkit" / package
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    there = [p.name for p in folder.glob("*.py") if p.name != "__init__.py"]
+    assert sorted(re.findall(r"\b\w+\.py\b", text)) == sorted(there)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -106,11 +106,11 @@ def test_after_a_resume_earlier_alarms_are_not_repeated_and_those_of_repeated_st
     ("listener", "reason"),
     [
         (lambda *_: 1 / 0, "ZeroDivisionError: division by zero"),
-        (lambda *_: ["kl_high"], r"TypeError: on_metrics returns a list of alignkit.Alarm, not of str"),
+        (lambda *_: ["kl_high"], r"TypeError: on_metrics must return a list of alignkit.Alarm, got one of str"),
         (lambda *_: 5, "TypeError"),
         (lambda *_: sys.exit(3), "SystemExit: 3"),
         (lambda *_: [alarm("x", "much")], "ValueError: could not convert string to float: 'much'"),  # type: ignore[arg-type]
-        (lambda *_: [alarm("x", math.nan)], "ValueError: alarm 'x' has value nan and limit 1.0; give finite numbers"),
+        (lambda *_: [alarm("x", math.nan)], "ValueError: alarm 'x' has value nan and limit 1.0, which must be finite"),
     ],
 )
 def test_a_listener_that_breaks_is_left_out_and_the_others_go_on(
@@ -120,8 +120,8 @@ def test_a_listener_that_breaks_is_left_out_and_the_others_go_on(
     listeners = opened(tmp_path)
     with caplog.at_level(logging.WARNING, "alignkit"):
         assert [a.name for step in (1, 2) for a in listeners.check(step, {"loss": 0.0})] == ["at-1", "at-2"]
-    (warning,) = [m for m in caplog.messages if "left out" in m]
-    assert warning.startswith(f"listener 'bad' is left out: {reason}")
+    (warning,) = [m for m in caplog.messages if "not called again" in m]
+    assert warning.startswith(f"listener 'bad' failed and is not called again: {reason}")
 
 
 def test_a_listener_cannot_change_what_is_written(hear: Any, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_what_was_raised_before_a_resume_ends_nothing_and_that_is_logged(
     caplog.clear()
     alignkit.run("sft", resume=True, stop_on="kl_high,truncation", **given)
     for name in ("kl_high", "truncation"):
-        assert f"stop_on: {name} was raised before, and does not end the run any more" in caplog.text
+        assert f"stop_on: {name} was raised before, so it no longer ends the run" in caplog.text
 
 
 def test_every_rank_ends_together(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
@@ -281,10 +281,12 @@ def test_limits_are_settings_with_dotted_names() -> None:
 
 def test_stop_on_knows_the_alarms() -> None:
     assert config(stop_on="kl_high, truncation").stop_on == ["kl_high", "truncation"]
-    with pytest.raises(ConfigError, match=r"no alarm 'kl_hihg'. Did you mean 'kl_high'\? There are kl_high, kl_low, "):
+    with pytest.raises(
+        ConfigError, match=r"no alarm is called 'kl_hihg'. Did you mean 'kl_high'\? Alarms: kl_high, kl_low, "
+    ):
         config(stop_on=["kl_hihg"])
     assert config(stop_on=" ").stop_on == config(stop_on="").stop_on == config(stop_on=None).stop_on == []
-    with pytest.raises(ConfigError, match="no alarm ''"):
+    with pytest.raises(ConfigError, match="no alarm is called ''"):
         config(stop_on=[""])
     assert set(ALARMS) < set(Health.model_fields)
     assert "enabled" not in ALARMS
@@ -292,7 +294,7 @@ def test_stop_on_knows_the_alarms() -> None:
 
 def test_stop_on_names_no_alarm_that_is_switched_off() -> None:
     for off in ({"health.kl_high": None}, {"health.enabled": False}):
-        with pytest.raises(ConfigError, match="stop_on names kl_high, which `health` switches off; give it a limit"):
+        with pytest.raises(ConfigError, match="stop_on names kl_high, which `health` switches off; set its limit"):
             config(stop_on="kl_high", **off)
 
 
@@ -319,7 +321,7 @@ def test_a_cut_off_last_line_is_left_out_and_garbage_in_the_middle_is_named(tmp_
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert [m["step"] for m in read_lines(file)] == [1, 2]
     file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(DataError, match=r"metrics.jsonl, line 2, is no JSON object with a step"):
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 2, is not a JSON object with a step"):
         list(read_lines(file))
     for other in ("[1]", '{"loss": 1}', '{"step": "a"}'):
         file.write_text(f'{other}\n{{"step": 3}}\n')
@@ -369,7 +371,9 @@ def test_a_listener_comes_with_a_distribution_and_a_broken_one_is_a_warning(
         listeners = opened(tmp_path)
     assert [a.message for a in listeners.check(3, {"loss": 1.0}) if a.name == "mine"] == [f"{tmp_path.name} at 3"]
     broken, misspelt = sorted(m for m in caplog.messages if "cannot be loaded" in m or "unknown hook" in m)
-    assert broken == ("listener 'broken' of broken cannot be loaded: RuntimeError: no such luck; runs go on without it")
+    assert broken == (
+        "listener 'broken' of broken cannot be loaded: RuntimeError: no such luck; the run continues without it"
+    )
     assert "listener 'misspelt' of misspelt: unknown hook 'on_metric'" in misspelt
 
 

@@ -234,7 +234,7 @@ def test_bad_input_is_reported_in_a_line(tmp_path: Path) -> None:
     assert health(run) == (2, f"{run}/metrics.jsonl is empty: the run did no step")
     assert "runs in it: run" in health(tmp_path)[1]
     (run / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    assert "metrics.jsonl, line 2, is no JSON object" in health(run)[1]
+    assert "metrics.jsonl, line 2, is not a JSON object" in health(run)[1]
     write(run, [{"step": 1, "kl": 1.0}])
     assert "no limit 'kl_hig'. Did you mean 'kl_high'?" in health(run, "--set", "kl_hig=3")[1]
     assert "kl_high: Input should be greater than 0" in health(run, "--set", "kl_high=-3")[1]

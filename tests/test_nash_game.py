@@ -77,7 +77,7 @@ def test_nash_md_finds_the_mixed_equilibrium_and_dpo_does_not(tmp_path: Path, mo
 
     def step(self: Loop, number: int, total: int) -> dict[str, float]:
         values = original(self, number, total)
-        played.append(plays(self.parts.model))
+        played.append(plays(self.state.parts.model))
         return values
 
     monkeypatch.setattr(Loop, "step", step)

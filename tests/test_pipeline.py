@@ -91,7 +91,7 @@ def interrupted(method: str, at: int) -> Iterator[None]:
     original = Loop.step
 
     def step(self: Loop, number: int, total: int) -> dict[str, float]:
-        if self.method.name == method and number == at:
+        if self.state.method.name == method and number == at:
             raise OSError("the machine went away")
         return original(self, number, total)
 
@@ -131,19 +131,17 @@ def test_a_row_for_each_stage(shared: dict[str, Any], rlhf: Stages) -> None:
         ("ppo", "ppo", 3),
     ]
     last = read_metrics(Path(result.stages[1].folder))[-1]
-    assert result.stages[1].metrics == {k: last[k] for k in ("eval/loss", "eval/rewards/accuracy")}
+    assert result.stages[1].metrics == {
+        k: last[k] for k in ("eval/loss", "eval/rewards/accuracy", "eval/rewards/margin")
+    }
     assert {"eval/kl", "eval/reward/mean"} <= result.stages[2].metrics.keys()
     assert all(s.seconds is not None and s.seconds > 0 for s in result.stages)
     shown = table(result)
-    assert [c.header for c in shown.columns][:7] == [
-        "stage",
-        "method",
-        "steps",
-        "seconds",
-        "loss",
-        "rewards/accuracy",
-        "reward/mean",
-    ]
+    assert [c.header for c in shown.columns] == [
+        "stage", "method", "steps", "seconds",
+        "reward/mean", "rewards/accuracy", "rewards/margin", "loss", "kl",
+        "folder",
+    ]  # fmt: skip
     accuracy = list(shown.columns[5].cells)
     assert accuracy == ["-", f"{last['eval/rewards/accuracy']:.4g}", "-"]
 
@@ -160,7 +158,7 @@ def test_from_the_command_line(
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in said[1:3]] == [["sft", "sft", "1"], ["dpo", "dpo", "1"]]
     assert [line.split()[-1] for line in said[1:]] == ["1-sft", "2-dpo", str(shared["output"] / "two")]
-    with pytest.raises(ConfigError, match="two exists; go on with it by --resume"):
+    with pytest.raises(ConfigError, match="two exists; continue it with --resume, or choose another --name"):
         command(["pipeline", str(tmp_path / "p.yaml"), "--name", "two"], standalone_mode=False)
     command(["pipeline", str(shared["output"] / "two" / FILE), "--resume"], standalone_mode=False)
 
@@ -270,8 +268,8 @@ def test_how_to_go_on_is_said(shared: dict[str, Any], caplog: pytest.LogCaptureF
     with interrupted("dpo", 1):
         chain(stages, shared)
     path = shared["output"] / "rlhf" / FILE
-    assert f"go on with: alignkit pipeline {path} --resume" in caplog.text
-    with pytest.raises(ConfigError, match="exists; go on with it by --resume"):
+    assert f"the pipeline is not finished; continue with: alignkit pipeline {path} --resume" in caplog.text
+    with pytest.raises(ConfigError, match="exists; continue it with --resume"):
         chain(stages, shared)
 
 
@@ -287,7 +285,7 @@ def test_how_to_go_on_is_said(shared: dict[str, Any], caplog: pytest.LogCaptureF
 def test_other_stages_are_refused(changed: Stages, words: str, shared: dict[str, Any]) -> None:
     shared["max_steps"] = 1
     chain([{"method": "sft"}, {"method": "dpo", "beta": 0.1}], shared)
-    with pytest.raises(ConfigError, match=rf"rlhf was run with other settings: {words}"):
+    with pytest.raises(ConfigError, match=rf"rlhf was started with other settings: {words}"):
         chain(changed, shared, resume=True)
     chain([{"method": "sft"}, {"method": "dpo", "beta": 0.1, "log_every": 2}], shared, resume=True)  # changes no result
 
@@ -352,36 +350,72 @@ def test_a_real_sigkill_in_the_second_stage_is_survived(
 @pytest.mark.parametrize(
     ("stages", "error", "words"),
     [
-        ([], ConfigError, "`stages` is a list of settings"),
-        ("sft", ConfigError, "`stages` is a list of settings"),
+        ([], ConfigError, r"`stages` must be a list of settings, each with its `method`, got \[\]"),
+        ("sft", ConfigError, "`stages` must be a list of settings, each with its `method`, got 'sft'"),
         ([{"beta": 1}], ConfigError, "stage 1 has no `method`; installed: .*sft"),
         ([{"method": "sft"}, {"method": "sft"}], ConfigError, "two stages are called 'sft'"),
-        ([{"method": "sft"}, {"method": "dop"}], AlignkitError, "stage 'dop': no method 'dop'.*Did you mean 'dpo'"),
+        (
+            [{"method": "sft"}, {"method": "dop"}],
+            AlignkitError,
+            "stage 'dop': no method is called 'dop'.*Did you mean 'dpo'",
+        ),
         ([{"method": "dpo", "bta": 1}], ConfigError, "stage 'dpo': unknown setting 'bta'. Did you mean 'beta'"),
-        ([{"method": "dpo", "name": "a/b"}], ConfigError, "stage 'a/b': name: letters"),
-        ([{"method": "dpo", "output": "x"}], ConfigError, "stage 'dpo': `output` is the whole pipeline's"),
-        ([SFT, DPO | {"model": "@stf"}], ConfigError, "stage 'dpo': model: '@stf' is no earlier .*Did you mean 'sft'"),
-        ([DPO | {"model": "@sft"}, SFT], ConfigError, "stage 'dpo': model: '@sft' is no .*Earlier ones: none"),
-        ([{"method": "ppo", "reward": {"use": "@rm"}}], ConfigError, "stage 'ppo': reward: '@rm' is no earlier stage"),
+        ([{"method": "dpo", "name": "a/b"}], ConfigError, "stage 'a/b': name: must have only letters"),
+        ([{"method": "dpo", "output": "x"}], ConfigError, "stage 'dpo': `output` belongs to the whole pipeline"),
+        (
+            [SFT, DPO | {"model": "@stf"}],
+            ConfigError,
+            "stage 'dpo': model: '@stf' is not an earlier stage.*Did you mean 'sft'",
+        ),
+        (
+            [DPO | {"model": "@sft"}, SFT],
+            ConfigError,
+            "stage 'dpo': model: '@sft' is not an earlier .*Earlier stages: none",
+        ),
+        (
+            [{"method": "ppo", "reward": {"use": "@rm"}}],
+            ConfigError,
+            "stage 'ppo': reward: '@rm' is not an earlier stage",
+        ),
         ([SFT, {"method": "ppo"}], ConfigError, "stage 'ppo': 'ppo' needs a reward"),
-        ([{"method": "ppo", "reward": "brevty"}], ConfigError, "stage 'ppo': no reward 'brevty'. Did you mean"),
+        (
+            [{"method": "ppo", "reward": "brevty"}],
+            ConfigError,
+            "stage 'ppo': no reward is called 'brevty'. Did you mean",
+        ),
         ([SFT, DPO | {"data": "pref.jsonl"}], DataError, "stage 'dpo': data: .*pref.jsonl"),
         ([SFT, DPO | {"eval_data": FAULTY}], DataError, "stage 'dpo': eval_data: .*(?s:.*)row 1, column 'chosen'"),
-        ([SFT, DPO | {"model": "runs/none/model"}], ModelError, "stage 'dpo': model: there is no folder 'runs/none/"),
+        (
+            [SFT, DPO | {"model": "runs/none/model"}],
+            ModelError,
+            "stage 'dpo': model: the folder 'runs/none/model' does not exist",
+        ),
         ([SFT, DPO | {"reference": "adapter-off"}], ConfigError, "stage 'dpo': .*adapter-off needs"),
-        ([SFT, PPO | {"reward": "@sft"}], ConfigError, "stage 'ppo': reward: '@sft' is trained by 'sft' and no reward"),
+        (
+            [SFT, PPO | {"reward": "@sft"}],
+            ConfigError,
+            "stage 'ppo': reward: '@sft' is trained by 'sft', which does not train a reward model",
+        ),
         ([PM, PPO | {"reward": "@pm"}], ConfigError, "stage 'ppo': reward: '@pm' compares two .*without `pairwise`"),
         ([RM, PM, PPO | {"reward": BOTH}], ConfigError, "stage 'ppo': reward: '@pm' compares two answers"),
         ([RM, NASH | {"judge": "@rm"}], ConfigError, "stage 'nash': judge: '@rm' scores .*{bradley_terry: \"@rm\"}"),
         ([PM, NASH | {"judge": {"bradley_terry": "@pm"}}], ConfigError, "stage 'nash': judge: '@pm' compares two"),
         ([SFT, NASH | {"judge": {"use": "@sft"}}], ConfigError, "stage 'nash': judge: '@sft' is trained by 'sft'"),
-        ([RM, DPO | {"model": "@rm"}], ConfigError, "stage 'dpo': model: '@rm' is a reward model, and 'dpo' trains a"),
+        (
+            [RM, DPO | {"model": "@rm"}],
+            ConfigError,
+            "stage 'dpo': model: '@rm' is a reward model, but 'dpo' trains a policy",
+        ),
         (
             [RM, PPO | {"reward": {"use": "@rm", "max": 1}}],
             ConfigError,
             "stage 'ppo': reward '1-rm' has no option",
         ),
-        ([RM | ADAPTER, PPO], ConfigError, "stage 'ppo': reward: '@rm' leaves an adapter alone.*`merge_adapter: true`"),
+        (
+            [RM | ADAPTER, PPO],
+            ConfigError,
+            "stage 'ppo': reward: '@rm' saves an adapter only.*`merge_adapter: true`",
+        ),
         ([SFT, {**DPO, 7: 1}], ConfigError, "stage 'dpo': unknown setting '7'"),
     ],
 )
@@ -397,9 +431,9 @@ def test_what_cannot_work_is_said_before_anything_runs(
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"beta": 0.1}, "unknown setting 'beta' beside `stages`.*stand in its stage"),
-        ({"stagse": []}, "unknown setting 'stagse' beside `stages`. Did you mean 'stages'"),
-        ({"method": "dpo"}, "unknown setting 'method' beside `stages`"),
+        ({"beta": 0.1}, "unknown setting 'beta' next to `stages`.*Settings of a method belong in its stage"),
+        ({"stagse": []}, "unknown setting 'stagse' next to `stages`. Did you mean 'stages'"),
+        ({"method": "dpo"}, "unknown setting 'method' next to `stages`"),
     ],
 )
 def test_only_what_every_stage_knows_is_shared(setting: dict[str, Any], words: str, shared: dict[str, Any]) -> None:
@@ -419,20 +453,22 @@ def test_a_folder_without_a_model_is_refused(shared: dict[str, Any], tiny: str, 
 def test_a_pipeline_that_is_given_as_a_run_is_named(command: str, tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
     path.write_text("model: base\nstages: [{method: sft}]\n")
-    with pytest.raises(ConfigError, match=rf"make a pipeline; try: alignkit pipeline {re.escape(str(path))}"):
+    with pytest.raises(
+        ConfigError, match=rf"has `stages`, so it is a pipeline; try: alignkit pipeline {re.escape(str(path))}"
+    ):
         typer.main.get_command(cli.app)([command, str(path)], standalone_mode=False)
 
 
 def test_a_stage_in_a_file_cannot_grant_trust(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
     path.write_text("stages: [{method: sft, trust_remote_code: true}]\n")
-    with pytest.raises(ConfigError, match="asks for trust_remote_code"):
+    with pytest.raises(ConfigError, match="sets trust_remote_code"):
         read_pipeline(path)
 
 
 def test_several_processes_need_a_name(shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="give the pipeline a `name`"):
+    with pytest.raises(ConfigError, match="set the pipeline's `name`"):
         chain([{"method": "dpo"}], {k: v for k, v in shared.items() if k != "name"})
 
 

@@ -77,7 +77,9 @@ def test_a_sound_plugin_is_found(install: Install) -> None:
 def test_two_distributions_with_one_method_name(install: Install) -> None:
     install("first-dist", "mine", SOUND.format(name="mine"))
     install("second-dist", "mine", SOUND.format(name="mine"))
-    with pytest.raises(PluginError, match="brought by two distributions, first-dist and second-dist; uninstall one"):
+    with pytest.raises(
+        PluginError, match="two distributions provide the method 'mine', first-dist and second-dist; uninstall one"
+    ):
         registry.get("mine")
     assert "first-dist and second-dist" in (listed("mine").problem or "")
 
@@ -102,14 +104,14 @@ def test_a_misspelt_hook(install: Install) -> None:
 
 def test_an_entry_point_without_its_method(install: Install) -> None:
     install("other-dist", "mine", SOUND.format(name="other"))
-    with pytest.raises(PluginError, match="'mine' of other-dist brings no method of that name, but 'other'"):
+    with pytest.raises(PluginError, match="'mine' of other-dist provides no method of that name; it provides 'other'"):
         registry.get("mine")
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (('data = "text"', 'data = "texts"'), "must be 'text', 'pairs', 'unpaired' or 'prompts'"),
+        (('data = "text"', 'data = "texts"'), "data = 'texts'; it must be one of text, pairs, unpaired, prompts"),
         (("def loss", "def los"), "does not define loss"),
         (("(Method)", ""), "is not a subclass of alignkit.Method"),
         (('data = "text"', 'data = "text"; uses = frozenset({"critics"})'), "unknown roles"),
@@ -147,7 +149,7 @@ def test_broken_plugins_do_not_stop_the_others(install: Install) -> None:
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:
-    with pytest.raises(PluginError, match=r"no method 'dpoo'; installed: .*dpo.* Did you mean 'dpo'\?"):
+    with pytest.raises(PluginError, match=r"no method is called 'dpoo'; installed: .*dpo.* Did you mean 'dpo'\?"):
         registry.get("dpoo")
 
 
@@ -170,11 +172,15 @@ def test_a_registered_reward_and_judge_are_used_by_name(install: Install) -> Non
 
 def test_a_reward_of_a_plugin_is_found_when_it_is_misspelt(install: Install) -> None:
     install("somebodys-rewards", "weighted", SCORING, "alignkit.rewards")
-    with pytest.raises(ConfigError, match=r"no reward 'weigthed'. Did you mean 'weighted'\? There are .*weighted"):
+    with pytest.raises(
+        ConfigError, match=r"no reward is called 'weigthed'. Did you mean 'weighted'\? Names: .*weighted"
+    ):
         check_rewards("weigthed")
-    with pytest.raises(PluginError, match=r"no reward 'weigthed'; installed: weighted. Did you mean 'weighted'\?$"):
+    with pytest.raises(
+        PluginError, match=r"no reward is called 'weigthed'; installed: weighted. Did you mean 'weighted'\?$"
+    ):
         registry.reward("weigthed")
-    with pytest.raises(PluginError, match=r"no judge 'shorter'; no judge is installed.$"):
+    with pytest.raises(PluginError, match=r"no judge is called 'shorter'; no judge is installed.$"):
         registry.judge("shorter")
 
 
@@ -188,17 +194,17 @@ def test_broken_rewards_are_reported_by_name(install: Install) -> None:
     for name, says in (
         ("broken", "reward 'broken' of broken-dist cannot be loaded: RuntimeError: no such luck"),
         ("misspelt", r"(?s)reward 'misspelt' of misspelt-dist: unknown hook 'register_reward'.*hookspecs"),
-        ("other", "entry point 'other' of other-dist brings no reward of that name, but 'weighted', 'wrong'"),
-        ("wrong", "reward 'wrong' of wrong-dist is no function and no class, but int"),
+        ("other", "entry point 'other' of other-dist provides no reward of that name; it provides 'weighted', 'wrong'"),
+        ("wrong", "reward 'wrong' of wrong-dist must be a function or a class, got int"),
     ):
         with pytest.raises(PluginError, match=says):
             check_rewards(name)
-    with pytest.raises(PluginError, match="judge 'twice' is brought by two distributions, first-dist and second-dist"):
+    with pytest.raises(PluginError, match="two distributions provide the judge 'twice', first-dist and second-dist"):
         check_judge("twice")
     check_rewards("exact")  # nobody else is stopped
 
 
 def test_a_plugin_cannot_take_the_name_of_a_reward_that_ships(install: Install) -> None:
     install("greedy-dist", "exact", SCORING.replace("weighted", "exact"), "alignkit.rewards")
-    with pytest.raises(PluginError, match="'exact' ships with alignkit, and a plugin brings one of the same name"):
+    with pytest.raises(PluginError, match="'exact' is built in, but a plugin provides one of the same name"):
         check_rewards("exact")

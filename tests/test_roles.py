@@ -129,15 +129,15 @@ def test_cached_lets_go_of_the_model(settings: dict[str, Any], monkeypatch: pyte
     alignkit.run("dpo", data=make_rows("pairs", 8), **settings)
     assert kept[0].mode == "cached"
     assert kept[0]._scorer is None
-    with pytest.raises(ConfigError, match="was the cache cleared during the run"):
+    with pytest.raises(ConfigError, match="the cache was probably cleared during the run"):
         kept[0]._score([])
 
 
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
-        ("dpo", {"reference": "adapter-off"}, "adapter-off needs fresh adapters"),
-        ("kto", {"reference": "cached"}, "cached cannot serve 'kto'"),
+        ("dpo", {"reference": "adapter-off"}, "adapter-off needs new adapters"),
+        ("kto", {"reference": "cached"}, "'kto' cannot use reference: cached"),
         ("dpo", {"reference": "cached", "reference_cache": False}, "needs reference_cache"),
         ("dpo", {"reference": "int8", "sync_every": 2}, "moves its reference, which needs reference: full"),
     ],

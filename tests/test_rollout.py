@@ -431,12 +431,12 @@ def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(model: Any) -> 
 
 @pytest.mark.parametrize("asked", [{"stop": ["."]}, {"min_new_tokens": 2}])
 def test_what_continuous_batching_cannot_do_is_refused(asked: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=f"cannot do `{next(iter(asked))}`.*backend: generate"):
+    with pytest.raises(ValidationError, match=f"does not support `{next(iter(asked))}`.*backend: generate"):
         Sampling(backend="continuous", **asked)
 
 
 def test_continuous_batching_cannot_mix(model: Any) -> None:
-    with pytest.raises(ConfigError, match="mixture of two models; use backend: generate"):
+    with pytest.raises(ConfigError, match="does not support mixtures of two models; use backend: generate"):
         sample(model, TOKENIZER, PROMPTS, changed(backend="continuous"), mixture=Mixture(model, 0.5))
 
 

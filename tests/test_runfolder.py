@@ -51,7 +51,7 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
     assert folder == tmp_path / "mine"
     assert create(config(tmp_path, name="mine"), ALONE) == folder  # still empty: nothing is lost
     (folder / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(ConfigError, match="mine exists; go on with it by --resume, or choose another --name"):
+    with pytest.raises(ConfigError, match="mine exists; continue it with --resume, or choose another --name"):
         create(config(tmp_path, name="mine"), ALONE)
 
 
@@ -62,11 +62,11 @@ def test_a_name_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_resuming_what_is_not_there_lists_the_runs_that_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing to resume in .*mine; runs there: none"):
+    with pytest.raises(ConfigError, match=r"mine has no run to resume; runs in .*: none$"):
         create(config(tmp_path, name="mine", resume=True), ALONE)
     for name in ("b", "a"):
         write_config(create(config(tmp_path, name=name), ALONE), {"method": "dpo"}, resume=False)
-    with pytest.raises(ConfigError, match=r"runs there: a, b$"):
+    with pytest.raises(ConfigError, match=r"mine has no run to resume; runs in .*: a, b$"):
         create(config(tmp_path, name="mine", resume=True), ALONE)
     assert create(config(tmp_path, name="a", resume=True), ALONE) == tmp_path / "a"
 
@@ -83,7 +83,7 @@ def test_a_run_is_resumed_with_the_settings_that_it_had(tmp_path: Path) -> None:
     write_config(tmp_path, settings, resume=True)
     for changed in ({"beta": 0.2}, {"seed": 1}, {"batch_size": 8}, {"lora": None}):
         (name, value), *_ = changed.items()
-        with pytest.raises(ConfigError, match=f"was run with other settings: {name} was .*, is {value!r}"):
+        with pytest.raises(ConfigError, match=f"was started with other settings: {name} was .*, is {value!r}"):
             write_config(tmp_path, settings | changed, resume=True)
     assert read_yaml(tmp_path / "config.yaml") == written
 

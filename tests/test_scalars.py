@@ -126,12 +126,12 @@ def test_a_classifier_made_of_a_language_model_has_its_trunk_and_a_head_of_zeros
 
 def test_a_model_with_three_labels_is_no_reward_model(tmp_path: Path) -> None:
     model = tf.LlamaForSequenceClassification(tf.LlamaConfig(**{**SMALL, "num_labels": 3}))
-    with pytest.raises(ModelError, match="a reward model has 1 label; LlamaForSequenceClassification here has 3"):
+    with pytest.raises(ModelError, match="a reward model has 1 label, got LlamaForSequenceClassification with 3"):
         number_head(model)
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="is a classifier with 3 labels; a reward model has 1"):
         from_pretrained(str(tmp_path), config(), "classifier")
-    with pytest.raises(ModelError, match="LlamaForCausalLM has no head named `score`"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM has no head `score`"):
         number_head(tiny_model())
 
 

@@ -91,14 +91,13 @@ def test_a_killed_session_is_known_to_within_a_minute(
 ) -> None:
     monkeypatch.setattr(sessions, "_EVERY", 0.0)
     seen: list[Any] = []
-    took = sessions.Session.took
+    count_step = sessions.Session.count_step
 
-    def watched(self: sessions.Session, *given: Any) -> dict[str, float]:
-        values = took(self, *given)
+    def watched(self: sessions.Session, tokens: float) -> None:
+        count_step(self, tokens)
         seen.append(sessions.read(settings["output"] / "run")[-1])
-        return values
 
-    monkeypatch.setattr(sessions.Session, "took", watched)
+    monkeypatch.setattr(sessions.Session, "count_step", watched)
     alignkit.run("sft", data=make_rows("text", 24), **settings | {"name": "run"})
     assert [one["to_step"] for one in seen] == [1, 2, 3, 4, 5, 6]
     assert {one["ended"] for one in seen} == {"running"}
@@ -140,7 +139,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 )
 def test_an_entry_that_no_run_writes_is_named(entry: dict[str, Any], wrong: str, tmp_path: Path) -> None:
     (tmp_path / sessions.FILE).write_text(json.dumps([{}, entry]))
-    with pytest.raises(ConfigError, match=rf"cannot read .*sessions\.json: {wrong}: .*Remove it"):
+    with pytest.raises(ConfigError, match=rf"cannot read .*sessions\.json: {wrong}: .*Remove the file"):
         sessions.read(tmp_path)
 
 

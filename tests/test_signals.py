@@ -26,10 +26,10 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from alignkit.cli import main
-from alignkit.engine import Loop
+from alignkit.engine.loop import Loop
 
 def step(self, number, total):
-    (self.folder / "in-a-step").touch()
+    (self.state.folder / "in-a-step").touch()
     time.sleep(60)
 
 Loop.step = step
@@ -94,7 +94,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes_as_if_it_had_not_been(
     assert "Traceback" not in said
     done = len(metrics(mine))
     assert 2 <= done < STEPS
-    assert f"stopped after step {done}; go on with: alignkit run {mine / 'config.yaml'} --resume" in said
+    assert f"stopped after step {done}; continue with: alignkit run {mine / 'config.yaml'} --resume" in said
     assert not (mine / "model").exists()
     assert metrics(mine) == uninterrupted[:done]
 

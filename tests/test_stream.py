@@ -90,7 +90,7 @@ def test_no_prompt_is_ever_on_both_sides_of_a_hold_out(prompts: list[int], fract
     examples, different = made(prompts), len(set(prompts))
     wanted = max(1, round(fraction * different))
     if wanted >= different:
-        with pytest.raises(DataError, match=f"of {different} different prompts leaves none to train on"):
+        with pytest.raises(DataError, match=f"of {different} different prompts leaves no prompt to train on"):
             hold_out(examples, fraction, seed)
         return
     train, held = hold_out(examples, fraction, seed)

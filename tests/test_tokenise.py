@@ -304,7 +304,7 @@ def test_earlier_turns_that_the_template_rewrites_are_not_learned_and_counted():
 
 def test_a_template_that_rewrites_the_prompt_is_refused():
     t = make(template="{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
-    with pytest.raises(FaultyRowsError, match="row 1: it writes the prompt differently once an answer follows"):
+    with pytest.raises(FaultyRowsError, match="row 1: it renders the prompt differently once an answer follows"):
         tokenise(load([{"prompt": chat("said"), "completion": "x"}], "text"), t)
 
 
@@ -313,7 +313,7 @@ def test_what_a_template_refuses_is_a_fault_of_the_row():
     rows = [{"prompt": chat(text)} for text in ("yes", "no", "no")]
     with pytest.raises(FaultyRowsError, match="the list of rows, in the chat template: 2 faults") as error:
         tokenise(load(rows, "prompts"), t)
-    assert [(f.row, f.found) for f in error.value.faults] == [(2, "it says 'never no'"), (3, "it says 'never no'")]
+    assert [(f.row, f.found) for f in error.value.faults] == [(n, "the template raised 'never no'") for n in (2, 3)]
 
 
 def test_messages_need_a_template():

@@ -10,7 +10,6 @@ roles.py       the models that a method may ask
 rollouts.py    prompts -> sampled and scored completions
 evaluation.py  held-out rows; early stopping
 averages.py    terms -> a loss, a gradient's share, means
-ranks.py       what the processes of a run tell each other
 saving.py      checkpoints, resumption, the saved model
 """
 

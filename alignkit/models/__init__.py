@@ -9,5 +9,6 @@ attention.py   the mask of a packed row
 branches.py    attention branch by branch on a CPU
 layouts.py     forest or padded rows, decided by a probe
 passes.py      batches of any size in parts that fit into memory
+ranks.py       communication between the processes of a run
 sharding.py    FSDP2
 """

@@ -17,9 +17,8 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
         given = getattr(config, role)
         if role in needs and given is None:
             raise ConfigError(
-                f"'{method.name}' needs a {role}: set `{role}` to a function such as `my_module:my_{role}`, the "
-                "folder of a "
-                f"reward model, or the name of a built-in {role}; see docs/rewards.md"
+                f"'{method.name}' needs a {role}: set `{role}` to a function such as `my_module:my_{role}`, the folder "
+                f"of a reward model, or the name of a built-in {role}; see docs/rewards.md"
             )
         if role not in needs and given is not None:
             raise ConfigError(f"'{method.name}' does not use a {role}; remove `{role}`")
@@ -27,7 +26,8 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
             check(given)
     if "judge" in needs and config.patience is not None:
         raise ConfigError(
-            f"'{method.name}' plays against an opponent that changes, so evaluations do not compare; remove patience"
+            f"'{method.name}' plays against an opponent that changes, so its evaluations cannot be compared; "
+            "remove patience"
         )
     if "judge" in needs and config.sampling.backend == "continuous":
         raise ConfigError(
