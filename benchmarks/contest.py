@@ -31,7 +31,7 @@ class Contest:
         self.script, self.args, self.work = script, args, work
         self.runs: dict[str, list[Figures]] = {}
         self.failed: dict[str, str] = {}
-        self._prepared = False
+        self._prepared = self._interrupted = False
 
     def run(
         self,
@@ -72,8 +72,8 @@ class Contest:
 
     def _child(self, python: str, names: list[str], round_: int, deadline: float) -> dict[str, Figures]:
         left = deadline - time.monotonic()
-        if left < 10:
-            return {name: {"failed": "out of time"} for name in names}
+        if left < 10 or self._interrupted:
+            return {name: {"failed": "interrupted" if self._interrupted else "out of time"} for name in names}
         command = [python, self.script, *sys.argv[1:], "--child", ",".join(names)]
         command += ["--work", str(self.work), "--round", str(round_)]
         env = {**os.environ, "OMP_NUM_THREADS": str(self.args.threads), "HF_HUB_OFFLINE": "1"}
@@ -85,6 +85,8 @@ class Contest:
             errors, why = "", f"not finished after {left:.0f} seconds"
         except OSError as error:
             errors, why = "", common.reason(error)
+        except KeyboardInterrupt:  # the contenders before this one are still reported
+            self._interrupted, errors, why = True, "", "interrupted"
         why = (errors.strip().splitlines() or [why])[-1]
         found = {name: taken(self.work / f"{name}.json") or {"failed": why} for name in names}
         if any("failed" in figures for figures in found.values()):

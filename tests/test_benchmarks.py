@@ -223,6 +223,28 @@ def test_a_contest_ends_when_its_preparation_fails(tmp_path: Path) -> None:
     assert done.stderr.strip().endswith("preparation failed: OSError: disk full")
 
 
+def test_a_contest_that_is_interrupted_keeps_what_it_has(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    contest, common = script("contest"), script("common", "--threads", "1")
+    started: list[str] = []
+
+    def child(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        name = command[command.index("--child") + 1]
+        started.append(name)
+        if name == "second":
+            raise KeyboardInterrupt
+        (tmp_path / f"{name}.json").write_text(json.dumps({"peak_mib": 1.0}))
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(contest.subprocess, "run", child)
+    ran = contest.Contest("x.py", common.parsed(common.parser_of(None, trl=True)), tmp_path)
+    ran.run(["first", "second", "third"])
+    assert list(ran.runs) == ["first"]
+    assert ran.failed == {"second": "interrupted", "third": "interrupted"}
+    assert started == ["prepare", "first", "second"]
+
+
 def fails(*_: Any, **__: Any) -> Any:
     raise ValueError("planted")
 
