@@ -166,7 +166,7 @@ def test_requests_that_failed_together_are_not_all_sent_again_together(
 ) -> None:
     def respond(request: dict[str, Any]) -> Any:
         again = chat.questions.count(request["messages"][0]["content"]) > 1
-        return says("Score: 3") if again else (500, {}, "")
+        return chat_reply("Score: 3") if again else (500, {}, "")
 
     chat.respond = respond
     assert score(spec | {"template": "$completion", "backoff": 4}, answers(*"abcdefgh")) == [0.3] * 8
