@@ -301,7 +301,7 @@ class Outputs(NamedTuple):
 
     logps: of the targets, in nats. entropy: of the distribution that each target was drawn from, in nats, where it was
     asked for. values: the critic's value before each target, in the reward's units, where it was asked for.
-    A tuple, because data parallelism and FSDP2 find the tensors in tuples.
+    A named tuple, in which the wrappers of data parallelism and FSDP2 look for tensors.
     """
 
     logps: Tensor
