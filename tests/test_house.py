@@ -284,7 +284,7 @@ NAMING = {
     "alignkit/cli/commands/run.py": "an example of a command",
     "alignkit/config.py": "an example of a setting",
     "alignkit/demo/recipes.py": "what to install where the demo lacks a method",
-    "alignkit/insight/doctor/installed.py": "what to install where nothing is",
+    "alignkit/insight/doctor/plugins.py": "what to install where nothing is",
     "alignkit/insight/health/watch.py": "an example of a run's folder",
 }
 ROLES = {"reward"}  # names of a method that are also the name of a role
