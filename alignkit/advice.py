@@ -1,4 +1,4 @@
-"""What a method says about a data set: whether to start with it, why, and with which settings of its own.
+"""A method's advice on a data set: whether to start with this method, why, and with which of its own settings.
 
 `Method.advice` gets `DataFacts` and returns `Advice`; `alignkit recommend` and `alignkit init` order the installed
 methods by it.
@@ -43,11 +43,11 @@ class DataFacts:
     rows: the number of rows for a method of each kind of `data`; a kind that the data cannot serve is missing. kept:
     rows that are left after faulty ones were dropped. labels: numbers of (good, bad) rows, None without such labels.
     few: whether the rows are few. noisy: why labels count as noisy, None where they do not. flipped: the estimated
-    fraction of flipped labels, None where it cannot be estimated. uninformative: so many labels are flipped that they
-    say next to nothing. length_bias: which of the longer and the shorter answer is chosen more often, in a sentence,
-    None where neither is. chat_template: whether the model's tokenizer has one, None without a model. adapter: whether
-    the model is an adapter. reward, judge: whether one is given. checkable: whether the given reward calls no model.
-    verifier: the reward that can check the rows' column `answer`, None where none can.
+    fraction of flipped labels, None where it cannot be estimated. uninformative: whether so many labels are flipped
+    that they carry almost no information. length_bias: a sentence on whether the longer or the shorter answer is chosen
+    more often, None where neither is. chat_template: whether the model's tokenizer has one, None without a model.
+    adapter: whether the model is an adapter. reward, judge: whether one is given. checkable: whether the given reward
+    calls no model. verifier: the reward that can check the rows' column `answer`, None where none can.
     """
 
     rows: Mapping[str, int] = field(default_factory=dict)
@@ -66,10 +66,10 @@ class DataFacts:
     verifier: str | None = None
 
     def label_smoothing(self, name: str = "label_smoothing") -> Choice | None:
-        """Return the setting `name` against flipped labels; None where labels are clean, or say next to nothing."""
+        """Return the setting `name` against flipped labels; None where labels are clean or uninformative."""
         if not self.noisy or self.uninformative:
             return None
-        source = "a tenth is a guess"
+        source = "the 10 % are a guess"
         if self.flipped is not None:
             source = "the fraction of flipped labels, estimated from the pairs that are judged more than once"
         return Choice(name, self.assumed_flipped, f"labels are noisy: {self.noisy}; {source}")

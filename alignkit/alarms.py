@@ -16,7 +16,7 @@ from alignkit.errors import nearest
 class Alarm:
     """A fault of a run.
 
-    name: of the cause, reported once per run. value, limit: what was measured, and the limit that it passed, in the
+    name: the cause, reported once per run. value, limit: what was measured, and the limit that it passed, in the
     same unit. message: what happened, with step, value and limit. remedy: what to change, by the names of settings.
     """
 
@@ -60,19 +60,21 @@ class Health(BaseModel):
     reward_held_out: Limit = Field(
         0.35, gt=0, description="standard deviations that a reward of weight 0 fell, while the reward has risen"
     )
-    distinct: Limit = Field(0.5, gt=0, lt=1, description="part of the start's distinct-2 that is left")
+    distinct: Limit = Field(0.5, gt=0, lt=1, description="fraction of the start's distinct-2 that remains")
     entropy: Limit = Field(0.03, gt=0, description="nats a token, and less than half of the start")
-    repetition: Limit = Field(0.2, gt=0, lt=1, description="part of a completion's 4-grams that repeat earlier ones")
-    opening: Limit = Field(0.8, gt=0, le=1, description="part of the prompts answered with the same first words")
-    displacement: Limit = Field(0.2, gt=0, description="nats a token that chosen answers lost, and rejected ones more")
-    zero_variance: Limit = Field(
-        0.8, gt=0, le=1, description="part of the prompts whose completions all have the same score"
+    repetition: Limit = Field(
+        0.2, gt=0, lt=1, description="fraction of a completion's 4-grams that repeat earlier ones"
     )
-    clip_fraction: Limit = Field(0.3, gt=0, le=1, description="part of the tokens whose gradient was clipped")
+    opening: Limit = Field(0.8, gt=0, le=1, description="fraction of the prompts answered with the same first words")
+    displacement: Limit = Field(0.2, gt=0, description="nats a token that chosen answers lost; rejected ones lost more")
+    zero_variance: Limit = Field(
+        0.8, gt=0, le=1, description="fraction of the prompts whose completions all have the same score"
+    )
+    clip_fraction: Limit = Field(0.3, gt=0, le=1, description="fraction of the tokens whose gradient was clipped")
     value_loss: Limit = Field(10.0, gt=1, description="times its running median")
-    explained_variance: Limit = Field(-0.02, lt=1, description="the critic's, below which it does harm")
+    explained_variance: Limit = Field(-0.02, lt=1, description="value below which the critic does harm")
     grad_spike: Limit = Field(8.0, gt=1, description="times the running median of the gradient's norm")
-    truncation: Limit = Field(0.1, gt=0, le=1, description="part of the completions that max_new_tokens cut")
+    truncation: Limit = Field(0.1, gt=0, le=1, description="fraction of the completions that max_new_tokens cut")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""RunConfig: everything that is needed to repeat a run. Python, YAML and the command line all fill this class.
+"""RunConfig: everything that is needed to repeat a run. Python, YAML and the command line all fill it.
 
 Settings are flat: `learning_rate` belongs to the run, `beta` to the method, and both are keys of the same file.
 """
@@ -93,8 +93,8 @@ class RunConfig(BaseModel):
     cache_file: Path | None = Field(None, description="the cache's file; default: ~/.cache/alignkit/reference.sqlite")
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     sampling: Sampling = Field(Sampling(), description="how completions are sampled, for methods that sample")
-    reward: Any = Field(None, description="what scores sampled completions, see docs/rewards.md")
-    judge: Any = Field(None, description="what compares two sampled completions, see docs/rewards.md")
+    reward: Any = Field(None, description="reward that scores sampled completions, see docs/rewards.md")
+    judge: Any = Field(None, description="judge that compares two sampled completions, see docs/rewards.md")
     critic: str = Field(
         "auto", description="starts from policy, reward (its model) or a folder; shared: on the policy's trunk"
     )

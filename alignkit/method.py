@@ -47,9 +47,9 @@ class Models(Protocol):
     def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
         """Score the batch's targets with the policy; gradients flow unless in `collect`.
 
-        Sampled completions are scored at the temperature that they were sampled at. entropy: also return that of each
-        target's distribution. values: also return the critic's, from the same pass. frozen: only the critic gets a
-        gradient.
+        Sampled completions are scored at the temperature that they were sampled at. entropy: also return the entropy
+        of each target's distribution. values: also return the critic's values, from the same pass. frozen: only the
+        critic gets a gradient.
         """
         ...
 
@@ -202,7 +202,7 @@ class Method(Generic[C]):
         return {}
 
     def enough(self, metrics: Mapping[str, float]) -> bool:
-        """Return, after an update, whether to skip the other updates of this batch. metrics: of that update."""
+        """Return whether to skip the remaining updates of this batch. metrics: those of the last update."""
         return False
 
     def after_update(self, ctx: Context, metrics: Mapping[str, float]) -> None:

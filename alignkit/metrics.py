@@ -52,8 +52,7 @@ def kl_metric(batch: Batch, logps_C: Tensor) -> dict[str, Term]:
 def rollout_metrics(batch: Batch, outputs: Outputs, out: PolicyLoss) -> dict[str, Term]:
     """Return the metrics that every method on sampled completions logs.
 
-    "kl" is the k3 estimate of KL(policy || reference) in nats per sequence, for the policy that sampled, on its
-    samples.
+    "kl" is the k3 estimate of KL(policy || reference) in nats per sequence, for the sampling policy on its own samples.
     """
     terms = {
         "clip_fraction": metric(out.clipped.float(), over="tokens"),

@@ -220,8 +220,7 @@ class Batch:
     def minibatches(
         self, n: int, generator: torch.Generator, rank: int = 0, world: int = 1, total: int | None = None
     ) -> Iterator[tuple[Batch, float]]:
-        """Yield this rank's share of n shuffled parts of nearly equal size, with its weight; n = 1 yields the batch
-        itself.
+        """Yield this rank's share of n shuffled parts of nearly equal size, with its weight; for n = 1 the whole batch.
 
         total: examples of the step, of which this batch holds every world-th from `rank` on. The parts do not depend on
         the ranks. weight: 1, or 0 for a placeholder where this rank has no share of a part.
@@ -299,8 +298,8 @@ def metric(value: Tensor, over: str = "examples", largest: bool = False) -> Term
 class Outputs(NamedTuple):
     """What models compute for a batch, float32 [C] each.
 
-    logps: of the targets, in nats. entropy: of the distribution that each target was drawn from, in nats, where it was
-    asked for. values: the critic's value before each target, in the reward's units, where it was asked for.
+    logps: of the targets, in nats. entropy: of the distribution that each target was drawn from, in nats, where
+    requested. values: the critic's value before each target, in the reward's units, where requested.
     A named tuple, in which the wrappers of data parallelism and FSDP2 look for tensors.
     """
 

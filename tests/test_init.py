@@ -185,4 +185,4 @@ def test_no_memory_at_all_is_refused(size: str, tiny: str, command: Command, wri
     ):
         code, _, err = command(*words)
         assert code == 2
-        assert f"'{size}' is no memory at all" in err
+        assert f"'{size}' is less than one byte" in err

@@ -250,7 +250,7 @@ def test_noise_that_cannot_be_estimated_is_guessed_and_said_to_be() -> None:
     assert found.facts.data.flipped is None
     assert values(found)["label_smoothing"] == 0.1
     assert "loss_type" not in values(found)  # robust wants to know the part
-    assert any("a tenth is a guess" in c.why for c in found.settings)
+    assert any("the 10 % are a guess" in c.why for c in found.settings)
 
 
 def test_many_ties_count_as_noise_and_few_do_not() -> None:

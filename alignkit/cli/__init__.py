@@ -1,4 +1,4 @@
-"""The command line: one module a command, and what they share."""
+"""The command line: one module for each command, and the code that they share."""
 
 from alignkit.cli.app import app, main
 

@@ -171,7 +171,7 @@ def unexpected(error: Exception) -> str:
 
 
 def show_log() -> None:
-    """Print alignkit's log on the terminal, and of other libraries' logs only what matters to users."""
+    """Print alignkit's log on the terminal, and only those lines of other libraries' logs that matter to users."""
     import logging
     import warnings
 

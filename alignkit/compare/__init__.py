@@ -1,4 +1,4 @@
-"""Methods side by side on one task, each trained and evaluated in its own process.
+"""Comparison of methods on one task, each trained and evaluated in its own process.
 
 jobs.py            which methods the data can serve, and the settings of each run
 worker.py          one method: trained, then evaluated on held-out prompts; `python -m alignkit.compare JOB.json`

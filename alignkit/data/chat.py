@@ -102,9 +102,8 @@ def turn_end(tokenizer: Any) -> int | None:
 def render(rows: Sequence[Row], source: str, tokenizer: Any, special: SpecialTokens, seconds: float) -> list[Draft]:
     """Render rows of messages.
 
-    source: the data's name, for messages. seconds: the time limit for each row. Raises
-    ConfigError without a chat template, ModelError after the time limit, FaultyRowsError for rows that the template
-    refuses.
+    source: the data's name, for messages. seconds: the time limit for each row. Raises ConfigError without a chat
+    template, ModelError after the time limit, FaultyRowsError for rows that the template refuses.
     """
     if rows and not tokenizer.chat_template:
         name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
@@ -231,7 +230,7 @@ def _turns(
 
 
 def common(a: Any, b: Any) -> int:
-    """Return how many leading items (characters, tokens) two sequences share."""
+    """Return the number of leading items (characters, tokens) that two sequences share."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n

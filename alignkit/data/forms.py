@@ -158,7 +158,7 @@ def _parse_winner(cells: Cells, columns: tuple[str, ...]) -> Parsed:
 
 
 def _parse_ranked(cells: Cells, kind: DataKind) -> Parsed:
-    """The best answer against the worst one; of equal scores the first answer counts."""
+    """Pair the best answer with the worst one; where scores are equal, the first answer counts."""
     prompt = _prompt(cells)
     answers = [cells.checked("completions", answer) for answer in cells.list_of("completions")]
     scores = [cells.number_of("scores", score) for score in cells.list_of("scores")]
@@ -179,9 +179,7 @@ def _parse_ranked(cells: Cells, kind: DataKind) -> Parsed:
 
 
 def _parse_messages(cells: Cells, kind: DataKind) -> Parsed:
-    """Cut before the first assistant message, so that all its turns are learned; for prompts, after the last user
-    one.
-    """
+    """Cut before the first assistant message, so all turns are learned; for prompts, after the last user message."""
     messages = cells.turns("messages")
     roles = [message["role"] for message in messages]
     if kind != "prompts":
@@ -205,5 +203,5 @@ def _last(roles: list[str], role: str) -> int:
 
 
 def _common(a: list[Message], b: list[Message]) -> int:
-    """Return how many leading messages are equal."""
+    """Return the number of leading messages that are equal."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

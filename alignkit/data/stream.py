@@ -58,9 +58,7 @@ def chunks(examples: Sequence[Example], size: int, min_batch: int) -> list[tuple
 
 
 def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split into (train, held out) with no prompt in both; each keeps its order. Raises DataError: nothing to train
-    on.
-    """
+    """Split into (train, held out) without a common prompt, each in its order. Raises DataError if train is empty."""
     if not fraction:
         return list(examples), []
     prompts = sorted({e.prompt.numpy().tobytes() for e in examples})

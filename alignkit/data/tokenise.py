@@ -83,9 +83,7 @@ class _Encoder:
         self.first: list[int] = list(full[:at])
 
     def encode(self, drafts: Sequence[Draft]) -> list[list[_Encoded]]:
-        """Return the tokens of each draft's prompt and texts, without added ones; one call for all drafts of one
-        kind.
-        """
+        """Return the tokens of each draft's prompt and texts, without added ones; one call per kind of draft."""
         found: dict[int, list[_Encoded]] = {}
         sorts: dict[tuple[bool, bool], list[int]] = {}
         for i, draft in enumerate(drafts):

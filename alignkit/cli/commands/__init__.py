@@ -1,1 +1,1 @@
-"""Commands of the command line that have a module of their own; each holds typer functions only."""
+"""One module for each command of the command line; they contain typer functions only."""

@@ -22,7 +22,7 @@ def audit(
     eval_data: Annotated[str | None, typer.Option(help="Held-out rows, checked for shared prompts")] = None,
     columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
     model: Annotated[str | None, typer.Option(help="Its tokenizer counts tokens: folder or hub name")] = None,
-    reward: Annotated[str | None, typer.Option(help="What scores answers, see docs/rewards.md")] = None,
+    reward: Annotated[str | None, typer.Option(help="Reward that scores answers, see docs/rewards.md")] = None,
     asked: Annotated[int, typer.Option(min=2, help="Rows that the reward scores")] = 500,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(min=1, help="As in a run, with --model  [default: 1024]")

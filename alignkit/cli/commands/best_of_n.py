@@ -20,10 +20,10 @@ Examples:
 def best_of_n(
     model: Annotated[str, typer.Option(help="Folder or hub name of the model, its adapter, or its run")],
     data: Annotated[str, typer.Option(help="Rows with prompts, as in a run")],
-    reward: Annotated[str, typer.Option(help="What chooses the best, see docs/rewards.md")],
-    gold: Annotated[str | None, typer.Option(help="A second reward, which only measures")] = None,
+    reward: Annotated[str, typer.Option(help="Reward that chooses the best, see docs/rewards.md")],
+    gold: Annotated[str | None, typer.Option(help="A second reward, which is reported and chooses nothing")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Samples of each prompt")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts, this many")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this number of prompts, the first ones")] = None,
     output: Annotated[Path, typer.Option(help="Write the best completions to this file")] = Path("best.jsonl"),
     pairs: Annotated[Path | None, typer.Option(help="Write pairs of the best and the worst to this file")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the curve to this file")] = None,

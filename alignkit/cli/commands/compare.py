@@ -19,8 +19,8 @@ def compare(
     model: Annotated[Text, typer.Option(help="Folder or hub name of the base  [default: the demo's]")] = None,
     data: Annotated[Text, typer.Option(help="Rows; 10 % of the prompts are held out  [default: the demo's]")] = None,
     eval_data: Annotated[Text, typer.Option(help="Held-out rows instead, in the same forms")] = None,
-    reward: Annotated[Text, typer.Option(help="What scores answers, see docs/rewards.md")] = None,
-    judge: Annotated[Text, typer.Option(help="What compares two answers, see docs/rewards.md")] = None,
+    reward: Annotated[Text, typer.Option(help="Reward that scores answers, see docs/rewards.md")] = None,
+    judge: Annotated[Text, typer.Option(help="Judge that compares two answers, see docs/rewards.md")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the runs and the samples")] = 0,
     output: Annotated[Path, typer.Option(help="Folder that holds the runs")] = Path("runs"),
     json: Annotated[Path | None, typer.Option(help="File for all numbers")] = None,
@@ -53,7 +53,7 @@ def compare(
 
 
 def check(given: dict[str, Any], output: Path, json: Path | None, png: Path | None) -> None:
-    """Raise ConfigError where a task is given in part only, or a file could not be written in the end."""
+    """Raise ConfigError where a task is incomplete, or an output file cannot be written."""
     from alignkit.errors import ConfigError
 
     missing = [f"--{name}" for name in ("model", "data") if given and name not in given]

@@ -23,7 +23,7 @@ def health(
         list[str] | None, typer.Option("--set", metavar="LIMIT=VALUE", help="Another limit, see docs/health.md")
     ] = None,
 ) -> None:
-    """List the alarms of a run from its folder, also of old runs and by other limits."""
+    """List the alarms of a run from its folder. Works for old runs, and with other limits."""
     terminal.check_target("--json", json)
     from alignkit.insight.health import alarm_output
 

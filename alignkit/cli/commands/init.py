@@ -20,19 +20,19 @@ Examples:
 
 
 def init(
-    data: Annotated[str, typer.Option(help="Rows, as of a run")],
+    data: Annotated[str, typer.Option(help="Rows, as in a run")],
     model: Annotated[str, typer.Option(help="Folder or hub name of the model")],
     method: Annotated[str | None, typer.Option(help="A method's name  [default: the first of `recommend`]")] = None,
     lora: Annotated[int | None, typer.Option(min=1, help="Train adapters of this rank")] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory that a run must fit into, such as 24GB")] = None,
-    reward: Annotated[str | None, typer.Option(help="What scores samples, see docs/rewards.md")] = None,
-    judge: Annotated[str | None, typer.Option(help="What compares two samples, see docs/rewards.md")] = None,
+    reward: Annotated[str | None, typer.Option(help="Reward that scores samples, see docs/rewards.md")] = None,
+    judge: Annotated[str | None, typer.Option(help="Judge that compares two samples, see docs/rewards.md")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out rows, in the same forms")] = None,
     columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write")] = Path("config.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file")] = False,
 ) -> None:
-    """Write a file of settings to begin from, each with a comment that says why."""
+    """Write a file of settings to start from, each with a comment that gives the reason."""
     from alignkit.errors import ConfigError
 
     terminal.check_target("--output", output)

@@ -44,14 +44,14 @@ def reward(
 def pair(
     policy: Annotated[str, typer.Option(help="Folder or hub name of the model, its adapter, or its run")],
     reference: Annotated[
-        str | None, typer.Option(help="The same for the reference  [default: an adapter's base]")
+        str | None, typer.Option(help="Folder or hub name of the reference  [default: an adapter's base]")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Pairs, as in a run")] = None,
     row: Annotated[int, typer.Option(min=1, help="The row of the pair")] = 1,
     prompt: Annotated[str, typer.Option(help="Instead of --data")] = "",
     chosen: Annotated[str | None, typer.Option(help="Instead of --data")] = None,
     rejected: Annotated[str | None, typer.Option(help="Instead of --data")] = None,
-    beta: Annotated[float, typer.Option(help="DPO's, for its margin")] = 0.1,
+    beta: Annotated[float, typer.Option(help="DPO's beta, for the margin")] = 0.1,
     json: Json = None,
     html: Html = None,
 ) -> None:

@@ -55,8 +55,8 @@ def bytes_of(text: str | None) -> int | None:
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     if found is None or found[2].lower() not in _UNITS:
-        raise ConfigError(f"'{text}' is not a size of memory; give one such as 24GB or 80GiB")
+        raise ConfigError(f"'{text}' is not a size of memory; give a size such as 24GB or 80GiB")
     size = int(float(found[1]) * _UNITS[found[2].lower()])
     if not size:
-        raise ConfigError(f"'{text}' is no memory; give a size such as 24GB or 80GiB")
+        raise ConfigError(f"'{text}' is less than one byte; give a size such as 24GB or 80GiB")
     return size

@@ -21,13 +21,13 @@ Examples:
 
 
 def recommend(
-    data: Annotated[str, typer.Option(help="Rows, as of a run")],
-    model: Annotated[str | None, typer.Option(help="Folder or hub name of the model: lengths in its tokens")] = None,
+    data: Annotated[str, typer.Option(help="Rows, as in a run")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of the model, to count tokens")] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory that a run must fit into, such as 24GB")] = None,
-    reward: Annotated[str | None, typer.Option(help="What scores samples, see docs/rewards.md")] = None,
-    judge: Annotated[str | None, typer.Option(help="What compares two samples, see docs/rewards.md")] = None,
+    reward: Annotated[str | None, typer.Option(help="Reward that scores samples, see docs/rewards.md")] = None,
+    judge: Annotated[str | None, typer.Option(help="Judge that compares two samples, see docs/rewards.md")] = None,
     columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
-    json: Annotated[Path | None, typer.Option(help="File for everything")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything to this file")] = None,
 ) -> None:
     """Show which installed methods the rows can serve, which to start with, and why; loads no model."""
     terminal.check_target("--json", json)
