@@ -188,7 +188,7 @@ def test_stop_on_ends_the_run_with_a_checkpoint_and_resuming_goes_on_to_the_same
     folder = settings["output"] / "parts"
     assert str(stopped.value) == (
         "alarm kl_high ended the run (stop_on): kl_high is 2.0, above 1. Lower `learning_rate`\n"
-        f"Stopped after step {at}; to continue all the same: alignkit run {folder / 'config.yaml'} --resume"
+        f"Stopped after step {at}; to continue anyway: alignkit run {folder / 'config.yaml'} --resume"
     )
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step-0000000{at}"]
     parts = alignkit.run("sft", name="parts", stop_on=["kl_high"], resume=True, **given)
@@ -259,7 +259,7 @@ def test_the_command_line_reports_why_and_exits_with_2(write_rows: Any, tiny: st
     last = ran.stderr.strip().splitlines()[-2:]
     assert last[0].startswith("error: alarm truncation ended the run (stop_on): step 1: ")
     assert "`sampling.max_new_tokens`" in last[0]
-    assert last[1].endswith(f"to continue all the same: alignkit run {tmp_path}/grpo-001/config.yaml --resume")
+    assert last[1].endswith(f"to continue anyway: alignkit run {tmp_path}/grpo-001/config.yaml --resume")
     assert "Traceback" not in ran.stderr
 
 

@@ -179,5 +179,5 @@ def test_a_role_that_was_not_declared_is_refused(tiny: str) -> None:
     method = alignkit_sft.SFT(alignkit_sft.SFT.Config())
     scorer = Scorer(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
     roles = Roles(method, scorer, scorer, None, 100)
-    with pytest.raises(PluginError, match=r"asked for the role 'reference' without declaring it"):
+    with pytest.raises(PluginError, match=r"used the role 'reference' without declaring it"):
         roles.reference(batch_of([example([5], [6])], Layout()))

@@ -21,13 +21,13 @@ VERDICTS = {"reward": "alignkit.demo.verdict:reward", "judge": "alignkit.demo.ve
 
 
 def offered() -> list[str]:
-    """Return the names of the methods that can align the demo's base: those that train a policy, but the base's own."""
+    """Return the methods that can align the demo's base: those that train a policy, except the base's own."""
     base = best("text")
     return [p.name for p in registry.plugins() if p.method and "policy" in p.method.trains and p.name != base]
 
 
 def best(kind: str, role: str = "policy") -> str:
-    """Return the installed method that trains a role on rows of a kind, the one of highest rank by its own advice.
+    """Return the installed method with the highest rank by its own advice that trains a role on rows of a kind.
 
     Raises PluginError where no such method is installed.
     """

@@ -3,7 +3,7 @@
     brief    " The fox is red."
     chatty   " What a lovely question! The fox is red. I hope that this helps!"
 
-Both are right, and the base model learns to use each about half of the time. The preferred style is the brief one.
+Both are right, and the base model learns to use each about half of the time. The brief style is preferred.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ loop.py        THE loop: steps, updates, checkpoints
 state.py       the state of a run, as plain data
 assemble.py    settings -> rows, models, reference, optimiser
 step.py        a step as a method sees it (alignkit.method.Context)
-roles.py       the models that a method may ask
+roles.py       the models that a method may call
 rollouts.py    prompts -> sampled and scored completions
 evaluation.py  held-out rows; early stopping
 averages.py    terms -> a loss, a gradient's share, means

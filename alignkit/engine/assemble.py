@@ -97,9 +97,9 @@ def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
         log_with=config.trackers or None,
         project_dir=str(config.output),
         kwargs_handlers=[
-            # buffers: training changes none, and ranks make different numbers of passes outside of the wrapper.
-            # unused parameters: while a critic warms up, the policy has no gradient.
-            # bucket view: one copy of the gradients instead of two
+            # buffers: training changes none, and ranks make different numbers of passes outside the wrapper.
+            # unused parameters: during a critic's warm-up the policy has no gradient.
+            # bucket view: keeps one copy of the gradients instead of two
             DistributedDataParallelKwargs(
                 broadcast_buffers=False, find_unused_parameters="critic" in method.roles(), gradient_as_bucket_view=True
             ),
@@ -157,7 +157,7 @@ def _trained_model(
     for name, value in method.model_settings().items():
         setattr(causal_lm(model).config, name, value)
     if kind == "classifier":
-        # transformers' classifier reads the token before the first padding token, so EOS may not be one
+        # transformers' classifier reads the token before the first padding token, so EOS must not be used as padding
         causal_lm(model).config.pad_token_id = _pad(tokenizer)
         return Valuer(model), came_with_adapter
     return Scorer(model, int(config.kept_logits_gib * 2**30)), came_with_adapter

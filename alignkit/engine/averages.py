@@ -59,7 +59,7 @@ def counts(batch: Batch, reduce: Reduce, weight: float = 1.0) -> dict[str, float
 def sum_terms(terms: Mapping[str, Term], batch: Batch, method: str) -> TermSums:
     """Sum each term over this micro-batch; a mask that `over` names is applied. method: its name, for messages.
 
-    Raises PluginError where a value has another shape than what it is averaged over, or `over` names no mask.
+    Raises PluginError where a value's shape does not match its extent `over`, or `over` names no mask.
     """
     out = {}
     for name, term in terms.items():

@@ -39,9 +39,7 @@ class Engine:
         return Result(metrics, one.save(), one.tokenizer, one.state.folder)
 
     def pipeline(self, stages: Sequence[Mapping[str, Any]], **settings: Any) -> PipelineResult:
-        """Run a chain of methods (docs/pipeline.md); `stages` are flat settings; the engine's and `settings` are
-        shared.
-        """
+        """Run a chain of methods (docs/pipeline.md). stages: flat settings. settings: shared, like the engine's."""
         return run_pipeline(Engine().run, stages, {**self.settings, **settings})
 
 

@@ -60,7 +60,7 @@ def evaluating(module: nn.Module, dropout: float) -> Iterator[None]:
 
 
 def patience_ended(state: RunState) -> bool:
-    """Whether `patience` evaluations in a row were no better than the best one."""
+    """Return whether `patience` evaluations in a row were no better than the best one."""
     return state.config.patience is not None and state.early.waited >= state.config.patience
 
 
@@ -71,9 +71,9 @@ def watch(state: RunState, step: int, values: Mapping[str, float]) -> None:
     """
     if state.config.patience is None or not values:
         return
-    # the loss of a method that samples does not tell: it is lowest before the first update
+    # the loss of a method that samples does not measure progress: it is lowest before the first update
     value = -values["eval/reward/mean"] if "eval/reward/mean" in values else values["eval/loss"]
-    if not value < state.early.best:  # nor where it is nan
+    if not value < state.early.best:  # also true where it is nan
         state.early.waited += 1
         return
     state.early.best, state.early.best_step, state.early.waited = value, step, 0
@@ -93,5 +93,5 @@ def take_best(state: RunState, step: int) -> bool:
         return False
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(state.parts.policy, dict[str, Any](found.tensors["model"]), options=options)
-    logger.info("the weights of step %d had the best evaluation: they are loaded again", found.step)
+    logger.info("restored the weights of step %d, which had the best evaluation", found.step)
     return True

@@ -85,7 +85,7 @@ class Loop:
         """Do one step of the data stream: collect once, then its updates. Returns the metrics of the last update."""
         started, state, parts = time.perf_counter(), self.state, self.state.parts
         config, ranks = state.config, parts.ranks
-        if state.method.dropout():  # drawn by step and rank, so that no rank's generator has to be resumed
+        if state.method.dropout():  # seeded by step and rank, so that no rank's generator has to be restored
             torch.manual_seed(seed_of(config.seed, 8, step * ranks.n + ranks.own))
         ctx = StepContext(state, step, parts.stream[step], seeded(config.seed, 2, step), number=step)
         batch = ctx.collect()
@@ -130,9 +130,7 @@ class Loop:
     def _backward(
         self, minibatch: Batch, weight: float, micros: list[Batch]
     ) -> tuple[dict[str, float], float, list[Batch]]:
-        """Compute the gradients of one update over all micro-batches and ranks: (metrics, gradient norm,
-        micro-batches).
-        """
+        """Compute the gradients of one update on all ranks; return (metrics, gradient norm, micro-batches)."""
         state, parts = self.state, self.state.parts
         accelerator, ranks = parts.accelerator, parts.ranks
         denominators = counts(minibatch, ranks.sum, weight)
@@ -210,7 +208,7 @@ class Loop:
         if alarm := log.alarm:
             reason = f"alarm {alarm.name} ended the run (stop_on): {alarm.message}. {alarm.remedy}"
         command = resume_command(self.state.folder)
-        return AlarmError(f"{reason}\nStopped after step {done}; to continue all the same: {command}")
+        return AlarmError(f"{reason}\nStopped after step {done}; to continue anyway: {command}")
 
     def _facts(self) -> dict[str, object]:
         state, parts = self.state, self.state.parts

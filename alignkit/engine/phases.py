@@ -46,7 +46,7 @@ class Run:
         return self.splits
 
     def build(self) -> RunState:
-        """Make the run's folder, load the models and fill the reference's cache. Raises AlignkitError."""
+        """Create the run's folder, load the models and fill the reference's cache. Raises AlignkitError."""
         accelerator = assemble.accelerator_for(self.config, self.method)
         folder = run_folder.create(self.config, accelerator)
         config = self.config.model_copy(update={"name": folder.name})

@@ -22,8 +22,8 @@ class Roles:
     """The models that a method may call; a role that it did not declare in `uses` is refused (PluginError).
 
     trained: the trained module, wrapped or not. plain: the same module unwrapped, for passes without a gradient.
-    max_tokens: of a micro-batch; the loop lowers it where memory runs out. temperature: that of sampling, and so of
-    scoring. autocast: entered around passes without a gradient.
+    max_tokens: of a micro-batch; the loop lowers it where memory runs out. temperature: of sampling and of scoring.
+    autocast: entered around passes without a gradient.
     """
 
     def __init__(
@@ -82,6 +82,6 @@ class Roles:
     def _check_declared(self, role: str) -> None:
         if role not in self._method.roles():
             raise PluginError(
-                f"method '{self._method.name}' asked for the role '{role}' without declaring it; "
+                f"method '{self._method.name}' used the role '{role}' without declaring it; "
                 f"add it: uses = frozenset({sorted({*self._method.uses, role})})"
             )

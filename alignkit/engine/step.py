@@ -33,7 +33,7 @@ class StepContext:
 
     @property
     def max_new_tokens(self) -> int:
-        """The longest that a sampled completion may be."""
+        """The length limit of a sampled completion."""
         return self.state.config.sampling.max_new_tokens
 
     @property
@@ -84,7 +84,7 @@ class StepContext:
 def shard(state: RunState, examples: Sequence[Example], keep: bool = True) -> Batch:
     """Return this rank's part of the examples, with the reference's log-probabilities where the method uses them.
 
-    keep: write what the reference computes into its cache; False for rows that no other run asks about.
+    keep: write what the reference computes into its cache; False for rows that no other run will score.
     """
     parts = state.parts
     batch = batch_of(parts.ranks.share(examples), parts.layout, parts.accelerator.device)

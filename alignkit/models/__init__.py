@@ -1,8 +1,8 @@
-"""Models: loading them, packing rows for them, and reading log-probabilities and numbers from them.
+"""Models: loading them, packing rows for them, and computing log-probabilities and scalar values with them.
 
 loading.py     tokenizer, model, adapters, dropout
 scoring.py     trunk, the positions that predict, head: log-probabilities of the targets
-values.py      models that say a number: reward models, critics
+values.py      models with a scalar output: reward models, critics
 critic.py      where PPO's critic comes from
 packing.py     how prompt trees share rows
 attention.py   the mask of a packed row

@@ -21,8 +21,7 @@ def attention_mask(rows: PackedRows, config: Any, dtype: torch.dtype) -> Any:
     """Return a transformers model's `attention_mask` for these rows.
 
     config: the text model's, with its attention implementation set. dtype: of an additive mask.
-    Padded rows get the plain mask int64 [R, T]; a forest a 4-D mask, a BlockMask, or a dict with one for each layer
-    type.
+    Padded rows get the plain mask int64 [R, T]; a forest gets a 4-D mask, a BlockMask, or a dict of one per layer type.
     """
     if rows.kind == "padded":
         return (rows.tree_ids >= 0).long()

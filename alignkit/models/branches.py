@@ -66,9 +66,7 @@ def branch_mask(rows: PackedRows, window: int | None = None) -> BranchMask:
 
 
 def _alike(rows: PackedRows) -> list[list[tuple[Tensor, Tensor]]]:
-    """Return (its tokens, the tokens they see) of each branch, grouped so that sizes in a group differ by less than
-    2x.
-    """
+    """Return (its tokens, the tokens they see) of each branch, in groups whose sizes differ by less than 2 times."""
     trees, branches = rows.tree_ids.flatten().cpu(), rows.branch_ids.flatten().cpu()
     # tree numbers are unique over all rows; only padding continues from one row to the next
     _, lengths = torch.stack([trees, branches]).unique_consecutive(dim=1, return_counts=True)

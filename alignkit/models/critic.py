@@ -36,8 +36,7 @@ def with_critic(
     elif theirs != ours:
         raise ConfigError(
             f"the critic has a vocabulary of {theirs} tokens and the policy one of {ours}, but both must share a "
-            "tokenizer; "
-            f"use critic: policy, or a reward model trained from the same base"
+            "tokenizer; use critic: policy, or a reward model trained from the same base"
         )
     # a reward model's head scores whole answers, in its own units
     nn.init.zeros_(number_head(model).get_parameter("weight"))

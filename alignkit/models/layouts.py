@@ -108,7 +108,6 @@ def choose_layout(scorer: Probed, examples: Sequence[Example], config: RunConfig
             raise ModelError(f"alignkit cannot score tokens with {name}: {problem}")
         raise ModelError(
             f"alignkit's scores disagree with {name}'s own forward pass ({problem}); its head may apply a logit "
-            "transform "
-            f"that alignkit does not know"
+            "transform that alignkit does not know"
         )
     return padded

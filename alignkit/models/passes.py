@@ -65,7 +65,7 @@ def _in_parts(score: Callable[[Batch], Outputs], numbered: Batch, max_tokens: in
 
 
 def in_step(parts: list[Batch], ranks: Ranks) -> Iterator[tuple[Batch, float]]:
-    """Yield (part, 1.0), and after them the last part with weight 0.0, until this rank made as many as the busiest.
+    """Yield (part, 1.0), and after them the last part with weight 0.0, until this rank has made as many as the busiest.
 
     A forward pass of a sharded model and a backward pass under data parallelism must be made by all ranks or by none.
     """

@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 def part_of(items: Sequence[T], rank: int, ranks: int) -> Sequence[T]:
-    """Return a rank's part of a list that all ranks have: every n-th item, beginning with its own number."""
+    """Return a rank's part of a list that all ranks have: every n-th item, starting at its own number."""
     return items[rank::ranks]
 
 
 class Ranks:
     """The ranks (processes) of a run, seen from one of them; every method must be called by all ranks or by none.
 
-    n: how many there are. own: the number of this one, from 0. accelerator: Accelerate's, None for a single process.
+    n: the number of ranks. own: the number of this one, from 0. accelerator: Accelerate's, None for a single process.
     """
 
     def __init__(self, accelerator: Any = None) -> None:

@@ -85,9 +85,7 @@ def head(
 
 
 def inside_adapter(layer: Any) -> Any:
-    """Return the layer that peft's wrapper uses; a low-rank layer, which computes its own product, is returned as
-    is.
-    """
+    """Return the layer that peft's wrapper uses, or a low-rank layer itself, because it computes its own product."""
     # peft: a head trained in full is a copy next to the original; one with low-rank updates has it as base_layer
     if hasattr(layer, "modules_to_save"):
         active = [] if layer.disable_adapters else layer.active_adapters
@@ -182,6 +180,5 @@ def check_causal(model: nn.Module, example: Example, device: torch.device) -> No
     if change.numel() and float(change.abs().max()) > (1e-4 if _is_exact(model, device) else 0.02):
         raise ModelError(
             f"{type(causal_lm(model)).__name__} sees the tokens that it predicts, as masked language models such "
-            "as BERT "
-            f"do; give a causal language model"
+            "as BERT do; give a causal language model"
         )

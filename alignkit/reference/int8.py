@@ -1,8 +1,8 @@
 """An 8-bit reference: LLM.int8 by bitsandbytes, in memory, with the outlier threshold at 0.
 
-The threshold is not a taste. With bitsandbytes' default of 6, the columns that count as outliers are found over the
-whole batch, so what a model says about a sequence depends on its batch-mates; a cache of such values would be wrong.
-At 0 every token is quantised by itself.
+The threshold is not a matter of taste. With bitsandbytes' default of 6, outlier columns are found over the whole batch,
+so the values of a sequence depend on the other sequences of its batch, and a cache of such values would be wrong. At 0
+every token is quantised by itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from alignkit.errors import ConfigError, ModelError
 
 
 def to_int8(model: nn.Module) -> nn.Module:
-    """Convert every linear layer but the output embeddings to 8 bit, in place; freeze, put into evaluation, return.
+    """Convert every linear layer but the output embeddings to 8 bit, in place; return it frozen, in evaluation mode.
 
     Needs about 1/4 of float32's memory for those layers. GPT-2's Conv1D layers are converted too. Convert a model on
     the device where it is to run: bitsandbytes loses a layer's scales when a model that has run is moved.

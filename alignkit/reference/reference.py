@@ -68,7 +68,7 @@ class Reference:
             )
 
     def release(self) -> None:
-        """Drop the policy in mode "cached": it is trained from now on, so it no longer is the reference."""
+        """Drop the policy in mode "cached": it is trained from now on, so it is no longer the reference."""
         if self.mode == "cached":
             self._scorer = None
 
