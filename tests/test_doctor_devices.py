@@ -45,7 +45,7 @@ def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "LITTLE", 2**60)
-    assert any("of memory are free" in t.what for t in troubles(devices.devices))
+    assert any("of memory is free" in t.what for t in troubles(devices.devices))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_one_gpu_that_fails_does_not_hide_the_others(monkeypatch: pytest.MonkeyP
         (0, "580.65.06\n580.65.06\n", "580.65.06", ""),
         (0, "No devices were found\n", "", "No devices were found"),
         (18, "Failed to initialize NVML: Driver/library version mismatch\nmore", "", "Failed to initialize NVML: "),
-        (9, "", "", "it prints nothing"),
+        (9, "", "", "it printed nothing"),
     ],
 )
 def test_the_output_of_nvidia_smi(
@@ -204,7 +204,7 @@ def test_what_triton_compiles_with(
 def test_kernels_that_are_wrong_or_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     true = alignkit_kernels.selective_logps
     monkeypatch.setattr(alignkit_kernels, "selective_logps", lambda logits, targets: true(logits, targets) + 1e-3)
-    assert "are 0.001 nats off" in one(kernels.kernels).what
+    assert "are wrong by 0.001 nats" in one(kernels.kernels).what
 
     def refused(logits: Any, targets: Any) -> Any:
         raise RuntimeError("no kernel image is available for execution on the device\nmore")

@@ -1,1 +1,1 @@
-"""What looks at runs, data and models: it reads what they leave, and the engine never imports it."""
+"""Tools that examine runs, data and models; the engine never imports them."""

@@ -79,9 +79,7 @@ class Rewards:
 
 
 def build_rewards(spec: Any, device: Device = "cpu") -> Rewards:
-    """Load the rewards of a spec (see docs/rewards.md), models onto `device`. Raises as `check_rewards`, and
-    ModelError.
-    """
+    """Load the rewards of a spec (docs/rewards.md), models onto `device`. Raises as `check_rewards`, and ModelError."""
     return Rewards(_parts(spec), device)
 
 

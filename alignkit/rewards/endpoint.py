@@ -53,13 +53,13 @@ class Endpoint(Options):
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> Self:
-        # checked for the whole: the message of a field's validator would print its value
+        # checked on the whole model: the error of a field's validator would print the value
         if httpx2.URL(self.url).userinfo:
             raise ValueError(
                 "url contains a password; put it in an environment variable, and set key_env to the variable's name"
             )
         if "?" in self.url or "#" in self.url:
-            raise ValueError("url has a query (?...) or a fragment (#...); give the base only, and a key by key_env")
+            raise ValueError("url has a query (?...) or a fragment (#...); give the base only, and the key by key_env")
         if self.key_env is not None and not os.environ.get(self.key_env):
             raise ValueError("key_env is the NAME of the environment variable that holds the key; it is not set")
         return self
@@ -76,7 +76,7 @@ class Endpoint(Options):
         found = {key: cache.get(key) for key in keys}
         missing = {key: q for key, q in zip(keys, questions, strict=True) if found[key] is None}
         slots = asyncio.Semaphore(self.concurrency)
-        limits = httpx2.Limits(max_connections=None)  # the semaphore limits them: waiting for it is no time-out
+        limits = httpx2.Limits(max_connections=None)  # the semaphore limits them: waiting for it must not time out
 
         async def fill(client: httpx2.AsyncClient, key: str, question: Messages) -> None:
             async with slots:

@@ -41,7 +41,7 @@ class Judgements:
         self._run("CREATE TABLE IF NOT EXISTS judgements (key TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
 
     def get(self, key: str) -> str | None:
-        """Return the reply to a question, None where there is none."""
+        """Return the reply to a question, None where it is not stored."""
         found = self._run("SELECT reply FROM judgements WHERE key = ?", key)
         return str(json.loads(found[0][0])) if found else None
 

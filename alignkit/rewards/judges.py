@@ -16,7 +16,7 @@ from alignkit.rewards.spec import JUDGE, Device, leaf, number
 
 
 class Judge(Protocol):
-    """Compares completions; `build_judge` makes it."""
+    """Compares completions; `build_judge` creates it."""
 
     def wins(self, first: Answers, second: Answers) -> list[float]:
         """Return P(first wins) of S pairs of answers to the same prompts, from 0 to 1. Raises RewardError."""

@@ -173,8 +173,7 @@ def _target(use: Any, kind: Kind) -> tuple[Any, str]:
         known = [*kind.built_in, *installed]
         raise ConfigError(
             f"no {kind.word} is called '{use}'.{nearest(use, known)} Names: {', '.join(sorted(known))}; write a "
-            "function as "
-            f"'module:function', a model as its folder"
+            "function as 'module:function', a model as its folder"
         )
     try:
         check_folder(use, pairwise=kind is JUDGE)

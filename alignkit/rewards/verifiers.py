@@ -158,7 +158,7 @@ class Length(Options):
     @model_validator(mode="after")
     def _is_a_window(self) -> Self:
         if self.min > self.max:
-            raise ValueError(f"min is {self.min} and max {self.max}; no completion is that long")
+            raise ValueError(f"min is {self.min} and max {self.max}; give a min that is not above max")
         return self
 
     def __call__(self, lengths: Sequence[int]) -> list[float]:

@@ -54,9 +54,7 @@ def distinct(sampled: Sequence[Sequence[Sampled]], n: int = 2) -> tuple[int, int
 
 
 def with_placeholders(examples: Sequence[Example], sampling_tokens: int) -> list[Example]:
-    """Return the prompts with two artificial completions each, for the probe of the model before anything is
-    sampled.
-    """
+    """Return the prompts with two artificial completions each, to probe the model before anything is sampled."""
     return [
         replace(e, completions=tuple(Completion(e.prompt[-n:].clone()) for n in (min(sampling_tokens, 8), 3)))
         for e in examples

@@ -37,8 +37,7 @@ FILE = "pipeline.yaml"
 class StageResult:
     """A finished stage. seconds: of the call that finished it, None where unknown.
 
-    metrics: the last value of each HEADLINE metric that the run logged, on held-out rows where it has them
-    ("eval/...").
+    metrics: the last value of each logged HEADLINE metric, on held-out rows ("eval/...") where the run has them.
     """
 
     stage: str

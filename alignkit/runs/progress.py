@@ -1,4 +1,4 @@
-"""What a person sees of a run (a live bar on a terminal, plain lines elsewhere), and how it is stopped by a signal."""
+"""The display of a run: a live bar on a terminal, plain lines elsewhere. And the signals that stop it."""
 
 from __future__ import annotations
 

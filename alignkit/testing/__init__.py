@@ -1,4 +1,4 @@
-"""The conformance kit: one import and one class check a method for everything that the engine relies on.
+"""The conformance kit: one import and one class check everything about a method that the engine relies on.
 
     from alignkit.testing import *
     from alignkit_mine import Mine

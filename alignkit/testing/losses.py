@@ -73,7 +73,7 @@ class LossChecks(Suite):
 
     @only_for("text", "pairs", "unpaired")
     def test_ties_count_half(self, config: dict[str, Any]) -> None:
-        """On equal answers an accuracy is one half, where the method logs one."""
+        """An accuracy that the method logs is one half on equal answers."""
         bench = Bench(self.made(config))
         bench.models.reference_scorer = bench.models.policy_scorer
         tie = same_answers(self.method.data)

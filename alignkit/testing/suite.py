@@ -59,7 +59,7 @@ class Suite:
         for name in tests if hasattr(cls, "method") else ():
             data, _ = getattr(getattr(cls, name), "only_for", (None, None))
             if data is not None and cls.method.data not in data:
-                setattr(cls, name, None)  # pytest collects what can be called: a check that cannot apply is no skip
+                setattr(cls, name, None)  # not collected by pytest: a check that does not apply is not a skip
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:

@@ -77,7 +77,7 @@ def sections(audit: Audit) -> Iterator[Section]:
     ]
     yield Section(f"lengths in {audit.unit}", tuple(_budget_lines(audit)), (("", columns, lengths),))
     if audit.biases:
-        yield Section("what the preferences favour", (), (_biases("chosen", audit.biases),))
+        yield Section("features that the preferences favour", (), (_biases("chosen", audit.biases),))
     if audit.reward:
         yield from _reward_sections(audit.reward)
 
@@ -113,7 +113,7 @@ def _reward_sections(reward: RewardAudit) -> Iterator[Section]:
             f"agrees with {reward.accuracy:.1%} of the preferences ({between}); ties, counted half: {reward.ties}"
         )
     tables = (_biases("higher score", reward.biases),) if reward.biases else ()
-    yield Section(f"what the reward '{reward.reward}' favours", tuple(lines), tables)
+    yield Section(f"features that the reward '{reward.reward}' favours", tuple(lines), tables)
     yield Section(
         "the same answer, changed",
         ("the change of its score, in standard deviations of the scores",),

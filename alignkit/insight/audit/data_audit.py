@@ -1,4 +1,4 @@
-"""audit(): what to know about a data set, and about a reward on it, before training."""
+"""audit(): facts about a data set, and about a reward on it, to know before training."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _BEST = {form.name: form.kinds[0] for form in FORMS}
 
 @dataclass(frozen=True)
 class Audit:
-    """What `audit` found.
+    """The result of `audit`.
 
-    kind: what the rows were read as, the richest kind that their form serves; serves: all kinds that it serves. total,
-    kept: rows of the source, and rows that a method reads. dropped: reason -> rows. labels: numbers of desirable and
-    undesirable rows, None for other kinds. shared: held-out rows whose prompt is trained on, None without held-out
+    kind: the kind that the rows were read as, the richest that their form serves; serves: all kinds that it serves.
+    total, kept: rows of the source, and rows that a method reads. dropped: reason -> rows. labels: numbers of desirable
+    and undesirable rows, None for other kinds. shared: held-out rows whose prompt is trained on, None without held-out
     rows. unit: of the lengths. budgets: what a run would cut, None without a tokenizer. biases: of the preferences,
     empty without pairs.
     """

@@ -1,4 +1,4 @@
-"""Findings: what is beyond chance, each with a remedy."""
+"""Findings: effects that are beyond chance, each with a remedy."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def row_findings(repeats: Repeats, shared: Sequence[int] | None, budgets: Budget
     if repeats.contradictions:
         rows = _listed([f"{a} and {b}" for a, b in repeats.contradictions])
         yield Finding(
-            f"{_times(len(repeats.contradictions), 'row says', 'rows say')} the opposite of another row (rows {rows})",
-            "decide for one of the two; where noise must stay, see the methods and settings of `alignkit recommend`",
+            f"{_times(len(repeats.contradictions), 'row contradicts', 'rows contradict')} another row (rows {rows})",
+            "keep one of the two; if the noise must stay, see the methods and settings of `alignkit recommend`",
         )
     if repeats.duplicates:
         n = len(repeats.duplicates)

@@ -1,4 +1,4 @@
-"""The best of n samples: as answers, as training data, and as a curve of what optimising a reward would give.
+"""The best of n samples: as answers, as training data, and as a curve that shows the effect of optimising a reward.
 
 selection.py         best_of_n(): samples, scores, and which of them are best and worst
 curve.py             the expected best of k, for every k up to n, against its KL

@@ -1,6 +1,6 @@
-"""What this machine has, what of it a run uses and why, and what is wrong with it: `alignkit doctor`.
+"""`alignkit doctor`: what this machine has, which parts of it a run uses and why, and what is wrong with it.
 
-probe.py      what a probe finds; what is private in it
+probe.py      facts and troubles, without private data
 versions.py   versions, against what alignkit and its plugins need
 devices.py    processors, memory, GPUs
 kernels.py    the kernels of each device

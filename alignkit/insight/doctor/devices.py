@@ -55,10 +55,10 @@ def _unused(torch: Any, driver: str, failure: str) -> Iterator[Trouble]:
         yield Trouble("problem" if present else "warn", f"nvidia-smi fails: {failure}", remedy)
     elif driver and torch.version.cuda is None:
         remedy = "install a CUDA build of torch: see the selector on PyTorch's page"
-        what = f"there is an NVIDIA GPU, and this torch is built for {_built_for(torch)}"
+        what = f"there is an NVIDIA GPU, but this torch is built for {_built_for(torch)}"
         yield Trouble("problem", what, remedy)
     elif driver:
-        what = f"there is an NVIDIA GPU, and torch for CUDA {torch.version.cuda} cannot use it"
+        what = f"there is an NVIDIA GPU, but torch for CUDA {torch.version.cuda} cannot use it"
         yield Trouble("problem", what, "upgrade the driver, or check CUDA_VISIBLE_DEVICES")
 
 
@@ -70,7 +70,7 @@ def _memory() -> Iterator[Fact | Trouble]:
     total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     yield Fact("memory of the machine", f"{terminal.size(total)}, {terminal.size(free)} free")
     if free < LITTLE:
-        what = f"only {terminal.size(free)} of memory are free"
+        what = f"only {terminal.size(free)} of memory is free"
         yield Trouble("warn", what, "end other programs, or plan first: alignkit plan config.yaml")
 
 
@@ -106,7 +106,7 @@ def _driver() -> tuple[str, str]:
         ran = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", first_line(error)
-    line = next((line.strip() for line in (ran.stdout + ran.stderr).splitlines() if line.strip()), "it prints nothing")
+    line = next((line.strip() for line in (ran.stdout + ran.stderr).splitlines() if line.strip()), "it printed nothing")
     if ran.returncode == 0 and re.fullmatch(r"\d+(\.\d+)*", line):
         return line, ""
     return "", line[:300]

@@ -20,7 +20,7 @@ from alignkit.insight.doctor.versions import versions
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What each probe found."""
+    """The results of all probes."""
 
     parts: tuple[Part, ...]
 

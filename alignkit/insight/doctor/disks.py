@@ -43,7 +43,7 @@ def _space(name: str, path: Path, remedy: str) -> Iterator[Fact | Trouble]:
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield Trouble("problem", f"{name}: {existing} cannot be written", remedy)
     if free < LOW:
-        what = f"{name}: only {terminal.size(free)} are free at {existing}"
+        what = f"{name}: only {terminal.size(free)} is free at {existing}"
         remedy = "remove what is not needed (old checkpoints in runs/*/checkpoints), or use another disk"
         yield Trouble("problem" if free < EMPTY else "warn", what, remedy)
 

@@ -58,10 +58,10 @@ def _reason(backend: Any, place: Any, triton: bool) -> str:
 
 
 def _has_compiler() -> bool:
-    """Return whether Triton finds what it compiles with, where triton.runtime.build looks for it."""
+    """Return whether Triton finds a compiler and headers, where triton.runtime.build looks for them."""
     named, scheme = os.environ.get("CC"), sysconfig.get_default_scheme()
     found = any(shutil.which(name) for name in ([named] if named else ["gcc", "clang"]))
-    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own, whose folder has no headers
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own scheme, whose folder has no headers
     return found and Path(sysconfig.get_paths(scheme)["include"], "Python.h").is_file()
 
 
@@ -81,5 +81,5 @@ def _check(torch: Any, selective_logps: Any, place: Any) -> Iterator[Trouble]:
         yield _failed(place, error)
         return
     if not (off := (found - expected).abs().max().item()) <= TOLERANCE:
-        what = f"the kernels on {place} are {off:.2g} nats off"
+        what = f"the kernels on {place} are wrong by {off:.2g} nats"
         yield Trouble("problem", what, "export ALIGNKIT_KERNELS=eager, and report this text as a bug")

@@ -9,7 +9,7 @@ from alignkit.insight.doctor.probe import Fact, Trouble
 
 
 def plugins() -> Iterator[Fact | Trouble]:
-    """Yield every method, reward, judge and listener that is installed, and which cannot be used."""
+    """Yield every installed method, reward, judge and listener, and those that cannot be used."""
     from alignkit import registry
     from alignkit.errors import PluginError
 

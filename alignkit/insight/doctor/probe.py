@@ -1,4 +1,4 @@
-"""What a probe finds: facts and troubles. A probe may fail in any way; what it had found by then is kept."""
+"""The results of a probe: facts and troubles. A probe may fail in any way; its results until then are kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 Severity = Literal["ok", "warn", "problem"]
 
 _IN_A_PATH = re.compile(r"[/\\][^/\\\s]+|[^/\\\s]+(?=[/\\])")
-# accounts that identify nobody, and are folders' names too
+# account names that identify nobody, and that are also names of folders
 _IMPERSONAL = {
     "admin", "app", "data", "home", "jovyan", "models", "nobody", "root", "runner", "ubuntu", "user", "work",
     "workspace",
@@ -28,7 +28,7 @@ class Fact(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """What is wrong, or may be; and what to do about it."""
+    """Something that is wrong, or may be, and what to do about it."""
 
     severity: Literal["warn", "problem"]
     what: str
@@ -40,7 +40,7 @@ Probe = Callable[[], Iterator[Fact | Trouble]]
 
 @dataclass(frozen=True)
 class Part:
-    """What one probe found."""
+    """The results of one probe."""
 
     title: str
     facts: tuple[Fact, ...]
@@ -55,7 +55,7 @@ class Part:
 
 
 def run(title: str, probe: Probe) -> Part:
-    """Run a probe; where it fails, that is a trouble of the part."""
+    """Run a probe; a failure of the probe is a trouble of the part."""
     found: list[Fact | Trouble] = []
     try:
         found.extend(probe())  # what it yields before it fails is kept

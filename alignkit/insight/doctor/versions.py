@@ -49,15 +49,15 @@ def installed(name: str) -> str | None:
 
 
 def _distributions() -> list[str]:
-    """alignkit's distributions, those whose plugins it finds, and torch."""
+    """Return alignkit's distributions, those whose plugins it finds, and torch."""
     groups = ("alignkit", "alignkit.rewards", "alignkit.judges", "alignkit.listeners")
-    # what an interrupted installation left has no name
+    # a distribution that an interrupted installation left has no name
     owners = {e.dist.name for group in groups for e in entry_points(group=group) if e.dist and e.dist.name}
     return ["alignkit", "alignkit-kernels", *sorted(owners - {"alignkit"}), "torch"]
 
 
 def _unmet(owner: str) -> Iterator[Trouble]:
-    """Yield the requirements of a distribution that are not met, optional ones too; of torch's that of triton only."""
+    """Yield the unmet requirements of a distribution, optional ones too; for torch, only its requirement of triton."""
     from packaging.requirements import Requirement
 
     for text in (distribution(owner).requires or ()) if installed(owner) else ():
