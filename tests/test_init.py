@@ -114,7 +114,7 @@ def test_rows_that_fill_no_step_are_refused(
     data = write_rows([{"prompt": "a", "completion": "b", "label": label}])
     code, _, err = command("init", "--method", "kto", "--data", data, "--model", tiny)
     assert code == 2
-    assert "'kto' cannot be used: a step of it needs at least 2 rows, and the data has 1" in err
+    assert "'kto' cannot be used: its steps need at least 2 rows, but the data has 1" in err
     assert not Path("config.yaml").exists()
 
 

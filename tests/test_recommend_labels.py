@@ -94,7 +94,7 @@ def test_labels_that_say_nothing_are_said_to_and_nothing_is_made_of_them(against
     found = recommend([row for i in range(100) for row in judged(i, True, i >= against)])
     assert not values(found).keys() & {"label_smoothing", "loss_type"}
     assert said in found.cautions[0]
-    assert "The labels say (almost) nothing, and no setting solves that. Look at the data first" in found.cautions[0]
+    assert "The labels carry almost no information, and no setting solves that. Look at the data first" in found.cautions[0]
     assert found.describe()["cautions"] == found.cautions
     text = lines(found)
     assert text.index(f"[bold]warning:[/bold] {found.cautions[0]}") < next(

@@ -1,4 +1,4 @@
-"""Write the HTML pages of the insight tools: one style, one file, nothing loaded from elsewhere, no scripts."""
+"""The HTML pages of the insight tools: one style, one file, nothing loaded from elsewhere, no scripts."""
 
 from __future__ import annotations
 

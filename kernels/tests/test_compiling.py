@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import importlib
 import json
 import os
@@ -44,9 +45,15 @@ def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
     pytest.importorskip("triton")
-    file = tmp_path_factory.mktemp("compiled") / "results.json"
-    done = python(HERE / "compiling.py", "--json", file)
-    assert file.exists(), done.stderr[-3000:]
+    # xdist's workers share the folder above their own: the first one compiles, on all cores, and the others wait
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    file = folder / "compiled.json"
+    with (folder / "compiled.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            done = python(HERE / "compiling.py", "--json", file)
+            assert file.exists(), done.stderr[-3000:]
     return {(r["case"], r["target"]): r for r in json.loads(file.read_text())}
 
 

@@ -6,7 +6,7 @@ lengths.py       lengths, and what budgets cut
 features.py      features of an answer other than content; how to add and remove them
 bias.py          whether the preferred answer has more of a feature
 reward_audit.py  the same for a reward's scores, and the effect of changing an answer
-findings.py      what is beyond chance, as sentences
+findings.py      effects beyond chance, as sentences
 audit_output.py  terminal, JSON, HTML
 """
 

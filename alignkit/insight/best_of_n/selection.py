@@ -40,7 +40,7 @@ USED = (
 class Samples:
     """A prompt with its n samples. golds: None without a gold reward. ended: False where max_new_tokens cut the sample.
 
-    prompt_cut: whether max_prompt_tokens left the model only the end of the prompt; rewards and files have all of it.
+    prompt_cut: whether max_prompt_tokens left the model only the end of the prompt; rewards and files have the whole prompt.
     """
 
     row: int
@@ -53,18 +53,18 @@ class Samples:
 
     @property
     def best(self) -> int:
-        """The sample with the highest reward, the first of equals."""
+        """The sample with the highest reward, the first one if several have it."""
         return max(range(len(self.rewards)), key=lambda i: self.rewards[i])
 
     @property
     def worst(self) -> int:
-        """The sample with the lowest reward, the first of equals."""
+        """The sample with the lowest reward, the first one if several have it."""
         return min(range(len(self.rewards)), key=lambda i: self.rewards[i])
 
 
 @dataclass(frozen=True)
 class BestOfN:
-    """All samples, and the curve of the best; reward, gold: names of what scored them."""
+    """All samples, and the curve of the best; reward, gold: the names of these rewards."""
 
     model: str
     n: int
@@ -88,9 +88,8 @@ def best_of_n(
     """Sample n completions of each prompt, and score them.
 
     model: folder or hub name of a model, an adapter, or a run. data: rows with prompts, of which at most `limit`
-    are used. reward, gold: specs (docs/rewards.md); samples are chosen by the reward; the gold reward only measures.
-    settings: settings of a run that are in USED, such as {"sampling.temperature": 0.8, "seed": 1}. Raises
-    AlignkitError.
+    are used. reward, gold: specs (docs/rewards.md); the reward chooses samples, the gold reward chooses nothing.
+    settings: those in USED, such as {"sampling.temperature": 0.8, "seed": 1}. Raises AlignkitError.
     """
     if n < 1:
         raise ConfigError(f"n is {n}; give 1 or more")

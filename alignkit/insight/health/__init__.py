@@ -2,7 +2,7 @@
 
 detectors.py         one function per alarm over the history
 history.py           values at the start and now
-completion_stats.py  what completions add to the metrics
+completion_stats.py  statistics of completions, in addition to the metrics
 alarm_messages.py    message and remedies of each alarm
 monitor.py           all detectors over the lines of one run
 watch.py             a monitor that reads the folder of a run

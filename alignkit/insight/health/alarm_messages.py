@@ -41,7 +41,7 @@ def _has(name: str, settings: Mapping[str, Any]) -> bool:
 
 SLOWER = ("learning_rate", "lower {}")
 HELD = ((".beta", "raise {}"), (".tau", "raise {}"))
-OTHER_REWARD = ("reward", "fix {}: read in completions.jsonl what it favours")
+OTHER_REWARD = ("reward", "fix {}: see in completions.jsonl what it favours")
 BOTH = ("reward", "add what is missing to {}, or use an ensemble")
 SHORTER = ("max_steps", "stop earlier by {}")
 
@@ -90,7 +90,7 @@ DETECTORS = (
         (SLOWER, (".rpo_alpha", "set {} to 1"), (".sft_weight", "set {} to 1"), (".alpha", "raise {}"), SHORTER),
     ),
     Detector(
-        d.zero_variance, "{value:.0%} of the prompts have completions that all have the same score, above {limit:.0%}: "
+        d.zero_variance, "the completions of {value:.0%} of the prompts all have the same score, above {limit:.0%}: "
         "nothing is learned from them",
         (("reward", "use a {} with finer steps"), ("data", "use other prompts in {}"), (".group_size", "raise {}")),
         evaluations=False,

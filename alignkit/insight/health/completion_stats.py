@@ -12,16 +12,16 @@ NGRAM, OPENING = 4, 3  # words, or characters
 
 
 def repetition(text: str) -> float:
-    """Return the part of a text's 4-grams that repeat earlier ones; 0 for a text without 4-grams."""
+    """Return the fraction of a text's 4-grams that repeat earlier ones; 0 for a text without 4-grams."""
     units = words(text)
     grams = [tuple(units[i : i + NGRAM]) for i in range(len(units) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def same_opening(rows: Sequence[Row]) -> float | None:
-    """Return the part of the prompts answered with the most common first words; None with fewer than four prompts.
+    """Return the fraction of the prompts answered with the most common first words; None with fewer than four prompts.
 
-    Each prompt counts once, by the part of its completions that begin so.
+    Each prompt counts once, by the fraction of its completions that begin with these words.
     """
     by_prompt: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     for row in rows:
@@ -36,7 +36,7 @@ def same_opening(rows: Sequence[Row]) -> float | None:
 
 
 def dead_groups(rows: Sequence[Row], best: float, worst: float) -> float | None:
-    """Return the part of the prompts whose completions all have the same score; None where no prompt has several.
+    """Return the fraction of the prompts whose completions all have the same score; None where no prompt has several.
 
     best, worst: rewards of the run so far. A prompt whose completions all have the best reward is solved and does not
     count, unless the run has had no other reward.

@@ -1,6 +1,6 @@
 """Detectors of faults in a run: for each alarm a pure function over the history.
 
-A function has its alarm's name. It gets the history, the alarm's limit and all limits, and returns the value that is
+A function has its alarm's name. It takes the history, the alarm's limit and all limits, and returns the value if it is
 beyond the limit, else None. Its message is in `alarm_messages.py`.
 """
 
@@ -13,11 +13,9 @@ from alignkit.alarms import Health
 from alignkit.insight.health.history import History
 
 AFTER_WARMUP = 20  # steps at the full learning rate, after which a policy has moved
-SPIKE = (
-    6  # times the second largest of the earlier norms: where these vary widely, or one spiked, the median means little
-)
+SPIKE = 6  # times the second largest of the earlier norms: the median means little where they vary widely, or one spiked
 NOISE = 3  # standard errors that a change must exceed
-GROWN = {"repetition": 0.1, "opening": 0.25}  # what the base does too is its style, not a collapse
+GROWN = {"repetition": 0.1, "opening": 0.25}  # a habit that the base has too is its style, not a collapse
 
 
 def kl_high(h: History, limit: float, _: Health) -> float | None:
@@ -52,7 +50,7 @@ def distinct(h: History, limit: float, _: Health) -> float | None:
     ratio, growth = h.ratio("completion/distinct_2"), h.ratio("completion/length")
     if ratio is None:
         return None
-    # longer texts repeat more of their pairs anyway, about with the root of their length (Heaps' law)
+    # longer texts repeat more of their pairs anyway, about by the square root of their length (Heaps' law)
     return _below(ratio * math.sqrt(max(growth or 1.0, 1.0)), limit)
 
 

@@ -35,7 +35,7 @@ class History:
             self._rate, self.warm_at = values["lr"], max(step, self.warm_at)
 
     def start(self, name: str) -> float | None:
-        """Return the mean of the first lines; None until as many have followed, which `now` averages."""
+        """Return the mean of the first lines; None until as many lines have followed, which `now` averages."""
         first = self._first.get(name, [])
         return statistics.fmean(first[: self.window]) if len(first) == 2 * self.window else None
 
@@ -58,7 +58,7 @@ class History:
         return self._recent(name, RECENT + 1)[:-1]
 
     def last(self, name: str) -> float | None:
-        """Return the last value, None if there is none."""
+        """Return the last value, None before the first line with it."""
         return next(iter(self._recent(name, 1)), None)
 
     def grows(self, name: str) -> bool:

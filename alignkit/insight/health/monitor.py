@@ -31,7 +31,7 @@ class Monitor:
         self._before: deque[Sequence[Row]] = deque(maxlen=limits.window - 1)
 
     def see(self, step: int, metrics: Mapping[str, Any], completions: Sequence[Row] = ()) -> list[Alarm]:
-        """Add a line of metrics and the completions of its step; return what is wrong now, reported before or not."""
+        """Add a line of metrics and the completions of its step; return all current alarms, reported before or not."""
         prefix = "" if of_training(metrics) else EVAL
         history = self._histories[not prefix]
         values = {

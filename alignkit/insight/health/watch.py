@@ -31,7 +31,7 @@ class Watch:
         return watch
 
     def see(self, step: int, metrics: Mapping[str, Any]) -> list[Alarm]:
-        """Return what is wrong at a line."""
+        """Return the alarms at a line."""
         return self._monitor.see(step, metrics, self._rows(step, of_training(metrics))) if self._enabled else []
 
     def _rows(self, step: int, trained: bool) -> list[Row]:
@@ -71,7 +71,7 @@ def replay(folder: Path, changes: Mapping[str, Any] | None = None) -> list[tuple
         raise ConfigError(f"health in {folder / 'config.yaml'}, or --set: {error}") from None
     lines = read_metrics(folder)
     if not lines:
-        raise DataError(f"{folder / 'metrics.jsonl'} is empty: the run did no step")
+        raise DataError(f"{folder / 'metrics.jsonl'} is empty: the run has done no step")
     watch = Watch(folder, limits, settings)
     found: dict[str, tuple[int, Alarm]] = {}
     for line in lines:

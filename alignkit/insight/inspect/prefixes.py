@@ -69,7 +69,7 @@ def reward_prefixes(reward: Any, text: str, prompt: Content = "") -> Prefixes:
 def prefix_scores(model: Classifier, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
     """Return the model's score of the prompt followed by 0, 1, ... all of the tokens, each prefix on its own.
 
-    A causal model scores all prefixes in one pass; whether it is causal is checked on two prefixes.
+    A causal model scores all prefixes in one pass; two prefixes show whether it is causal.
     """
     sequences = [[*prompt, *ids[:n]] for n in range(len(ids) + 1)]
     try:

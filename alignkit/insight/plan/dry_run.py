@@ -1,6 +1,6 @@
 """One step of a run with models that have no data: the run's own code collects, scores and updates; memory is counted.
 
-What a run samples, scores or reads from its cache is random here, in the same shapes.
+Samples, scores and cached values are random here, in the shapes that a run has.
 """
 
 from __future__ import annotations
@@ -109,8 +109,10 @@ def collect(
 
 
 def learn(method: Method[Any], module: nn.Module, micro: Batch, roles: Roles, ledger: Ledger) -> dict[str, int]:
-    """Compute loss and gradients; return the bytes by label at the peak before the first gradient of a layer exists:
-    from then on activations are freed and gradients allocated."""
+    """Compute loss and gradients; return the bytes by label at the peak before the first gradient of a layer exists.
+
+    From then on activations are freed and gradients allocated.
+    """
     layers = [p for trunk in trunks(module) for p in layers_of(trunk).parameters() if p.requires_grad]
     found: dict[str, int] = {}
 

@@ -33,8 +33,9 @@ from alignkit.rollout.noise import GumbelNoise
 from alignkit.types import Batch, Example, Layout
 
 FEW = (2, 3)  # layers of a dry run
-# What the C library keeps free between tensors on a CPU: some bytes, a part of all tensors, and with adapters, whose
-# small tensors lie between the large ones, a part of what is kept for the backward. Fitted to benchmarks/plan.py.
+# The C library keeps memory free between tensors on a CPU: some bytes, a fraction of all tensors and, with adapters,
+# whose small tensors lie between the large ones, a fraction of the tensors kept for the backward. Fitted to
+# benchmarks/plan.py.
 GAPS_BYTES, GAPS, ADAPTER_GAPS = 150 << 20, 0.1, 0.75
 
 
@@ -65,7 +66,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Work:
-    """What memory is estimated for. examples: of the heaviest step. program: bytes of the process without models.
+    """The run whose memory is estimated. examples: of the heaviest step. program: bytes of the process without models.
 
     bf16: products are computed in bfloat16. gpu: its memory in bytes, None on a CPU or where unknown. processes: of the
     run; this is one of them, and examples are its own.

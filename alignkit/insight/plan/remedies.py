@@ -40,8 +40,10 @@ def find_remedies(work: Work, found: Memory, limit: int | None) -> Iterator[Reme
 
 
 def _combined(work: Work, best: Remedy, found: Memory, limit: int) -> Remedy:
-    """Add the change that saves the most at the current peak, until the run fits or nothing saves more; the first
-    change that makes it fit, which is the mildest, is used."""
+    """Add the change that saves the most at the current peak, until the run fits or nothing saves more.
+
+    In each round the first change that makes the run fit is taken: it is the mildest.
+    """
     original = work
     while best.peak > limit:
         work, step = _changed(original, best.settings), None
@@ -58,7 +60,7 @@ def _combined(work: Work, best: Remedy, found: Memory, limit: int) -> Remedy:
 
 
 def _less(work: Work, change: Mapping[str, Any], found: Memory) -> Memory | None:
-    """Return the memory with a change, None where it is hardly less."""
+    """Return the memory with a change, None where the change saves too little."""
     changed = memory(_changed(work, change))
     return changed if changed.peak < WORTH * found.peak else None
 

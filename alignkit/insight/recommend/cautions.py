@@ -11,13 +11,13 @@ def cautions(facts: Facts) -> tuple[str, ...]:
     found = []
     if facts.data.uninformative:
         found.append(
-            f"where a pair is judged again, {facts.disagreement:.0%} of the judgements differ; for random labels it "
-            "would be 50%. The labels say (almost) nothing, and no setting solves that. Look at the data first"
+            f"where a pair is judged twice, {facts.disagreement:.0%} of the judgements differ; for random labels it "
+            "would be 50%. The labels carry almost no information, and no setting solves that. Look at the data first"
         )
     if facts.audit.kept < LEAST:
         n = facts.audit.kept
         found.append(
-            f"{n} {'row is' if n == 1 else 'rows are'} enough to try the commands, and too few to teach a model much; "
+            f"{n} {'row is' if n == 1 else 'rows are'} enough to try the commands, but too few to teach a model much; "
             "none is held out. Start with a few hundred"
         )
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The YAML file to begin from: settings, each with a comment that says why."""
+"""The YAML file to start from: settings, each with a comment that gives the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rows, the model, the reward and the judge say about which methods can be used, and which should be."""
+"""Facts about the rows, the model, the reward and the judge that decide which methods can and should be used."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from alignkit.insight.recommend.verifiable_rewards import uses_llm, verifier
 from alignkit.method import DataKind
 from alignkit.rewards import check_columns, check_judge, check_rewards, reward_folders
 
-# Rules of thumb, and docs/recommend.md calls them so.
+# Rules of thumb; docs/recommend.md calls them that too.
 FEW = 1000  # rows
 NOISY = 0.005  # fraction of the rows that contradict another one
 TIES = 0.1  # fraction of the rows
 LENGTH_BIAS = 0.05  # distance from one half: how often the longer answer is chosen
 TWICE = 20  # pairs judged more than once that an estimate of the flipped labels needs
-UNINFORMATIVE = 0.4  # fraction of flipped labels from which the rest teaches next to nothing
+UNINFORMATIVE = 0.4  # fraction of flipped labels from which a method learns almost nothing
 _WORDS = {"pairs": "pairs", "unpaired": "answers that are good or bad", "text": "answers", "prompts": "prompts"}
 
 
@@ -36,7 +36,7 @@ _WORDS = {"pairs": "pairs", "unpaired": "answers that are good or bad", "text": 
 class Facts:
     """What is known before a method is chosen.
 
-    data: what methods get to see. problems: why the rows cannot be read, for each kind that is missing in `data.rows`.
+    data: the facts that methods receive. problems: why the rows cannot be read, for each kind that is missing in `data.rows`.
     disagreement: how often two judgements of a pair differ, 0 to 1, None where too few pairs are judged twice. reward,
     judge: the specs, as given.
     """
@@ -57,8 +57,11 @@ def facts_of(
     judge: Any = None,
     eval_data: object = None,
 ) -> Facts:
-    """Collect the facts. Raises DataError, ConfigError and ModelError for what cannot be read, and RewardError where
-    the rows lack a column that the reward or the judge needs."""
+    """Collect the facts.
+
+    Raises DataError, ConfigError or ModelError where an input cannot be read, and RewardError where the rows lack a
+    column that the reward or the judge needs.
+    """
     for spec, check in ((reward, check_rewards), (judge, check_judge)):
         if spec is not None:
             check(spec)
@@ -120,7 +123,7 @@ def disagreement(votes: Sequence[tuple[int, int]]) -> float | None:
 def flipped_labels(disagreement: float | None) -> float | None:
     """Estimate the fraction e of flipped labels: two judgements of a pair differ in 2 e (1 - e) of the cases.
 
-    0.5, labels that say nothing, where at least half of the second judgements differ. None where that is unknown.
+    Returns 0.5 (labels without information) where at least half of the second judgements differ, None where unknown.
     """
     if disagreement is None:
         return None
@@ -132,7 +135,7 @@ def _noisy(found: Audit, disagreement: float | None) -> str | None:
     if against >= max(3, NOISY * found.kept):
         return f"{against} {'pairs are judged' if found.kind == 'pairs' else 'answers are labelled'} both ways"
     if disagreement is None and ties >= TIES * found.total:
-        return f"{ties / found.total:.0%} of the rows are ties, so others may be close calls"
+        return f"{ties / found.total:.0%} of the rows are ties, so other rows may be close calls"
     return None
 
 

@@ -17,17 +17,17 @@ _ROUNDED = {"dtype", "reference"}
 _WHY = {
     "lora": "adapters instead of all weights",
     "gradient_checkpointing": "less memory for about a third more time",
-    "max_tokens": "smaller micro-batches: memory, never the result",
+    "max_tokens": "smaller micro-batches: affects memory, never the result",
     "kept_logits_gib": "logits are computed twice instead of kept",
     "dtype": "frozen weights in 16 bits; the adapters stay in 32",
     "reference": "the frozen copy in 8 bits",
     "critic": "one layer on the policy instead of a second model",
-    "sampling.batch_size": "fewer samples at once: memory, never the result",
+    "sampling.batch_size": "fewer samples at once: affects memory, never the result",
 }
 
 
 class Fit(NamedTuple):
-    """What a plan says about memory. settings: those that make the run fit, or need least, where it does not fit."""
+    """A plan's result about memory. settings: those that make the run fit, or need least where nothing makes it fit."""
 
     sentence: str
     settings: tuple[Choice, ...] = ()
@@ -38,7 +38,7 @@ def fitted(settings: Mapping[str, Any], limit: int) -> Fit:
     try:
         found = plan(settings, limit=int(SPARE * limit), gpu=True)
     except ModelError as error:
-        return Fit(f"what it needs cannot be estimated: {error}")
+        return Fit(f"cannot be estimated: {error}")
     chosen = _chosen(found)
     if found.memory.peak <= SPARE * limit:
         return Fit(f"{terminal.size(found.memory.peak)} at its peak, fits into {terminal.size(limit)}")
@@ -51,7 +51,7 @@ def fitted(settings: Mapping[str, Any], limit: int) -> Fit:
     fits = "fits into" if chosen.peak <= SPARE * limit else "still more than is safe in"
     sentence = (
         f"{terminal.size(found.memory.peak)} at its peak, more than is safe in {terminal.size(limit)}; "
-        f"with {changes} {terminal.size(chosen.peak)}, {fits} it"
+        f"with {changes}: {terminal.size(chosen.peak)}, {fits} it"
     )
     return Fit(sentence, tuple(Choice(k, v, f"{_WHY[k]}, to fit into memory") for k, v in chosen.settings.items()))
 
@@ -66,4 +66,4 @@ def _chosen(found: Plan) -> Remedy | None:
 def _harshness(remedy: Remedy) -> tuple[int, int]:
     names = remedy.settings.keys()
     worst = 0 if names <= _EXACT else 2 if names & _ROUNDED else 1
-    return worst, -remedy.peak  # among equals the remedy that changes least
+    return worst, -remedy.peak  # among equally good remedies the one that changes least

@@ -1,4 +1,4 @@
-"""recommend(): the methods that can be used, in an order, and the settings to begin from."""
+"""recommend(): the methods that can be used, the best first, and the settings to start from."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What `recommend` found.
+    """The result of `recommend`.
 
     first: None where no method can be used. also: the other methods, the best first. refused: method -> why it cannot
-    be used. settings: to begin from, with `first`. fit: what a plan says about memory, None without a plan. cautions:
+    be used. settings: to start from, with `first`. fit: a plan's result about memory, None without a plan. cautions:
     problems that no setting solves.
     """
 
@@ -78,9 +78,9 @@ def recommend(
 ) -> Recommendation:
     """Return which installed methods the data can serve, which to start with, and with which settings.
 
-    data, columns, eval_data, reward, judge: as of a run. model: folder or hub name; needed to plan for `memory`, the
+    data, columns, eval_data, reward, judge: as in a run. model: folder or hub name; needed to plan for `memory`, the
     bytes of a GPU. method: the one to start with instead. lora: a rank. Raises DataError, ConfigError, ModelError,
-    RewardError and PluginError for what cannot be used.
+    RewardError or PluginError where an input cannot be used.
     """
     if memory is not None and model is None:
         raise ConfigError("memory depends on the model; give --model as well")
@@ -144,11 +144,11 @@ def _advised(facts: Facts) -> tuple[dict[str, Advice], dict[str, str]]:
 
 
 def _lacking(facts: Facts, method: type[Method[Any]]) -> str | None:
-    """Return what the method needs and is not given; None where nothing is lacking."""
+    """Return what the method lacks, None where it lacks nothing."""
     if method.data not in facts.data.rows:
         return facts.problems[method.data]
     if (n_rows := facts.data.rows[method.data]) < method.min_batch:
-        return f"a step of it needs at least {method.min_batch} rows, and the data has {n_rows}"
+        return f"its steps need at least {method.min_batch} rows, but the data has {n_rows}"
     if method.data != "prompts":
         return None
     given = {"reward": facts.data.reward or facts.data.verifier is not None, "judge": facts.data.judge}
@@ -175,7 +175,7 @@ def _settings(
 
 
 def _merged(settings: tuple[Choice, ...], more: tuple[Choice, ...], method: type[Method[Any]]) -> tuple[Choice, ...]:
-    """Add the settings that save memory to the others; with adapters the learning rate is theirs."""
+    """Add the settings that save memory to the others; with adapters, use the adapters' learning rate."""
     merged = {choice.name: choice for choice in settings}
     for choice in more:
         group, dot, inner = choice.name.partition(".")

@@ -12,7 +12,7 @@ from alignkit.insight.recommend.recommendation import Recommendation
 
 
 def print_recommendation(found: Recommendation) -> None:
-    """Print the methods in their order, each with its reason, and the settings to begin from."""
+    """Print the methods in their order, each with its reason, and the settings to start from."""
     for line in lines(found):
         terminal.show(line)
 
@@ -29,7 +29,7 @@ def lines(found: Recommendation) -> list[str]:
     if found.also:
         text += ["\nalso:", *(f"  {escape(o.method)}: {escape(o.reason)}" for o in found.also)]
     if found.refused:
-        text += ["\nnot, because:" if found.first else "\nno installed method can be used with these rows alone:"]
+        text += ["\ncannot be used:" if found.first else "\nno installed method can be used with these rows:"]
         text += [f"  {escape(name)}: {escape(reason)}" for name, reason in found.refused.items()]
     return text
 

@@ -1,4 +1,4 @@
-"""The run's own settings: those that the rows, the model or the reward call for, and those that users tune first."""
+"""The run's own settings: those that the rows, the model or the reward need, and those that users tune first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignkit.insight.recommend.data_facts import FEW, Facts
 from alignkit.method import Method
 
 LEAST = 20  # prompts: with fewer, none is held out
-_STEPS = 20  # an epoch has at least as many, or steps get smaller
+_STEPS = 20  # least number of steps in an epoch: with fewer, the batch size is reduced
 _HELD_OUT = 200  # rows from which 5 % are enough to evaluate on
 _STRENGTHS = ("beta", "tau")
 
@@ -53,7 +53,7 @@ def _rows(facts: Facts, method: type[Method[Any]], fraction: float) -> int:
 
 
 def _trained(facts: Facts, method: type[Method[Any]], lora: int | None) -> Iterator[Choice]:
-    """Yield adapters where they are called for, and the learning rate for what is trained."""
+    """Yield adapters where they are needed, and the learning rate of the trained weights."""
     if lora is not None:
         yield Choice("lora", lora, "adapters of this rank instead of all weights")
     elif facts.data.few and not facts.data.adapter:
@@ -65,7 +65,7 @@ def _trained(facts: Facts, method: type[Method[Any]], lora: int | None) -> Itera
 
 
 def rate_of(method: type[Method[Any]], adapters: bool) -> Choice:
-    """Return the learning rate to begin with."""
+    """Return the learning rate to start with."""
     rate = method.lora_learning_rate if adapters else method.learning_rate
     which = f"{'with adapters ' * adapters}of {method.name}"
     return Choice("learning_rate", rate, f"the default {which}; the first setting to tune")
@@ -75,11 +75,11 @@ def _scored(facts: Facts, method: type[Method[Any]], roles: frozenset[str]) -> I
     if method.data != "prompts":
         return
     if "reward" in roles and facts.reward is not None:
-        yield Choice("reward", facts.reward, "what scores samples")
+        yield Choice("reward", facts.reward, "reward that scores samples")
     elif "reward" in roles and facts.data.verifier is not None:
         yield Choice("reward", facts.data.verifier, "checks samples against the rows' column `answer`")
     if "judge" in roles and facts.judge is not None:
-        yield Choice("judge", facts.judge, "what compares two samples")
+        yield Choice("judge", facts.judge, "judge that compares two samples")
     tokens = RunConfig.model_fields["sampling"].default.max_new_tokens
     yield Choice("sampling", {"max_new_tokens": tokens}, "length limit of a sample; cut samples are scored as they are")
 
@@ -102,5 +102,5 @@ def _budgets(facts: Facts, method: type[Method[Any]]) -> Iterator[Choice]:
     longest = max(part.quantiles[QUANTILES.index(0.95)] for part in facts.audit.lengths if part.part != "prompt")
     limit = 64 * math.ceil(longest / 64)
     cuts = f"{cut.answers_cut:,} of {cut.answers:,} answers are longer than {cut.max_completion_tokens}"
-    why = f"{cuts}; 95 % are not longer than this"
+    why = f"{cuts}; 95 % are no longer than this"
     yield Choice("max_completion_tokens", limit, why)

@@ -3,7 +3,7 @@
 run_files.py       what the folders of runs contain
 curves.py          which metrics are drawn, in which units
 charts.py          a chart; inline_svg.py embeds it in the page
-numbers.py         which numbers are drawn, and how they are written
+numbers.py         which numbers are drawn, and their text form
 completions.py     completions before and after
 setting_tables.py  what differs from the defaults, and between runs
 run_facts.py       reference, environment, cost

@@ -70,7 +70,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened at a step: a vertical line with a short label; text: what happened, shown on hover."""
+    """An event at a step: a vertical line with a short label. text: what happened, shown on hover."""
 
     step: float
     label: str
@@ -132,7 +132,7 @@ def _sample(figure: Figure) -> Markup:
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
-    """Yield an empty figure in the report's style; a user's matplotlibrc and global state play no part."""
+    """Yield an empty figure in the report's style; a user's matplotlibrc and global state have no effect."""
     from matplotlib.figure import Figure
     from matplotlib.style import context
 
@@ -154,7 +154,7 @@ def _plot(axes: Axes, series: Sequence[Series]) -> None:
         axes.autoscale_view()
     if axes.dataLim.x0 == 1:  # training begins at step 1, and nothing is before it
         axes.set_xlim(left=0)
-    if 0 <= axes.dataLim.y0 < 0.4 * axes.dataLim.y1:  # 0 is near, and the distance from it tells more
+    if 0 <= axes.dataLim.y0 < 0.4 * axes.dataLim.y1:  # 0 is near, and the distance from it is informative
         axes.set_ylim(bottom=0)
     # an exponent goes left of the axis, where no alarm's number is; the layout would reserve a column for it
     axes.yaxis.get_offset_text().set(horizontalalignment="right", in_layout=False)

@@ -31,7 +31,7 @@ class AuditedSource:
 
 
 def audit_sources(runs: Sequence[Run]) -> list[AuditedSource]:
-    """Audit each data source once for all runs that read it alike. A source that cannot be read gets a note."""
+    """Audit each data source once for all runs that read it in the same way. A source that cannot be read gets a note."""
     found: dict[str, AuditedSource] = {}
     for run in runs:
         source, options = run.settings["data"], _options(run)
@@ -47,7 +47,7 @@ def audit_sources(runs: Sequence[Run]) -> list[AuditedSource]:
 
 
 def _options(run: Run) -> dict[str, Any]:
-    """Return the options of an audit; where there is no file to audit, what distinguishes one source from another."""
+    """Return the options of an audit; where there is no file to audit, what distinguishes its source from others."""
     settings = run.settings
     if not _file(settings["data"]):
         return {"eval_data": settings.get("eval_data"), "columns": settings.get("columns")}

@@ -98,7 +98,7 @@ def _watched(run: Run) -> bool:
 def _why_not(run: Run) -> str:
     """Return why a run has no completions to show."""
     if not any("completion/length" in key for line in run.lines for key in line):
-        return f"'{run.method}' learns from the answers in its data, and samples none."
+        return f"'{run.method}' learns from the answers in its data, and does not sample."
     if not any(run.answers):
         return "No held-out prompts were sampled; give eval_data or eval_fraction to compare the same prompts."
-    return "Held-out prompts were sampled once only."
+    return "Held-out prompts were sampled only once."

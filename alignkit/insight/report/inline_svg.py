@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 STRIPS = 60  # parts of a chart with a hover text of their own
 _NAMES = ("paper", "muted", "rule", "bad", "s0", "s1", "s2", "s3", "s4", "s5", "s6")
 COLOURS = {name: f"#0a11{i:02x}" for i, name in enumerate(_NAMES, 16)}
-"""What to draw in, by the names that style.css has: each is written as var(--name), so a chart is light, dark or
-printed as its page is."""
+"""Placeholder colours by the names in style.css: each is written as var(--name), so a chart is light, dark or printed
+like its page."""
 
 
 def inline(figure: Figure) -> Markup:
-    """Return what is inside the <svg> of a figure. An id that the drawing code set is a class."""
+    """Return the contents of the <svg> of a figure. Ids that the drawing code set become classes."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     written = io.StringIO()

@@ -50,7 +50,7 @@ def cost(run: Run) -> list[tuple[str, str]]:
 
 
 def reference(run: Run) -> list[tuple[str, str]]:
-    """Return how the reference was kept and what its cache had; empty where the method does not use a reference."""
+    """Return the reference's form and cache hits; empty where the method does not use a reference."""
     last = run.sessions[-1]["facts"].get("reference") if run.sessions else None
     if not last:
         return []

@@ -1,4 +1,4 @@
-"""Read the folders of runs: settings, metrics, alarms, sessions, held-out completions.
+"""Reading the folders of runs: settings, metrics, alarms, sessions, held-out completions.
 
 A last line that was cut off is left out, with a note; anything else that no run writes is an error.
 """
