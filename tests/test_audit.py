@@ -424,7 +424,7 @@ def test_the_command(command: Callable[..., Any], write_rows: Callable[..., str]
         (["prefs.jsonl", "--json", "/proc/a.json"], "--json '/proc/a.json': cannot be written"),
         (["prefs.jsonl", "--max-completion-tokens", "2"], "--max-completion-tokens counts tokens"),
         (["prefs.jsonl", "--reward", "lenght"], "Did you mean 'length'?"),
-        (["prefs.jsonl", "--model", "./base"], "there is no folder './base'"),
+        (["prefs.jsonl", "--model", "./base"], "the folder './base' does not exist"),
     ],
 )
 def test_what_the_command_refuses(

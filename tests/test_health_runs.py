@@ -231,7 +231,7 @@ def test_bad_input_is_reported_in_a_line(tmp_path: Path) -> None:
     assert health(tmp_path / "empty") == (2, message)
     assert "give the folder of a run" in health(tmp_path / "nowhere")[1]
     run = write(tmp_path / "run", [])
-    assert health(run) == (2, f"{run}/metrics.jsonl is empty: the run did no step")
+    assert health(run) == (2, f"{run}/metrics.jsonl is empty: the run has done no step")
     assert "runs in it: run" in health(tmp_path)[1]
     (run / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     assert "metrics.jsonl, line 2, is not a JSON object" in health(run)[1]

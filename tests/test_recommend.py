@@ -374,14 +374,18 @@ def planned(peak: float, *remedies: tuple[dict[str, Any], float]) -> Callable[..
     ("plan", "chosen", "said"),
     [
         (planned(17.9), {}, "17.9 GiB at its peak, fits into 20 GiB"),
-        (planned(18.1, ({"lora": 16}, 5), ({"max_tokens": 64}, 17)), {"max_tokens": 64}, "17 GiB, fits into it"),
-        (planned(30, ({"reference": "int8"}, 9), ({"lora": 16}, 10)), {"lora": 16}, "10 GiB, fits into it"),
+        (
+            planned(18.1, ({"lora": 16}, 5), ({"max_tokens": 64}, 17)),
+            {"max_tokens": 64},
+            "the peak is 17 GiB, which fits",
+        ),
+        (planned(30, ({"reference": "int8"}, 9), ({"lora": 16}, 10)), {"lora": 16}, "the peak is 10 GiB, which fits"),
         (
             planned(30, ({"lora": 16}, 25), ({"lora": 16, "reference": "int8"}, 17)),
             {"lora": 16, "reference": "int8"},
-            "17 GiB, fits into it",
+            "the peak is 17 GiB, which fits",
         ),
-        (planned(30, ({"lora": 16}, 25), ({"max_tokens": 64}, 29)), {"lora": 16}, "25 GiB, still more"),
+        (planned(30, ({"lora": 16}, 25), ({"max_tokens": 64}, 29)), {"lora": 16}, "25 GiB, which is still more"),
         (planned(30), {}, "no setting that was tried needs less"),
     ],
 )
@@ -411,7 +415,7 @@ def test_a_model_that_cannot_be_planned_is_said_to_be(monkeypatch: pytest.Monkey
         raise ModelError("too strange")
 
     monkeypatch.setattr(fit, "plan", refused)
-    assert fitted({}, GIB) == ("what it needs cannot be estimated: too strange", ())
+    assert fitted({}, GIB) == ("cannot be estimated: too strange", ())
 
 
 @pytest.mark.slow
@@ -508,7 +512,7 @@ def test_init_does_not_write_over_a_file(
     ("arguments", "said"),
     [
         (["--data", "none.jsonl", "--model", "TINY"], "no such file: none.jsonl"),
-        (["--data", "rows.jsonl", "--model", "./none"], "there is no folder './none'"),
+        (["--data", "rows.jsonl", "--model", "./none"], "the folder './none' does not exist"),
         (["--data", "rows.jsonl", "--model", "TINY", "--method", "dop"], "Did you mean 'dpo'?"),
         (["--data", "rows.jsonl", "--model", "TINY", "-o", "c.txt"], "must end in .yaml or .yml"),
         (["--data", "rows.jsonl", "--model", "TINY", "-o", "no/c.yaml"], "there is no folder 'no'"),

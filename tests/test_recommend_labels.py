@@ -94,7 +94,8 @@ def test_labels_that_say_nothing_are_said_to_and_nothing_is_made_of_them(against
     found = recommend([row for i in range(100) for row in judged(i, True, i >= against)])
     assert not values(found).keys() & {"label_smoothing", "loss_type"}
     assert said in found.cautions[0]
-    assert "The labels carry almost no information, and no setting solves that. Look at the data first" in found.cautions[0]
+    advice = "The labels carry almost no information, and no setting solves that. Look at the data first"
+    assert advice in found.cautions[0]
     assert found.describe()["cautions"] == found.cautions
     text = lines(found)
     assert text.index(f"[bold]warning:[/bold] {found.cautions[0]}") < next(
@@ -122,7 +123,7 @@ def test_ties_are_no_noise_where_judgements_that_are_made_again_agree() -> None:
 @pytest.mark.parametrize(("good", "bad", "which"), [(50, 0, "good"), (0, 50, "bad")])
 def test_kto_is_refused_where_all_rows_are_of_one_kind(good: int, bad: int, which: str) -> None:
     found = recommend(thumbs(good, bad))
-    assert found.refused["kto"] == f"all rows are {which}: it learns from the difference of the two"
+    assert found.refused["kto"] == f"all rows are {which}: it learns from the difference between good and bad ones"
     assert (found.first.method if found.first else None) == ("sft" if good else None)
     with pytest.raises(ConfigError, match=f"'kto' cannot be used: all rows are {which}"):
         recommend(thumbs(good, bad), method="kto")
@@ -136,7 +137,7 @@ def test_a_rare_row_weighs_ten_times_another_at_most(good: int, bad: int, name: 
     chosen = next(c for c in recommend(thumbs(good, bad), method="kto").settings if c.name == name)
     assert chosen.value == value
     rare = "good" if good < bad else "bad"
-    assert (f"would weigh as much as 4,999 others, so it ends at 10; find more {rare} rows" in chosen.why) == (
+    assert (f"would weigh as much as 4,999 others, so it is limited to 10; find more {rare} rows" in chosen.why) == (
         value == 10
     )
 

@@ -158,7 +158,7 @@ def test_the_data_is_audited_and_its_loss_or_change_is_noted(
     text = words(shown(run))
     assert "12 rows are kept" in text
     assert "has changed" not in text
-    assert "'dpo' learns from the answers in its data, and samples none" in text
+    assert "'dpo' learns from the answers in its data, and does not sample" in text
     assert "kept as cached" in text
     with open(data, "a") as file:
         file.write(json.dumps({"prompt": "new", "chosen": "a", "rejected": "b"}) + "\n")

@@ -16,7 +16,7 @@ def kernels(
     shapes: Annotated[Text, typer.Option(help="N x H x V, comma-separated, such as 2048x512x32000")] = None,
     dtype: Annotated[Text, typer.Option(help="float32, bfloat16 or float16  [default: by device]")] = None,
     only: Annotated[Text, typer.Option(help="Cases, comma-separated: path1 to path4, selective_logps, ...")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: does everything run?")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes, to check that everything runs")] = False,
     threads: Annotated[Text, typer.Option(help="Threads of the CPU  [default: all]")] = None,
     json: Annotated[Path | None, typer.Option(help="File for rows and versions")] = None,
     png: Annotated[Path | None, typer.Option(help="File for the picture; needs matplotlib")] = None,

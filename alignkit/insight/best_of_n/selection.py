@@ -40,7 +40,8 @@ USED = (
 class Samples:
     """A prompt with its n samples. golds: None without a gold reward. ended: False where max_new_tokens cut the sample.
 
-    prompt_cut: whether max_prompt_tokens left the model only the end of the prompt; rewards and files have the whole prompt.
+    prompt_cut: whether max_prompt_tokens left the model only the prompt's end; rewards and files have all of the
+    prompt.
     """
 
     row: int

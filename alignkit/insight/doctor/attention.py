@@ -29,7 +29,7 @@ def attention() -> Iterator[Fact | Trouble]:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
     set_up(model, RunConfig(method="doctor", model="-", data="-"), device())
     found = str(model.config._attn_implementation)
-    yield Fact(f"of a Llama on {device().type}", f"{found}, {_REASONS.get(found, 'by the model\'s own setting')}")
+    yield Fact(f"of a Llama on {device().type}", f"{found}, {_REASONS.get(found, 'as the model sets it')}")
     yield Fact("of other models", "each run's probe decides, and logs where it differs from this")
     off = [name for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(name) == "1"]
     if found == "flex_attention" and off:

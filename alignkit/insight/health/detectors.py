@@ -13,7 +13,8 @@ from alignkit.alarms import Health
 from alignkit.insight.health.history import History
 
 AFTER_WARMUP = 20  # steps at the full learning rate, after which a policy has moved
-SPIKE = 6  # times the second largest of the earlier norms: the median means little where they vary widely, or one spiked
+# times the second largest of the earlier norms: where these vary widely, or one spiked, the median means little
+SPIKE = 6
 NOISE = 3  # standard errors that a change must exceed
 GROWN = {"repetition": 0.1, "opening": 0.25}  # a habit that the base has too is its style, not a collapse
 

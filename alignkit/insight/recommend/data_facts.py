@@ -36,9 +36,9 @@ _WORDS = {"pairs": "pairs", "unpaired": "answers that are good or bad", "text": 
 class Facts:
     """What is known before a method is chosen.
 
-    data: the facts that methods receive. problems: why the rows cannot be read, for each kind that is missing in `data.rows`.
-    disagreement: how often two judgements of a pair differ, 0 to 1, None where too few pairs are judged twice. reward,
-    judge: the specs, as given.
+    data: the facts that methods receive. problems: why the rows cannot be read, for each kind that is missing in
+    `data.rows`. disagreement: how often two judgements of a pair differ, 0 to 1, None where too few pairs are judged
+    twice. reward, judge: the specs, as given.
     """
 
     audit: Audit

@@ -48,10 +48,10 @@ def fitted(settings: Mapping[str, Any], limit: int) -> Fit:
             "no setting that was tried needs less"
         )
     changes = " and ".join(f"{name}: {str(value).lower()}" for name, value in chosen.settings.items())
-    fits = "fits into" if chosen.peak <= SPARE * limit else "still more than is safe in"
+    verdict = "fits" if chosen.peak <= SPARE * limit else "is still more than is safe"
     sentence = (
         f"{terminal.size(found.memory.peak)} at its peak, more than is safe in {terminal.size(limit)}; "
-        f"with {changes}: {terminal.size(chosen.peak)}, {fits} it"
+        f"with {changes} the peak is {terminal.size(chosen.peak)}, which {verdict}"
     )
     return Fit(sentence, tuple(Choice(k, v, f"{_WHY[k]}, to fit into memory") for k, v in chosen.settings.items()))
 

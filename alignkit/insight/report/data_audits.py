@@ -31,7 +31,7 @@ class AuditedSource:
 
 
 def audit_sources(runs: Sequence[Run]) -> list[AuditedSource]:
-    """Audit each data source once for all runs that read it in the same way. A source that cannot be read gets a note."""
+    """Audit each data source once for all runs that read it the same way. An unreadable source gets a note."""
     found: dict[str, AuditedSource] = {}
     for run in runs:
         source, options = run.settings["data"], _options(run)
