@@ -17,7 +17,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no wheels for this platform, or not installed: plain PyTorch does everything
+except ImportError:  # no wheels for this platform, or not installed: plain PyTorch is used for everything
     triton = tl = None
 
 __all__ = ["jit", "launching", "tl", "triton", "uses_triton"]
@@ -26,7 +26,7 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)  # the types that the Trito
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """Return the function as a Triton kernel; without Triton return it as it is: it is never called then."""
+    """Return the function as a Triton kernel; without Triton, return it unchanged: it is never called then."""
     return kernel if triton is None else triton.jit(kernel)
 
 

@@ -4,11 +4,11 @@
 
 Four exact paths, chosen by what needs a gradient; G is one product with the head, 2 N H V FLOP:
 
-    1  the head is frozen    2G   the upstream gradient is one number per token, so the forward computes
+    1  frozen head           2G   the upstream gradient is one number per token, so the forward computes
                                   d(sum of logps) / d hidden, a block of rows at a time; the backward only scales it
-    2  it is trained         3G   the logits are kept and overwritten by their own gradient
-    3  ... and memory short  4G   the backward recomputes the logits, a slice of the vocabulary at a time; as many as
-                                  fit the budget are kept as in 2
+    2  trained head          3G   the logits are kept and overwritten by their own gradient
+    3  ... and low memory    4G   the backward recomputes the logits, a slice of the vocabulary at a time, except those
+                                  that fit the budget, which are kept as in 2
     4  no gradient           1G   a slice of the vocabulary at a time
 """
 

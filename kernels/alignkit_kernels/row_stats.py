@@ -31,7 +31,7 @@ def row_blocks(n_rows: int, n_columns: int) -> list[slice]:
 class RowStats:
     """Statistics of N softmax rows: top, the target's z, sums of e^(z - top) and of e^(z - top) (z - top).
 
-    Maximum and sum are kept apart: their total would round a small sum off next to large logits.
+    Maximum and sum are kept apart: their total would lose a small sum to rounding next to large logits.
     """
 
     def __init__(self, like: Tensor, targets: Tensor, vocabulary: int, transform: Transform, entropy: bool) -> None:
@@ -242,7 +242,7 @@ def _launch(
 ) -> None:
     if not len(logits):
         return
-    if out is logits:  # so that autograd notices the write, as with PyTorch's own operations
+    if out is logits:  # so that autograd notices the write, as for PyTorch's own operations
         torch.autograd.graph.increment_version(logits)
     n, transform = logits.shape[1], stats.transform
     to = logits if out is None else out

@@ -61,7 +61,7 @@ class Transform(NamedTuple):
 
     def below_top(self, logits: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return z minus `top` [N], by default the maximum of each row, in new memory, and that maximum."""
-        plain = self == Transform()  # then z is not computed before the maximum is subtracted
+        plain = self == Transform()  # then the maximum is subtracted from the logits directly, without computing z
         z = logits if plain else self.apply(logits)
         if top is None:
             top = z.amax(1).to(accumulator(z.dtype))

@@ -30,7 +30,7 @@ class CPO(Method["CPO.Config"]):
     @classmethod
     def advice(cls, facts: DataFacts) -> Advice:
         """Advise label smoothing against noise."""
-        reason = "needs no reference, and imitates the chosen answers, which must be worth it (2401.08417)"
+        reason = "needs no reference, and imitates the chosen answers, which must be good enough for that (2401.08417)"
         smoothing = facts.label_smoothing()
         return Advice(40, reason, (smoothing,) if smoothing else ())
 

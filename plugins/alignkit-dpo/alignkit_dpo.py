@@ -55,7 +55,7 @@ class DPO(Method["DPO.Config"]):
         beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
         loss_type: Literal["sigmoid", "robust", "hinge"] = Field("sigmoid", description="loss of a pair's margin")
         label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed fraction of flipped labels")
-        length_normalised: bool = Field(False, description="average log-ratios over tokens, not sum them")
+        length_normalised: bool = Field(False, description="average log-ratios over tokens instead of summing them")
         ld_alpha: float = Field(1.0, ge=0, le=1, description="weight of tokens past the shorter answer's length")
         divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = Field(
             "reverse_kl", description="divergence that holds the policy to the reference"
@@ -63,7 +63,7 @@ class DPO(Method["DPO.Config"]):
         divergence_alpha: float = Field(0.5, gt=0, lt=1, description="the alpha of divergence: alpha")
         rpo_alpha: float = Field(0.0, ge=0, description="weight of an SFT term on the chosen answers")
         sync_every: int | None = Field(None, ge=1, description="steps between updates of the reference (TR-DPO)")
-        sync_alpha: float = Field(0.6, gt=0, le=1, description="the policy's weight in such an update")
+        sync_alpha: float = Field(0.6, gt=0, le=1, description="the policy's weight in an update of the reference")
 
         @model_validator(mode="after")
         def _smoothing_fits(self) -> Any:
@@ -83,13 +83,13 @@ class DPO(Method["DPO.Config"]):
                 settings.append(Choice("loss_type", "robust", why))
             reason += ", with label smoothing against the noise"
         if facts.length_bias:
-            why = f"{facts.length_bias}: tokens past the shorter one's length weigh half (2409.06411)"
+            why = f"{facts.length_bias}: tokens past the shorter one's length have half the weight (2409.06411)"
             settings.append(Choice("ld_alpha", 0.5, why))
             reason += ", with less weight on the extra length of answers"
         return Advice(90, reason, tuple(settings))
 
     def reference_need(self) -> Literal["rows", "live", "moving"]:
-        """In TR-DPO the reference moves."""
+        """Return "moving" for TR-DPO."""
         return "moving" if self.config.sync_every else "rows"
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
@@ -114,7 +114,7 @@ class DPO(Method["DPO.Config"]):
             ctx.update_reference(self.config.sync_alpha)
 
     def _weights(self, batch: Batch) -> Tensor:
-        """Weight of each token's log-ratio, [C]."""
+        """Return the weight of each token's log-ratio, [C]."""
         lengths_S = batch.lengths
         per_token = torch.ones(len(batch.targets), device=lengths_S.device)
         if self.config.ld_alpha != 1.0:
@@ -127,7 +127,7 @@ class DPO(Method["DPO.Config"]):
         return per_token
 
     def _derivative(self, h_S: Tensor) -> Tensor:
-        """f'(ratio) up to a constant, from the log-ratio h [S]."""
+        """Return f'(ratio) up to a constant, from the log-ratio h [S]."""
         if self.config.divergence == "js":
             return logsigmoid(h_S)
         h_S = h_S.clamp(min=-20.0)

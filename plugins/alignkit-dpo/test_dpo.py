@@ -102,7 +102,7 @@ def test_slopes_in_float32(divergence, h):
 
 
 def test_a_pair_by_hand():
-    """Two tokens against one, with numbers that fit in a head: D = 1.5 - (-0.5) = 2, so the loss is log(1 + e^-0.2)."""
+    """Two tokens against one, with simple numbers: D = 1.5 - (-0.5) = 2, so the loss is log(1 + e^-0.2)."""
     chosen, rejected = (Completion(torch.zeros(n, dtype=torch.int32)) for n in (2, 1))
     pair = Example(torch.tensor([1], dtype=torch.int32), (chosen, rejected))
     says = ScriptedModels({chosen: -0.25, rejected: -1.5}, {chosen: -1.0, rejected: -1.0})

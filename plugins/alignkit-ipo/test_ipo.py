@@ -15,7 +15,7 @@ class TestIPO(Conformance):
     configs = ({}, {"tau": 0.5}, {"sum": True})
 
     def expected(self, c, row):
-        """2310.12036 eq. 17, over averaged log-ratios unless the sum is asked for."""
+        """2310.12036 eq. 17, over averaged log-ratios unless `sum` is set."""
         chosen, rejected = (a.h if c.sum else a.h / a.n for a in row.answers)
         return (chosen - rejected - 1 / (2 * c.tau)) ** 2
 

@@ -70,11 +70,11 @@ class KTO(Method["KTO.Config"]):
             return Advice(30, f"{reason}. With clean pairs DPO comes first")
         if not all(facts.labels):
             kind = "good" if facts.labels[0] else "bad"
-            return Advice(None, f"all rows are {kind}: it learns from the difference of the two")
+            return Advice(None, f"all rows are {kind}: it learns from the difference between good and bad ones")
         return Advice(95, "learns from single answers that are good or bad (2402.01306)", weights(*facts.labels))
 
     def reference_need(self) -> Literal["rows", "live", "moving"]:
-        """Mismatched completions are rows that the data does not have."""
+        """Return "live": mismatched completions are rows that the data does not have."""
         return "live"
 
     def collect(self, batch: Batch, ctx: Context) -> Batch:
@@ -129,7 +129,7 @@ def mismatched(examples: Sequence[Example], generator: torch.Generator) -> list[
 
 def weights(good: int, bad: int) -> tuple[Choice, ...]:
     """Return weights with weight * count of the two kinds within 1 to 4/3, as in the paper; at most MAX_WEIGHT."""
-    why = f"{good:,} good and {bad:,} bad rows: weight times number of the two should be within 1 to 4/3"
+    why = f"{good:,} good and {bad:,} bad rows: the ratio of weight times number should be 1 to 4/3"
     if good < bad:
         name, value = "desirable_weight", math.ceil(100 * bad / good) / 100
     elif 3 * good > 4 * bad:
@@ -138,8 +138,8 @@ def weights(good: int, bad: int) -> tuple[Choice, ...]:
         return ()
     if value > MAX_WEIGHT:
         rare = "good" if good < bad else "bad"
-        why = f"{why}. That would be {value:,.0f}: each {rare} row would weigh as much as {value:,.0f} others, so it "
-        why += f"ends at {MAX_WEIGHT:g}; find more {rare} rows"
+        why = f"{why}. At {value:,.0f} each {rare} row would weigh as much as {value:,.0f} others, "
+        why += f"so it is limited to {MAX_WEIGHT:g}; find more {rare} rows"
     return (Choice(name, min(value, MAX_WEIGHT), why),)
 
 

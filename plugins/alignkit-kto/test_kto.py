@@ -35,7 +35,7 @@ class TestKTO(Conformance):
 
 
 def thumbs(*prompts):
-    """One example a prompt, each with a completion of its own."""
+    """Return one example per prompt, each with its own completion."""
     return [
         Example(
             torch.tensor([p], dtype=torch.int32),
@@ -91,7 +91,7 @@ def test_no_gradient_flows_through_the_baseline():
 
 
 @given(prompts=st.lists(st.integers(0, 4), min_size=2, max_size=24), seed=st.integers(0, 99))
-def test_nobody_meets_his_own(prompts, seed):
+def test_no_example_gets_its_own_completion(prompts, seed):
     """Every completion is lent once, none to its own example, and none to its own prompt where that is possible."""
     examples = thumbs(*prompts)
     lent = mismatched(examples, generator(seed))

@@ -33,7 +33,7 @@ class ORPO(Method["ORPO.Config"]):
         reason = "does SFT and preferences in one run, without a reference (2403.07691)"
         if facts.chat_template is False:
             return Advice(85, f"{reason}: the model has no chat template, so it may be a base model without SFT")
-        return Advice(45, f"{reason}; for a base model: a model that answers well already would be rewritten")
+        return Advice(45, f"{reason}; for a base model: it would change a model that already answers well")
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
         """Return the SFT term and the odds-ratio term, one value of each per pair."""

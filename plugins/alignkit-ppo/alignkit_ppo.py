@@ -25,7 +25,7 @@ from alignkit_kernels import gae, policy_loss, sequence_sum
 
 
 class PPO(Method["PPO.Config"]):
-    """Raise what scores better than the critic expected, close to the sampling policy and to the reference."""
+    """Raise completions that score better than the critic expected; stay close to sampling policy and reference."""
 
     name = "ppo"
     data = "prompts"
@@ -40,7 +40,9 @@ class PPO(Method["PPO.Config"]):
 
         beta: float = Field(0.2, ge=0, description="weight of the KL in the reward; adaptive control starts here")
         kl: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of the KL in the reward")
-        kl_control: Literal["adaptive", "fixed"] = Field("adaptive", description="of beta, towards target_kl")
+        kl_control: Literal["adaptive", "fixed"] = Field(
+            "adaptive", description="adaptive: change beta to reach target_kl"
+        )
         target_kl: float = Field(6.0, gt=0, description="nats per sequence that adaptive control aims at")
         horizon: int = Field(10_000, ge=1, description="completions over which adaptive control changes beta")
         clip: float = Field(0.2, gt=0, le=1, description="clip range of the ratio around 1")
@@ -49,12 +51,12 @@ class PPO(Method["PPO.Config"]):
         entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
         gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
         lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda")
-        whiten: bool = Field(True, description="advantages of mean 0 and standard deviation 1 over the batch")
-        normalise_rewards: bool = Field(True, description="by the running mean and standard deviation of the rewards")
+        whiten: bool = Field(True, description="scale advantages to mean 0 and standard deviation 1 over the batch")
+        normalise_rewards: bool = Field(True, description="by their running mean and standard deviation")
         reward_clip: float = Field(10.0, gt=0, description="largest magnitude of a reward after normalisation")
         missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from the reward of a cut completion")
-        critic_warmup_steps: int = Field(0, ge=0, description="first steps, in which only the critic learns")
-        max_update_kl: float | None = Field(None, gt=0, description="nats per token that end a batch's updates")
+        critic_warmup_steps: int = Field(0, ge=0, description="number of first steps in which only the critic learns")
+        max_update_kl: float | None = Field(None, gt=0, description="nats per token at which a batch's updates end")
 
     def __init__(self, config: PPO.Config) -> None:
         super().__init__(config)

@@ -54,7 +54,7 @@ class Reward(Method["Reward.Config"]):
     @classmethod
     def advice(cls, facts: DataFacts) -> Advice:
         """Advise it as a step before methods that sample."""
-        reason = "trains a reward model, no policy: for methods that sample (2203.02155)"
+        reason = "trains a reward model, not a policy: for methods that sample (2203.02155)"
         if facts.length_bias:
             reason += f"; here {facts.length_bias}: check with `alignkit audit --reward` that it learns more than that"
         return Advice(35, reason)

@@ -23,12 +23,12 @@ class SFT(Method["SFT.Config"]):
 
     @classmethod
     def advice(cls, facts: DataFacts) -> Advice:
-        """Advise it where no row shows what is bad."""
+        """Advise it where no row shows a bad answer."""
         if "pairs" in facts.rows or (facts.labels is not None and all(facts.labels)):
-            reason = "imitates the good answers and learns nothing from the others; the step before, on a base model"
+            reason = "imitates the good answers and learns nothing from the others; on a base model, run it first"
             return Advice(20, reason)
         if facts.labels is not None:
-            return Advice(95, "imitates the answers: all are good, and no row shows what is bad")
+            return Advice(95, "imitates the answers: all are good, and no row shows a bad answer")
         return Advice(95, "imitates the answers; without preferences or a reward, rows serve no other method")
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:

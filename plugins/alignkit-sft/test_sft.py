@@ -31,7 +31,7 @@ def loss_and_gradient(bench, example):
 
 
 def test_user_tokens_are_ignored():
-    """The tokens of a user's turn inside the completion are no targets: only those after them say what they cost."""
+    """The tokens of a user's turn inside the completion are not targets, but the tokens after them depend on them."""
     bench = Bench(SFT(SFT.Config()))
     prompt, tokens = torch.tensor([9, 8], dtype=torch.int32), torch.tensor([10, 11, 12, 13, 14, 2], dtype=torch.int32)
     trained = torch.tensor([True, True, False, False, True, True])
@@ -42,7 +42,7 @@ def test_user_tokens_are_ignored():
 
 
 def test_user_turns_in_messages_are_not_trained():
-    """From messages to the mask: with the last turns as completion, only what the assistant says is trained."""
+    """From messages to the mask: with the last turns as completion, only the assistant's text is trained."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TURNS
     turns = [("assistant", "yes."), ("user", "why?"), ("assistant", "so.")]

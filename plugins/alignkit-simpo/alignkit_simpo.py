@@ -31,7 +31,7 @@ class SimPO(Method["SimPO.Config"]):
     @classmethod
     def advice(cls, facts: DataFacts) -> Advice:
         """Advise it against a length bias."""
-        reason = "needs no reference, and ranks answers by their average token, not by their sum (2405.14734)"
+        reason = "needs no reference, and ranks answers by their average log-probability, not by the sum (2405.14734)"
         if facts.length_bias:
             return Advice(80, f"{reason}; here {facts.length_bias}")
         return Advice(50, f"{reason}; nothing but the learning rate holds it near its start")

@@ -19,7 +19,7 @@ GAMMA, LAM, BETA, CLIP = 0.99, 0.95, 0.1, (0.2, 0.2)
 BUDGETS = {1: None, 2: 1 << 40, 3: 0, 4: None}  # bytes of kept logits that force a path
 # path 4 has two implementations, and the operation chooses one: the LARGEST_HIDDEN that forces each
 WAYS = {"fused": 1 << 40, "folded": 0}
-OWN = frozenset({"alignkit", *WAYS})  # held to the same error limit, and not compared as rivals
+OWN = frozenset({"alignkit", *WAYS})  # under the same error limit, and not compared as rivals
 ops: Any = alignkit_kernels
 
 

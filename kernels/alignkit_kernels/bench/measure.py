@@ -1,4 +1,4 @@
-"""Milliseconds and peak memory of a call, on a CPU or a GPU, and the versions of what is measured."""
+"""Milliseconds and peak memory of a call, on a CPU or a GPU, and the versions of the measured libraries."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Times(NamedTuple):
 def alternate(
     calls: Mapping[str, Callable[[int], object]], device: torch.device, seconds: float, least_rounds: int = 5
 ) -> dict[str, Times]:
-    """Time the calls in turn, A B C A B C ..., for about `seconds` in all, and at least `least_rounds` rounds.
+    """Time the calls in turn, A B C A B C ..., for about `seconds` in total, and at least `least_rounds` rounds.
 
     Each call gets the number of the round, so that it can use inputs that are in no cache.
     """
     clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
     estimates = {name: clock(call, 0, 1) for name, call in calls.items()}
-    # a call of microseconds is repeated within a round, because the clock itself takes some
+    # a call of microseconds is repeated within a round, because reading the clock takes microseconds too
     repeats = {name: max(1, min(1000, int(2 / max(ms, 1e-4)))) for name, ms in estimates.items()}
     once = sum(estimates[name] * repeats[name] for name in calls) / 1000
     rounds = max(least_rounds, min(100, int(seconds / max(once, 1e-9))))

@@ -1,4 +1,4 @@
-"""The table, and the bars that the figures must meet."""
+"""The table, and the bars (limits) that the figures must meet."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def _trl_chunked(case: Case) -> Contender:
 def _trl_selective(case: Case) -> Contender:
     function = need("trl.trainer.utils", "selective_log_softmax")
     if case.device.type == "cpu" and case.dtype != torch.float32:
-        raise Refused("works row by row in low precision on a CPU")
+        raise Refused("processes rows one by one in low precision on a CPU")
     return lambda x: function(x["logits"], x["targets"])
 
 

@@ -57,9 +57,9 @@ class Bench:
             return []
 
     def _measured(self, case: Case, without: Sequence[str]) -> list[Row]:
-        uncompiled = None if self.compiled else "left out; on a CPU --compile tries it"
+        uncompiled = None if self.compiled else "left out; add --compile to include it on a CPU"
         if case.name in self.seen:
-            uncompiled = uncompiled or "takes part only in the first shape of an operation: compiling takes long"
+            uncompiled = uncompiled or "measured only in the first shape of an operation, because compiling takes long"
         self.seen.add(case.name)
         others, reasons = rivals(case, uncompiled)
         for name, why in reasons.items():
@@ -173,11 +173,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", help="N x H x V, comma-separated, such as 8192x2048x128256")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--only", help=f"cases, comma-separated: {', '.join(cases.NAMES)}")
-    parser.add_argument("--quick", "--tiny", action="store_true", help="tiny shapes, few rounds: does everything run?")
-    parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too")
+    parser.add_argument("--quick", "--tiny", action="store_true", help="tiny shapes: check that everything runs")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile on a CPU too")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="leave out the cases that have not begun by then")
+    parser.add_argument("--minutes", type=float, default=60.0, help="skip the cases that have not started by then")
     parser.add_argument("--json", type=Path, help="file for rows and versions")
     parser.add_argument("--png", type=Path, help="file for the picture: time and memory by vocabulary and tokens")
     args = parser.parse_args(argv)
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(device, seconds, device.type == "cuda" or args.compile, deadline)
     about = measure.machine(device, args.threads)
     ended = False
-    with suppress(KeyboardInterrupt):  # a stopped run reports what it has measured by then
+    with suppress(KeyboardInterrupt):  # a stopped run reports its measurements until then
         for case in plan(args, device):
             print(f"{case.label} ...", file=sys.stderr, flush=True)
             bench.rows += bench.measure(case)

@@ -2,7 +2,7 @@
 
     A_i = (r_i - mean of the group) / (std of the group + 1e-4)      clipped surrogate + beta KL in the loss
 
-A group is a prompt with G completions: one tree. Unlike in the paper the KL is k2, whose gradient is the KL's.
+A group is a prompt with G completions: one tree. Unlike in the paper, the KL is k2, whose gradient is the KL's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from alignkit import Advice, Batch, Context, DataFacts, Method, MethodConfig, Mo
 from alignkit_kernels import PolicyLoss, policy_loss, sequence_sum
 
 EPSILON = 1e-4
-CLIP_HIGH = {"dapo": 0.28, "cispo": 4.0}  # 2503.14476; 2506.13585 has only the upper side, far from 1
+CLIP_HIGH = {"dapo": 0.28, "cispo": 4.0}  # 2503.14476; 2506.13585 clips only the upper side, far from 1
 
 
 class GRPO(Method["GRPO.Config"]):
@@ -37,7 +37,9 @@ class GRPO(Method["GRPO.Config"]):
         beta: float = Field(0.04, ge=0, description="weight of the KL to the reference; at 0 no reference is loaded")
         kl: Literal["k1", "k2", "k3"] = Field("k2", description="estimator of the KL; the paper's is k3")
         clip: float = Field(0.2, gt=0, le=1, description="how far a ratio may fall below 1")
-        clip_high: float | None = Field(None, gt=0, description="how far above 1; default: clip, dapo 0.28, cispo 4")
+        clip_high: float | None = Field(
+            None, gt=0, description="how far a ratio may rise above 1; default: clip, dapo 0.28, cispo 4"
+        )
         variant: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = Field(
             "grpo", description="how tokens are averaged and clipped; see the docs"
         )
@@ -45,7 +47,7 @@ class GRPO(Method["GRPO.Config"]):
         scale: Literal["group", "batch", "none"] | None = Field(
             None, description="standard deviation that rewards are divided by; default: group, dr_grpo none"
         )
-        mask_truncated: bool = Field(False, description="leave completions that were cut out of the loss")
+        mask_truncated: bool = Field(False, description="exclude truncated completions from the loss")
 
     @classmethod
     def advice(cls, facts: DataFacts) -> Advice:

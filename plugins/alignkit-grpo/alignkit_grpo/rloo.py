@@ -33,7 +33,7 @@ class RLOO(Method["RLOO.Config"]):
     @classmethod
     def advice(cls, facts: DataFacts) -> Advice:
         """Advise it first where the reward is a model."""
-        reason = "the plainest that samples: no critic, no division by a deviation (2402.14740)"
+        reason = "the simplest method that samples: no critic, no division by a standard deviation (2402.14740)"
         if not facts.reward:
             return Advice(86, reason)
         return Advice(98, reason) if facts.checkable else Advice(100, f"{reason}; a good start with a reward model")
