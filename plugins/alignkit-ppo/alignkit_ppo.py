@@ -40,9 +40,7 @@ class PPO(Method["PPO.Config"]):
 
         beta: float = Field(0.2, ge=0, description="weight of the KL in the reward; adaptive control starts here")
         kl: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of the KL in the reward")
-        kl_control: Literal["adaptive", "fixed"] = Field(
-            "adaptive", description="adaptive: change beta to reach target_kl"
-        )
+        kl_control: Literal["adaptive", "fixed"] = Field("adaptive", description="control of beta towards target_kl")
         target_kl: float = Field(6.0, gt=0, description="nats per sequence that adaptive control aims at")
         horizon: int = Field(10_000, ge=1, description="completions over which adaptive control changes beta")
         clip: float = Field(0.2, gt=0, le=1, description="clip range of the ratio around 1")
@@ -52,7 +50,7 @@ class PPO(Method["PPO.Config"]):
         gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
         lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda")
         whiten: bool = Field(True, description="scale advantages to mean 0 and standard deviation 1 over the batch")
-        normalise_rewards: bool = Field(True, description="by their running mean and standard deviation")
+        normalise_rewards: bool = Field(True, description="by the running mean and standard deviation of rewards")
         reward_clip: float = Field(10.0, gt=0, description="largest magnitude of a reward after normalisation")
         missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from the reward of a cut completion")
         critic_warmup_steps: int = Field(0, ge=0, description="number of first steps in which only the critic learns")
