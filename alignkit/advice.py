@@ -25,7 +25,7 @@ class Choice(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """How well a method fits a data set.
+    """A method's fit to a data set.
 
     rank: 0 to 100, the highest comes first; None where these rows would teach the method nothing. reason: why, in a
     sentence. settings: the method's own settings that should differ from their defaults.
@@ -38,7 +38,7 @@ class Advice(NamedTuple):
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known about data, model and reward before a method is chosen.
+    """The facts about data, model and reward that are known before a method is chosen.
 
     rows: the number of rows for a method of each kind of `data`; a kind that the data cannot serve is missing. kept:
     rows that are left after faulty ones were dropped. labels: numbers of (good, bad) rows, None without such labels.

@@ -35,7 +35,7 @@ class LoraSettings(BaseModel):
 
 
 class Sampling(BaseModel):
-    """How completions are sampled."""
+    """Settings of sampling completions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -63,7 +63,7 @@ class Models(Protocol):
 
 
 class Context(Protocol):
-    """What `collect` and `after_update` can use besides the batch."""
+    """The tools of `collect` and `after_update` besides the batch."""
 
     @property
     def models(self) -> Models:

@@ -73,7 +73,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Layout:
-    """How trees are laid out for the model.
+    """The layout of trees for the model.
 
     kind: "forest" packs whole trees into rows under a tree mask; "padded" puts each prompt + completion into a row.
     row_tokens: most tokens of a forest row (a longer tree gets a longer row).
@@ -296,7 +296,7 @@ def metric(value: Tensor, over: str = "examples", largest: bool = False) -> Term
 
 
 class Outputs(NamedTuple):
-    """What models compute for a batch, float32 [C] each.
+    """The results of a model for a batch, float32 [C] each.
 
     logps: of the targets, in nats. entropy: of the distribution that each target was drawn from, in nats, where
     requested. values: the critic's value before each target, in the reward's units, where requested.

@@ -141,7 +141,7 @@ def test_what_a_budget_makes_identical_is_named() -> None:
     ("rows", "problem"),
     [
         ([pair("p", "a", "a")], "no row is left; dropped 1 of 1 rows: 1 identical answers"),
-        ([{"question": "p"}], "found the columns question, which are no known form"),
+        ([{"question": "p"}], "found the columns question, which match no known form"),
         ([], "holds no rows"),
         ([pair("p", "a", "b"), pair("p", "a", None)], "row 2, column 'rejected'"),  # type: ignore[arg-type]
     ],
@@ -372,7 +372,7 @@ def test_what_cannot_be_scored(tmp_path: Path) -> None:
     three = write_classifier(tmp_path / "three", labels=3)
     with pytest.raises(ConfigError, match="has 3 labels; a reward model has 1"):
         audit(rows, reward=three)
-    with pytest.raises(RewardError, match="asks for the column 'answer'"):
+    with pytest.raises(RewardError, match="needs the column 'answer'"):
         audit(rows, reward="exact")
     with pytest.raises(ConfigError, match="at least 2 rows"):
         audit(rows, reward=by_length, asked=1)
@@ -419,7 +419,7 @@ def test_the_command(command: Callable[..., Any], write_rows: Callable[..., str]
     ("arguments", "problem"),
     [
         (["none.jsonl"], "no such file: none.jsonl"),
-        (["prefs.jsonl", "--columns", "prompt"], "--columns wants a mapping"),
+        (["prefs.jsonl", "--columns", "prompt"], "--columns needs a mapping"),
         (["prefs.jsonl", "--html", "no/a.html"], "there is no folder 'no'"),
         (["prefs.jsonl", "--json", "/proc/a.json"], "--json '/proc/a.json': cannot be written"),
         (["prefs.jsonl", "--max-completion-tokens", "2"], "--max-completion-tokens counts tokens"),

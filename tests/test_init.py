@@ -160,7 +160,7 @@ def test_a_reward_without_its_column_is_refused(
     words = ["mine.yaml"] if command_line == ["validate"] else ["--data", data, "--reward", "numeric"]
     code, _, err = command(*[tiny if w == "TINY" else w for w in command_line], *words)
     assert code == 2
-    assert "reward 'numeric' asks for the column 'answer'" in err
+    assert "reward 'numeric' needs the column 'answer'" in err
     assert not Path("config.yaml").exists()
 
 

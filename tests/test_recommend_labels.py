@@ -152,10 +152,10 @@ def by_colour(prompts: list[str], completions: list[str], colour: list[str]) -> 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"reward": "numeric"}, "reward 'numeric' asks for the column 'answer'; the rows have colours"),
-        ({"reward": ["json", {"use": "exact", "column": "key"}]}, "reward 'exact' asks for the column 'key'"),
-        ({"reward": {"ensemble": ["json", by_colour]}}, "asks for the column 'colour'.*Did you mean 'colours'"),
-        ({"judge": {"bradley_terry": "numeric"}}, "reward 'numeric' asks for the column 'answer'"),
+        ({"reward": "numeric"}, "reward 'numeric' needs the column 'answer'; the rows have colours"),
+        ({"reward": ["json", {"use": "exact", "column": "key"}]}, "reward 'exact' needs the column 'key'"),
+        ({"reward": {"ensemble": ["json", by_colour]}}, "needs the column 'colour'.*Did you mean 'colours'"),
+        ({"judge": {"bradley_terry": "numeric"}}, "reward 'numeric' needs the column 'answer'"),
     ],
 )
 def test_a_column_that_a_reward_asks_for_must_be_there(given: dict[str, Any], said: str) -> None:

@@ -209,7 +209,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
         assert f"stroke: var(--s{colour})" in style
         assert f"stroke-dasharray: {dash};" in style if dash else "dasharray" not in style
     text = words(page)
-    assert "What differs between the runs setting one two three seed 0 1 2" in text
+    assert "Settings that differ between the runs setting one two three seed 0 1 2" in text
     assert "one two three with points: held-out rows" in text
 
 

@@ -1,4 +1,4 @@
-"""Which methods a task's rows can serve, and the settings of each run."""
+"""The methods that a task's rows can serve, and the settings of each run."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ _SINGULAR = {"ties": "tie", "empty answers": "empty answer", "empty prompts": "e
 
 @dataclass
 class Report:
-    """Which of `total` rows were dropped and why, and notes about rows that were kept.
+    """The rows of `total` that were dropped, each with the reason, and notes about rows that were kept.
 
     dropped, noted: reason -> 1-based rows of the source.
     """

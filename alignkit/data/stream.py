@@ -1,4 +1,4 @@
-"""Which examples a step reads: a pure function of seed and step, so a resumed run needs no saved position."""
+"""The examples of each step: a pure function of seed and step, so a resumed run needs no saved position."""
 
 from __future__ import annotations
 

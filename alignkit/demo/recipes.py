@@ -1,4 +1,4 @@
-"""Which installed methods the demo runs, and the settings of its runs."""
+"""The installed methods that the demo can run, and the settings of its runs."""
 
 from __future__ import annotations
 

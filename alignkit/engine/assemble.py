@@ -1,4 +1,4 @@
-"""From settings to everything that the loop needs, in an order that finds errors early: rows, tokens, models."""
+"""Build everything that the loop needs from settings, in an order that finds errors early: rows, tokens, models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From terms to numbers: the denominators of a step, its loss, and the averages that are logged.
+"""Reduction of terms to numbers: the denominators of a step, its loss, and the averages that are logged.
 
 A Term's mean is its sum over all micro-batches and ranks, divided by the count over all of them. The counts are known
 before the first forward pass, so each micro-batch's backward computes its exact share of the step's gradient.

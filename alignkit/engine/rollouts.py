@@ -1,4 +1,4 @@
-"""From prompts to scored completions: the implementation of a method's `ctx.rollouts`, for one rank's part of a step.
+"""Sampling and scoring completions: the implementation of a method's `ctx.rollouts`, for one rank's part of a step.
 
 A completion depends only on the weights, the seed, the step and its position in the step over all ranks: not on how the
 ranks share the step, nor on the other completions in its batch.

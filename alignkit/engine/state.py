@@ -35,7 +35,7 @@ class Splits:
 
 @dataclass
 class Parts:
-    """What is built once for a run.
+    """The objects that are built once for a run.
 
     plain: the trained and saved module, without wrappers. policy: the same (with the critic, if any), wrapped for
     training. online: for methods that sample. peak_rate: the learning rate after the warm-up. eos: a token id.

@@ -1,4 +1,4 @@
-"""Which layout a model reads: whether the rows fit it, and whether trees can share rows."""
+"""The choice of the layout that a model reads: do the rows fit it, and can trees share rows?"""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None
 
 
 class Probed(Protocol):
-    """What `choose_layout` needs from a scorer."""
+    """The part of a scorer that `choose_layout` needs."""
 
     model: nn.Module
 

@@ -29,7 +29,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes the files."""
+        """True for the rank that writes the files."""
         return self.own == 0
 
     def wait(self) -> None:

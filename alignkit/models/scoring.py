@@ -1,4 +1,4 @@
-"""How alignkit scores tokens: trunk, the C positions that predict, head; and a probe of the result.
+"""Scoring of tokens: trunk, the C positions that predict, head; and a probe of the result.
 
 Only this package knows architectures, and it knows no method.
 """
@@ -34,7 +34,7 @@ class Scorer(nn.Module):
         self.model, self.kept_logits = model, kept_logits
 
     def forward(self, rows: PackedRows, targets: Tensor, temperature: float = 1.0, entropy: bool = False) -> Outputs:
-        """Return logps [C] float32 of `targets`, and entropy [C] where asked for."""
+        """Return logps [C] float32 of `targets`, and entropy [C] where requested."""
         hidden_CH = trunk(self.model, rows)
         return head(self.model, hidden_CH, targets, temperature, entropy, self.kept_logits)
 
@@ -64,7 +64,7 @@ def head(
     entropy: bool,
     kept_logits: int | None = None,
 ) -> Outputs:
-    """Return logps of the targets, and entropy where asked for; the architecture's logit transforms are applied."""
+    """Return logps of the targets, and entropy where requested; the architecture's logit transforms are applied."""
     lm = causal_lm(model)
     config = lm.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)

@@ -39,7 +39,7 @@ class Valuer(nn.Module):
 class ActorCritic(nn.Module):
     """Policy and critic as one module: one forward pass computes both, and data parallelism wraps both.
 
-    critic: a Valuer with a trunk of its own, or a linear layer [H, 1] that reads the policy's last hidden states.
+    critic: a Valuer with its own trunk, or a linear layer [H, 1] that reads the policy's last hidden states.
     """
 
     def __init__(self, policy: Scorer, critic: Valuer | nn.Linear) -> None:
@@ -49,7 +49,7 @@ class ActorCritic(nn.Module):
     def forward(
         self, rows: PackedRows, targets: Tensor, temperature: float = 1.0, entropy: bool = False, frozen: bool = False
     ) -> Outputs:
-        """Return logps [C], entropy [C] where asked for, and values [C]; frozen: the policy gets no gradient."""
+        """Return logps [C], entropy [C] where requested, and values [C]; frozen: the policy gets no gradient."""
         with torch.no_grad() if frozen else nullcontext():
             hidden_CH = trunk(self.policy.model, rows)
             outputs = head(self.policy.model, hidden_CH, targets, temperature, entropy, self.policy.kept_logits)

@@ -1,4 +1,4 @@
-"""Which form of the reference a run uses, and which forms its method cannot use."""
+"""The choice of the reference's form for a run, and checks that its method can use that form."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Function:
 
     @property
     def is_async(self) -> bool:
-        """Whether a call must be awaited."""
+        """True if a call must be awaited."""
         return inspect.iscoroutinefunction(self.call) or inspect.iscoroutinefunction(type(self.call).__call__)
 
     def check_columns(self, there: Collection[str]) -> None:

@@ -34,7 +34,7 @@ _FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 @dataclass(frozen=True)
 class Kind:
-    """What differs between rewards and judges: the word, the built-in ones, a call's arguments, the model's class."""
+    """The differences between rewards and judges: word, built-in ones, arguments of a call, class of models."""
 
     word: str
     built_in: Mapping[str, type[Options]]

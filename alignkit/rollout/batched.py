@@ -35,7 +35,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Batched:
-    """What all batches of a call of `sample` share. ends: tokens that end a sequence."""
+    """The inputs that all batches of a call of `sample` share. ends: tokens that end a sequence."""
 
     model: nn.Module
     tokenizer: Any

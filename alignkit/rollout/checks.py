@@ -1,4 +1,4 @@
-"""Whether a run's rewards, judge and sampling settings fit its method."""
+"""Checks that a run's rewards, judge and sampling settings fit its method."""
 
 from __future__ import annotations
 

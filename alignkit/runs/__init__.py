@@ -1,4 +1,4 @@
-"""What a run writes to disk and shows while it runs, and chains of runs.
+"""The files and the display of a run, and chains of runs.
 
 folder.py      the folder: config.yaml, files of one JSON object a line, whole files
 log.py         metrics.jsonl, trackers, listeners and their alarms

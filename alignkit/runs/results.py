@@ -29,7 +29,7 @@ class Outcome:
 
     @property
     def compared(self) -> bool:
-        """Whether it was measured more than once."""
+        """True if it was measured more than once."""
         return self.before is not None and self.after is not None
 
     @property

@@ -49,7 +49,7 @@ class Stage:
 
     @property
     def judges(self) -> bool:
-        """Whether its model compares two answers, instead of scoring one."""
+        """True if its model compares two answers instead of scoring one."""
         return bool(self.method.model_settings().get(PAIRWISE))
 
 

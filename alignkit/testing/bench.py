@@ -27,7 +27,7 @@ from alignkit.types import Batch, Example, Layout
 
 @dataclass(frozen=True)
 class Cut:
-    """How a step is cut; none of it may change the result.
+    """The cut of a step into parts; it must not change the result.
 
     layout: of the rows. max_tokens: of a micro-batch. ranks: simulated processes. order: of the collected examples.
     """

@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton for tensors on a GPU, plain PyTorch elsewhere.
+"""The choice of the implementation: Triton for tensors on a GPU, plain PyTorch elsewhere.
 
 The environment variable ALIGNKIT_KERNELS=eager|triton forces one; "triton" on CPU tensors needs the interpreter
 (TRITON_INTERPRET=1 before the first import), which is for tests: it is thousands of times slower.

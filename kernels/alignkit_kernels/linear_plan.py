@@ -14,7 +14,7 @@ MULTIPLE = 128  # of the rows or columns of a chunk: the tile size of a GPU's pr
 
 
 class Plan(NamedTuple):
-    """How `linear_logps` computes.
+    """The plan of a call of `linear_logps`.
 
     path: 1 to 4. chunk: rows in path 1, columns of the vocabulary in the others. kept: columns whose logits wait for
     the backward. flop_g: forward and backward, in units of one product with the head. peak_bytes: beyond inputs,

@@ -1,4 +1,4 @@
-"""Whether the preferred answer has more of a feature that is not content."""
+"""Tests whether the preferred answer has more of a feature that is not content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STRICT = strict(len(FEATURES))  # one interval per feature
 
 @dataclass(frozen=True)
 class Bias:
-    """How often the preferred answer of a pair has more of a feature.
+    """The rate at which the preferred answer of a pair has more of a feature.
 
     pairs: with a preference. differs: pairs in which one answer has more of the feature. more: pairs in which the
     preferred answer has more. share: more / differs, with its 95 % Wilson interval low to high; None where no pair

@@ -29,7 +29,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Budgets:
-    """What a run with these budgets would cut, and drop or note after tokenising (reason -> rows of the source)."""
+    """The effect of these budgets on a run: rows cut, and rows dropped or noted (reason -> rows of the source)."""
 
     max_prompt_tokens: int | None
     max_completion_tokens: int | None

@@ -1,4 +1,4 @@
-"""Which attention a run uses here, and why."""
+"""The attention that a run uses on this machine, and why."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """Whether no part has a problem; warnings are allowed."""
+        """True if no part has a problem; warnings are allowed."""
         return all(part.severity != "problem" for part in self.parts)
 
     def describe(self) -> dict[str, Any]:

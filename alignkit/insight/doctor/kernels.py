@@ -1,4 +1,4 @@
-"""Which kernels a run uses on each device, and why; a small computation with them."""
+"""The kernels that a run uses on each device, and why; a small computation with them."""
 
 from __future__ import annotations
 

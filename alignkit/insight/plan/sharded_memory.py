@@ -1,4 +1,4 @@
-"""What several processes change in the memory of one: buckets of gradients, or sharded weights."""
+"""The effect of several processes on the memory of one: buckets of gradients, or sharded weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which installed methods a data set can serve, which to start with and why, and the settings to start from.
+"""The installed methods that a data set can serve, which to start with and why, and the settings to start from.
 
 data_facts.py            facts about the rows, the model, and the given reward and judge
 verifiable_rewards.py    which rewards call a language model, and which could check the column `answer`

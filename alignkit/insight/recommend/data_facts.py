@@ -34,7 +34,7 @@ _WORDS = {"pairs": "pairs", "unpaired": "answers that are good or bad", "text": 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known before a method is chosen.
+    """The facts that are known before a method is chosen.
 
     data: the facts that methods receive. problems: why the rows cannot be read, for each kind that is missing in
     `data.rows`. disagreement: how often two judgements of a pair differ, 0 to 1, None where too few pairs are judged

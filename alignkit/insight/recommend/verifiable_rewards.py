@@ -1,4 +1,4 @@
-"""Which rewards call a language model, and which could check the rows' column `answer`."""
+"""Rewards that call a language model, and rewards that can check the rows' column `answer`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def single_rewards(spec: Any) -> Iterator[Any]:
 
 
 def uses_llm(spec: Any) -> bool:
-    """Whether a spec of rewards names a language model."""
+    """Return whether a spec of rewards names a language model."""
     return any((r.get("use") if isinstance(r, Mapping) else r) == "llm" for r in single_rewards(spec))
 
 

@@ -1,4 +1,4 @@
-"""Which metrics are shown as curves, in which order, in which units."""
+"""The metrics that are shown as curves, their order and their units."""
 
 from __future__ import annotations
 

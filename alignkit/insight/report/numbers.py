@@ -1,4 +1,4 @@
-"""Which numbers a report draws, and how it writes them."""
+"""The numbers that a report draws, and their text form."""
 
 from __future__ import annotations
 

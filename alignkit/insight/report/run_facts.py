@@ -1,4 +1,4 @@
-"""What a run trained, where, and what it cost, as names and values in text form."""
+"""Facts about a run as names and values in text form: what it trained, where, and at what cost."""
 
 from __future__ import annotations
 

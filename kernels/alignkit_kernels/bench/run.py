@@ -1,4 +1,4 @@
-"""From arguments to rows: correctness, memory, time, ratios; then the table, the JSON and the picture."""
+"""Measure correctness, memory, time and ratios; then write the table, the JSON and the picture."""
 
 from __future__ import annotations
 
