@@ -316,7 +316,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_runs(monkeypatc
     [
         (["--data", "d.jsonl"], ConfigError, "no --model given; leave out all of them"),
         (["--reward", "brevity"], ConfigError, "no --model and no --data given"),
-        (["--methods", "dop"], PluginError, "no method 'dop'.*Did you mean 'dpo'"),
+        (["--methods", "dop"], PluginError, "no method is called 'dop'.*Did you mean 'dpo'"),
         (["--set", "bta=1"], ConfigError, "unknown setting 'bta'"),
         (["--set", "smpling.top_p=1"], ConfigError, "unknown setting 'smpling'. Did you mean 'sampling'"),
         (["--json", "nodir/x.json"], ConfigError, "--json 'nodir/x.json': there is no folder 'nodir'"),

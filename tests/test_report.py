@@ -292,16 +292,15 @@ def test_numbers_that_are_missing_do_not_stop_it(tmp_path: Path) -> None:
     page = shown(run)
     assert "Never changed" not in page
     assert "nan" not in words(page)
-    assert "* not measured on held-out rows, but in training, at its first and at its last logged step." in words(page)
+    assert "* measured in training, at its first and at its last logged step, not on held-out rows." in words(page)
 
 
 def test_before_and_after_are_not_made_up_where_there_is_one_value(tmp_path: Path) -> None:
     once = write_run(tmp_path / "once", [{"step": 1, "loss": 0.5, "kl": 0.1}])
     page = shown(once)
     assert "<h2>Results</h2>" in page
-    assert (
-        "metric unit value loss 0.5 * kl nats a sequence 0.1 * * not measured on held-out rows, but in training."
-        in (words(page))
+    assert "metric unit value loss 0.5 * kl nats a sequence 0.1 * * measured in training, not on held-out rows." in (
+        words(page)
     )
     assert not re.search("before|after", words(page).split("Curves")[0])
     first = read(write_run(tmp_path / "first", [{"step": 0, "eval/loss": 0.7}, {"step": 1, "kl": 0.1}]), "first")
@@ -447,7 +446,7 @@ def test_folders_that_are_no_runs_are_refused_with_what_to_do(tmp_path: Path) ->
     [
         ("config.yaml", "name: my-site\nport: 80\n", r"config\.yaml is not a run's: it has no `method`"),
         ("config.yaml", "method: dpo\nmodel: m\ndata: d\nbatch_size: many\n", r"is not a run's: batch_size: "),
-        ("config.yaml", "- 1\n", r"config\.yaml must hold settings"),
+        ("config.yaml", "- 1\n", r"config\.yaml must contain settings"),
         ("config.yaml", "a: [", r"config\.yaml is not YAML"),
         ("metrics.jsonl", "", r"metrics\.jsonl is empty: the run has done no step yet"),
         ("metrics.jsonl", '{"loss": 1}\n{"step": 1}\n', r"metrics\.jsonl, line 1"),
@@ -468,7 +467,7 @@ def test_a_line_that_no_run_writes_is_named(text: str, tmp_path: Path) -> None:
     for name in ("completions.jsonl", "metrics.jsonl"):
         if (name, text) != ("metrics.jsonl", '{"step": 1}'):
             (run / name).write_text(f"{whole}\n{text}\n{whole}\n")
-            with pytest.raises(AlignkitError, match=rf"{name}, line 2, is no JSON object with a step"):
+            with pytest.raises(AlignkitError, match=rf"{name}, line 2, is not a JSON object with a step"):
                 read(run, "run")
         (run / name).write_text(f"{whole}\n")
     (run / "metrics.jsonl").write_text(f"{whole}\n{'[' * 100_000}\n")
