@@ -344,7 +344,7 @@ def test_the_kernels_are_measured(call: Call, place: Path) -> None:
 def test_a_benchmark_that_is_not_there_is_named_with_those_that_are(call: Call) -> None:
     said = call("bench", "kernels", "--only", "path5")
     assert said.code == 2
-    assert "no case 'path5'; there are path1, " in said.err
+    assert "unknown case 'path5'; choose from path1, " in said.err
 
 
 def test_the_module_is_the_command(place: Path) -> None:

@@ -446,7 +446,7 @@ def test_the_command_says_and_writes_what_was_found(
     assert (code, err) == (0, "")
     assert "start with dpo: learns from pairs" in out
     assert "\nalso:\n  simpo: " in out
-    assert "\nnot, because:\n  grpo: " in out
+    assert "\ncannot be used:\n  grpo: " in out
     assert "  ld_alpha: 0.5  the longer answer" in out
     assert f"alignkit init --data '{data}' --model MODEL --columns '{{prompt: question}}'" in out
     described = json.loads((tmp_path / "r.json").read_text())
