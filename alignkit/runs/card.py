@@ -53,7 +53,7 @@ def write(model: Path, run: Path) -> None:
     """Write README.md into the folder of a saved model. run: the folder of the run that trained it."""
     about = _About(model, run)
     metadata = yaml.safe_dump(about.metadata(), sort_keys=False, allow_unicode=True)
-    how = usage.text(about.speaks, about.base if about.adapter else None)
+    how = usage.text(about.output, about.base if about.adapter else None)
     parts = [f"---\n{metadata}---", f"# {about.title}", about.lead(), "## How to load it", how]
     parts += ["## Results", about.results(), "## Training", about.training(), "## Limits", about.limits()]
     (model / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -73,14 +73,14 @@ class _About:
         self.scores = self.method is not None and "reward" in self.method.trains
         chat = (model / "chat_template.jinja").is_file()
         pairwise = bool(self.settings.get("pairwise"))
-        self.speaks: usage.Speaks = "chat" if chat else "text"
+        self.output: usage.Output = "chat" if chat else "text"
         if self.scores:
-            self.speaks = "preference" if pairwise else "score"
+            self.output = "preference" if pairwise else "score"
 
     @property
     def title(self) -> str:
         """The title, in one line."""
-        what = {"preference": "Preference model", "score": "Reward model"}.get(self.speaks, "Language model")
+        what = {"preference": "Preference model", "score": "Reward model"}.get(self.output, "Language model")
         return " ".join(f"{what} by {self.name}, from {self.base}".split())
 
     def metadata(self) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from typing import Any
 
 from alignkit.config import RunConfig, read_yaml, write_yaml
 from alignkit.errors import ConfigError
-from alignkit.files import write_text
-from alignkit.runs import folder as runfolder
+from alignkit.files import replace_text
+from alignkit.runs import folder as run_folder
 from alignkit.runs.results import HEADLINE
 from alignkit.runs.stages import Stage, check, named, resolve
 
@@ -123,13 +123,12 @@ def _folder(stages: Sequence[Stage], given: Mapping[str, Any]) -> Path:
     if config.name is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes need one folder: set the pipeline's `name`")
     if int(os.environ.get("RANK", "0")):
-        return config.output / str(
-            config.name
-        )  # the first process creates it; a stage starts when all processes are there
-    folder = runfolder.find_or_make(config, FILE)
+        # the first process creates it; a stage starts when all processes are there
+        return config.output / str(config.name)
+    folder = run_folder.find_or_make(config, FILE)
     written = [s.written() for s in stages]
     if config.resume:  # pipeline.yaml itself may have been edited
-        runfolder.check_same(folder, *_comparable(_summary(folder)["begun_with"], written))
+        run_folder.check_same(folder, *_comparable(_summary(folder)["begun_with"], written))
     else:
         _write_summary(folder, {"begun_with": written, "stages": []})
         write_yaml(folder / FILE, {"output": str(config.output), "name": folder.name, "stages": written})
@@ -142,7 +141,7 @@ def _comparable(before: Any, now: list[dict[str, Any]]) -> tuple[dict[str, Any],
     if names[0] != names[1]:
         return {"stages": ", ".join(names[0])}, {"stages": ", ".join(names[1])}
     flat = [
-        {f"{s['name']}: {k}": v for s in stages for k, v in s.items() if k not in runfolder.FREE}
+        {f"{s['name']}: {k}": v for s in stages for k, v in s.items() if k not in run_folder.FREE}
         for stages in (before, now)
     ]
     return flat[0], flat[1]
@@ -158,7 +157,7 @@ def _how_to_resume(folder: Path) -> Iterator[None]:
 
 
 def _result(stage: Stage, place: Path, seconds: float | None) -> StageResult:
-    lines = runfolder.read_metrics(place)
+    lines = run_folder.read_metrics(place)
     last = {k: v for line in lines for k, v in line.items() if v is not None}
     shown = {m if f"eval/{m}" not in last else f"eval/{m}" for m in HEADLINE}
     metrics = {k: last[k] for k in sorted(shown & last.keys())}
@@ -175,4 +174,4 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 
 def _write_summary(folder: Path, values: Mapping[str, Any]) -> None:
-    write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
+    replace_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")

@@ -31,7 +31,7 @@ from torch import nn
 
 from alignkit.config import RunConfig, validated
 from alignkit.errors import AlarmError, ConfigError
-from alignkit.files import write_text
+from alignkit.files import replace_text
 from alignkit.reference.reference import Reference
 
 FILE = "sessions.json"
@@ -126,7 +126,7 @@ class Session:
         if self._cache is not None:
             counted = {"values_read": self._cache.hits, "values_computed": self._cache.misses}
             self._entry["facts"]["reference"] |= counted
-        write_text(self._path, json.dumps([*self._earlier, self._entry], indent=1) + "\n")
+        replace_text(self._path, json.dumps([*self._earlier, self._entry], indent=1) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

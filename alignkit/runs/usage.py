@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-Speaks = Literal["text", "chat", "score", "preference"]
+Output = Literal["text", "chat", "score", "preference"]
 """A model's output: a continuation, an answer to messages, a score of an answer, or a preference between two."""
 
 
-def text(speaks: Speaks, adapter_of: str | None) -> str:
+def text(output: Output, adapter_of: str | None) -> str:
     """Return Markdown with code that runs in the model's folder. adapter_of: the base model of an adapter."""
-    task = "SequenceClassification" if speaks in ("score", "preference") else "CausalLM"
+    task = "SequenceClassification" if output in ("score", "preference") else "CausalLM"
     kind = f"AutoModelFor{task}"
     imports, options, note = f"from transformers import {kind}, AutoTokenizer", "", ""
     if adapter_of is not None:
@@ -21,9 +21,9 @@ def text(speaks: Speaks, adapter_of: str | None) -> str:
     code = (
         f'import torch\n{imports}\n\nfolder = "."  # of this file\n'
         f"tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        f"model = {kind}.from_pretrained(folder{options}).eval()\n{_ASK[speaks]}"
+        f"model = {kind}.from_pretrained(folder{options}).eval()\n{_ASK[output]}"
     )
-    return f"{note}```python\n{code}```{_WORDS.get(speaks, '')}"
+    return f"{note}```python\n{code}```{_WORDS.get(output, '')}"
 
 
 _TEXT = """\
@@ -68,5 +68,5 @@ _OF_PAIRS = """
 
 It prints the probability that the first answer is preferred. Both orders are scored, so that the position does not
 matter. In alignkit the folder can be used as a `judge`."""
-_ASK: dict[Speaks, str] = {"text": _TEXT, "chat": _CHAT, "score": _SCORE, "preference": _PAIRWISE}
-_WORDS: dict[Speaks, str] = {"score": _OF_SCORES, "preference": _OF_PAIRS}
+_ASK: dict[Output, str] = {"text": _TEXT, "chat": _CHAT, "score": _SCORE, "preference": _PAIRWISE}
+_WORDS: dict[Output, str] = {"score": _OF_SCORES, "preference": _OF_PAIRS}
