@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from alignkit.alarms import ALARMS, Health
 from alignkit.errors import ConfigError, nearest
-from alignkit.files import write_text
+from alignkit.files import replace_text
 from alignkit.method import MethodConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -316,4 +316,4 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
     """Write settings for `read_yaml`, without trust_remote_code."""
     kept = {k: v for k, v in values.items() if k != "trust_remote_code"}
-    write_text(path, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    replace_text(path, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))

@@ -9,21 +9,29 @@ from pathlib import Path
 from alignkit.errors import ConfigError
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file completely or not at all: under a temporary name, then renamed. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        # a model's text may hold half a surrogate pair, which UTF-8 cannot encode
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all: under a temporary name, then renamed; its folder is created.
+    """Write a file that a user named, completely or not at all; its folder is created.
 
     Links and devices are written to, never replaced. Raises ConfigError where it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        # never replaces a device such as /dev/stdout
-        target = path if path.is_symlink() or (path.exists() and not path.is_file()) else temporary
         path.parent.mkdir(parents=True, exist_ok=True)
-        # a model's text may hold half a surrogate pair, which UTF-8 cannot encode
-        target.write_text(text, encoding="utf-8", errors="replace")
-        if target is temporary:
-            os.replace(temporary, path)
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout
+            path.write_text(text, encoding="utf-8", errors="replace")
+        else:
+            replace_text(path, text)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file") from error

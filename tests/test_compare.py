@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit import cli, data, registry
 from alignkit.cli import console
-from alignkit.compare import Comparison, check_picture, compare, draw, table, write_json
+from alignkit.compare import Comparison, check_matplotlib, compare, draw, table, write_json
 from alignkit.compare import comparison as comparisons
 from alignkit.compare.comparison import Row
 from alignkit.compare.jobs import Job, Task, check_settings, jobs_of, rows_of
@@ -304,8 +304,8 @@ def test_every_method_is_a_labelled_point(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_picture_without_matplotlib_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"needs matplotlib; try: pip install 'alignkit\[bench\]'"):
-        check_picture()
+    with pytest.raises(ConfigError, match=r"need matplotlib; try: pip install 'alignkit\[report\]'"):
+        check_matplotlib()
 
 
 # --------------------------------------------------------------------------------------------------- command line

@@ -287,8 +287,10 @@ def test_where_memory_runs_out_while_sampling_or_scoring_less_is_done_at_once(
         patch.setattr(Batched, "_batch", small_batches)
         patch.setattr(Scorer, "forward", small_rows)
         small = alignkit.run("grpo", **online | own)
-    assert "out of memory: continuing with sampling.batch_size 4, which changes no result" in caplog.text
-    assert "out of memory: continuing with max_tokens 4096, which changes no result" in caplog.text
+    assert (
+        "out of memory: continuing with 4 completions at a time in this batch, which changes no result" in caplog.text
+    )
+    assert "continuing with parts of 4096 tokens in this batch, which changes no result" in caplog.text
     assert [s["completion"] for s in completions(whole.folder)] == [s["completion"] for s in completions(small.folder)]
     close(whole.model, small.model, atol=1e-4)
 

@@ -18,6 +18,7 @@ import pytest
 
 import alignkit
 from alignkit.runs.folder import read_metrics
+from alignkit.runs.log import RunLog
 from alignkit.runs.progress import StopSignals
 from helpers import make_rows
 
@@ -166,3 +167,19 @@ def test_a_run_in_a_thread_leaves_the_handlers_alone_and_works(settings: dict[st
     thread.join()
     assert results[1] is before
     assert (results[0].folder / "model").is_dir()
+
+
+def test_a_signal_while_the_log_closes_is_not_swallowed(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trackers may take minutes to close: the program's own handlers are in force again by then."""
+    before, during = signal.getsignal(signal.SIGTERM), []
+    close = RunLog.__exit__
+
+    def closes(self: RunLog, *error: Any) -> None:
+        during.append(signal.getsignal(signal.SIGTERM))
+        close(self, *error)
+
+    monkeypatch.setattr(RunLog, "__exit__", closes)
+    alignkit.run("dpo", data=make_rows("pairs", 8), **settings | {"max_steps": 1})
+    assert during == [before]

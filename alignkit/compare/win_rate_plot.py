@@ -10,17 +10,17 @@ from alignkit.compare.comparison import Comparison
 from alignkit.errors import ConfigError
 
 
-def check_picture() -> None:
-    """Raise ConfigError where matplotlib is not installed."""
+def check_matplotlib() -> None:
+    """Raise ConfigError where matplotlib, which draws plots and the charts of reports, is not installed."""
     try:
         importlib.import_module("matplotlib")
     except ImportError:
-        raise ConfigError("a plot needs matplotlib; try: pip install 'alignkit[bench]'") from None
+        raise ConfigError("plots need matplotlib; try: pip install 'alignkit[report]'") from None
 
 
 def draw(comparison: Comparison, path: Path) -> None:
     """Plot win rate against KL, one labelled point per method, as a PNG. Raises ConfigError without a win rate."""
-    check_picture()
+    check_matplotlib()
     points = [
         (row.method, kl, rate)
         for row in comparison.rows

@@ -39,7 +39,7 @@ class Loop:
         state, total = self.state, self.state.total_steps
         done = restore(state) if state.config.resume else 0
         last: dict[str, float] = {}
-        with StopSignals() as stop, self._opened(done, total) as log:
+        with self._opened(done, total) as log, StopSignals() as stop:
             try:
                 last |= self._evaluate_if_due(done, total, log)
                 while done < total and not patience_ended(state):
@@ -117,7 +117,7 @@ class Loop:
             return self._backward(minibatch, weight, minibatch.micro_batches(max_tokens))
 
         least = least_tokens(minibatch, roles.max_tokens, parts.ranks)
-        (values, norm, micros), roles.max_tokens = halved(attempt, roles.max_tokens, least, "max_tokens")
+        (values, norm, micros), roles.max_tokens = halved(attempt, roles.max_tokens, least, "max_tokens %d")
         finite = math.isfinite(norm) and math.isfinite(values["loss"])
         stop = not finite or self.state.method.enough(values)
         if not finite:

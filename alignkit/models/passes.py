@@ -19,11 +19,11 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 T = TypeVar("T")
 
 
-def halved(attempt: Callable[[int], T], size: int, least: int, what: str) -> tuple[T, int]:
+def halved(attempt: Callable[[int], T], size: int, least: int, smaller: str) -> tuple[T, int]:
     """Call `attempt(size)`; where memory runs out, again with half the size, but not below `least`.
 
-    Returns the result and the size that it was computed with. what: the size's name, for the log. Raises
-    torch.OutOfMemoryError where half the size would be below `least`.
+    Returns the result and the size that it was computed with. smaller: the words for a size in the log, with %d.
+    Raises torch.OutOfMemoryError where half the size would be below `least`.
     """
     while True:
         try:
@@ -32,7 +32,7 @@ def halved(attempt: Callable[[int], T], size: int, least: int, what: str) -> tup
             if size // 2 < least:
                 raise
         size //= 2
-        logger.warning("out of memory: continuing with %s %d, which changes no result", what, size)
+        logger.warning(f"out of memory: continuing with {smaller}, which changes no result", size)
 
 
 def least_tokens(batch: Batch, max_tokens: int, ranks: Ranks) -> int:
@@ -50,7 +50,9 @@ def in_parts(score: Callable[[Batch], Outputs], batch: Batch, max_tokens: int, r
     """Call `score` on parts of `max_tokens` tokens and join its outputs: float32 [C] in the batch's order."""
     numbered = batch.attach(per_token={"at": torch.arange(len(batch.targets), device=batch.device)})
     least = least_tokens(batch, max_tokens, ranks)
-    return halved(lambda size: _in_parts(score, numbered, size, ranks), max_tokens, least, "max_tokens")[0]
+    return halved(
+        lambda size: _in_parts(score, numbered, size, ranks), max_tokens, least, "parts of %d tokens in this batch"
+    )[0]
 
 
 def _in_parts(score: Callable[[Batch], Outputs], numbered: Batch, max_tokens: int, ranks: Ranks) -> Outputs:

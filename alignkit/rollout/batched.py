@@ -63,11 +63,14 @@ class Batched:
     ) -> list[Sampled]:
         """Sample rows together, or fewer at once where memory runs out: completions do not depend on their batch."""
 
-        def attempt(size: int) -> list[Sampled]:
-            parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-            return [one for part in parts for one in self._batch(prompts, part, numbers)]
+        done: list[Sampled] = []
 
-        return halved(attempt, len(rows), 1, "sampling.batch_size")[0]
+        def attempt(size: int) -> list[Sampled]:
+            while len(done) < len(rows):  # a smaller size continues after the rows that are done
+                done.extend(self._batch(prompts, rows[len(done) : len(done) + size], numbers))
+            return done
+
+        return halved(attempt, len(rows), 1, "%d completions at a time in this batch")[0]
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]

@@ -40,11 +40,11 @@ def best_of_n(
     check_targets({"--output": output, "--pairs": pairs, "--json": json, "--png": png})
     named, settings = console.columns_of(columns), console.pairs_of(more or [])
     console.show_log()
-    from alignkit.compare import check_picture
+    from alignkit.compare import check_matplotlib
     from alignkit.insight import best_of_n as bon
 
     if png:
-        check_picture()
+        check_matplotlib()
     specs = {"reward": console.value_of(reward), "gold": None if gold is None else console.value_of(gold)}
     found = bon.best_of_n(model, data, n=n, limit=limit, columns=named, settings=settings, **specs)
     bon.write_best(found, output)

@@ -39,7 +39,7 @@ def compare(
     from alignkit import compare as package
 
     if png:
-        package.check_picture()
+        package.check_matplotlib()
     names = None if methods == "all" else [m.strip() for m in methods.split(",") if m.strip()]
     found = package.compare(given, console.pairs_of(more or []), names, output, seed)
     terminal.show(package.table(found))

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignkit.compare import check_picture
+from alignkit.compare import check_matplotlib
 from alignkit.errors import ConfigError
 from alignkit.files import write_text
 from alignkit.insight.best_of_n.curve import Mean, Point
@@ -69,7 +69,7 @@ def table(found: BestOfN) -> Any:
 
 def draw(found: BestOfN, path: Path) -> None:
     """Draw the reward, and next to it the gold reward, against KL to a PNG, with 95 % bands."""
-    check_picture()
+    check_matplotlib()
     from matplotlib.figure import Figure
 
     panels = [("reward", found.reward, [p.proxy for p in found.curve], "#0072b2")]

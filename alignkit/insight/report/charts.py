@@ -6,7 +6,6 @@ extra "report", not a requirement: it adds seven distributions, and machines tha
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from alignkit.errors import ConfigError
 from alignkit.insight.report.inline_svg import COLOURS, hover, inline
 from alignkit.insight.report.numbers import Point, finite
 
@@ -75,14 +73,6 @@ class Mark:
     step: float
     label: str
     text: str
-
-
-def check() -> None:
-    """Raise ConfigError where matplotlib is not installed."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError:
-        raise ConfigError("the curves of a report need matplotlib; try: pip install 'alignkit[report]'") from None
 
 
 def chart(

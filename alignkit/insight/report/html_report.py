@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignkit.compare import check_matplotlib
 from alignkit.insight import page
 from alignkit.insight.report import charts, completions, curves, data_audits, run_facts, run_tables, setting_tables
 from alignkit.insight.report.run_files import Chapter, Run, chapters
@@ -33,7 +34,7 @@ def report(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str
     runs: folders of runs, drawn over each other, or of pipelines, stage by stage. Raises ConfigError for any other
     folder, or where matplotlib is missing, and DataError for a damaged file in it.
     """
-    charts.check()
+    check_matplotlib()
     read = chapters([Path(run) for run in runs])
     names = [Path(run).resolve().name for run in runs]
     title = f"Report on {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
