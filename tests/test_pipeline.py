@@ -312,7 +312,7 @@ def test_a_real_sigkill_in_the_second_stage_is_survived(
 ) -> None:
     output = shared.pop("output")
     values = {k: str(v) if isinstance(v, Path) else v for k, v in shared.items() if k != "name"}
-    values |= {"data": write_rows(shared["data"]), "max_steps": 30, "stages": rlhf, "save_every": 2}
+    values |= {"data": write_rows(shared["data"]), "max_steps": 16, "stages": rlhf, "save_every": 2}
     values["stages"][2]["max_steps"] = 2
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(values))
     command = [
