@@ -23,19 +23,19 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def resumed(method: str) -> list[dict[str, Any]]:
+def resumed(run: str) -> list[dict[str, Any]]:
     from alignkit.config import read_yaml
 
-    settings = read_yaml(Path("runs") / method / "config.yaml")
+    settings = read_yaml(Path("runs") / run / "config.yaml")
     folder = alignkit.run(**{**settings, "resume": True}).folder
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["dpo", "ppo"])
-def test_a_killed_run_of_an_earlier_build_goes_on_as_it_would_have(killed: Path, method: str) -> None:
+@pytest.mark.parametrize("run", ["dpo", "moving", "kto", "ppo", "grpo"])
+def test_a_killed_run_of_an_earlier_build_continues_as_it_would_have(killed: Path, run: str) -> None:
     # the numbers were computed on another processor, whose rounding differs; a state that is lost differs by far more
-    expected = json.loads((killed / "expected.json").read_text())[method]
-    found = [line for line in resumed(method) if line["step"] > 2]
+    expected = json.loads((killed / "expected.json").read_text())[run]
+    found = [line for line in resumed(run) if line["step"] > 2]
     assert [line["step"] for line in found] == [3, 4, 4]
     for line, wanted in zip(found, expected, strict=True):
         assert {k: line[k] for k in wanted} == pytest.approx(wanted, rel=1e-2, abs=1e-3)
