@@ -15,6 +15,7 @@ import alignkit.testing
 from alignkit import Batch, Method, MethodConfig, Term, pair_metrics
 from alignkit.errors import PluginError
 from alignkit.testing import Conformance, log_sigmoid
+from alignkit.testing.suite import applies
 from alignkit_kernels import preference_loss, sequence_sum
 
 pytest_plugins = ("pytester",)
@@ -52,7 +53,11 @@ def fails(method: type[Method[Any]], name: str, match: str, **arguments: Any) ->
         check(method, name, **arguments)
 
 
-CHECKS = sorted(n for n in dir(Conformance) if n.startswith("test_"))
+def checks_of(method: type[Method[Any]]) -> list[str]:
+    return sorted(n for n in dir(Conformance) if n.startswith("test_") and applies(getattr(Conformance, n), method))
+
+
+CHECKS = checks_of(Sound)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -299,7 +304,43 @@ def outcomes(pytester: pytest.Pytester, failures: str, wrong: str = "1") -> dict
 
 
 def test_every_configuration_goes_through_every_check(pytester: pytest.Pytester) -> None:
-    assert outcomes(pytester, "{}") == {"passed": 4, "deselected": 2 * (len(CHECKS) - 2)}
+    class Text(Sound):
+        data = "text"
+
+    assert outcomes(pytester, "{}") == {"passed": 4, "deselected": 2 * (len(checks_of(Text)) - 2)}
+
+
+def collected(cls: type[Conformance]) -> set[str]:
+    return {n for n in dir(cls) if n.startswith("test_") and callable(getattr(cls, n))}
+
+
+def test_only_the_checks_that_apply_are_collected_and_a_subclass_has_those_of_its_own_method() -> None:
+    class Prompts(Sound):
+        data = "prompts"
+
+    class OfPairs(Conformance):
+        method = Sound
+
+    class OfPrompts(OfPairs):
+        method = Prompts
+
+    class Later(Conformance):
+        pass
+
+    class OfPairsAgain(OfPrompts):
+        method = Sound
+
+    assert collected(OfPairs) == collected(OfPairsAgain) == set(CHECKS)
+    assert collected(OfPrompts) == set(checks_of(Prompts))
+    assert not set(checks_of(Prompts)) <= set(CHECKS)
+    assert collected(Later) == collected(Conformance)
+
+
+def test_a_check_that_does_not_apply_to_a_method_set_later_does_not_run(pytester: pytest.Pytester) -> None:
+    late = SUITE.replace("        method = Plain\n", "") + "\n    TestPlain.method = Plain\n"
+    pytester.makepyfile(late.replace("{FAILURES}", "{}").replace("WRONG", "1"))
+    found = pytester.runpytest_inprocess("-k", "kl_is_unbiased or layout", "-p", "no:xdist").parseoutcomes()
+    assert (found["passed"], found.get("failed", 0), found["skipped"]) == (2, 0, 1)
 
 
 def test_declared_failure_is_tolerated(pytester: pytest.Pytester) -> None:

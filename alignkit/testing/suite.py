@@ -28,6 +28,15 @@ def only_for(*data: DataKind, role: Role | None = None) -> Callable[[F], F]:
     return mark
 
 
+def applies(check: Any, method: type[Method[Any]]) -> bool:
+    """Return whether a check applies to methods that read this method's kind of data."""
+    data, _ = getattr(check, "only_for", (None, None))
+    return data is None or method.data in data
+
+
+_NOT_COLLECTED = object()  # in place of a check that does not apply: pytest ignores it, where a skip would be reported
+
+
 class Suite:
     """The part that the author of a plugin defines.
 
@@ -57,9 +66,9 @@ class Suite:
         if unknown := sorted(set(cls.expected_failures) - known):
             raise TypeError(f"{cls.__name__}: expected_failures has unknown checks {unknown}; checks: {tests}")
         for name in tests if hasattr(cls, "method") else ():
-            data, _ = getattr(getattr(cls, name), "only_for", (None, None))
-            if data is not None and cls.method.data not in data:
-                setattr(cls, name, None)  # not collected by pytest: a check that does not apply is not a skip
+            found = [vars(c)[name] for c in cls.__mro__ if name in vars(c)]
+            check = next(f for f in found if f is not _NOT_COLLECTED)  # a parent's method may read other data
+            setattr(cls, name, check if applies(check, cls.method) else _NOT_COLLECTED)
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:
@@ -74,7 +83,7 @@ class Suite:
         marked = [
             pytest.param(dict(c), id=config_id(c), marks=self._marks(metafunc.function.__name__, config_id(c)))
             for c in self.configs
-            if role is None or role in self.made(c).roles()
+            if applies(metafunc.function, self.method) and (role is None or role in self.made(c).roles())
         ]
         metafunc.parametrize("config", marked)
 
