@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from alignkit.errors import PluginError
-
 BEST = 100  # the highest rank
 GUESS = 0.1  # assumed fraction of flipped labels where it cannot be estimated
 
@@ -78,16 +76,3 @@ class DataFacts:
     def assumed_flipped(self) -> float:
         """The fraction of flipped labels to assume: the estimate to two digits, else GUESS."""
         return GUESS if self.flipped is None else float(f"{self.flipped:.2g}")
-
-
-def advice_of(method: Any, facts: DataFacts) -> Advice:
-    """Return a method class's advice. Raises PluginError where it fails or is malformed."""
-    try:
-        advice = method.advice(facts)
-    except Exception as error:  # a plugin's code may raise anything
-        raise PluginError(f"the advice of '{method.name}' failed: {type(error).__name__}: {error}") from error
-    if not isinstance(advice, Advice):
-        raise PluginError(f"the advice of '{method.name}' must be an alignkit.Advice, got {type(advice).__name__}")
-    if advice.rank is not None and not 0 <= advice.rank <= BEST:
-        raise PluginError(f"the advice of '{method.name}' has rank {advice.rank}; it must be 0 to {BEST}, or None")
-    return advice

@@ -142,7 +142,8 @@ class Method(Generic[C]):
     name: what users type. data: the kind of rows it reads. uses: the roles it may use. trains: those it trains.
     learning_rate, lora_learning_rate: defaults of a full and a LoRA run. min_batch: the fewest examples of a step.
     epochs_per_batch: default number of passes over a collected batch. demo_settings: settings of its run in
-    `alignkit demo`, the run's own or the method's; the demo's small model needs high learning rates.
+    `alignkit demo`, the run's own or the method's; the demo's small model needs high learning rates. demo_base:
+    settings to fine-tune the demo's untrained model with, before another method aligns it; None: it does not do that.
     """
 
     name: ClassVar[str]
@@ -154,6 +155,7 @@ class Method(Generic[C]):
     min_batch: ClassVar[int] = 1
     epochs_per_batch: ClassVar[int] = 1
     demo_settings: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4}
+    demo_base: ClassVar[Mapping[str, Any] | None] = None
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
@@ -166,8 +168,8 @@ class Method(Generic[C]):
 
         Default: a rank in the middle, the first line of the class's docstring as reason, and no settings.
         """
-        unknown = f"reads rows of the kind '{cls.data}'; see its documentation"
-        return Advice(50, (cls.__doc__ or unknown).strip().splitlines()[0].rstrip("."))
+        lines = (cls.__doc__ or "").strip().splitlines() or [""]
+        return Advice(50, lines[0].rstrip(". ") or f"reads rows of the kind '{cls.data}'; see its documentation")
 
     def roles(self) -> frozenset[str]:
         """Return the roles that these settings need: `uses`, or fewer, so that no model is loaded needlessly."""

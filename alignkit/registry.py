@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, get_args
+from typing import Any
 
 import pluggy
 
 from alignkit import hookspecs
-from alignkit.config import RunConfig
 from alignkit.errors import PluginError, nearest
-from alignkit.method import DataKind, Method, MethodConfig, Role
+from alignkit.method import Method
+from alignkit.plugin_checks import check_class
 
 GROUP, REWARDS, JUDGES, LISTENERS = "alignkit", "alignkit.rewards", "alignkit.judges", "alignkit.listeners"
 _WORDS = {GROUP: "method", REWARDS: "reward", JUDGES: "judge", LISTENERS: "listener"}
@@ -140,22 +140,3 @@ def _function(entry: EntryPoint) -> Callable[..., Any]:
         given = type(by_name[entry.name]).__name__
         raise PluginError(f"{word} '{entry.name}' of {_owner(entry)[0]} must be a function or a class, got {given}")
     return by_name[entry.name]  # type: ignore[no-any-return]
-
-
-def check_class(cls: type[Method[Any]]) -> None:
-    """Raise PluginError where the class violates the contract in a way that is visible without running it."""
-    problem = None
-    if not issubclass(cls, Method):
-        problem = "is not a subclass of alignkit.Method"
-    elif cls.loss is Method.loss:
-        problem = "does not define loss(batch, models)"
-    elif getattr(cls, "data", None) not in get_args(DataKind):
-        problem = f"has data = {getattr(cls, 'data', None)!r}; it must be one of {', '.join(get_args(DataKind))}"
-    elif unknown := sorted(cls.uses - set(get_args(Role))):
-        problem = f"uses unknown roles {unknown}; roles: {', '.join(get_args(Role))}"
-    elif not issubclass(cls.Config, MethodConfig):
-        problem = "has a Config that is not a subclass of alignkit.MethodConfig"
-    elif clash := sorted(set(cls.Config.model_fields) & set(RunConfig.model_fields)):
-        problem = f"has settings that the run already has: {', '.join(clash)}; rename them"
-    if problem:
-        raise PluginError(f"method '{getattr(cls, 'name', cls.__name__)}' {problem}")

@@ -78,7 +78,7 @@ def prepare(folder: Path, seed: int, tiny: bool) -> None:
     if (folder / "sft/model").is_dir():
         return
     start = write_start(folder / "start", [q.prompt + answer for q in train for answer in (q.brief, q.chatty)], seed)
-    settings = {**recipes.SFT, **(TINY if tiny else {})}
+    settings = {**recipes.base_settings(), **(TINY if tiny else {})}
     Engine(output=folder, seed=seed).run(
         "sft", model=str(start), data=str(folder / "sft.jsonl"), name="sft", **settings
     )

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_setting_of_a_mapping_can_be_named_alone(
 ) -> None:
     given = task(tiny, pairs)  # max_new_tokens is 5
     jobs = []
-    monkeypatch.setattr(comparisons, "demo_task", lambda folder, seed: given)
+    monkeypatch.setattr(comparisons, "demo_task", lambda *_: given)
     monkeypatch.setattr(comparisons, "_row", lambda job, folder: jobs.append(job) or Row(job.name, {}))
     compare({}, {"sampling.temperature": 0.5}, ["dpo"], tmp_path)
     sampling = [job.config().sampling for job in jobs]
@@ -119,11 +120,23 @@ def test_files_may_lie_in_the_folder_of_the_runs_which_is_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(console, "show_log", lambda: None)
-    monkeypatch.setattr(comparisons, "demo_task", lambda folder, seed: task(tiny, pairs))
+    monkeypatch.setattr(comparisons, "demo_task", lambda *_: task(tiny, pairs))
     monkeypatch.setattr(comparisons, "_row", lambda job, folder: Row(job.name, dict(FIGURES)))
     command = ["compare", "--methods", "dpo", "--json", "runs/c.json"]
     typer.main.get_command(cli.app)(command, standalone_mode=False)
     assert json.loads((tmp_path / "runs/c.json").read_text())["rows"][0]["method"] == "base"
+
+
+def test_a_method_with_faulty_demo_settings_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = SimpleNamespace(folder=tmp_path)
+    monkeypatch.setattr(recipes, "train_base", lambda *_: trained)
+    monkeypatch.setattr(registry.get("kto"), "demo_settings", {"epochs": 0})
+    monkeypatch.setattr(registry.get("ipo"), "demo_settings", {"epochs": 0})  # is not compared
+    monkeypatch.setattr(comparisons, "_row", lambda job, folder: Row(job.name, {}))
+    done = compare({}, {}, ["kto", "dpo"], tmp_path)
+    assert [row.method for row in done.rows] == ["base", "dpo"]
+    assert list(done.left_out) == ["kto"]
+    assert done.left_out["kto"].startswith("the demo_settings of 'kto' cannot be used: epochs: ")
 
 
 def test_where_nothing_is_left_the_reasons_are_said(tiny: str, pairs: str) -> None:
@@ -235,7 +248,8 @@ def test_one_method_is_trained_and_measured(tiny: str, pairs: str, tmp_path: Pat
 def test_the_demos_task_from_the_command_line_where_one_method_fails_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(recipes.SFT, "epochs", 2)
+    base = registry.get("sft")
+    monkeypatch.setattr(base, "demo_base", {**base.demo_base, "epochs": 2})
     monkeypatch.setitem(recipes.SHARED, "epochs", 1)
     monkeypatch.setattr(registry.get("kto"), "demo_settings", {"batch_size": 1})  # it needs two
     monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])

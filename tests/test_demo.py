@@ -60,20 +60,117 @@ def test_a_method_that_the_demo_lacks_is_named_with_those_it_has(tmp_path: Path)
 
 def test_every_method_that_trains_a_policy_is_offered_but_that_of_the_base() -> None:
     assert recipes.offered() == METHODS
-    assert (recipes.best("pairs"), recipes.best("text"), recipes.best("pairs", "reward")) == ("dpo", "sft", "reward")
+    assert (recipes.best("pairs"), recipes.base_trainer(), recipes.best("pairs", "reward")) == ("dpo", "sft", "reward")
 
 
 def test_without_a_method_for_the_base_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     others = [plugin for plugin in registry.plugins() if plugin.name != "sft"]
     monkeypatch.setattr(registry, "plugins", lambda: others)
-    with pytest.raises(PluginError, match="trains a policy on rows of the kind 'text'; try: pip install alignkit-sft"):
+    with pytest.raises(PluginError, match="can fine-tune its base; try: pip install alignkit-sft"):
         before_after.run_demo("dpo", Path("nowhere"), 0)
+
+
+TEXT = """
+    from alignkit import Advice, Method, Term, hookimpl
+
+    class Stranger(Method):
+        name = "stranger"
+        data = "text"
+
+        @classmethod
+        def advice(cls, facts):
+            return Advice(100, "the best")
+
+        def loss(self, batch, models):
+            return {"nll": Term(-models.policy(batch).logps, over="tokens")}
+
+    @hookimpl
+    def register_methods():
+        return [Stranger]
+"""
+
+
+@pytest.mark.parametrize("extra", ["", 'demo_base = {"learning_rate": 1e-9}'])
+def test_a_strangers_method_for_texts_does_not_train_the_base(
+    extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = TEXT.replace('data = "text"', f'data = "text"\n        {extra}')
+    monkeypatch.syspath_prepend(write_plugin(tmp_path, "stranger", code, "a-method"))
+    assert registry.get("stranger").data == "text"
+    assert (recipes.base_trainer(), recipes.best("pairs")) == ("sft", "dpo")
+    assert recipes.base_settings()["learning_rate"] == 2e-3
+    assert recipes.offered() == sorted([*METHODS, "stranger"])
+
+
+def test_without_the_built_in_one_a_stranger_trains_the_base_at_its_own_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = TEXT.replace('data = "text"', 'data = "text"\n        demo_base = {"learning_rate": 1e-5}')
+    monkeypatch.syspath_prepend(write_plugin(tmp_path, "stranger", code, "a-method"))
+    others = [plugin for plugin in registry.plugins() if plugin.name != "sft"]
+    monkeypatch.setattr(registry, "plugins", lambda: others)
+    assert (recipes.base_trainer(), recipes.base_settings()) == ("stranger", {"learning_rate": 1e-5})
+
+
+def test_the_trainer_of_the_base_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the demo trains its base with 'sft'; choose the next method: cpo, dpo"):
+        before_after.run_demo("sft", tmp_path, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_advice_stops_nobody_else_in_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = ADVISED.replace("if facts.length_bias is None:", "exit('bye')\n            if True:")
+    monkeypatch.syspath_prepend(write_plugin(tmp_path, "stranger", code))
+    assert recipes.best("pairs") == "dpo"
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ("[1]", r"= \[1\]; it must be a mapping of settings"),
+        ("{'taau': 1}", "'taau', which is not a setting of the method or of the run. Did you mean 'tau'"),
+        ("{3: 1}", "with 3, which is not a setting"),
+        *((f"{{'{key}': 1}}", f"with '{key}', which the demo sets itself") for key in (
+            "model", "data", "eval_data", "name", "output", "method", "resume",
+        )),
+    ],
+)  # fmt: skip
+def test_names_in_demo_settings_are_checked_with_the_class(
+    settings: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = re.sub(r"demo_settings = .*", f"demo_settings = {settings}", ADVISED)
+    monkeypatch.syspath_prepend(write_plugin(tmp_path, "stranger", code))
+    with pytest.raises(
+        PluginError, match=f"method 'stranger' has demo_settings .*{problem}"
+    ):
+        registry.get("stranger")
+
+
+def test_values_of_demo_settings_are_checked_before_the_base_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.get("dpo"), "demo_settings", {"beta": -1, "epochs": 0})
+    monkeypatch.setattr(recipes, "train_base", lambda *_: pytest.fail("trained"))
+    with pytest.raises(PluginError, match=r"the demo_settings of 'dpo' cannot be used: epochs: .*; beta: "):
+        before_after.run_demo("dpo", tmp_path, 0)
+    monkeypatch.setattr(registry.get("reward"), "demo_settings", {"epochs": 0})  # PPO needs it first
+    with pytest.raises(PluginError, match="the demo_settings of 'reward' cannot be used: epochs: "):
+        before_after.run_demo("ppo", tmp_path, 0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("own", [{"sampling": {"temperature": 0.5}}, {"sampling.temperature": 0.5}])
+def test_a_methods_own_sampling_wins_over_the_demos(own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.get("grpo"), "demo_settings", own)
+    sampling = recipes.recipe("grpo")["sampling"]
+    assert (sampling["temperature"], sampling["max_new_tokens"]) == (0.5, recipes.LENGTH.max_new_tokens)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A demo of few questions and steps."""
-    monkeypatch.setitem(recipes.SFT, "epochs", 2)
+    base = registry.get("sft")
+    monkeypatch.setattr(base, "demo_base", {**base.demo_base, "epochs": 2})
     monkeypatch.setitem(recipes.SHARED, "epochs", 1)
     monkeypatch.setattr(world, "CREATURES", world.CREATURES[:6])
 

@@ -205,8 +205,21 @@ def test_a_strangers_advice_is_followed(
     ("advice", "problem"),
     [
         ("1 / 0", "the advice of 'stranger' failed: ZeroDivisionError: division by zero"),
+        ("exit('bye')", "the advice of 'stranger' failed: SystemExit: bye"),
         ("(90, 'good')", "the advice of 'stranger' must be an alignkit.Advice, got tuple"),
-        ("Advice(101, 'good')", "the advice of 'stranger' has rank 101; it must be 0 to 100, or None"),
+        ("Advice(101, 'good')", "has rank 101; it must be an integer from 0 to 100, or None"),
+        ("Advice(True, 'good')", "has rank True; it must be an integer from 0 to 100, or None"),
+        ("Advice('9', 'good')", "has rank '9'; it must be an integer from 0 to 100, or None"),
+        ("Advice(9, ' ')", "has the reason ' '; it must be a text that is not empty"),
+        ("Advice(9, None)", "has the reason None; it must be a text that is not empty"),
+        ("Advice(9, 'good', None)", "has settings None; they must be a sequence of alignkit.Choice"),
+        ("Advice(9, 'good', Choice('tau', 1, 'so'))", "they must be a sequence of alignkit.Choice"),
+        ("Advice(9, 'good', [('tau', 1, 'so')])", "has ('tau', 1, 'so') in its settings; each must be an alignkit.Ch"),
+        ("Advice(9, 'good', [Choice('taau', 1, 'so')])", "not a setting of the method (tau). Did you mean 'tau'?"),
+        ("Advice(9, 'good', [Choice(3, 1, 'so')])", "sets 3, which is not a setting of the method (tau)."),
+        ("Advice(9, 'good', [Choice('tau', -1, 'so')])", "does not accept: tau: Input should be greater than 0"),
+        ("Advice(9, 'good', [Choice('tau', 1, '')])", "has the reason for tau ''; it must be a text that is not empty"),
+        ("Advice(9, 'good', [Choice('tau', __import__('numpy').float64(1), 'so')])", "it must be a plain YAML value"),
     ],
 )
 def test_broken_advice_is_reported_and_stops_nobody_else(
@@ -214,15 +227,69 @@ def test_broken_advice_is_reported_and_stops_nobody_else(
 ) -> None:
     install(ADVISED.replace("if facts.length_bias is None:", f"return {advice}\n            if True:"))
     found = recommend(make_rows("pairs", 60))
+    assert found.refused["stranger"].startswith("it is broken: the advice of 'stranger' ")
+    assert problem in found.refused["stranger"]
+    assert "\n" not in found.refused["stranger"]
+    assert served(found) == PAIRS | {"kto", "sft"}
+    with pytest.raises(ConfigError, match="'stranger' cannot be used: it is broken: the advice"):
+        recommend(make_rows("pairs", 60), method="stranger")
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("raise KeyError('oh')", "roles() of 'stranger' failed: KeyError: 'oh'"),
+        ("exit('bye')", "roles() of 'stranger' failed: SystemExit: bye"),
+        ("return {'critic'}", "roles() of 'stranger' must return a set of policy, got {'critic'}"),
+        ("return 'policy'", "roles() of 'stranger' must return a set of policy, got 'policy'"),
+    ],
+)
+@pytest.mark.parametrize("data", ["pairs", "prompts"])
+def test_a_method_whose_roles_fail_is_broken_and_stops_nobody_else(
+    data: str, body: str, problem: str, install: Callable[[str], None]
+) -> None:
+    code = PLAIN.format(data=data, role="policy").replace(
+        "        def loss", f"        def roles(self):\n            {body}\n\n        def loss"
+    )
+    install(code)
+    found = recommend(make_rows("pairs", 60))
     assert found.refused["stranger"] == f"it is broken: {problem}"
     assert served(found) == PAIRS | {"kto", "sft"}
 
 
 def test_a_setting_that_a_subclass_lacks_is_not_advised(install: Callable[[str], None]) -> None:
-    install(ADVISED.replace('Choice("tau"', 'Choice("ta"'))
+    parent = """
+    class Heir(Stranger):
+        name = "stranger"
+
+        class Config(MethodConfig):
+            beta: float = Field(0.5, description="what it has")
+
+        def loss(self, batch, models):
+            return {}
+
+
+    @hookimpl"""
+    install(ADVISED.replace("    @hookimpl", parent.lstrip("\n")).replace("return [Stranger]", "return [Heir]"))
     found = recommend([{"prompt": f"{i}?", "chosen": "a b c", "rejected": "a"} for i in range(60)])
-    assert values(found)["tau"] == 0.7
-    assert "ta" not in values(found)
+    assert found.first is not None
+    assert found.first.method == "stranger"
+    assert values(found)["beta"] == 0.5
+    assert "tau" not in values(found)
+
+
+def test_texts_of_advice_become_one_line(install: Callable[[str], None]) -> None:
+    install(ADVISED.replace('f"made for this: {facts.length_bias}"', "' made\\n for  this '"))
+    found = recommend([{"prompt": f"{i}?", "chosen": "a b c", "rejected": "a"} for i in range(60)])
+    assert reason(found, "stranger") == "made for this"
+
+
+@pytest.mark.parametrize("docstring", ["", " ", "\n", "."])
+def test_a_blank_docstring_is_no_reason(docstring: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.get("cpo"), "__doc__", docstring)
+    monkeypatch.delattr(registry.get("cpo"), "advice")
+    expected = "reads rows of the kind 'pairs'; see its documentation"
+    assert reason(recommend(make_rows("pairs", 60)), "cpo") == expected
 
 
 def test_a_broken_method_is_listed_as_such(install: Callable[[str], None]) -> None:

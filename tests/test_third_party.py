@@ -107,7 +107,8 @@ def test_it_is_recommended_with_its_own_reason(fresh: Fresh) -> None:
 
 def test_it_runs_in_the_demo(fresh: Fresh) -> None:
     fresh.install(ROOT / "plugins/alignkit-sft")  # the demo fine-tunes its base
-    few = "world.CREATURES = world.CREATURES[:6]; recipes.SFT['epochs'] = 2"  # the whole demo takes two minutes
+    # the whole demo takes two minutes
+    few = "world.CREATURES = world.CREATURES[:6]; recipes.base_settings = lambda: {'max_steps': 6}"
     said = fresh.run(
         "python", "-c", f"from alignkit import cli; from alignkit.demo import recipes, world; {few}; cli.main()",
         "demo", "--method", "dpop", "--output", "demos",

@@ -51,7 +51,7 @@ def compare(
     found = installed() if methods is None else {name: registry.get(name) for name in methods}
     check_settings(settings, found)
     folder = find_or_make(RunConfig(method="compare", model="-", data="-", output=output))
-    task = Task(**given) if given else demo_task(folder, seed)
+    task = Task(**given) if given else demo_task(folder, seed, found)
     task = replace(task, settings=gathered({**task.settings, **settings}))
     jobs, left_out = jobs_of(task, found, folder, seed)
     rows = []

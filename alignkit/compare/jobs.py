@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from alignkit.data.sources import read_rows
 from alignkit.data.stream import hold_out
 from alignkit.demo import recipes, world
 from alignkit.engine import Engine
-from alignkit.errors import ConfigError, DataError, nearest
+from alignkit.errors import ConfigError, DataError, PluginError, nearest
 from alignkit.method import Method
 from alignkit.rewards import check_judge, check_rewards
 from alignkit.rollout.checks import check_online
@@ -30,8 +30,9 @@ class Task:
     """The task that methods are compared on.
 
     model: the base's folder or hub name. data, eval_data: sources of rows; without eval_data HELD_OUT of the data is
-    held out, by prompt. settings: of a run, and of any method. recipes: settings of single methods. reward, judge:
-    specs (docs/rewards.md), for the methods that learn from them and for the win rate; the judge takes precedence.
+    held out, by prompt. settings: of a run, and of any method. recipes: settings of single methods. faulty: method ->
+    why it has no recipe. reward, judge: specs (docs/rewards.md), for the methods that learn from them and for the win
+    rate; the judge takes precedence.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Task:
     eval_data: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    faulty: Mapping[str, str] = field(default_factory=dict)
     reward: Any = None
     judge: Any = None
 
@@ -74,8 +76,15 @@ class Job:
         return validated(RunConfig, {**known, "method": self.name})
 
 
-def demo_task(folder: Path, seed: int) -> Task:
-    """Create the demo's task and its base in `folder`."""
+def demo_task(folder: Path, seed: int, methods: Iterable[str]) -> Task:
+    """Create the demo's task for these methods, and its base in `folder`."""
+    settings: dict[str, dict[str, Any]] = {}
+    faulty = {}
+    for name in methods:
+        try:
+            settings[name] = recipes.recipe(name)
+        except PluginError as error:
+            faulty[name] = str(error)
     train, test = world.questions(seed)
     base = recipes.train_base(Engine(output=folder / "data", seed=seed), folder / "data", train, seed)
     return Task(
@@ -83,7 +92,8 @@ def demo_task(folder: Path, seed: int) -> Task:
         data=str(world.write_jsonl(folder / "data/pairs.jsonl", world.judged_rows(train))),
         eval_data=str(world.write_jsonl(folder / "data/held-out.jsonl", world.judged_rows(test))),
         settings={"cache_file": str(folder / "reference.sqlite"), "sampling": recipes.LENGTH.model_dump()},
-        recipes={name: recipes.recipe(name) for name in installed()},
+        recipes=settings,
+        faulty=faulty,
         **recipes.VERDICTS,
     )
 
@@ -104,7 +114,7 @@ def jobs_of(
     jobs, left_out = [], {}
     for name, cls in methods.items():
         settings = _settings(task, name, cls, seed)
-        if reason := _reason(cls, settings, rows):
+        if reason := task.faulty.get(name) or _reason(cls, settings, rows):
             left_out[name] = reason
         else:
             jobs.append(Job(name, str(folder), settings, task.eval_data, verdict))

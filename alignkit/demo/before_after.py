@@ -61,17 +61,25 @@ class Evaluation:
 
 def run_demo(method: str, output: Path, seed: int) -> str:
     """Create the task, fine-tune, align with `method`, and print the tables; return a closing line."""
+    if method == recipes.base_trainer():
+        raise ConfigError(
+            f"the demo trains its base with '{method}'; choose the next method: {', '.join(recipes.offered())}"
+        )
     if method not in (names := recipes.offered()):
         raise ConfigError(f"the demo has no '{method}'; it has {', '.join(names)}.{nearest(method, names)}")
     started = time.perf_counter()
-    folder, cls = _folder(output, method), registry.get(method)
+    cls, settings = registry.get(method), recipes.recipe(method)
+    needs_reward = {"critic", "reward"} <= cls.uses  # the critic begins as a reward model, so one is trained first
+    reward = recipes.best("pairs", "reward") if needs_reward else None
+    reward_settings = recipes.recipe(reward) if reward else {}
+    folder = _folder(output, method)
     train, test = world.questions(seed)
     engine = Engine(output=folder, seed=seed, reference_cache=True, cache_file=folder / "reference.sqlite")
     base = recipes.train_base(engine, folder / "data", train, seed)
-    settings = {**recipes.recipe(method), "model": str(base.folder / "model")}
-    if {"critic", "reward"} <= cls.uses:  # the critic begins as a reward model, so one is trained first
-        reward, pairs = recipes.best("pairs", "reward"), _data(folder, "pairs", train, test)
-        trained = engine.run(reward, **{**recipes.recipe(reward), **pairs, "model": settings["model"]}, name=reward)
+    settings["model"] = str(base.folder / "model")
+    if reward:
+        pairs = _data(folder, "pairs", train, test)
+        trained = engine.run(reward, **{**reward_settings, **pairs, "model": settings["model"]}, name=reward)
         settings["reward"] = str(trained.folder / "model")
     rewards = build_rewards(settings.get("reward", recipes.VERDICTS["reward"])) if cls.data == "prompts" else None
     held_out = HeldOut(test, tokenise.tokenise(data.load(world.pair_rows(test), "pairs"), base.tokenizer)[0])

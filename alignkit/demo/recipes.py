@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignkit import registry
-from alignkit.advice import DataFacts, advice_of
-from alignkit.config import Sampling
+from alignkit.advice import DataFacts
+from alignkit.config import Sampling, gathered, split
 from alignkit.demo import world
 from alignkit.demo.base import write_start
 from alignkit.engine import Engine, Result
 from alignkit.errors import PluginError
+from alignkit.plugin_checks import advice_of, demo_settings_of
 
 LENGTH = Sampling(max_new_tokens=40)  # twice the longest answer
-SFT: dict[str, Any] = {"learning_rate": 2e-3, "epochs": 24, "batch_size": 32, "warmup_fraction": 0.05}
 SHARED: dict[str, Any] = {"batch_size": 16, "epochs": 2, "max_prompt_tokens": 64, "max_completion_tokens": 64}
 VERDICTS = {"reward": "alignkit.demo.verdict:reward", "judge": "alignkit.demo.verdict:judge"}
 
 
 def offered() -> list[str]:
     """Return the methods that can align the demo's base: those that train a policy, except the base's own."""
-    base = best("text")
+    base = base_trainer()
     return [p.name for p in registry.plugins() if p.method and "policy" in p.method.trains and p.name != base]
+
+
+def base_trainer() -> str:
+    """Return the method that fine-tunes the base: one that declares `demo_base`, this project's before a third party's.
+
+    Raises PluginError where no such method is installed.
+    """
+    able = [p for p in registry.plugins() if p.method and p.method.data == "text" and p.method.demo_base is not None]
+    if not able:
+        raise PluginError("the demo needs a method that can fine-tune its base; try: pip install alignkit-sft")
+    return min(able, key=lambda p: (not p.distribution.startswith("alignkit-"), p.name)).name
 
 
 def best(kind: str, role: str = "policy") -> str:
@@ -39,24 +50,42 @@ def best(kind: str, role: str = "policy") -> str:
             except PluginError:  # its advice is broken, which `recommend` reports
                 continue
     if not ranks:
-        add = "pip install alignkit-sft alignkit-dpo alignkit-reward"
+        add = "pip install alignkit-dpo alignkit-reward"
         raise PluginError(f"the demo needs a method that trains a {role} on rows of the kind '{kind}'; try: {add}")
     return max(ranks, key=lambda name: ranks[name])
 
 
 def recipe(method: str) -> dict[str, Any]:
-    """Return the settings of a run on the demo's task, without model and data. Raises PluginError."""
+    """Return the settings of a run on the demo's task, without model and data. Raises PluginError: one is wrong."""
     cls = registry.get(method)
-    settings = {**SHARED, **cls.demo_settings}
-    if cls.data != "prompts":
-        return settings
-    verdicts = {role: spec for role, spec in VERDICTS.items() if role in cls.uses}
-    return {**settings, "sampling": LENGTH.model_dump(), **verdicts}
+    settings = {**SHARED, **demo_settings_of(cls)}
+    if cls.data == "prompts":
+        verdicts = {role: spec for role, spec in VERDICTS.items() if role in cls.uses}
+        own = settings.get("sampling", {})
+        own = own.model_dump(exclude_unset=True) if isinstance(own, Sampling) else own
+        sampling = {**LENGTH.model_dump(), **own} if isinstance(own, Mapping) else own
+        settings = {**verdicts, **settings, "sampling": sampling}
+    return _checked(method, "demo_settings", settings)
+
+
+def base_settings() -> dict[str, Any]:
+    """Return the settings of the run that fine-tunes the base, without model and data. Raises PluginError."""
+    method = base_trainer()
+    return _checked(method, "demo_base", gathered(registry.get(method).demo_base or {}))
+
+
+def _checked(method: str, attribute: str, settings: dict[str, Any]) -> dict[str, Any]:
+    cls = registry.get(method)
+    try:
+        split({**settings, "method": method, "model": "-", "data": "-"}, cls.Config)
+    except (Exception, SystemExit) as error:  # the validators are a third party's code
+        raise PluginError(f"the {attribute} of '{method}' cannot be used: {error}") from None
+    return settings
 
 
 def train_base(engine: Engine, folder: Path, train: Sequence[world.Question], seed: int) -> Result:
     """Write the untrained model and rows in both styles to a folder, fine-tune the model, and return the Result."""
+    method, settings = base_trainer(), base_settings()
     rows = world.write_jsonl(folder / "texts.jsonl", world.sft_rows(train))
     start = write_start(folder / "start", [q.prompt + answer for q in train for answer in (q.brief, q.chatty)], seed)
-    method = best("text")
-    return engine.run(method, model=str(start), data=str(rows), name=method, **SFT)
+    return engine.run(method, model=str(start), data=str(rows), name=method, **settings)

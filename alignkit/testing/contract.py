@@ -18,7 +18,7 @@ from torch import Tensor
 from alignkit.config import read_yaml, split, write_yaml
 from alignkit.engine.averages import counts, term_sums
 from alignkit.errors import ConfigError, PluginError
-from alignkit.registry import check_class
+from alignkit.plugin_checks import check_class
 from alignkit.testing.bench import Bench
 from alignkit.testing.models import TinyModels
 from alignkit.testing.suite import Suite

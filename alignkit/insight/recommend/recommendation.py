@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from alignkit import registry
-from alignkit.advice import Advice, Choice, advice_of
+from alignkit.advice import Advice, Choice
 from alignkit.data import load
 from alignkit.data.rows import FaultyRowsError
 from alignkit.errors import ConfigError, DataError, PluginError
@@ -19,6 +17,7 @@ from alignkit.insight.recommend.data_facts import Facts, facts_of
 from alignkit.insight.recommend.fit import Fit, fitted
 from alignkit.insight.recommend.run_settings import of_run, rate_of
 from alignkit.method import Method
+from alignkit.plugin_checks import advice_of, roles_of
 
 
 @dataclass(frozen=True)
@@ -128,22 +127,20 @@ def _advised(facts: Facts) -> tuple[dict[str, Advice], dict[str, str]]:
     for plugin in registry.plugins():
         if plugin.method is None:
             refused[plugin.name] = f"it is broken: {plugin.problem}"
-        elif reason := _lacking(facts, plugin.method):
-            refused[plugin.name] = reason
+            continue
+        try:
+            reason = _lacking(facts, plugin.method, roles_of(plugin.method))
+            advice = advice_of(plugin.method, facts.data) if reason is None else Advice(None, reason)
+        except PluginError as error:
+            advice = Advice(None, f"it is broken: {error}")
+        if advice.rank is None:
+            refused[plugin.name] = advice.reason
         else:
-            try:
-                advice = advice_of(plugin.method, facts.data)
-            except PluginError as error:
-                refused[plugin.name] = f"it is broken: {error}"
-                continue
-            if advice.rank is None:
-                refused[plugin.name] = advice.reason
-            else:
-                advised[plugin.name] = advice
+            advised[plugin.name] = advice
     return advised, refused
 
 
-def _lacking(facts: Facts, method: type[Method[Any]]) -> str | None:
+def _lacking(facts: Facts, method: type[Method[Any]], roles: frozenset[str]) -> str | None:
     """Return what the method lacks, None where it lacks nothing."""
     if method.data not in facts.data.rows:
         return facts.problems[method.data]
@@ -152,24 +149,15 @@ def _lacking(facts: Facts, method: type[Method[Any]]) -> str | None:
     if method.data != "prompts":
         return None
     given = {"reward": facts.data.reward or facts.data.verifier is not None, "judge": facts.data.judge}
-    missing = [role for role, has in given.items() if role in roles_of(method) and not has]
+    missing = [role for role, has in given.items() if role in roles and not has]
     return f"it samples, and needs a {missing[0]}: give --{missing[0]} (docs/rewards.md)" if missing else None
-
-
-def roles_of(method: type[Method[Any]]) -> frozenset[str]:
-    """Return the roles that a method needs with its default settings, where it has defaults."""
-    try:
-        return method(method.Config()).roles()
-    except ValidationError:
-        return method.uses
 
 
 def _settings(
     facts: Facts, method: type[Method[Any]], advice: Advice, lora: int | None, eval_data: object
 ) -> tuple[Choice, ...]:
     """Return the method's own settings, then the run's."""
-    # a subclass may inherit advice on settings that it does not have
-    own = {choice.name: choice for choice in advice.settings if choice.name in method.Config.model_fields}
+    own = {choice.name: choice for choice in advice.settings}
     of_the_run = of_run(facts, method, roles_of(method), lora, eval_data)
     return (*own.values(), *(choice for choice in of_the_run if choice.name not in own))
 
