@@ -140,9 +140,7 @@ def test_names_in_demo_settings_are_checked_with_the_class(
 ) -> None:
     code = re.sub(r"demo_settings = .*", f"demo_settings = {settings}", ADVISED)
     monkeypatch.syspath_prepend(write_plugin(tmp_path, "stranger", code))
-    with pytest.raises(
-        PluginError, match=f"method 'stranger' has demo_settings .*{problem}"
-    ):
+    with pytest.raises(PluginError, match=f"method 'stranger' has demo_settings .*{problem}"):
         registry.get("stranger")
 
 
