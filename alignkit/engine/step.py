@@ -48,13 +48,13 @@ class StepContext:
 
     def collect(self) -> Batch:
         """Return this rank's part of the step's examples after the method's `collect`, without gradients."""
-        batch = shard(self.state, self.step_examples)
+        batch = rank_batch(self.state, self.step_examples)
         with torch.no_grad():
             return self.state.method.collect(batch, self)
 
     def shard(self, examples: Sequence[Example]) -> Batch:
         """This rank's part of a list with one entry for each of `step_examples`."""
-        return shard(self.state, examples, keep=False)
+        return rank_batch(self.state, examples, keep=False)
 
     def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
         """Sample n completions of each prompt, and score them; see `alignkit.method.Context.rollouts`."""
@@ -81,7 +81,7 @@ class StepContext:
         self.state.parts.reference.update(self.state.parts.plain, alpha)
 
 
-def shard(state: RunState, examples: Sequence[Example], keep: bool = True) -> Batch:
+def rank_batch(state: RunState, examples: Sequence[Example], keep: bool = True) -> Batch:
     """Return this rank's part of the examples, with the reference's log-probabilities where the method uses them.
 
     keep: write what the reference computes into its cache; False for rows that no other run will score.
