@@ -17,6 +17,7 @@ from alignkit.data.stream import hold_out
 from alignkit.demo import recipes, world
 from alignkit.engine import Engine
 from alignkit.errors import ConfigError, DataError, PluginError, nearest
+from alignkit.files import replace_text
 from alignkit.method import Method
 from alignkit.rewards import check_judge, check_rewards
 from alignkit.rollout.checks import check_online
@@ -62,7 +63,7 @@ class Job:
 
     def write(self, path: Path) -> Path:
         """Write the job as JSON and return the path."""
-        path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        replace_text(path, json.dumps(asdict(self), indent=2))
         return path
 
     @classmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.compare.comparison import FIGURES, Comparison
+from alignkit.files import write_text
 
 _TITLES = {
     "win_rate": ("win rate", "{:.1%}"),
@@ -37,4 +38,4 @@ def table(comparison: Comparison) -> Any:
 def write_json(comparison: Comparison, path: Path) -> None:
     """Write all rows with their figures, and what was left out."""
     values = {"figures": FIGURES, **asdict(comparison), "folder": str(comparison.folder)}
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2) + "\n")

@@ -18,6 +18,7 @@ from alignkit.data.rows import RawRows
 from alignkit.demo import policy_metrics
 from alignkit.engine import Engine
 from alignkit.errors import AlignkitError, DataError
+from alignkit.files import replace_text
 from alignkit.models.loading import from_pretrained, load_tokenizer
 from alignkit.rewards import build_judge, build_rewards
 from alignkit.rollout import Sampled, sample
@@ -35,7 +36,7 @@ def main(path: Path) -> None:
     except AlignkitError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    path.with_suffix(".figures.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    replace_text(path.with_suffix(".figures.json"), json.dumps(figures, indent=2))
 
 
 def run_job(job: Job) -> dict[str, float | None]:
