@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,6 +21,8 @@ from alignkit.files import replace_text
 from alignkit.method import MethodConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+TrainOn = Literal["all", "last"]
+OnDropped = Literal["refuse", "report", "keep-by-hand"]
 ReferenceMode = Literal["auto", "full", "int8", "adapter-off", "cached"]
 
 
@@ -82,6 +85,21 @@ class RunConfig(BaseModel):
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="fraction of the data held out for evaluation")
     columns: dict[str, str] | None = Field(
         None, description="our column name: your column name; 'form' overrides the detection"
+    )
+
+    tools: list[dict[str, Any]] | None = Field(None, description="JSON schemas of tools, for rows without `tools`")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="variables of the chat template, such as enable_thinking; a row's own come first"
+    )
+    train_on: TrainOn = Field("all", description="turns of the assistant that are learned in an answer")
+    on_dropped: OnDropped = Field(
+        "refuse", description="where the chat template leaves out a part of a learned answer, see docs/chat.md"
+    )
+    special_tokens_in_text: bool = Field(
+        False, description="special tokens spelled out in the rows are control tokens: text that is templated already"
+    )
+    template_date: date | None = Field(
+        None, description="the date that chat templates write; default: the day on which the run starts"
     )
 
     output: Path = Field(Path("runs"), description="folder of the runs")
@@ -204,7 +222,7 @@ class RunConfig(BaseModel):
         """Return the settings as plain YAML values; objects without a YAML form become their type's name."""
         values: dict[str, Any] = {}
         for name, value in self:
-            if isinstance(value, Path):
+            if isinstance(value, Path | date):
                 value = str(value)
             elif name in ("model", "tokenizer", "data", "eval_data"):
                 value = value if isinstance(value, str | None) else f"<{type(value).__name__}>"

@@ -238,7 +238,6 @@ FAULTS = [
     ({**PAIR, "margin": None}, "pairs", "margin", "None"),
     ({**PAIR, "margin": float("nan")}, "pairs", "margin", "nan"),
     ({**PAIR, "chosen": "\ud800"}, "pairs", "chosen", "surrogate"),
-    ({**PAIR, "prompt": [USER, FOUR]}, "pairs", "prompt", "found an assistant message at the end"),
     ({"prompt": [USER], "chosen": [USER], "rejected": [FOUR]}, "pairs", "chosen", "no answer after the prompt"),
     ({"chosen": "x", "rejected": [USER, FOUR]}, "pairs", "rejected", "one answer is text"),
     ({"prompt": "q", "response_a": "x", "response_b": "y", "winner": "c"}, "pairs", "winner", "'c'"),

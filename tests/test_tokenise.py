@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.data import FaultyRowsError, load
-from alignkit.data.tokenise import tokenise
+from alignkit.data.chat import Chat
+from alignkit.data.tokenise import SPELLED, tokenise
 from alignkit.errors import ConfigError, ModelError
 
 DATA = Path(os.environ.get("ALIGNKIT_DATA", Path(__file__).parents[2] / "shared/data"))
@@ -131,7 +132,7 @@ def test_exactly_one_bos_and_one_eos():
     want = ([0, *plain(t, "said")], [*plain(t, " hello"), 1])
     assert tokens(first([{"prompt": "said", "completion": " hello"}], "text", t)) == want
     assert tokens(first([{"prompt": "<s>said", "completion": " hello</s>"}], "text", t)) == want
-    spelled = first([{"prompt": "<s>said", "completion": " hello</s>"}], "text", t, split_special_tokens=False)
+    spelled = first([{"prompt": "<s>said", "completion": " hello</s>"}], "text", t, chat=Chat(special_tokens=True))
     assert tokens(spelled) == want
 
 
@@ -177,8 +178,8 @@ def test_special_tokens_in_text_are_plain_text():
     got = examples[0].completions[0].tokens.tolist()
     assert not {0, 2, 3} & set(got)
     assert t.decode(got[:-1]) == " <|im_end|> hello <s> there"
-    assert report.lines() == ["1 rows with special tokens in their text, read as plain text (row 1)"]
-    examples, report = tokenise(load(rows, "text"), t, split_special_tokens=False)
+    assert report.noted == {SPELLED: [1]}
+    examples, report = tokenise(load(rows, "text"), t, chat=Chat(special_tokens=True))
     assert {0, 3} < set(examples[0].completions[0].tokens.tolist())
     assert report.lines() == []
 
@@ -192,7 +193,7 @@ def test_special_tokens_in_messages_are_plain_text_and_those_of_the_template_are
     assert (prompt.count(3), answer.count(1), answer.count(3)) == (1, 0, 1)
     assert t.decode(prompt) == f"<|im_start|>user\n{inside}<|im_end|>\n<|im_start|>assistant\n"
     assert t.decode(answer) == "there </s> again<|im_end|>"
-    assert report.noted == {"rows with special tokens in their text, read as plain text": [1]}
+    assert report.noted == {SPELLED: [1]}
 
 
 def test_hiding_special_tokens_changes_no_other_token():
@@ -304,7 +305,7 @@ def test_earlier_turns_that_the_template_rewrites_are_not_learned_and_counted():
 
 def test_a_template_that_rewrites_the_prompt_is_refused():
     t = make(template="{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
-    with pytest.raises(FaultyRowsError, match="row 1: it renders the prompt differently once an answer follows"):
+    with pytest.raises(FaultyRowsError, match="the template renders the prompt differently once an answer"):
         tokenise(load([{"prompt": chat("said"), "completion": "x"}], "text"), t)
 
 
@@ -331,7 +332,7 @@ def test_a_template_that_never_ends_is_stopped(anywhere):
 
     def work():
         try:
-            tokenise(dataset, t, template_seconds=0.1)
+            tokenise(dataset, t, chat=Chat(seconds=0.1))
         except ModelError as error:
             caught.append(str(error))
 
@@ -353,7 +354,7 @@ def test_the_time_limit_is_for_a_row_and_not_for_all():
     t = make(template="{% for i in range(40000) %}{% endfor %}" + CHATML)
     dataset = load([{"prompt": chat("hello")}] * 400, "prompts")
     started = time.monotonic()
-    examples, _ = tokenise(dataset, t, template_seconds=0.25)
+    examples, _ = tokenise(dataset, t, chat=Chat(seconds=0.25))
     assert time.monotonic() - started > 0.25
     assert len(examples) == 400
 
@@ -442,3 +443,23 @@ def test_real_pairs_keep_every_character():
             whole = torch.cat([example.prompt, completion.tokens]).tolist()
             assert (whole[0], whole[-1], sum(i < 4 for i in whole)) == (0, 1, 2)
             assert t.decode(whole[1:-1]) == row.prompt + text
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_spelled_special_token_puts_no_space_behind_the_others(scheme):
+    alphabet = ["▁", *"abcdefghijklmnopqrstuvwxyz<>/|_."]
+    built = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    built.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    built.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    t = PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>")
+    t.chat_template = CHATML.replace("\n", "")
+
+    def of(text: str) -> list[str]:
+        (example,), _ = tokenise(load([{"prompt": chat(text), "completion": "b"}], "text"), t)
+        return t.convert_ids_to_tokens(torch.cat([example.prompt, example.completions[0].tokens]).tolist())
+
+    normal, spelled = of("a"), of("a<s>")
+    assert normal == t.convert_ids_to_tokens(plain(t, t.apply_chat_template(chat("a", "b"), tokenize=False)))
+    assert [token for token in spelled if token not in ("<", ">")][:-1].count("s") == normal.count("s") + 1
+    assert spelled.count("▁") == normal.count("▁")

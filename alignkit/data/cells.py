@@ -11,7 +11,8 @@ from typing import Any
 from alignkit.data.rows import Content, Fault, Message, shown
 from alignkit.errors import nearest
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 _AS_CONTENT = 'as text or as messages [{"role": "assistant", "content": "..."}]'
 
 
@@ -29,7 +30,7 @@ class Cells:
         self.faults.append(Fault(self.number, column, found, fix))
 
     def content(self, column: str) -> Content:
-        """Text, or messages reduced to role and content."""
+        """Text, or messages."""
         if column not in self.cells:
             self.bad(column, "the column is missing", f"provide it {_AS_CONTENT}, or remove the row")
             return ""
@@ -57,19 +58,76 @@ class Cells:
         return value
 
     def message(self, column: str, message: object) -> Message:
-        """One message, reduced to role and content."""
+        """One message with all of its fields; its content as one text."""
         role = message.get("role") if isinstance(message, Mapping) else None
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if role not in ROLES:
+        if not isinstance(message, Mapping) or role not in ROLES:
             fix = f"use one of {', '.join(ROLES)}"
             close = nearest(role, ROLES) if isinstance(role, str) else ""
             found = f"a message with the role {shown(role)}" if role is not None else f"a message {shown(message)}"
             self.bad(column, found, f"{fix}.{close}" if role is not None else 'write {"role", "content"}')
-        elif not isinstance(content, str):
-            self.bad(column, f"the {role} message has content {shown(content)}", "give every message content as text")
-        elif isinstance(message, Mapping) and message.get("tool_calls"):
-            self.bad(column, "a message with tool_calls", "write the call into the message's content")
-        return {"role": str(role), "content": self.text(column, content) if isinstance(content, str) else ""}
+            return {"role": str(role), "content": ""}
+        kept = {str(k): v for k, v in message.items() if v is not None and v != []}
+        if "tool_calls" in kept:
+            kept["tool_calls"] = self._calls(column, kept["tool_calls"])
+        for name in REASONING:
+            if not isinstance(kept.get(name, ""), str):
+                self.bad(column, f"the {role} message has {name} {shown(kept[name])}", "give it as text")
+        empty = not {"tool_calls", *REASONING}.isdisjoint(kept)  # then there may be no content
+        return {**kept, "role": role, "content": self._content_of(column, role, kept.get("content"), empty)}
+
+    def _content_of(self, column: str, role: str, content: object, may_be_empty: bool) -> str:
+        if content is None and may_be_empty:
+            return ""
+        if isinstance(content, str):
+            return self.text(column, content)
+        if not isinstance(content, list):
+            found = f"the {role} message has content {shown(content)}"
+            self.bad(column, found, "give every message content as text, or as a list of text parts")
+            return ""
+        texts = []
+        for part in content:
+            text = part.get("text") if isinstance(part, Mapping) else part
+            kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+            if kind != "text" or not isinstance(text, str):
+                found = f"the {role} message has a part of the type {shown(kind)}"
+                self.bad(column, found, "remove the row: only text is trained, not images, audio or video")
+            texts.append(self.text(column, text) if isinstance(text, str) else "")
+        return "".join(texts)
+
+    def _calls(self, column: str, value: object) -> list[Any]:
+        """Tool calls: objects with a name and arguments, or with these under "function"."""
+        calls = _json_list(value) if isinstance(value, str) else value
+        if isinstance(calls, list) and all(_names(call) for call in calls):
+            return [dict(call) for call in calls]
+        self.bad(column, f"tool_calls {shown(value)}", 'give [{"function": {"name": "...", "arguments": {...}}}]')
+        return []
+
+    def beside(self) -> dict[str, Any]:
+        """What the row gives to the chat template beside its messages: tools, documents, variables."""
+        given: dict[str, Any] = {}
+        tools = self._parsed("tools")
+        if isinstance(tools, list):
+            tools = [_json(tool) if isinstance(tool, str) else tool for tool in tools]
+        if isinstance(tools, list) and all(_names(tool) for tool in tools):
+            given["tools"] = [dict(tool) for tool in tools]
+        elif tools is not None:
+            self.bad("tools", f"found {shown(tools)}", "give a list of JSON schemas, or null")
+        documents = self._parsed("documents")
+        if isinstance(documents, list) and all(isinstance(document, Mapping) for document in documents):
+            given["documents"] = [dict(document) for document in documents]
+        variables = self._parsed("chat_template_kwargs")
+        if isinstance(variables, Mapping):
+            given |= {str(k): v for k, v in variables.items() if v is not None}
+        elif variables is not None:
+            self.bad("chat_template_kwargs", f"found {shown(variables)}", 'give an object, such as {"name": value}')
+        return given
+
+    def _parsed(self, column: str) -> Any:
+        """The column's value, read from JSON where it is text; None where there is nothing."""
+        value = self.cells.get(column)
+        if isinstance(value, str):
+            value = _json(value) if value.strip() else None
+        return None if value in ([], {}) else value
 
     def turns(self, column: str) -> list[Message]:
         """Messages; text is a fault."""
@@ -110,11 +168,22 @@ class Cells:
         return value
 
 
-def _json_list(cell: str) -> list[Any] | None:
+def _names(call: object) -> bool:
+    """Return whether a tool call or a tool's schema names a function."""
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    return isinstance(inner, Mapping) and isinstance(inner.get("name"), str)
+
+
+def _json(cell: str) -> Any:
+    """Return the value of JSON text; other text as it is."""
     try:
-        value = json.loads(cell)
+        return json.loads(cell)
     except (json.JSONDecodeError, RecursionError):
-        return None
+        return cell
+
+
+def _json_list(cell: str) -> list[Any] | None:
+    value = _json(cell)
     return value if isinstance(value, list) else None
 
 

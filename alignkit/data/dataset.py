@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-from alignkit.data.cells import Cells
+from alignkit.data.cells import REASONING, Cells
 from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, DroppedRow, Form, Parsed, parse
 from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, RawRows, Report, Row
 from alignkit.data.sources import read_rows
@@ -167,8 +167,10 @@ def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: 
         used.add("margin")
     extra = {column: value for column, value in cells.cells.items() if column not in used}
 
+    template = cells.beside() if isinstance(parsed.prompt, list) or cells.cells.get("tools") else {}
+
     def row(*answers: Content, **more: float) -> Row:
-        return Row(parsed.prompt, answers, {**numbers, **more}, cells.number, extra)
+        return Row(parsed.prompt, answers, {**numbers, **more}, cells.number, extra, template)
 
     if kind == "prompts" and not cells.faults:
         if _is_empty(parsed.prompt):
@@ -189,4 +191,8 @@ def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: 
 
 
 def _is_empty(content: Content) -> bool:
-    return not (content if isinstance(content, str) else content[-1]["content"]).strip()
+    """Return whether there is nothing to learn: neither text, nor reasoning, nor a tool call."""
+    if isinstance(content, str):
+        return not content.strip()
+    said = [content[-1].get(name) for name in ("content", *REASONING)]
+    return not any(isinstance(text, str) and text.strip() for text in said) and not content[-1].get("tool_calls")

@@ -35,7 +35,8 @@ FORMS = (
     Form("text", ("text",), ("text", "prompts")),
     Form("prompt", ("prompt",), ("prompts",)),
 )
-OUR_COLUMNS = sorted({column for form in FORMS for column in form.columns} | {"margin"})
+BESIDE = ("margin", "tools", "documents", "chat_template_kwargs")  # columns that every form may have
+OUR_COLUMNS = sorted({column for form in FORMS for column in form.columns} | {*BESIDE})
 
 
 class DroppedRow(Exception):
@@ -53,7 +54,7 @@ class Parsed(NamedTuple):
 def parse(cells: Cells, form: Form, kind: DataKind) -> Parsed:
     """Read one row of `form`. Faults go to `cells.faults` (the result is then a placeholder); raises DroppedRow."""
     if kind == "prompts" and "prompt" in form.columns:
-        return Parsed(_prompt(cells))  # faults and ties in answers do not matter: they are not read
+        return Parsed(cells.content("prompt"))  # faults and ties in answers do not matter: they are not read
     parsers: dict[str, Callable[[Cells], Parsed]] = {
         "pairs": lambda c: _answered(c, "chosen", "rejected"),
         "conversations": _parse_conversations,
@@ -75,15 +76,8 @@ def _plain(cells: Cells) -> str:
     return value
 
 
-def _prompt(cells: Cells) -> Content:
-    prompt = cells.content("prompt")
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        cells.bad("prompt", "found an assistant message at the end", "end the prompt before the turn to be answered")
-    return prompt
-
-
 def _answered(cells: Cells, *columns: str) -> Parsed:
-    prompt = _prompt(cells)
+    prompt = cells.content("prompt")
     return _aligned(cells, prompt, [(column, cells.content(column)) for column in columns])
 
 
@@ -159,7 +153,7 @@ def _parse_winner(cells: Cells, columns: tuple[str, ...]) -> Parsed:
 
 def _parse_ranked(cells: Cells, kind: DataKind) -> Parsed:
     """Pair the best answer with the worst one; where scores are equal, the first answer counts."""
-    prompt = _prompt(cells)
+    prompt = cells.content("prompt")
     answers = [cells.checked("completions", answer) for answer in cells.list_of("completions")]
     scores = [cells.number_of("scores", score) for score in cells.list_of("scores")]
     if not cells.faults and len(answers) != len(scores):

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from alignkit.errors import DataError
 
-Message: TypeAlias = dict[str, str]
+Message: TypeAlias = dict[str, Any]
 Content: TypeAlias = str | list[Message]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _SHOWN_ROWS = 8
@@ -24,6 +24,7 @@ class Row:
     prompt: text, or messages. completions: of the prompt's type; the chosen one of a pair comes first; empty where the
     method samples its own. numbers: "margin" (pairs that have one) or "desirable" (1.0 or 0.0, unpaired).
     row: 1-based row of the source (the line of a JSONL file). extra: columns that the form does not use.
+    template: what the row gives to the chat template beside its messages: tools, documents, variables.
     """
 
     prompt: Content
@@ -31,6 +32,7 @@ class Row:
     numbers: Mapping[str, float] = field(default_factory=dict)
     row: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,24 @@ exactly the tokens of the whole text, and the tokens after the common prefix bel
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 
 from alignkit.data import Dataset
-from alignkit.data.chat import Draft, Span, SpecialTokens, common, render
+from alignkit.data.chat import Chat, Draft, Span, SpecialTokens, common, render
 from alignkit.data.rows import Report, Row
 from alignkit.errors import ConfigError
 from alignkit.types import Completion, Example
 
 __all__ = ["tokenise"]
+
+PLAIN = Chat()
+SPELLED = "rows with special tokens in their text, read as plain text without special_tokens_in_text: true"
 
 
 def tokenise(
@@ -27,25 +32,24 @@ def tokenise(
     tokenizer: Any,
     max_prompt_tokens: int | None = None,
     max_completion_tokens: int | None = None,
-    split_special_tokens: bool = True,
-    template_seconds: float = 10.0,
+    chat: Chat = PLAIN,
 ) -> tuple[list[Example], Report]:
     """Turn every row into an Example; messages go through the tokenizer's chat template.
 
     max_prompt_tokens: a longer prompt keeps its end (and its beginning-of-sequence token). max_completion_tokens: a
-    longer completion is cut and has no end-of-sequence token. split_special_tokens: special tokens inside a row's text
-    are read as plain text; in messages they always are. template_seconds: the time limit of the template for each row.
-    The report counts cut rows, and rows dropped because an answer became empty or the answers became identical.
-    Raises ConfigError for a tokenizer without an end-of-sequence token or a chat template, ModelError for a template
-    that does not end, FaultyRowsError (a DataError) for rows that the template refuses.
+    longer completion is cut and has no end-of-sequence token. chat: how conversations are read.
+    The report counts cut rows, rows dropped because an answer became empty or the answers became identical, and what
+    the template did not show. Raises ConfigError for a tokenizer without an end-of-sequence token or a chat template,
+    ModelError for a template that does not end, FaultyRowsError (a DataError) for rows that the template refuses or
+    from whose answers it leaves something out.
     """
     for name, limit in (("max_prompt_tokens", max_prompt_tokens), ("max_completion_tokens", max_completion_tokens)):
         if limit is not None and limit < 1:
             raise ConfigError(f"{name} is {limit}; give 1 or more, or null for no limit")
-    encoder = _Encoder(tokenizer, split_special_tokens)
+    encoder = _Encoder(tokenizer, not chat.special_tokens)
     report = Report(total=dataset.report.total)
     limits = _Limits(max_prompt_tokens, max_completion_tokens)
-    drafts = _drafts(dataset, encoder, template_seconds)
+    drafts = _drafts(dataset, encoder, chat)
     examples = []
     for draft, encoded in zip(drafts, encoder.encode(drafts), strict=True):
         example = _example(draft, encoded, encoder, limits, report)
@@ -78,6 +82,7 @@ class _Encoder:
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int = tokenizer.eos_token_id
         plain, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        self._later: Any = None
         # the tokens that the tokenizer puts first; those it puts last are not used: only completions end with EOS
         at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
         self.first: list[int] = list(full[:at])
@@ -127,7 +132,10 @@ class _Encoder:
 
         def plain(piece: str) -> None:
             nonlocal base
-            part = self._tokens([piece], split=True, offsets=with_offsets)[0] if piece else _Encoded([])
+            if piece and base:
+                part = self._following(piece, with_offsets)
+            else:
+                part = self._tokens([piece], split=True, offsets=with_offsets)[0] if piece else _Encoded([])
             ids.extend(part.ids)
             offsets.extend((base + a, base + b) for a, b in part.offsets or ())
             base += len(piece)
@@ -141,24 +149,59 @@ class _Encoder:
         plain(draft.restored(text[at:]))
         return _Encoded(ids, offsets if with_offsets else None)
 
+    def _following(self, piece: str, offsets: bool) -> _Encoded:
+        """Tokenise text that follows a control token: some tokenizers put a space before the first word of a text."""
+        if self._later is None:
+            self._later = _without_prefix(self.tokenizer) if self.tokenizer.is_fast else False
+        if not self._later:
+            return self._tokens([piece], split=True, offsets=offsets)[0]
+        made = self._later.encode(piece, add_special_tokens=False)
+        return _Encoded(made.ids, made.offsets if offsets else None)
 
-def _drafts(dataset: Dataset, encoder: _Encoder, seconds: float) -> list[Draft]:
+
+def _without_prefix(tokenizer: Any) -> Any:
+    """Return a copy that puts no space before a text's first word; False where the tokenizer puts none itself.
+
+    tokenizers' Metaspace with `prepend_scheme: first` puts one there, but not behind a control token.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    metaspaces = [part for part in _nested(state["pre_tokenizer"]) if part.get("prepend_scheme") == "first"]
+    if not metaspaces:
+        return False
+    for part in metaspaces:
+        part["prepend_scheme"] = "never"
+    later = Tokenizer.from_str(json.dumps(state))
+    later.no_padding()
+    later.no_truncation()
+    later.encode_special_tokens = True
+    return later
+
+
+def _nested(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    return [part, *(one for inner in part.get("pretokenizers", []) for one in _nested(inner))] if part else []
+
+
+def _drafts(dataset: Dataset, encoder: _Encoder, chat: Chat) -> list[Draft]:
     """Return one draft for each row, in order."""
-    chat = [row for row in dataset.rows if isinstance(row.prompt, list)]
-    rendered = iter(render(chat, dataset.source, encoder.tokenizer, encoder.special, seconds))
+    conversations = [row for row in dataset.rows if isinstance(row.prompt, list)]
+    rendered = iter(render(conversations, dataset.source, encoder.tokenizer, encoder.special, chat))
     return [next(rendered) if isinstance(row.prompt, list) else _text_draft(row, encoder) for row in dataset.rows]
 
 
 def _text_draft(row: Row, encoder: _Encoder) -> Draft:
-    """Join prompt and completions; a BOS or EOS spelled out at the ends is read as the control token."""
+    """Join prompt and completions; a BOS or EOS spelled out at the ends is read as the control token.
+
+    Where all special tokens are, a text that ends with one gets no second end.
+    """
     bos = encoder.tokenizer.bos_token if encoder.first and encoder.bos is not None else ""
     eos = encoder.tokenizer.eos_token
     prompt = str(row.prompt).removeprefix(bos)
     texts = tuple(prompt + str(completion).removesuffix(eos) for completion in row.completions)
     if not prompt:
         texts = tuple(text.removeprefix(bos) for text in texts)
-    n = len(texts)
-    return Draft(row, prompt, texts, (None,) * n, (False,) * n, control=not encoder.split)
+    ended = tuple(not encoder.split and encoder.special.closed(text) for text in texts)
+    notes = ("rows of text with 'tools', which only a chat template reads",) if "tools" in row.template else ()
+    return Draft(row, prompt, texts, (None,) * len(texts), ended, control=not encoder.split, notes=notes)
 
 
 @dataclass
@@ -191,10 +234,11 @@ def _example(
     for answer in answers:
         if answer.cut:
             report.note(f"completions cut to {limits.completion} tokens, without end-of-sequence", number)
-    if draft.hidden or (encoder.split and not draft.control and any(map(encoder.special.inside, draft.texts))):
-        report.note("rows with special tokens in their text, read as plain text", number)
-    if draft.lost_turns:
-        report.note("rows with earlier turns not learned, because the chat template rewrites them", number)
+    spelled = not draft.control and any(map(encoder.special.inside, (draft.prompt, *draft.texts)))
+    if draft.hidden or spelled:
+        report.note(SPELLED, number)
+    for note in draft.notes:
+        report.note(note, number)
     completions = tuple(_completion(answer) for answer in answers)
     prompt_ids = torch.tensor(context, dtype=torch.int32)
     if completions:

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from alignkit import registry
-from alignkit.config import split
+from alignkit.config import RunConfig, split
 from alignkit.engine import assemble
 from alignkit.engine.loop import Loop
 from alignkit.engine.saving import save_model
@@ -34,7 +34,8 @@ class Run:
     def __init__(self, method: str, **settings: Any) -> None:
         self._session = Session()
         cls = registry.get(method)
-        self.config, method_config = split({**settings, "method": method}, cls.Config)
+        config, method_config = split({**settings, "method": method}, cls.Config)
+        self.config = config.model_copy(update={"template_date": run_folder.start_date(config)})
         self.method = cls(method_config)
         check_reference(self.config, self.method)
         check_online(self.config, self.method)
@@ -53,12 +54,17 @@ class Run:
         written = {**config.describe(), **self.method.config.model_dump(mode="json")}
         with run_folder.undone(folder, made=not config.resume):
             if accelerator.is_main_process:
-                run_folder.write_config(folder, written, config.resume)
+                run_folder.write_config(folder, written, config.resume, self._defaults())
             logger.info("run: %s", folder)
             parts = assemble.build(config, self.method, self.splits, self.tokenizer, accelerator)
         self.state = RunState(config, self.method, self.splits, parts, folder, written)
         self.loop = Loop(self.state, self._session)
         return self.state
+
+    def _defaults(self) -> dict[str, Any]:
+        """Return the default of every setting that a run of an earlier version may lack."""
+        unset = RunConfig(method="", model="-", data="-", template_date=self.config.template_date)
+        return {**unset.describe(), **type(self.method.config)().model_dump(mode="json")}
 
     def save(self) -> Any:
         """Write model/ into the run's folder and return the model in memory."""

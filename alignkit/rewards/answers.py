@@ -50,5 +50,5 @@ def text_of(content: Content) -> str:
     if isinstance(content, str):
         return content
     if len(content) == 1:
-        return content[0]["content"]
+        return str(content[0]["content"])
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in content)

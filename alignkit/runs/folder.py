@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,31 @@ def _runs(output: Path, file: str) -> str:
     return ", ".join(names[-8:]) or "none"
 
 
-def write_config(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """Write config.yaml; where the run is resumed, compare it instead. Raises ConfigError naming changed settings."""
+def write_config(
+    folder: Path, settings: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Write config.yaml; where the run is resumed, compare it instead. Raises ConfigError naming changed settings.
+
+    defaults: of settings that did not exist when the run was started.
+    """
     path = folder / "config.yaml"
     if resume:
-        before, now = ({k: v for k, v in s.items() if k not in FREE} for s in (read_yaml(path), settings))
+        started = {**(defaults or {}), **read_yaml(path)}
+        before, now = ({k: v for k, v in s.items() if k not in FREE} for s in (started, settings))
         check_same(folder, before, now)
         return
     write_yaml(path, {k: v for k, v in settings.items() if k != "resume"})
+
+
+def start_date(config: RunConfig) -> date:
+    """Return the date that chat templates write in a run: the setting, or the day on which the run was started."""
+    if config.template_date is not None:
+        return config.template_date
+    path = config.output / (config.name or "") / "config.yaml"
+    if not config.resume or not path.is_file():
+        return date.today()
+    pinned = read_yaml(path).get("template_date")
+    return date.fromisoformat(str(pinned)) if pinned else date.fromtimestamp(path.stat().st_mtime)
 
 
 def resume_command(folder: Path) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from alignkit.config import RunConfig, gathered, validated
 from alignkit.data import Dataset, load
+from alignkit.data.chat import Chat
 from alignkit.data.rows import Content
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, nearest
@@ -33,6 +34,10 @@ USED = (
     "dtype",
     "device",
     "trust_remote_code",
+    "tools",
+    "chat_template_kwargs",
+    "special_tokens_in_text",
+    "template_date",
 )  # settings of a run
 
 
@@ -102,7 +107,7 @@ def best_of_n(
     rows = load(data, "prompts", columns)
     rows = replace(rows, rows=rows.rows[:limit])
     tokenizer = load_tokenizer(config)
-    prompts = _prompts(rows, tokenizer, config.max_prompt_tokens)
+    prompts = _prompts(rows, tokenizer, config.max_prompt_tokens, Chat.of(config))
     run_on = torch.device("cpu") if config.device == "cpu" else device()
     scorers = [build_rewards(spec, run_on) for spec in (reward, gold) if spec is not None]
     policy = from_pretrained(folder, config).to(run_on).eval()
@@ -129,12 +134,12 @@ def _config(model: str, settings: Mapping[str, Any]) -> RunConfig:
     return validated(RunConfig, {**given, "method": "best-of-n", "model": model, "data": "-"})
 
 
-def _prompts(rows: Dataset, tokenizer: Any, limit: int | None) -> list[tuple[Example, bool]]:
+def _prompts(rows: Dataset, tokenizer: Any, limit: int | None, chat: Chat) -> list[tuple[Example, bool]]:
     """Return the prompts, each with whether it was cut; logs about the rows what a run logs."""
-    prompts, report = tokenise(rows, tokenizer, limit)
+    prompts, report = tokenise(rows, tokenizer, limit, chat=chat)
     for line in [rows.lines()[0], *(rows.report + report).lines()]:
         logger.info(line)
-    whole, _ = tokenise(rows, tokenizer)
+    whole, _ = tokenise(rows, tokenizer, chat=chat)
     return [(cut, len(cut.prompt) < len(complete.prompt)) for cut, complete in zip(prompts, whole, strict=True)]
 
 

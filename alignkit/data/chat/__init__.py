@@ -1,0 +1,16 @@
+"""Conversations -> text by a tokenizer's chat template, and which of its characters are learned.
+
+settings.py   what a user can set about conversations
+special.py    control tokens: finding them in text, hiding those that a message spells out
+template.py   a tokenizer's template: rendering, what it accepts, a pinned date
+parts.py      the parts of a message (content, reasoning, tool calls), found in rendered text
+turns.py      where each of the assistant's turns is: rendered at once, or turn by turn
+drafts.py     rows -> drafts, under a time limit
+"""
+
+from alignkit.data.chat.drafts import Draft, render
+from alignkit.data.chat.settings import Chat
+from alignkit.data.chat.special import SpecialTokens, turn_end
+from alignkit.data.chat.turns import Span, common
+
+__all__ = ["Chat", "Draft", "Span", "SpecialTokens", "common", "render", "turn_end"]

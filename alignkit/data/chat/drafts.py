@@ -1,0 +1,206 @@
+"""Rows of messages -> drafts: their text, and which of its characters are learned.
+
+Special tokens inside a message are replaced by private-use characters while the template runs, one for each, so every
+control token in the rendered text was written by the template itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignkit.data.chat.parts import locate, shows
+from alignkit.data.chat.settings import Chat
+from alignkit.data.chat.special import SpecialTokens, free_characters
+from alignkit.data.chat.template import Template
+from alignkit.data.chat.timeout import within
+from alignkit.data.chat.turns import (
+    BY_TURNS,
+    Answer,
+    Conversation,
+    RewrittenError,
+    Span,
+    common,
+    prefilled,
+    read_answer,
+    written_by_hand,
+)
+from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, Row, shown
+from alignkit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A row as text, before tokenisation.
+
+    prompt: the common beginning of `texts`, never learned. texts: prompt and completion, one for each completion.
+    spans: the learned characters of each text, None for everything after the prompt. ended: whether a text already
+    ends with a token that closes the turn. hidden: private-use character -> the special token it replaces.
+    control: special tokens in the text are control tokens. notes: what to report about the row.
+    """
+
+    row: Row
+    prompt: str
+    texts: tuple[str, ...] = ()
+    spans: tuple[tuple[Span, ...] | None, ...] = ()
+    ended: tuple[bool, ...] = ()
+    hidden: Mapping[str, str] = field(default_factory=dict)
+    control: bool = False
+    notes: tuple[str, ...] = ()
+
+    def restored(self, text: str) -> str:
+        """Return `text` with the special tokens that its private-use characters replace."""
+        for character, token in self.hidden.items():
+            text = text.replace(character, token)
+        return text
+
+
+def render(rows: Sequence[Row], source: str, tokenizer: Any, special: SpecialTokens, chat: Chat) -> list[Draft]:
+    """Render rows of messages.
+
+    source: the data's name, for messages. Raises ConfigError without a chat template or for variables that it does not
+    have, ModelError after the time limit, FaultyRowsError for rows that the template refuses or cuts.
+    """
+    if not rows:
+        return []
+    if not tokenizer.chat_template:
+        name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
+        raise ConfigError(
+            f"row {rows[0].row} holds messages, but {name} has no chat template. Use an instruct model's tokenizer, "
+            "set tokenizer.chat_template and save it with the model, or give prompt and completion as text"
+        )
+    template = Template(tokenizer, chat.date)
+    template.check_arguments(chat.arguments)
+    drafts: list[Draft] = []
+    faults: list[Fault] = []
+    within(chat.seconds, _drafted(rows, _Drafter(template, special, chat), drafts, faults), [r.row for r in rows])
+    if faults:
+        raise FaultyRowsError(f"{source}, in the chat template", faults)
+    return drafts
+
+
+def _drafted(rows: Sequence[Row], drafter: _Drafter, drafts: list[Draft], faults: list[Fault]) -> Iterator[None]:
+    for row in rows:
+        try:
+            drafts.append(drafter.draft(row))
+        except _DroppedError as error:
+            faults.append(Fault(row.row, error.field, error.found, error.fix))
+        except RewrittenError as error:
+            faults.append(Fault(row.row, "", str(error), "give prompt and completion as text for this model"))
+        except Exception as error:  # templates may raise anything
+            fix = "change the messages, or the template"
+            faults.append(Fault(row.row, "", f"the template raised {shown(str(error), 100)}", fix))
+        yield
+
+
+class _DroppedError(Exception):
+    """The template leaves out a part of a learned answer."""
+
+    def __init__(self, field: str, found: str, fix: str) -> None:
+        super().__init__(found)
+        self.field, self.found, self.fix = field, found, fix
+
+
+@dataclass(frozen=True)
+class _Drafter:
+    """Renders one row after the other with the same template and settings."""
+
+    template: Template
+    special: SpecialTokens
+    chat: Chat
+
+    def draft(self, row: Row) -> Draft:
+        """Return a row's draft. Raises _DroppedError, RewrittenError, and what the template raises."""
+        parts = [_messages(row.prompt, "user"), *(_messages(answer, "assistant") for answer in row.completions)]
+        tools = {"tools": list(self.chat.tools)} if self.chat.tools else {}
+        arguments = {**self.chat.arguments, **tools, **row.template}
+        hidden: dict[str, str] = {}
+        if not self.chat.special_tokens:
+            (arguments, *parts), hidden = self.special.hidden(arguments, *parts)
+        prompt, *answers = parts
+        if not answers:
+            start = self._start(prompt, arguments)
+            notes = tuple(self._unread(row, prompt, arguments, start))
+            return Draft(row, start, hidden=hidden, control=True, notes=notes)
+        found, about = list[Answer](), list[str]()
+        for answer in answers:
+            conversation = self._conversation(prompt, answer, arguments)
+            read = self._read(conversation, hidden, about)
+            found.append(read)
+            start = conversation.start(conversation.n_prompt)
+        about += self._unread(row, prompt, arguments, start)
+        texts = tuple(read.text for read in found)
+        spans = tuple(None if len(answer) == 1 else read.spans for answer, read in zip(answers, found, strict=True))
+        shared = start[: min(common(start, text) for text in texts)]
+        closed = tuple(read.closed for read in found)
+        return Draft(row, shared, texts, spans, closed, hidden, True, tuple(dict.fromkeys(about)))
+
+    def _start(self, prompt: list[Message], arguments: Mapping[str, Any]) -> str:
+        if prompt[-1]["role"] == "assistant":
+            return prefilled(self.template, prompt, arguments)
+        return self.template.render(prompt, arguments, answer_next=True)
+
+    def _conversation(self, prompt: list[Message], answer: list[Message], arguments: Mapping[str, Any]) -> Conversation:
+        """Join prompt and answer; an answer to a prompt that ends with an assistant's message continues it."""
+        if prompt[-1]["role"] != "assistant":
+            return Conversation(self.template, self.special, prompt + answer, len(prompt), arguments)
+        prefill, first = prompt[-1], answer[0]
+        joined = {**prefill, **first, "content": f"{prefill['content']}{first['content']}"}
+        messages = [*prompt[:-1], joined, *answer[1:]]
+        return Conversation(self.template, self.special, messages, len(prompt) - 1, arguments, prefill)
+
+    def _read(self, conversation: Conversation, hidden: Mapping[str, str], notes: list[str]) -> Answer:
+        """Return an answer as text, by `on_dropped` where the template leaves out a part of it."""
+        read, name = read_answer(conversation, self.chat.train_on), self.template.name
+        if read.missing and self.chat.on_dropped == "keep-by-hand":
+            unused = (c for c in free_characters([conversation.messages]) if c not in hidden)
+            by_hand = written_by_hand(conversation, unused)
+            fields = " and ".join(dict.fromkeys(field for field, _ in read.missing))
+            read = read_answer(by_hand, self.chat.train_on)
+            if not read.missing:
+                notes.append(f"rows with {fields} written by hand, because the chat template of {name} leaves it out")
+        if read.missing and self.chat.on_dropped != "report":
+            field, text = read.missing[0]
+            found = f"the chat template of {name} leaves out {shown(text)} of the answer"
+            raise _DroppedError(field, found, _fix(field))
+        notes += [f"answers without their {f}, which the chat template of {name} leaves out" for f, _ in read.missing]
+        notes += [f"rows with {f} of earlier messages left out by the chat template of {name}" for f, _ in read.unread]
+        if read.way == BY_TURNS:
+            notes.append("rows rendered turn by turn, because the chat template rewrites earlier turns")
+        if read.unlearned:
+            notes.append("rows with earlier turns not learned, because the chat template rewrites them")
+        return read
+
+    def _unread(self, row: Row, prompt: list[Message], arguments: Mapping[str, Any], start: str) -> list[str]:
+        """Return notes about what the row gives, and the template leaves out of the prompt."""
+        by = f"left out by the chat template of {self.template.name}"
+        notes = [f"rows with {field} of the {m['role']} {by}" for m in prompt for field, _ in shows(start, m)]
+        shown_by = {"tools": _described, "documents": _contents}
+        for name in row.template:
+            wanted = shown_by.get(name)
+            if wanted and not all(locate(start, 0, text) for text in wanted(arguments[name])):
+                notes.append(f"rows with {name} {by}")
+            elif not wanted and not self.template.reads(name, arguments.get("tools")):
+                notes.append(f"rows with '{name}', which the chat template of {self.template.name} does not read")
+        return notes
+
+
+def _described(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    inner = [tool.get("function", tool) for tool in tools]
+    return [text.strip() for one in inner for name in ("name", "description") if isinstance(text := one.get(name), str)]
+
+
+def _contents(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [text.strip() for document in documents for text in document.values() if isinstance(text, str)]
+
+
+def _fix(field: str) -> str:
+    report = "on_dropped: report learns the rest"
+    if field == "tool_calls":
+        return f"write the call into the content as this model writes calls, or choose another template; {report}"
+    return f"on_dropped: keep-by-hand writes it as plain text, {report}; or choose another template"
+
+
+def _messages(content: Content, role: str) -> list[Message]:
+    return content if isinstance(content, list) else [{"role": role, "content": content}]

@@ -1,0 +1,268 @@
+"""Where the assistant's turns of an answer are, in a rendering that shows each of them as it is generated.
+
+At once: the whole conversation is rendered. A turn counts as located if the conversation shows it exactly as it is
+rendered where it is the last one (or where the template itself marks it with {% generation %}).
+
+Turn by turn: templates of reasoning models render earlier turns otherwise than the last one (they leave out the
+reasoning, or a think block). Then each turn is rendered as the last one, and what follows it up to the next turn is
+taken from the rendering with that next turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from alignkit.data.cells import REASONING
+from alignkit.data.chat.parts import Found, find, shows
+from alignkit.data.chat.special import SpecialTokens
+from alignkit.data.chat.template import Template
+from alignkit.data.rows import Message
+from alignkit.errors import AlignkitError
+
+Span = tuple[int, int]
+AT_ONCE, BY_TURNS = "at once", "turn by turn"
+
+
+class RewrittenError(AlignkitError):
+    """The template renders the prompt differently once an answer follows."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn of the assistant, rendered as the last one.
+
+    number: its place in the conversation. text: up to its end. begin: of what is generated. opened: how much of what
+    comes before the turn leads up to it. core: where the special tokens that close it begin. found: its parts.
+    """
+
+    number: int
+    text: str
+    begin: int
+    opened: int
+    core: int
+    found: Found
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as text.
+
+    begin: where it starts in `text`. spans: the learned characters, one span for each learned turn. closed: whether
+    the text ends with a token that closes the turn. way: AT_ONCE or BY_TURNS. missing: fields that the template left
+    out of learned turns, with their texts. unlearned: turns that could not be located. unread: fields of the other
+    messages that are not in the text.
+    """
+
+    text: str
+    begin: int
+    spans: tuple[Span, ...]
+    closed: bool
+    way: str
+    missing: tuple[tuple[str, str], ...] = ()
+    unlearned: int = 0
+    unread: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class Conversation:
+    """Prompt and answer with what the row gives to the template, and its renderings.
+
+    n_prompt: messages before the answer. prefill: the beginning of the first turn that the prompt gave. by_hand:
+    private-use character -> the text that it stands for.
+    """
+
+    template: Template
+    special: SpecialTokens
+    messages: list[Message]
+    n_prompt: int
+    arguments: Mapping[str, Any]
+    prefill: Message | None = None
+    by_hand: dict[str, str] = field(default_factory=dict)
+    _texts: dict[tuple[int, bool], str] = field(default_factory=dict)
+
+    def text(self, n: int, answer_next: bool = False) -> str:
+        """Return the first n messages as text; answer_next: with the opening of the assistant's turn."""
+        key = (n, answer_next)
+        if key not in self._texts:
+            text = self.template.render(self.messages[:n], self.arguments, answer_next)
+            for character, written in self.by_hand.items():
+                text = text.replace(character, written)
+            self._texts[key] = text
+        return self._texts[key]
+
+    @property
+    def turns(self) -> list[int]:
+        """The places of the assistant's turns in the answer."""
+        return [i for i in range(self.n_prompt, len(self.messages)) if self.messages[i]["role"] == "assistant"]
+
+    def start(self, n: int) -> str:
+        """Return what comes before turn n: up to the opening of the turn; where it continues a prefill, up to that."""
+        if self.prefill is None or n != self.n_prompt:
+            return self.text(n, answer_next=True)
+        return prefilled(self.template, [*self.messages[:n], self.prefill], self.arguments)
+
+
+def prefilled(template: Template, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
+    """Return a prompt whose last message the assistant continues, up to the end of that message."""
+    text = template.render(messages, arguments)
+    begin = common(template.render(messages[:-1], arguments, answer_next=True), text)
+    found = find(text, begin, messages[-1])
+    if found.missing:
+        raise RewrittenError(f"it leaves out {found.missing[0][0]} of the assistant's message that is to be continued")
+    return text[: max(found.end, begin)]
+
+
+def read_answer(conversation: Conversation, train_on: str) -> Answer:
+    """Locate the turns to learn. Raises RewrittenError where the prompt changes once an answer follows."""
+    numbers = conversation.turns if train_on == "all" else conversation.turns[-1:]
+    turns = [_turn(conversation, n) for n in numbers]
+    missing = tuple(part for turn in turns for part in turn.found.missing)
+    found = _at_once(conversation, turns) or _by_turns(conversation, turns) or _what_there_is(conversation, turns)
+    text, spans, way = found
+    learned = set(numbers)
+    others = [m for i, m in enumerate(conversation.messages) if i >= conversation.n_prompt and i not in learned]
+    unread = tuple(part for message in others for part in shows(text, message))
+    begin = common(conversation.start(conversation.n_prompt), text)
+    closed = conversation.special.closed(text)
+    return Answer(text, begin, spans, closed, way, missing, len(turns) - len(spans), unread)
+
+
+def written_by_hand(conversation: Conversation, unused: Iterator[str]) -> Conversation:
+    """Return the conversation with plain text in place of the content and the reasoning that the template leaves out.
+
+    unused: private-use characters that occur in no message. Reasoning is written between think tags.
+    """
+    messages, by_hand = list(conversation.messages), {}
+    for n in conversation.turns:
+        turn = _turn(conversation, n)
+        if not any(name != "tool_calls" for name, _ in turn.found.missing):  # how it writes calls is unknown
+            continue
+        message = messages[n]
+        reasoning = next((str(message[name]) for name in REASONING if message.get(name)), "")
+        content = str(message.get("content") or "")
+        text = f"<think>\n{reasoning.strip()}\n</think>\n\n{content}" if reasoning else content
+        opened = re.search(r"<think>\s*$", conversation.start(n))
+        if opened and text.startswith("<think>"):  # the template opens the block itself, with its own white space
+            text = opened.group() + text.removeprefix("<think>").lstrip()
+        kept = {k: v for k, v in message.items() if k not in REASONING}
+        messages[n] = {**kept, "content": next(unused)}
+        by_hand[messages[n]["content"]] = text
+    return replace(conversation, messages=messages, by_hand=by_hand, _texts={})
+
+
+def _turn(conversation: Conversation, n: int) -> Turn:
+    start, text = conversation.start(n), conversation.text(n + 1)
+    begin = opened = common(start, text)
+    if begin < len(start[: common(start, conversation.text(n))].rstrip()):  # not only the turn's opening differs
+        begin, opened = _after_rewriting(conversation, n, start, text), len(start)
+    message = dict(conversation.messages[n])
+    if (content := conversation.by_hand.get(str(message.get("content")))) is not None:
+        message["content"] = content
+    opening = begin if conversation.prefill is None else common(conversation.text(n, answer_next=True), text)
+    core = conversation.special.core(text, begin)
+    return Turn(n, text, begin, opened, core, find(text, min(opening, begin), message))
+
+
+def _after_rewriting(conversation: Conversation, n: int, start: str, text: str) -> int:
+    """Return where turn n begins in a text that shows earlier turns otherwise than `start` does.
+
+    The message before the turn and the turn's opening must be the same in both. gpt-oss leaves out the reasoning of a
+    tool call once the final answer follows.
+    """
+    before = find(start, 0, conversation.messages[n - 1])
+    place = start.rfind(start[before.begin : before.end])
+    at = text.rfind(start[place:]) if n > conversation.n_prompt and before.end > before.begin else -1
+    if at < 0:
+        raise RewrittenError("the template renders the prompt differently once an answer follows")
+    return at + len(start) - place
+
+
+def _at_once(conversation: Conversation, turns: Sequence[Turn]) -> tuple[str, tuple[Span, ...], str] | None:
+    """Return the whole conversation with all turns located; None where it shows one of them otherwise."""
+    whole = conversation.text(len(conversation.messages))
+    spans = [_span_within(conversation.special, whole, turn) for turn in turns]
+    if None in spans:
+        spans = _marked_spans(conversation, whole, turns)
+    if not all(spans):
+        return None
+    return whole[: spans[-1][1]], tuple(span for span in spans if span), AT_ONCE  # type: ignore[index]
+
+
+def _what_there_is(conversation: Conversation, turns: Sequence[Turn]) -> tuple[str, tuple[Span, ...], str]:
+    """Return the whole conversation with the turns that can be located.
+
+    Not learning a turn that is rendered otherwise once others follow is safer than learning a user's text.
+    """
+    whole = conversation.text(len(conversation.messages))
+    spans = tuple(span for turn in turns if (span := _span_within(conversation.special, whole, turn)))
+    return whole[: spans[-1][1]] if spans else whole, spans, AT_ONCE
+
+
+def _span_within(special: SpecialTokens, whole: str, turn: Turn) -> Span | None:
+    if whole[: turn.core] != turn.text[: turn.core]:
+        return None
+    closing = special.closing(turn.text[turn.core :], whole[turn.core :])
+    return turn.begin, len(whole) if closing == 0 and whole == turn.text else turn.core + closing
+
+
+def _marked_spans(conversation: Conversation, whole: str, turns: Sequence[Turn]) -> list[Span | None]:
+    """Return the turns where the template marks them and shows all of their parts."""
+    if not conversation.template.has_marks or conversation.by_hand:
+        return [None] * len(turns)
+    text, marks = conversation.template.marked(conversation.messages, conversation.arguments)
+    marks = marks[-len(conversation.turns) :]
+    places = dict(zip(conversation.turns, marks, strict=False)) if len(marks) == len(conversation.turns) else {}
+    spans: list[Span | None] = []
+    for turn in turns:
+        begin, end = places.get(turn.number, (0, 0))
+        found = find(text, begin, conversation.messages[turn.number])
+        shown = text == whole and not found.missing and found.end <= end
+        spans.append((begin, begin + len(text[begin:end].rstrip())) if shown else None)
+    return spans
+
+
+def _by_turns(conversation: Conversation, turns: Sequence[Turn]) -> tuple[str, tuple[Span, ...], str] | None:
+    """Return the conversation joined from its turns, each rendered as the last one; None where they do not join."""
+    special, spans = conversation.special, list[Span]()
+    text = turns[0].text[: turns[0].begin]
+    for turn, following in zip(turns, [*turns[1:], None], strict=True):
+        begin, own = len(text), turn.text[turn.core :]
+        text += turn.text[turn.begin : turn.core]
+        if following is None:
+            rest = own[: special.closing(own, own)] or own
+        else:
+            start = conversation.start(following.number)
+            at = _end_within(special, start, turn)
+            if at is None:
+                return None
+            rest = start[at : following.opened]
+        spans.append((begin, len(text) + (special.closing(own, rest) or (len(rest) if following is None else 0))))
+        text += rest
+    return text, tuple(spans), BY_TURNS
+
+
+def _end_within(special: SpecialTokens, start: str, turn: Turn) -> int | None:
+    """Return where a turn's core ends in a text that shows it otherwise; None where it is not shown."""
+    same = common(start, turn.text)
+    if same >= turn.core:
+        return turn.core
+    last = turn.text[turn.found.begin : turn.core]  # its last part, with what the template puts behind it
+    closes = special.closing(turn.text[turn.core :], turn.text[turn.core :]) > 0
+    at = start.find(last, min(same, turn.begin)) if last.strip() else -1
+    while at >= 0:
+        end = at + len(last)
+        if not closes or special.closing(turn.text[turn.core :], start[end:]) > 0:
+            return end
+        at = start.find(last, at + 1)
+    return None
+
+
+def common(a: Any, b: Any) -> int:
+    """Return the number of leading items (characters, tokens) that two sequences share."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
