@@ -117,8 +117,9 @@ class Context(Protocol):
         """Sample n completions per prompt with the policy.
 
         The new batch holds, per completion, "ended" (False where it was cut) and, where the method uses a reward,
-        "rewards" (raw, float32); per token "reference_logps" where it uses a reference, and "old_logps", the policy's
-        own, unless the batch is used for a single update, which starts at ratio 1 by construction.
+        "rewards" (raw, float32) and "scored" (False where no reward applies; its reward is then 0); per token
+        "reference_logps" where it uses a reference, and "old_logps", the policy's own, unless the batch is used for a
+        single update, which starts at ratio 1 by construction.
         mixture: also sample one completion per prompt from policy^(1 - mixture) * reference^mixture, token by token,
         and query the judge: "wins" (per completion) is P(the policy's beats the mixture's). n must be 1.
         """

@@ -338,6 +338,32 @@ def test_equal_rewards_change_nothing_and_are_counted(online: dict[str, Any], ti
     assert same(result.model, AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
+def test_where_no_reward_applies_nothing_is_learned_and_it_is_counted(
+    method: str, online: dict[str, Any], tiny: str
+) -> None:
+    sizes = {} if method == "ppo" else {"group_size": 4}
+    online |= {"max_steps": 1, "beta": 0.0, **sizes}
+    none = alignkit.run(method, reward=lambda completions: [None] * len(completions), name="none", **online)
+    (line,) = [line for line in read_metrics(none.folder) if "loss" in line]
+    assert line["loss"] == 0
+    assert "reward/mean" not in line
+    n = 4 * sizes.get("group_size", 1)
+    assert (line["reward/unscored"], line["reward/unscored_groups"]) == (n, 4)
+    assert same(none.model, AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
+
+    def odd(completions: list[str]) -> list[float | None]:
+        return [None if i % 2 else float(text.count("red")) for i, text in enumerate(completions)]
+
+    half = alignkit.run(method, reward=odd, name="half", **online)
+    (line,) = [line for line in read_metrics(half.folder) if "loss" in line]
+    assert line["reward/unscored"] == n / 2
+    written = [json.loads(text) for text in (half.folder / "completions.jsonl").read_text().splitlines()]
+    assert [row["reward"] is None for row in written] == [False, True] * (n // 2)
+    mean = sum(row["reward"] for row in written if row["reward"] is not None) / (n / 2)
+    assert line["reward/mean"] == pytest.approx(mean)
+
+
 @pytest.fixture
 def reward_folder(online: dict[str, Any]) -> str:
     rows = make_rows("pairs", 16)

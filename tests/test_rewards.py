@@ -7,6 +7,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,15 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from alignkit.errors import AlignkitError, ConfigError, RewardError
-from alignkit.rewards import Answers, RunningStats, build_rewards, check_rewards
+from alignkit.rewards import Answers, RunningStats, build_judge, build_rewards, check_rewards
+from alignkit.rewards.answers import text_of
+from alignkit.rollout import Sampled
+from alignkit.rollout.completions import answers_of
+from alignkit.rollout.tool_calls import tool_calls
+from alignkit.types import Example
 
 
 def answers(n: int = 3, **columns: list[Any]) -> Answers:
@@ -86,8 +93,11 @@ def test_lists_tensors_arrays_and_booleans_are_numbers() -> None:
 
 def test_none_does_not_apply() -> None:
     scores = build_rewards([{"use": constant(None, 1.0, 2.0), "name": "a", "weight": 2}]).score(answers())
-    assert scores.total == [0.0, 2.0, 4.0]
-    assert scores.parts == {"a": [0.0, 1.0, 2.0]}
+    assert scores.total == [None, 2.0, 4.0]
+    assert scores.parts == {"a": [None, 1.0, 2.0]}
+    assert scores.numbers == [0.0, 2.0, 4.0]
+    two = [{"use": constant(None, 1.0, None), "name": "a"}, {"use": constant(3.0, 1.0, None), "name": "b"}]
+    assert build_rewards(two).score(answers()).total == [3.0, 2.0, None]  # the sum of those that apply
 
 
 def test_async_functions_wait_together() -> None:
@@ -247,8 +257,76 @@ def test_weights_and_ensembles_by_hand(rows: list[tuple[float, float, float]], k
 def test_the_members_of_an_ensemble_are_seen() -> None:
     members = [{"use": constant(1.0, 3.0, None), "name": "a"}, {"use": constant(2.0, 1.0, None), "name": "b"}]
     scores = build_rewards({"ensemble": members, "combine": "min", "weight": 10}).score(answers())
-    assert scores.parts == {"ensemble": [1.0, 1.0, 0.0], "ensemble/a": [1.0, 3.0, 0.0], "ensemble/b": [2.0, 1.0, 0.0]}
-    assert scores.total == [10.0, 10.0, 0.0]
+    assert scores.parts == {
+        "ensemble": [1.0, 1.0, None],
+        "ensemble/a": [1.0, 3.0, None],
+        "ensemble/b": [2.0, 1.0, None],
+    }
+    assert scores.total == [10.0, 10.0, None]
+
+
+# ------------------------------------------------------------------------------------------------ what was sampled
+
+
+def test_rewards_see_what_was_sampled_as_it_was(tiny: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+    text = '<|call|>red <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    example = Example(torch.tensor([5]), (), asked="say red", row=1)
+    sampled = answers_of(tokenizer, [example], [[Sampled(ids, True)]])
+    seen: dict[str, Any] = {}
+
+    def reward(completions: Any, completion_ids: Any, raw_completions: Any, tool_calls: Any) -> list[float]:
+        seen.update(locals())
+        return [0.0]
+
+    build_rewards(reward).score(sampled)
+    assert seen["completion_ids"] == [ids]
+    assert seen["raw_completions"] == [text]
+    assert "<|call|>" not in seen["completions"][0]
+    assert seen["tool_calls"] == [[{"name": "add", "arguments": {"a": 1}}]]
+    other = replace(sampled, raw_completions=["second"])
+
+    def judge(first: Any, second: Any, raw_completions: Any, second_raw_completions: Any) -> list[float]:
+        assert (raw_completions, second_raw_completions) == ([text], ["second"])
+        return [1.0]
+
+    assert build_judge(judge).wins(sampled, other) == [1.0]
+    with pytest.raises(RewardError, match="needs `completion_ids`, which only sampled completions have"):
+        build_rewards(reward).score(answers(1))
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ('<tool_call>\n{"name": "f", "arguments": {"a": {"b": 1}}}\n</tool_call>', [("f", {"a": {"b": 1}})]),
+        (
+            '<tool_call>{"name": "f", "arguments": {}}</tool_call><tool_call>{"name": "g"}</tool_call>',
+            [("f", {}), ("g", {})],
+        ),
+        ("<tool_call>\n<function=f>\n<parameter=a>\n7\n</parameter>\n</function>\n</tool_call>", [("f", {"a": 7})]),
+        ("\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x y</arg_value>\n</tool_call>", [("f", {"a": "x y"})]),
+        (' to=functions.f<|channel|>commentary json<|message|>{"a": 1}<|call|>', [("f", {"a": 1})]),
+        ('{"name": "f", "parameters": {"a": 1}}<|eot_id|>', [("f", {"a": 1})]),
+        ("I call f.", []),
+        ("<tool_call>{broken}</tool_call>", []),
+        ('<tool_call>{"name": 1}</tool_call>', []),
+        ('{"answer": 4}', []),
+    ],
+)
+def test_the_calls_in_what_models_write(text: str, calls: list[tuple[str, Any]]) -> None:
+    assert [(call["name"], call["arguments"]) for call in tool_calls(text)] == calls
+
+
+def test_judges_read_tool_calls() -> None:
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+    ]
+    assert text_of(messages) == 'user: q\n\nassistant: {"name": "add", "arguments": {"a": 1}}\n\ntool: 2'
 
 
 # ----------------------------------------------------------------------------------------------------------- specs

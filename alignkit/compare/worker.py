@@ -104,6 +104,6 @@ def _win_rate(
         judge.close()
         return sum(wins) / len(wins)
     rewards = build_rewards(job.verdict["reward"], device)
-    scores = [rewards.score(side).total for side in (answers, opposing)]
+    scores = [rewards.score(side).numbers for side in (answers, opposing)]
     rewards.close()
     return policy_metrics.win_rate(*scores)

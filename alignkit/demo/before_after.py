@@ -106,7 +106,7 @@ def evaluate(
         scores=_scores(answers),
         accuracy=policy_metrics.preference_accuracy(model, base, held_out.pairs),
         kl=policy_metrics.kl_of_samples(model, base, held_out.pairs, sampled),
-        reward=None if rewards is None else sum(rewards.score(answers).total) / len(answers),
+        reward=None if rewards is None else sum(rewards.score(answers).numbers) / len(answers),
     )
 
 

@@ -111,13 +111,14 @@ class Online:
         if "reward" in self.roles:
             scores = self.score(answers)
             lines = {"reward": scores.total, **{f"reward/{k}": v for k, v in scores.parts.items()}}
-            grown = grown.attach(per_completion={"rewards": _float32(scores.total, batch.device)})
+            scored = torch.tensor([value is not None for value in scores.total], device=batch.device)
+            grown = grown.attach(per_completion={"rewards": _float32(scores.numbers, batch.device), "scored": scored})
         if mixture is not None:
             others = self.sample(ctx, batch.examples, 1, 1, mixture)
             against = self.answers(batch.examples, others)
             lines |= {"wins": self.compare(answers, against), "against": list(map(_text, against.completions))}
             grown = grown.attach(per_completion={"wins": _float32(lines["wins"], batch.device)})
-        self._log(ctx, sampled, lines)
+        self._log(ctx, sampled, lines, n)
         if "old_logps" in grown:
             lines |= {"logp": sequence_sum(grown["old_logps"], grown.cu_seqlens).tolist()}
         self.write(ctx.step + 1 if ctx.training else ctx.step, ctx.training, answers, lines)
@@ -190,21 +191,29 @@ class Online:
         self.lines.flush()
 
     def _log(
-        self, ctx: SamplingStep, sampled: Sequence[Sequence[Sampled]], scored: Mapping[str, Sequence[Any]]
+        self, ctx: SamplingStep, sampled: Sequence[Sequence[Sampled]], scored: Mapping[str, Sequence[Any]], n: int
     ) -> None:
         flat = [s for some in sampled for s in some]
         numbers = {k: v for k, v in scored.items() if k == "wins" or k.startswith("reward")}
         sums: list[float] = [len(flat), sum(len(s.tokens) for s in flat), sum(s.ended for s in flat)]
         sums += distinct(sampled)
         for values in numbers.values():
-            sums += [sum(values), sum(x * x for x in values)]
+            there = [x for x in values if x is not None]
+            sums += [len(there), sum(there), sum(x * x for x in there)]
+        groups = [numbers["reward"][i : i + n] for i in range(0, len(flat), n)] if "reward" in numbers else []
+        sums.append(sum(all(x is None for x in group) for group in groups))
         count, tokens, ended, different, bigrams, *moments = ctx.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
         logged = {"completion/length": tokens / count, "completion/eos_rate": ended / count}
         logged["completion/distinct_2"] = different / max(bigrams, 1)
-        for name, total, squares in zip(numbers, moments[0::2], moments[1::2], strict=True):
-            logged[f"{name}/mean"] = total / count
+        unscored_groups = moments.pop()
+        for name, there, total, squares in zip(numbers, moments[0::3], moments[1::3], moments[2::3], strict=True):
+            if there:  # a mean over the completions that it applies to
+                logged[f"{name}/mean"] = total / there
             if name == "reward":
-                logged["reward/std"] = max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+                mean = total / max(there, 1)
+                logged["reward/std"] = max(squares / max(there, 1) - mean**2, 0.0) ** 0.5
+                if there < count:
+                    logged |= {"reward/unscored": count - there, "reward/unscored_groups": unscored_groups}
         ctx.log(**logged)
 
     def _mixture(self, weight: float) -> Mixture:

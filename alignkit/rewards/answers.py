@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from alignkit.data.rows import Content, shown
+from alignkit.data.rows import Content, Message, shown
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Answers:
     prompts: as the rows gave them, text or messages. completions: text, or [{"role": "assistant", "content": ...}]
     where the prompt is messages. columns: the rows' other columns. rows: their 1-based numbers, for messages.
     lengths: tokens of each completion. ended: False where `max_new_tokens` cut it.
+    Of sampled completions, empty for others: completion_ids: their tokens. raw_completions: their text with special
+    tokens. tool_calls: the calls in them, each {"name": ..., "arguments": {...}}.
     """
 
     prompts: list[Content]
@@ -24,6 +27,9 @@ class Answers:
     rows: list[int]
     lengths: list[int]
     ended: list[bool]
+    completion_ids: list[list[int]] = field(default_factory=list)
+    raw_completions: list[str] = field(default_factory=list)
+    tool_calls: list[list[dict[str, Any]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -37,12 +43,17 @@ class Answers:
 class Scores:
     """The rewards of S completions.
 
-    total: the weighted sum, [S]. parts: each reward's own values before its weight, [S], by name; 0 where it does not
-    apply. An ensemble's members are listed as "ensemble/member".
+    total: the weighted sum of the rewards that apply, [S]; None where none does. parts: each reward's own values before
+    its weight, [S], by name; None where it does not apply. An ensemble's members are listed as "ensemble/member".
     """
 
-    total: list[float]
-    parts: dict[str, list[float]]
+    total: list[float | None]
+    parts: dict[str, list[float | None]]
+
+    @property
+    def numbers(self) -> list[float]:
+        """The total, with 0 where no reward applies."""
+        return [0.0 if value is None else value for value in self.total]
 
 
 def text_of(content: Content) -> str:
@@ -50,5 +61,11 @@ def text_of(content: Content) -> str:
     if isinstance(content, str):
         return content
     if len(content) == 1:
-        return str(content[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in content)
+        return _said(content[0])
+    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in content)
+
+
+def _said(message: Message) -> str:
+    """Return a message's content, and its tool calls as JSON."""
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join([*([message["content"]] if message["content"] or not calls else []), *calls])

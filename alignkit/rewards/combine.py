@@ -62,15 +62,15 @@ class Rewards:
         """Score S completions. Raises RewardError naming the reward, the row and what it returned."""
         given = {"prompts": answers.prompts, "completions": answers.completions}
         results: Iterator[Values] = iter(self._functions.call(answers, given)) if len(answers) else repeat([])
-        total = [0.0] * len(answers)
-        parts: dict[str, list[float]] = {}
+        total: Values = [None] * len(answers)
+        parts: dict[str, Values] = {}
         for part in self._parts:
             values = [next(results) for _ in _leaves(part)]
             whole = part.combined(values) if isinstance(part, Ensemble) else values[0]
-            parts[part.name] = _plain(whole)
-            total = [t + part.weight * v for t, v in zip(total, parts[part.name], strict=True)]
+            parts[part.name] = whole
+            total = [t if v is None else (t or 0.0) + part.weight * v for t, v in zip(total, whole, strict=True)]
             if isinstance(part, Ensemble):
-                parts |= {f"{part.name}/{m.name}": _plain(v) for m, v in zip(part.members, values, strict=True)}
+                parts |= {f"{part.name}/{m.name}": v for m, v in zip(part.members, values, strict=True)}
         return Scores(total, parts)
 
     def close(self) -> None:
@@ -142,7 +142,3 @@ def _differ(parts: Sequence[Leaf | Ensemble], what: str) -> None:
 
 def _leaves(part: Leaf | Ensemble) -> tuple[Leaf, ...]:
     return part.members if isinstance(part, Ensemble) else (part,)
-
-
-def _plain(values: Values) -> list[float]:
-    return [0.0 if v is None else v for v in values]

@@ -3,8 +3,9 @@
     def reward(prompts, completions, **columns) -> list[float]
     def judge(prompts, first, second, **columns) -> list[float]
 
-A function is passed what its parameters name: the arguments above, the rows' columns, and `lengths` and `ended` of the
-completions. With `**columns` it is passed every column.
+A function is passed what its parameters name: the arguments above, the rows' columns, and what is known of the
+completions: `lengths`, `ended`, `completion_ids`, `raw_completions`, `tool_calls` (see `Answers`; for judges, of the
+first, and the second's with `second_` in front). With `**columns` it is passed every column.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from alignkit.errors import AlignkitError, ConfigError, RewardError, nearest
 from alignkit.rewards.answers import Answers
 
 Values = list[float | None]
+KNOWN = ("lengths", "ended", "completion_ids", "raw_completions", "tool_calls")  # fields of Answers
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -78,7 +80,7 @@ class Function:
     @cached_property
     def columns(self) -> frozenset[str]:
         """The columns that it requires."""
-        known = {*self.given, *self.options, "lengths", "ended"}
+        known = {*self.given, *self.options, *KNOWN, *(f"second_{name}" for name in KNOWN)}
         named = {n for n, p in self.parameters.items() if p.kind in _NAMED and p.default is p.empty}
         return frozenset({*(named - known), *getattr(self.call, "needs", ())})
 
@@ -97,10 +99,13 @@ class Function:
         """Return the keyword arguments of a call. Raises RewardError for a missing column."""
         there = answers.columns
         self.check_columns(there)
-        offered = {**there, "lengths": answers.lengths, "ended": answers.ended, **given}
+        offered = {**there, **known_of(answers), **given}
         wanted = {name for name, p in self.parameters.items() if p.kind in _NAMED}
+        for name in KNOWN:
+            if name in wanted and name not in offered and self.parameters[name].default is inspect.Parameter.empty:
+                raise RewardError(f"{self.kind} '{self.name}' needs `{name}`, which only sampled completions have")
         if _takes_any(self.parameters):
-            wanted |= {*there, *given}
+            wanted |= {*there, *self.given}
         return {name: value for name, value in offered.items() if name in wanted} | dict(self.options)
 
     def checked(self, answers: Answers, returned: object) -> Values:
@@ -139,6 +144,11 @@ class Function:
         what = str(error) if isinstance(error, AlignkitError) else f"{type(error).__name__}: {error}"
         more = f" and {len(answers) - 1} more" if len(answers) > 1 else ""
         return RewardError(f"{self.kind} '{self.name}' failed on {answers.place(0)}{more}: {what}")
+
+
+def known_of(answers: Answers, prefix: str = "") -> dict[str, Any]:
+    """Return what is known of completions, by the name of the argument."""
+    return {prefix + name: value for name in KNOWN if (value := getattr(answers, name))}
 
 
 class Functions:

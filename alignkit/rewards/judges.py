@@ -11,7 +11,7 @@ from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, RewardError, nearest
 from alignkit.rewards.answers import Answers
 from alignkit.rewards.combine import Rewards, build_rewards, check_reward_columns, check_rewards, reward_folders
-from alignkit.rewards.functions import Function, Functions
+from alignkit.rewards.functions import Function, Functions, known_of
 from alignkit.rewards.spec import JUDGE, Device, leaf, number
 
 
@@ -42,6 +42,7 @@ class FunctionJudge:
         if not len(first):
             return []
         given = {"prompts": first.prompts, "first": first.completions, "second": second.completions}
+        given |= known_of(second, "second_")
         (values,) = self._functions.call(first, given)
         return [self._probability(first, i, p) for i, p in enumerate(values)]
 
@@ -70,8 +71,10 @@ class BradleyTerry:
 
     def wins(self, first: Answers, second: Answers) -> list[float]:
         """See `Judge.wins`."""
-        r_first, r_second = (torch.tensor(self._rewards.score(a).total, dtype=torch.float64) for a in (first, second))
-        return torch.sigmoid(self._scale * (r_first - r_second)).tolist()  # type: ignore[no-any-return]
+        totals = [self._rewards.score(answers).total for answers in (first, second)]
+        # an answer that no reward applies to cannot be compared
+        gaps = [0.0 if a is None or b is None else self._scale * (a - b) for a, b in zip(*totals, strict=True)]
+        return torch.sigmoid(torch.tensor(gaps, dtype=torch.float64)).tolist()  # type: ignore[no-any-return]
 
     def check_columns(self, there: Collection[str]) -> None:
         """See `Judge.check_columns`."""

@@ -11,6 +11,7 @@ import torch
 from alignkit.models.packing import batch_of
 from alignkit.rewards import Answers
 from alignkit.rollout.batched import Sampled
+from alignkit.rollout.tool_calls import tool_calls
 from alignkit.types import Batch, Completion, Example
 
 
@@ -33,6 +34,7 @@ def answers_of(
     """
     flat = [(e, s) for e, some in zip(examples, sampled, strict=True) for s in some]
     texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for _, s in flat]
+    raw = [tokenizer.decode(s.tokens, skip_special_tokens=False) for _, s in flat]
     names = dict.fromkeys([*columns, *(name for e in examples for name in e.columns)])
     return Answers(
         prompts=[e.asked for e, _ in flat],
@@ -44,6 +46,9 @@ def answers_of(
         rows=[e.row for e, _ in flat],
         lengths=[len(s.tokens) for _, s in flat],
         ended=[s.ended for _, s in flat],
+        completion_ids=[list(s.tokens) for _, s in flat],
+        raw_completions=raw,
+        tool_calls=[tool_calls(text) for text in raw],
     )
 
 

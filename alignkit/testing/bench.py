@@ -109,7 +109,7 @@ class BenchContext:
         made = batch_of([make(e, n) for e in batch.examples], self.layout)
         scores = torch.tensor([score_of(c) for e in made.examples for c in e.completions], dtype=torch.float64)
         ended = torch.tensor([int(c.tokens[-1]) == EOS for e in made.examples for c in e.completions])
-        numbers = {"ended": ended, "rewards": scores}
+        numbers = {"ended": ended, "rewards": scores, "scored": torch.ones_like(ended)}
         if mixture is not None:
             numbers["wins"] = scores.sigmoid()
         with torch.no_grad():

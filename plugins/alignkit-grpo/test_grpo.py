@@ -109,6 +109,45 @@ def test_equal_rewards_teach_nothing_and_are_counted():
     assert all(not g.any() for g in measured.gradients.values())
 
 
+def scored(method, rewards):
+    """Collect and compute a step whose groups have these rewards, None where no reward applies."""
+    size = len(rewards[0])
+    bench = Bench(method(method.Config(group_size=size, beta=0.0)))
+    examples = TestGRPO().examples()[: len(rewards)]
+    ctx = bench.context(examples)
+    rollouts = ctx.rollouts
+
+    def with_rewards(batch, n=1, mixture=None):
+        flat = [r for group in rewards for r in group]
+        numbers = {
+            "rewards": torch.tensor([r or 0.0 for r in flat]),
+            "scored": torch.tensor([r is not None for r in flat]),
+        }
+        return rollouts(batch, n, mixture).attach(per_completion=numbers)
+
+    ctx.rollouts = with_rewards
+    with torch.no_grad():
+        batch = bench.method.collect(ctx.shard(examples), ctx)
+    return bench, ctx, batch
+
+
+def test_a_completion_that_no_reward_applies_to_is_left_out_of_its_group():
+    _, ctx, batch = scored(GRPO, [[None, 1.0, 1.0, 1.0], [None, 1.0, 2.0, 3.0], [None] * 4])
+    by_hand = [0, 0, 0, 0, 0, -1 / 1.0001, 0, 1 / 1.0001, 0, 0, 0, 0]  # mean 2, standard deviation 1
+    assert batch["advantages"].tolist() == pytest.approx(by_hand, abs=1e-6)
+    assert batch["learned"].tolist() == [True] * 8 + [False] * 4  # the last group is skipped
+    assert ctx.logged["advantage/zero_variance_groups"] == 1
+
+
+def test_leave_one_out_leaves_out_what_no_reward_applies_to():
+    bench, _, batch = scored(RLOO, [[None, 1.0, 3.0, 5.0], [None, None, None, 4.0]])
+    terms = bench.method.loss(batch, bench.models)
+    # the baselines are the means of the two others: 4, 3 and 2; the last group has nobody to compare with
+    advantages = torch.tensor([0.0, -3.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0])
+    assert terms["policy"].value.tolist() == pytest.approx((-advantages * batch.lengths).tolist(), abs=1e-5)
+    assert terms["policy"].over == "scored"
+
+
 def test_without_a_kl_no_reference_is_needed():
     assert "reference" not in GRPO(GRPO.Config(beta=0.0)).roles()
     assert "reference" not in RLOO(RLOO.Config(beta=0.0)).roles()

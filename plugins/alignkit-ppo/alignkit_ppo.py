@@ -79,14 +79,18 @@ class PPO(Method["PPO.Config"]):
         rewards = -self.beta * {"k1": log_ratios, "k2": log_ratios.square() / 2, "k3": torch.expm1(-safe) + safe}[c.kl]
         rewards[batch.cu_seqlens[1:] - 1] += self._scores(batch, ctx)
         advantages, returns = gae(rewards, batch["values"], batch.cu_seqlens, c.gamma, c.lam)
-        unexplained = _variance(returns - batch["values"], ctx) / _variance(returns, ctx).clamp(min=1e-8)
+        scored = batch["scored"].repeat_interleave(batch.lengths)  # the others teach neither policy nor critic
+        errors = returns - batch["values"]
+        unexplained = _variance(errors, scored, ctx) / _variance(returns, scored, ctx).clamp(min=1e-8)
         if c.whiten:
-            advantages = (advantages - ctx.mean(advantages)) / (_variance(advantages, ctx).sqrt() + 1e-8)
+            deviation = _variance(advantages, scored, ctx).sqrt()
+            advantages = (advantages - _mean(advantages, scored, ctx)) / (deviation + 1e-8)
         observed = float(ctx.mean(sequence_sum(log_ratios, batch.cu_seqlens)))
         self.kl = observed if ctx.training and math.isfinite(observed) else self.kl
         ctx.log(**{"beta": self.beta, "value/explained_variance": 1 - float(unexplained)})
         warming = torch.full((len(batch),), ctx.step < c.critic_warmup_steps, device=batch.device)
-        return batch.attach(per_token={"advantages": advantages, "returns": returns}, per_example={"warming": warming})
+        tokens = {"advantages": advantages, "returns": returns, "scored_tokens": scored}
+        return batch.attach(per_token=tokens, per_example={"warming": warming})
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
         """Return the surrogate, the value loss and metrics; during the critic's warm-up only the value loss counts."""
@@ -98,8 +102,8 @@ class PPO(Method["PPO.Config"]):
             entropies=outputs.entropy if c.entropy_coef else None, entropy_coef=c.entropy_coef,
         )  # fmt: skip
         return {
-            "policy": Term(out.losses, over="tokens", coef=0.0 if warming else 1.0),
-            "value": Term(self._value_losses(batch, outputs.values), over="tokens", coef=c.value_coef),
+            "policy": Term(out.losses, over="scored_tokens", coef=0.0 if warming else 1.0),
+            "value": Term(self._value_losses(batch, outputs.values), over="scored_tokens", coef=c.value_coef),
             "value/mean": metric(outputs.values, over="tokens"),
             "update_kl": metric(out.ratios - 1 - out.ratios.log(), over="tokens"),
             **rollout_metrics(batch, outputs, out),
@@ -126,22 +130,28 @@ class PPO(Method["PPO.Config"]):
 
     def _scores(self, batch: Batch, ctx: Context) -> Tensor:
         """Return rewards [S] with the penalty for a missing end, normalised by all rewards so far, including these."""
+        scored = batch["scored"]
         rewards = batch["rewards"] - self.config.missing_eos_penalty * (~batch["ended"]).float()
         if not self.config.normalise_rewards:
-            return rewards
-        if ctx.training:
-            mean = ctx.mean(rewards.double())
-            count = int(ctx.sum(torch.tensor(len(rewards))))
-            self.moments.update(count, float(mean), count * float(ctx.mean((rewards.double() - mean).square())))
-        return self.moments.normalise(rewards).clamp(-self.config.reward_clip, self.config.reward_clip)
+            return rewards * scored
+        count = int(ctx.sum(scored.sum()))
+        if ctx.training and count:
+            mean, spread = _mean(rewards.double(), scored, ctx), _variance(rewards.double(), scored, ctx)
+            self.moments.update(count, float(mean), count * float(spread))
+        return self.moments.normalise(rewards).clamp(-self.config.reward_clip, self.config.reward_clip) * scored
 
     def _value_losses(self, batch: Batch, values: Tensor) -> Tensor:
         clipped = batch["values"] + (values - batch["values"]).clamp(-self.config.value_clip, self.config.value_clip)
         return torch.maximum((values - batch["returns"]).square(), (clipped - batch["returns"]).square()) / 2
 
 
-def _variance(value: Tensor, ctx: Context) -> Tensor:
-    return ctx.mean((value - ctx.mean(value)).square())
+def _mean(value: Tensor, counted: Tensor, ctx: Context) -> Tensor:
+    total, count = ctx.sum(torch.stack([(value.double() * counted).sum(), counted.sum()]))
+    return (total / count.clamp(min=1)).to(value.dtype)
+
+
+def _variance(value: Tensor, counted: Tensor, ctx: Context) -> Tensor:
+    return _mean((value - _mean(value, counted, ctx)).square(), counted, ctx)
 
 
 @hookimpl

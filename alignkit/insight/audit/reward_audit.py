@@ -78,7 +78,7 @@ class Scorer:
             lengths=[self._length(text_of(answer)) for _, answer in queries],
             ended=[True] * len(queries),
         )
-        return self.rewards.score(answers).total
+        return self.rewards.score(answers).numbers
 
     def _length(self, text: str) -> int:
         return len(self.tokenizer(text)["input_ids"]) if self.tokenizer else len(text.split())

@@ -158,7 +158,7 @@ def _sample_and_score(
     ids = [e.prompt for e in examples]
     sampled = sample(policy, tokenizer, ids, config.sampling, n=n, seed=config.seed, numbers=numbers)
     answers = answers_of(tokenizer, examples, sampled)
-    scores = [scorer.score(answers).total for scorer in scorers]
+    scores = [scorer.score(answers).numbers for scorer in scorers]
     found = []
     for i, (example, cut) in enumerate(prompts):
         part = slice(i * n, (i + 1) * n)

@@ -109,6 +109,6 @@ def _by_words(spec: Any, text: str, prompt: Content) -> Prefixes:
     if not isinstance(prompt, str):
         prefixes = [[{"role": "assistant", "content": text_of(prefix)}] for prefix in prefixes]
     answers = Answers([prompt] * n, prefixes, {}, [1] * n, list(range(1, n + 1)), [i == n - 1 for i in range(n)])
-    scores = rewards.score(answers).total
+    scores = rewards.score(answers).numbers
     rewards.close()
     return Prefixes(" + ".join(rewards.names), text_of(prompt), "words", tuple(words), tuple(scores))

@@ -64,18 +64,26 @@ class GRPO(Method["GRPO.Config"]):
     def collect(self, batch: Batch, ctx: Context) -> Batch:
         """Sample and score the groups; attach the advantages, and each completion's weight in the average."""
         batch = ctx.rollouts(batch, self.config.group_size)
-        rewards = batch["rewards"].view(len(batch), -1)
-        spread = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
+        rewards, scored = (batch[name].view(len(batch), -1) for name in ("rewards", "scored"))
+        n_scored, infinite = scored.sum(1, keepdim=True), float("inf")
+        highest, lowest = (torch.where(scored, rewards, fill) for fill in (-infinite, infinite))
+        spread = highest.amax(1, keepdim=True) > lowest.amin(1, keepdim=True)
         scale = self.config.scale or ("none" if self.config.variant == "dr_grpo" else "group")
-        centred = rewards - rewards.mean(1, keepdim=True)
+        centred = (rewards - rewards.sum(1, keepdim=True) / n_scored.clamp(min=1)) * scored
         if scale == "group":
-            centred = centred / (rewards.std(1, keepdim=True) + EPSILON)
+            variance = centred.square().sum(1, keepdim=True) / (n_scored - 1).clamp(min=1)
+            centred = centred / (variance.sqrt() + EPSILON)
         elif scale == "batch":
-            mean = ctx.mean(rewards)
-            centred = centred / (ctx.mean((rewards - mean).square()).sqrt() + EPSILON)
+            total, count = ctx.sum(torch.stack([rewards.double().sum(), scored.sum()]))
+            squares = ((rewards - total / count.clamp(min=1)) * scored).square()
+            deviation = (ctx.sum(squares.sum()) / count.clamp(min=1)).sqrt()
+            centred = centred / (deviation.to(rewards.dtype) + EPSILON)
         # equal rewards may differ from their mean by rounding
-        advantages = torch.where(spread, centred, 0.0).flatten()
-        learned = batch["ended"] if self.config.mask_truncated else torch.ones_like(batch["ended"])
+        advantages = torch.where(spread & scored, centred, 0.0).flatten()
+        learned = (n_scored > 0).expand_as(scored).flatten()  # a group that no reward applies to teaches nothing
+        if self.config.mask_truncated:
+            learned = learned & batch["ended"]
+        spread = spread | (n_scored == 0)
         counts = torch.stack([(~spread).sum(), learned.sum(), (batch.lengths * learned).sum()]).double()
         n_equal, n_learned, n_tokens = ctx.sum(counts).tolist()
         ctx.log(**{"advantage/zero_variance_groups": n_equal})

@@ -53,10 +53,12 @@ class RLOO(Method["RLOO.Config"]):
         rewards = batch["rewards"]
         if self.config.beta:
             rewards = rewards - self.config.beta * sequence_sum(old - batch.reference_logps, batch.cu_seqlens)
-        groups = rewards.view(len(batch), -1)
-        others = (groups.sum(1, keepdim=True) - groups) / (groups.shape[1] - 1)
-        advantages = (groups - others).flatten()
+        scored = batch["scored"].view(len(batch), -1)  # completions that no reward applies to are nobody's baseline
+        groups = rewards.view(len(batch), -1) * scored
+        n_others = scored.sum(1, keepdim=True) - 1
+        others = (groups.sum(1, keepdim=True) - groups) / n_others.clamp(min=1)
+        advantages = ((groups - others) * (scored & (n_others > 0))).flatten()
         clip = (self.config.clip, self.config.clip)
         out = policy_loss(outputs.logps, old, advantages, batch.cu_seqlens, clip=clip)
         losses = sequence_sum(out.losses, batch.cu_seqlens)
-        return {"policy": Term(losses, over="completions"), **rollout_metrics(batch, outputs, out)}
+        return {"policy": Term(losses, over="scored"), **rollout_metrics(batch, outputs, out)}

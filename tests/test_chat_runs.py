@@ -1,0 +1,94 @@
+"""Runs on conversations: the pinned date, and the settings of conversations."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+import alignkit
+from alignkit.config import read_yaml
+from alignkit.errors import ConfigError, DataError
+from alignkit.runs.folder import read_metrics
+from helpers import make_rows
+
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+def with_template(settings: dict[str, Any], template: str) -> dict[str, Any]:
+    """The settings with a tokenizer that has this chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    tokenizer.chat_template = template
+    return {**settings, "tokenizer": tokenizer}
+
+
+def conversations(n: int) -> list[dict[str, Any]]:
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return [{k: [{"role": role, "content": row[k]}] for k, role in roles.items()} for row in make_rows("pairs", n)]
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(folder)]
+
+
+def test_a_run_killed_before_midnight_resumes_after_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alignkit.engine.loop import Loop
+
+    class Day(datetime.date):
+        now = datetime.date(2026, 2, 3)
+
+        @classmethod
+        def today(cls) -> datetime.date:
+            return cls.now
+
+    monkeypatch.setattr("alignkit.runs.folder.date", Day)
+    settings = with_template(settings, "{{ strftime_now('%d %b %Y') }}: " + PLAIN)
+    settings |= {"data": conversations(12), "save_every": 2}
+    whole = alignkit.run("dpo", name="whole", **settings)
+    step = Loop.step
+    monkeypatch.setattr(Loop, "step", lambda s, n, t: step(s, n, t) if n < 4 else (_ for _ in ()).throw(OSError()))
+    with pytest.raises(OSError):
+        alignkit.run("dpo", name="killed", **settings)
+    monkeypatch.setattr(Loop, "step", step)
+    Day.now = datetime.date(2026, 2, 4)
+    killed = alignkit.run("dpo", name="killed", resume=True, **settings)
+    assert numbers(killed.folder) == numbers(whole.folder)
+    assert read_yaml(killed.folder / "config.yaml")["template_date"] == "2026-02-03"
+    session = json.loads((killed.folder / "sessions.json").read_text())[-1]
+    assert session["facts"]["reference"]["values_computed"] == 0
+    assert session["facts"]["reference"]["values_read"] > 0
+    # another run finds the cached values with the same date, and needs its own without
+    for date, computed in (("2026-02-03", False), (None, True)):
+        other = alignkit.run("dpo", name=f"other-{computed}", template_date=date, **settings)
+        session = json.loads((other.folder / "sessions.json").read_text())[-1]
+        assert (session["facts"]["reference"]["values_computed"] > 0) is computed
+    with pytest.raises(ConfigError, match="template_date was '2026-02-03', is '2026-02-04'"):
+        alignkit.run("dpo", name="killed", resume=True, template_date="2026-02-04", **settings)
+
+
+def test_the_settings_of_conversations_reach_the_rows_of_a_run(settings: dict[str, Any]) -> None:
+    cutting = "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}{{ mood }}\n{% endfor %}"
+    settings = with_template(settings, cutting) | {"max_steps": 1}
+    rows = [{"messages": [{"role": "user", "content": "3 ?"}, {"role": "assistant", "content": "<think>1 2</think>4"}]}]
+    with pytest.raises(DataError, match="leaves out '1 2' of the answer; on_dropped: keep-by-hand"):
+        alignkit.run("sft", name="refused", data=rows * 4, **settings)
+    lost = {}
+    for how in ("report", "keep-by-hand"):
+        result = alignkit.run("sft", name=how, data=rows * 4, on_dropped=how, **settings)
+        lost[how] = result.metrics["tokens"] if "tokens" in result.metrics else result.metrics["loss"]
+    assert lost["report"] != lost["keep-by-hand"]
+    moody = alignkit.run(
+        "sft", name="moody", data=rows * 4, on_dropped="report", chat_template_kwargs={"mood": "!"}, **settings
+    )
+    assert (
+        moody.metrics["loss"]
+        != alignkit.run("sft", name="plain", data=rows * 4, on_dropped="report", **settings).metrics["loss"]
+    )
+    with pytest.raises(ConfigError, match=r"reads no 'moood'\. Did you mean 'mood'\?"):
+        alignkit.run("sft", name="wrong", data=rows * 4, chat_template_kwargs={"moood": "!"}, **settings)
