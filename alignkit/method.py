@@ -100,8 +100,8 @@ class Context(Protocol):
         log-probabilities where the method uses them."""
         ...
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Return the mean over all entries of `value` on all ranks, a scalar."""
+    def mean(self, value: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Return the mean over all entries of `value` on all ranks, a scalar; counted: bool, over these entries."""
         ...
 
     def sum(self, value: Tensor) -> Tensor:

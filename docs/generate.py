@@ -1,4 +1,4 @@
-"""Write the parts of the pages that come from the code: each method's facts and settings, and the run's settings.
+"""Write the parts of the pages that come from the code: facts and settings of methods and runs, chat templates.
 
     python docs/generate.py             rewrite the text between the markers
     python docs/generate.py --check     change nothing; exit 1 and name the pages that are out of date
@@ -64,8 +64,17 @@ def part(page: Path, name: str) -> str:
     """Return the text of the part `name` of a page."""
     if name == "run-settings":
         return table(RunConfig)
+    if name == "chat-templates":
+        return _chat_table()
     method = registry.get(page.stem)
     return {"facts": lambda: facts(method), "settings": lambda: table(method.Config)}[name]()
+
+
+def _chat_table() -> str:
+    sys.path.append(str(DOCS))
+    import chat_table
+
+    return str(chat_table.table())
 
 
 def generated(page: Path) -> str:

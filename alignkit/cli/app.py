@@ -17,6 +17,7 @@ from alignkit.cli.commands import (
     best_of_n,
     cache,
     compare,
+    data,
     demo,
     doctor,
     health,
@@ -92,3 +93,4 @@ app.command()(methods.validate)
 app.add_typer(cache.app, name="cache")
 app.add_typer(bench.app, name="bench")
 app.add_typer(inspect.app, name="inspect")
+app.add_typer(data.app, name="data")

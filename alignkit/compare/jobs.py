@@ -11,7 +11,6 @@ from typing import Any
 from alignkit import data, registry
 from alignkit.config import RunConfig, gathered, split, validated
 from alignkit.data import tokenise
-from alignkit.data.chat import Chat
 from alignkit.data.rows import RawRows
 from alignkit.data.sources import read_rows
 from alignkit.data.stream import hold_out
@@ -135,7 +134,7 @@ def rows_of(job: Job, tokenizer: Any) -> tuple[RawRows, RawRows]:
     if job.eval_data is not None:
         return rows, read_rows(job.eval_data)
     loaded = data.load(rows, "prompts", config.columns)
-    prompts, _ = tokenise.tokenise(loaded, tokenizer, config.max_prompt_tokens, chat=Chat.of(config))
+    prompts, _ = tokenise.tokenise_as(config, loaded, tokenizer)
     _, held_out = hold_out(prompts, config.eval_fraction or HELD_OUT, config.seed)
     numbers = {e.row for e in held_out}
     sides = [[(n, cells) for n, cells in rows if (n in numbers) == held] for held in (False, True)]

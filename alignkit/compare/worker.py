@@ -14,7 +14,6 @@ from alignkit import data
 from alignkit.compare.jobs import Job, rows_of
 from alignkit.config import RunConfig
 from alignkit.data import tokenise
-from alignkit.data.chat import Chat
 from alignkit.data.rows import RawRows
 from alignkit.demo import policy_metrics
 from alignkit.engine import Engine
@@ -64,10 +63,9 @@ def run_job(job: Job) -> dict[str, float | None]:
 def evaluated(job: Job, model: Any, base: Any, tokenizer: Any, held_out: RawRows) -> dict[str, float | None]:
     """Return the figures that `run_job` defines for a model in memory."""
     config = job.config()
-    how = (config.max_prompt_tokens, config.max_completion_tokens, Chat.of(config))
 
     def examples(kind: Any) -> list[Example]:
-        return tokenise.tokenise(data.load(held_out, kind, config.columns), tokenizer, *how)[0][:N_EVALUATED]
+        return tokenise.tokenise_as(config, data.load(held_out, kind, config.columns), tokenizer)[0][:N_EVALUATED]
 
     prompts = examples("prompts")
     # the same noise for every method; the base plays against itself with different noise

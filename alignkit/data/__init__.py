@@ -5,7 +5,8 @@ rows.py       rows as they were read, faults, the report of dropped rows
 forms.py      which columns make which form (pairs, ranked, conversations, ...)
 cells.py      checks of a single cell
 dataset.py    load(): rows of any form -> rows of a kind
-chat.py       chat templates: messages -> text, where each turn begins and ends
+chat/         chat templates: messages -> text, where each turn begins and ends
+encoder.py    text -> token ids, control tokens kept apart from text that spells them
 tokenise.py   rows -> examples of token ids, cut to the budgets
 stream.py     which examples a step reads; held-out rows; seeds
 """

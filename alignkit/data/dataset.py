@@ -61,10 +61,13 @@ class Dataset:
         return [found, *self.report.lines()]
 
 
-def load(source: object, kind: DataKind, columns: Mapping[str, str] | None = None) -> Dataset:
+def load(
+    source: object, kind: DataKind, columns: Mapping[str, str] | None = None, may_be_empty: bool = False
+) -> Dataset:
     """Read, check and convert all rows of `source` to what a method with `data = kind` needs.
 
     source: as for `read_rows`. columns: {our column: the source's} where names differ; "form" sets the form's name.
+    may_be_empty: return a data set whose rows were all dropped.
     Raises ConfigError for an unknown kind, column name or form; DataError where the form does not provide the kind or
     no row is left; FaultyRowsError (a DataError) with all faults of the rows.
     """
@@ -92,7 +95,7 @@ def load(source: object, kind: DataKind, columns: Mapping[str, str] | None = Non
         faults += reader.faults
     if faults:
         raise FaultyRowsError(raw.source, faults)
-    if not rows:
+    if not rows and not may_be_empty:
         raise DataError(f"{raw.source}: no row is left; {'; '.join(report.lines())}")
     return Dataset(rows, kind, form.name, raw.source, report)
 

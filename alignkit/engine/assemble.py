@@ -25,7 +25,6 @@ from torch import nn
 from alignkit import data
 from alignkit.config import RunConfig
 from alignkit.data import tokenise
-from alignkit.data.chat import Chat
 from alignkit.data.stream import Stream, hold_out
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online, Scorers
@@ -69,8 +68,7 @@ def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Splits:
 
 def _examples(source: Any, config: RunConfig, method: Method[Any], tokenizer: Any) -> list[Example]:
     dataset = data.load(source, method.data, config.columns)
-    limits = config.max_prompt_tokens, config.max_completion_tokens
-    examples, report = tokenise.tokenise(dataset, tokenizer, *limits, Chat.of(config))
+    examples, report = tokenise.tokenise_as(config, dataset, tokenizer)
     report = dataset.report + report
     for line in [dataset.lines()[0], *report.lines()]:
         logger.info(line)

@@ -69,11 +69,11 @@ class StepContext:
         """Sum over the ranks, entry by entry."""
         return self.state.parts.ranks.sum(value)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean over all entries of `value` on all ranks, a scalar."""
-        both = torch.stack([value.double().sum(), value.new_tensor(value.numel(), dtype=torch.float64)])
-        total, count = self.sum(both).unbind()
-        return (total / count).to(value.dtype)
+    def mean(self, value: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Mean over all entries of `value`, or those that are counted, on all ranks, a scalar."""
+        counted = torch.ones_like(value, dtype=torch.bool) if counted is None else counted
+        total, count = self.sum(torch.stack([(value.double() * counted).sum(), counted.sum()])).unbind()
+        return (total / count.clamp(min=1)).to(value.dtype)
 
     def update_reference(self, alpha: float) -> None:
         """Move the reference: alpha * policy + (1 - alpha) * reference."""

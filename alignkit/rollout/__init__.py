@@ -6,6 +6,7 @@ mixture.py       the geometric mixture of a policy and its reference
 noise.py         the random numbers of a sequence, independent of its batch
 continuous.py    transformers' continuous batching
 completions.py   sampled tokens as a batch of trees, and as text for rewards
+tool_calls.py    tool calls in sampled text
 checks.py        whether rewards, judge and sampling settings fit a method
 """
 

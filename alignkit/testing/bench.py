@@ -138,10 +138,11 @@ class BenchContext:
         with torch.no_grad():
             return batch.attach(per_token={"reference_logps": self.models.reference(batch).logps})
 
-    def mean(self, value: Tensor) -> Tensor:
+    def mean(self, value: Tensor, counted: Tensor | None = None) -> Tensor:
         """Return the mean over all ranks."""
-        total = self.ranks.sum(self.rank, torch.stack([value.double().sum(), torch.tensor(float(value.numel()))]))
-        return (total[0] / total[1]).to(value)
+        counted = torch.ones_like(value, dtype=torch.bool) if counted is None else counted
+        total = self.ranks.sum(self.rank, torch.stack([(value.double() * counted).sum(), counted.sum()]))
+        return (total[0] / total[1].clamp(min=1)).to(value)
 
     def update_reference(self, alpha: float) -> None:
         """Record the call."""

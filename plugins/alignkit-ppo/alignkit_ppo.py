@@ -3,7 +3,6 @@
     r_t       = -beta KL_t + [t is the last token] reward              KL_t by k1: log policy - log reference
     A, R      = GAE(gamma, lambda) over the completion's tokens        A whitened over all tokens of the batch
     loss      = clipped surrogate + c_v clipped value loss - c_e entropy, a mean over tokens
-
 V_t is the critic's value at the position that predicts token t; a completion's end is terminal.
 """
 
@@ -79,17 +78,15 @@ class PPO(Method["PPO.Config"]):
         rewards = -self.beta * {"k1": log_ratios, "k2": log_ratios.square() / 2, "k3": torch.expm1(-safe) + safe}[c.kl]
         rewards[batch.cu_seqlens[1:] - 1] += self._scores(batch, ctx)
         advantages, returns = gae(rewards, batch["values"], batch.cu_seqlens, c.gamma, c.lam)
-        scored = batch["scored"].repeat_interleave(batch.lengths)  # the others teach neither policy nor critic
-        errors = returns - batch["values"]
-        unexplained = _variance(errors, scored, ctx) / _variance(returns, scored, ctx).clamp(min=1e-8)
+        mask = batch["scored"].repeat_interleave(batch.lengths)  # the others teach neither policy nor critic
+        unexplained, variance = (_variance(v, mask, ctx) for v in (returns - batch["values"], returns))
         if c.whiten:
-            deviation = _variance(advantages, scored, ctx).sqrt()
-            advantages = (advantages - _mean(advantages, scored, ctx)) / (deviation + 1e-8)
+            advantages = (advantages - ctx.mean(advantages, mask)) / (_variance(advantages, mask, ctx).sqrt() + 1e-8)
         observed = float(ctx.mean(sequence_sum(log_ratios, batch.cu_seqlens)))
         self.kl = observed if ctx.training and math.isfinite(observed) else self.kl
-        ctx.log(**{"beta": self.beta, "value/explained_variance": 1 - float(unexplained)})
+        ctx.log(**{"beta": self.beta, "value/explained_variance": 1 - float(unexplained / variance.clamp(min=1e-8))})
         warming = torch.full((len(batch),), ctx.step < c.critic_warmup_steps, device=batch.device)
-        tokens = {"advantages": advantages, "returns": returns, "scored_tokens": scored}
+        tokens = {"advantages": advantages, "returns": returns, "scored_tokens": mask}
         return batch.attach(per_token=tokens, per_example={"warming": warming})
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
@@ -130,28 +127,21 @@ class PPO(Method["PPO.Config"]):
 
     def _scores(self, batch: Batch, ctx: Context) -> Tensor:
         """Return rewards [S] with the penalty for a missing end, normalised by all rewards so far, including these."""
-        scored = batch["scored"]
-        rewards = batch["rewards"] - self.config.missing_eos_penalty * (~batch["ended"]).float()
-        if not self.config.normalise_rewards:
-            return rewards * scored
-        count = int(ctx.sum(scored.sum()))
-        if ctx.training and count:
-            mean, spread = _mean(rewards.double(), scored, ctx), _variance(rewards.double(), scored, ctx)
-            self.moments.update(count, float(mean), count * float(spread))
-        return self.moments.normalise(rewards).clamp(-self.config.reward_clip, self.config.reward_clip) * scored
+        rewards, scored = batch["rewards"] - self.config.missing_eos_penalty * ~batch["ended"], batch["scored"]
+        if self.config.normalise_rewards:
+            if ctx.training:
+                count, mean = int(ctx.sum(scored.sum())), ctx.mean(rewards.double(), scored)
+                self.moments.update(count, float(mean), count * float(_variance(rewards.double(), scored, ctx)))
+            rewards = self.moments.normalise(rewards).clamp(-self.config.reward_clip, self.config.reward_clip)
+        return rewards * scored
 
     def _value_losses(self, batch: Batch, values: Tensor) -> Tensor:
         clipped = batch["values"] + (values - batch["values"]).clamp(-self.config.value_clip, self.config.value_clip)
         return torch.maximum((values - batch["returns"]).square(), (clipped - batch["returns"]).square()) / 2
 
 
-def _mean(value: Tensor, counted: Tensor, ctx: Context) -> Tensor:
-    total, count = ctx.sum(torch.stack([(value.double() * counted).sum(), counted.sum()]))
-    return (total / count.clamp(min=1)).to(value.dtype)
-
-
 def _variance(value: Tensor, counted: Tensor, ctx: Context) -> Tensor:
-    return _mean((value - _mean(value, counted, ctx)).square(), counted, ctx)
+    return ctx.mean((value - ctx.mean(value, counted)).square(), counted)
 
 
 @hookimpl

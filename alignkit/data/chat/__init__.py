@@ -4,13 +4,16 @@ settings.py   what a user can set about conversations
 special.py    control tokens: finding them in text, hiding those that a message spells out
 template.py   a tokenizer's template: rendering, what it accepts, a pinned date
 parts.py      the parts of a message (content, reasoning, tool calls), found in rendered text
+conversation.py   a conversation, and its renderings up to each turn
 turns.py      where each of the assistant's turns is: rendered at once, or turn by turn
-drafts.py     rows -> drafts, under a time limit
+timeout.py    a time limit for templates
+drafts.py     rows -> drafts
 """
 
+from alignkit.data.chat.conversation import common
 from alignkit.data.chat.drafts import Draft, render
 from alignkit.data.chat.settings import Chat
 from alignkit.data.chat.special import SpecialTokens, turn_end
-from alignkit.data.chat.turns import Span, common
+from alignkit.data.chat.turns import Span
 
 __all__ = ["Chat", "Draft", "Span", "SpecialTokens", "common", "render", "turn_end"]

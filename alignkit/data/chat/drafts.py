@@ -10,22 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from alignkit.data.chat.conversation import Conversation, RewrittenError, common, prefilled
 from alignkit.data.chat.parts import locate, shows
 from alignkit.data.chat.settings import Chat
 from alignkit.data.chat.special import SpecialTokens, free_characters
 from alignkit.data.chat.template import Template
 from alignkit.data.chat.timeout import within
-from alignkit.data.chat.turns import (
-    BY_TURNS,
-    Answer,
-    Conversation,
-    RewrittenError,
-    Span,
-    common,
-    prefilled,
-    read_answer,
-    written_by_hand,
-)
+from alignkit.data.chat.turns import BY_TURNS, Answer, Span, read_answer, written_by_hand
 from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, Row, shown
 from alignkit.errors import ConfigError
 

@@ -11,39 +11,16 @@ taken from the rendering with that next turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from alignkit.data.cells import REASONING
-from alignkit.data.chat.parts import Found, find, shows
+from alignkit.data.chat.conversation import Conversation, Turn, common, last_turn
+from alignkit.data.chat.parts import find, shows
 from alignkit.data.chat.special import SpecialTokens
-from alignkit.data.chat.template import Template
-from alignkit.data.rows import Message
-from alignkit.errors import AlignkitError
 
 Span = tuple[int, int]
 AT_ONCE, BY_TURNS = "at once", "turn by turn"
-
-
-class RewrittenError(AlignkitError):
-    """The template renders the prompt differently once an answer follows."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A turn of the assistant, rendered as the last one.
-
-    number: its place in the conversation. text: up to its end. begin: of what is generated. opened: how much of what
-    comes before the turn leads up to it. core: where the special tokens that close it begin. found: its parts.
-    """
-
-    number: int
-    text: str
-    begin: int
-    opened: int
-    core: int
-    found: Found
 
 
 @dataclass(frozen=True)
@@ -66,59 +43,10 @@ class Answer:
     unread: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass
-class Conversation:
-    """Prompt and answer with what the row gives to the template, and its renderings.
-
-    n_prompt: messages before the answer. prefill: the beginning of the first turn that the prompt gave. by_hand:
-    private-use character -> the text that it stands for.
-    """
-
-    template: Template
-    special: SpecialTokens
-    messages: list[Message]
-    n_prompt: int
-    arguments: Mapping[str, Any]
-    prefill: Message | None = None
-    by_hand: dict[str, str] = field(default_factory=dict)
-    _texts: dict[tuple[int, bool], str] = field(default_factory=dict)
-
-    def text(self, n: int, answer_next: bool = False) -> str:
-        """Return the first n messages as text; answer_next: with the opening of the assistant's turn."""
-        key = (n, answer_next)
-        if key not in self._texts:
-            text = self.template.render(self.messages[:n], self.arguments, answer_next)
-            for character, written in self.by_hand.items():
-                text = text.replace(character, written)
-            self._texts[key] = text
-        return self._texts[key]
-
-    @property
-    def turns(self) -> list[int]:
-        """The places of the assistant's turns in the answer."""
-        return [i for i in range(self.n_prompt, len(self.messages)) if self.messages[i]["role"] == "assistant"]
-
-    def start(self, n: int) -> str:
-        """Return what comes before turn n: up to the opening of the turn; where it continues a prefill, up to that."""
-        if self.prefill is None or n != self.n_prompt:
-            return self.text(n, answer_next=True)
-        return prefilled(self.template, [*self.messages[:n], self.prefill], self.arguments)
-
-
-def prefilled(template: Template, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
-    """Return a prompt whose last message the assistant continues, up to the end of that message."""
-    text = template.render(messages, arguments)
-    begin = common(template.render(messages[:-1], arguments, answer_next=True), text)
-    found = find(text, begin, messages[-1])
-    if found.missing:
-        raise RewrittenError(f"it leaves out {found.missing[0][0]} of the assistant's message that is to be continued")
-    return text[: max(found.end, begin)]
-
-
 def read_answer(conversation: Conversation, train_on: str) -> Answer:
     """Locate the turns to learn. Raises RewrittenError where the prompt changes once an answer follows."""
     numbers = conversation.turns if train_on == "all" else conversation.turns[-1:]
-    turns = [_turn(conversation, n) for n in numbers]
+    turns = [last_turn(conversation, n) for n in numbers]
     missing = tuple(part for turn in turns for part in turn.found.missing)
     found = _at_once(conversation, turns) or _by_turns(conversation, turns) or _what_there_is(conversation, turns)
     text, spans, way = found
@@ -137,7 +65,7 @@ def written_by_hand(conversation: Conversation, unused: Iterator[str]) -> Conver
     """
     messages, by_hand = list(conversation.messages), {}
     for n in conversation.turns:
-        turn = _turn(conversation, n)
+        turn = last_turn(conversation, n)
         if not any(name != "tool_calls" for name, _ in turn.found.missing):  # how it writes calls is unknown
             continue
         message = messages[n]
@@ -151,33 +79,6 @@ def written_by_hand(conversation: Conversation, unused: Iterator[str]) -> Conver
         messages[n] = {**kept, "content": next(unused)}
         by_hand[messages[n]["content"]] = text
     return replace(conversation, messages=messages, by_hand=by_hand, _texts={})
-
-
-def _turn(conversation: Conversation, n: int) -> Turn:
-    start, text = conversation.start(n), conversation.text(n + 1)
-    begin = opened = common(start, text)
-    if begin < len(start[: common(start, conversation.text(n))].rstrip()):  # not only the turn's opening differs
-        begin, opened = _after_rewriting(conversation, n, start, text), len(start)
-    message = dict(conversation.messages[n])
-    if (content := conversation.by_hand.get(str(message.get("content")))) is not None:
-        message["content"] = content
-    opening = begin if conversation.prefill is None else common(conversation.text(n, answer_next=True), text)
-    core = conversation.special.core(text, begin)
-    return Turn(n, text, begin, opened, core, find(text, min(opening, begin), message))
-
-
-def _after_rewriting(conversation: Conversation, n: int, start: str, text: str) -> int:
-    """Return where turn n begins in a text that shows earlier turns otherwise than `start` does.
-
-    The message before the turn and the turn's opening must be the same in both. gpt-oss leaves out the reasoning of a
-    tool call once the final answer follows.
-    """
-    before = find(start, 0, conversation.messages[n - 1])
-    place = start.rfind(start[before.begin : before.end])
-    at = text.rfind(start[place:]) if n > conversation.n_prompt and before.end > before.begin else -1
-    if at < 0:
-        raise RewrittenError("the template renders the prompt differently once an answer follows")
-    return at + len(start) - place
 
 
 def _at_once(conversation: Conversation, turns: Sequence[Turn]) -> tuple[str, tuple[Span, ...], str] | None:
@@ -258,11 +159,3 @@ def _end_within(special: SpecialTokens, start: str, turn: Turn) -> int | None:
             return end
         at = start.find(last, at + 1)
     return None
-
-
-def common(a: Any, b: Any) -> int:
-    """Return the number of leading items (characters, tokens) that two sequences share."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])

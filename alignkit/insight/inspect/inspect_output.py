@@ -24,7 +24,7 @@ def tokens(pieces: Sequence[str], values: Sequence[float], scores: Sequence[floa
     """Return each piece with its value, its score, and its strength: the value divided by the largest, -1 to 1."""
     largest = max(map(abs, values), default=0.0) or 1.0
     return [
-        {"n": i, "text": _printable(piece), "value": value, "score": score, "strength": value / largest}
+        {"n": i, "text": printable(piece), "value": value, "score": score, "strength": value / largest}
         for i, (piece, value, score) in enumerate(zip(pieces, values, scores, strict=True), 1)
     ]
 
@@ -75,7 +75,7 @@ def write_html(found: Prefixes | PairRatios, path: Path) -> None:
             "Each answer has its own scale."
         )
     page.write(
-        path, "inspect.html", title, prompt=_printable(found.prompt), facts=facts, answers=answers, names=names,
+        path, "inspect.html", title, prompt=printable(found.prompt), facts=facts, answers=answers, names=names,
         legend=legend, faint=_FAINT,
     )  # fmt: skip
 
@@ -114,6 +114,6 @@ def _table(listed: Sequence[Token], columns: Sequence[str]) -> Any:
     return table
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return the text without control characters."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

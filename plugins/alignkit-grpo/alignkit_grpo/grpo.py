@@ -74,10 +74,8 @@ class GRPO(Method["GRPO.Config"]):
             variance = centred.square().sum(1, keepdim=True) / (n_scored - 1).clamp(min=1)
             centred = centred / (variance.sqrt() + EPSILON)
         elif scale == "batch":
-            total, count = ctx.sum(torch.stack([rewards.double().sum(), scored.sum()]))
-            squares = ((rewards - total / count.clamp(min=1)) * scored).square()
-            deviation = (ctx.sum(squares.sum()) / count.clamp(min=1)).sqrt()
-            centred = centred / (deviation.to(rewards.dtype) + EPSILON)
+            squares = (rewards - ctx.mean(rewards, scored)).square()
+            centred = centred / (ctx.mean(squares, scored).sqrt() + EPSILON)
         # equal rewards may differ from their mean by rounding
         advantages = torch.where(spread & scored, centred, 0.0).flatten()
         learned = (n_scored > 0).expand_as(scored).flatten()  # a group that no reward applies to teaches nothing
