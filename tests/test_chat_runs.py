@@ -72,6 +72,23 @@ def test_a_run_killed_before_midnight_resumes_after_it(
         alignkit.run("dpo", name="killed", resume=True, template_date="2026-02-04", **settings)
 
 
+def test_the_templates_of_reward_models_write_the_date_of_the_run(settings: dict[str, Any]) -> None:
+    from alignkit.rewards.models import trees
+
+    dated = with_template(settings, "{{ strftime_now('%Y-%m-%d') }} " + PLAIN)
+    seen = set()
+
+    def reward(prompts: Any, completions: Any) -> list[float]:
+        (tree,) = trees(dated["tokenizer"], prompts[:1], [completions[:1]])
+        seen.add(dated["tokenizer"].decode(tree.prompt)[:10])
+        return [float(len(c[0]["content"])) for c in completions]
+
+    rows = [{"prompt": row["prompt"]} for row in conversations(8)]
+    own = {"data": rows, "reward": reward, "max_steps": 1, "group_size": 2, "sampling": {"max_new_tokens": 4}}
+    alignkit.run("grpo", template_date="2025-02-03", **dated | own)
+    assert seen == {"2025-02-03"}
+
+
 def test_the_settings_of_conversations_reach_the_rows_of_a_run(settings: dict[str, Any]) -> None:
     cutting = "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}{{ mood }}\n{% endfor %}"
     settings = with_template(settings, cutting) | {"max_steps": 1}

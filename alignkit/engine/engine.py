@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignkit.data.chat import pinned
 from alignkit.engine.phases import Run
 from alignkit.runs.pipeline import PipelineResult, run_pipeline
 
@@ -33,9 +34,10 @@ class Engine:
     def run(self, method: str, **settings: Any) -> Result:
         """Train and return the Result; the folder holds metrics.jsonl, config.yaml and model/."""
         one = Run(method, **{**self.settings, **settings})
-        one.read()
-        one.build()
-        metrics = one.loop.train()
+        with pinned(one.config.template_date):
+            one.read()
+            one.build()
+            metrics = one.loop.train()
         return Result(metrics, one.save(), one.tokenizer, one.state.folder)
 
     def pipeline(self, stages: Sequence[Mapping[str, Any]], **settings: Any) -> PipelineResult:

@@ -14,6 +14,7 @@ from alignkit.data.chat.conversation import common
 from alignkit.data.chat.drafts import Draft, render
 from alignkit.data.chat.settings import Chat
 from alignkit.data.chat.special import SpecialTokens, turn_end
+from alignkit.data.chat.template import pinned
 from alignkit.data.chat.turns import Span
 
-__all__ = ["Chat", "Draft", "Span", "SpecialTokens", "common", "render", "turn_end"]
+__all__ = ["Chat", "Draft", "Span", "SpecialTokens", "common", "pinned", "render", "turn_end"]

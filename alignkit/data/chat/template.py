@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import date, datetime, time
 from functools import cached_property
 from typing import Any
@@ -27,11 +28,24 @@ _TOOL = {"type": "function", "function": {"name": "other", "description": "d", "
     "type": "object", "properties": {"key": {"type": "string", "description": "d"}}, "required": ["key"]}}}  # fmt: skip
 
 
+_PINNED: ContextVar[date | None] = ContextVar("pinned", default=None)
+
+
+@contextmanager
+def pinned(day: date | None) -> Iterator[None]:
+    """Inside of it, templates write this date: those of reward models and judges too, which have no settings of it."""
+    token = _PINNED.set(day)
+    try:
+        yield
+    finally:
+        _PINNED.reset(token)
+
+
 class Template:
-    """The chat template of a tokenizer; `day`: the date that it writes, None for today."""
+    """The chat template of a tokenizer; `day`: the date that it writes, None for the pinned one, else today."""
 
     def __init__(self, tokenizer: Any, day: date | None = None) -> None:
-        self._tokenizer, self._day = tokenizer, day
+        self._tokenizer, self._day = tokenizer, day or _PINNED.get()
         self._sources: dict[bool, str] = {}
         self.name = str(getattr(tokenizer, "name_or_path", "") or "the tokenizer")
 
