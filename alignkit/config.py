@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from alignkit.alarms import ALARMS, Health
+from alignkit.data_spec import plain, sources_of
 from alignkit.errors import ConfigError, nearest
 from alignkit.files import replace_text
 from alignkit.method import MethodConfig
@@ -76,12 +77,18 @@ class RunConfig(BaseModel):
 
     method: str = Field(description="name of an installed method, see `alignkit methods`")
     model: Any = Field(description="folder or hub name of the model, or a loaded model")
-    data: Any = Field(description="JSONL, Parquet or CSV file, hub name, datasets.Dataset, or list of dicts")
+    data: Any = Field(
+        description="JSONL, Parquet or CSV file, folder, glob, hub name, datasets.Dataset, list of dicts, or a list of "
+        "{path, name, split, weight, columns}, see docs/data.md"
+    )
     tokenizer: Any = Field(None, description="folder, hub name or object; default: the model's")
     eval_data: Any = Field(None, description="held-out rows; default: none, or `eval_fraction` of the data")
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="fraction of the data held out for evaluation")
     columns: dict[str, str] | None = Field(
         None, description="our column name: your column name; 'form' overrides the detection"
+    )
+    order_by: str | None = Field(
+        None, description="column of numbers in whose order rows are read, smallest first; -column: largest first"
     )
 
     output: Path = Field(Path("runs"), description="folder of the runs")
@@ -159,6 +166,17 @@ class RunConfig(BaseModel):
             raise ValueError("give a folder, a hub name, or a loaded object")
         return value
 
+    @field_validator("data", "eval_data")
+    @classmethod
+    def _sources_that_can_be_read(cls, value: Any, info: ValidationInfo) -> Any:
+        try:
+            found = sources_of(value) or []
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if info.field_name == "eval_data" and any(source.weight is not None for source in found):
+            raise ValueError("held-out rows are scored once each, so their sources have no weight; remove it")
+        return value
+
     @field_validator("trackers", "stop_on", mode="before")
     @classmethod
     def _names_in_one_text(cls, value: Any) -> Any:
@@ -206,6 +224,8 @@ class RunConfig(BaseModel):
         for name, value in self:
             if isinstance(value, Path):
                 value = str(value)
+            elif name in ("data", "eval_data") and (sources := plain(value)) is not None:
+                value = sources
             elif name in ("model", "tokenizer", "data", "eval_data"):
                 value = value if isinstance(value, str | None) else f"<{type(value).__name__}>"
             elif isinstance(value, BaseModel):

@@ -12,6 +12,7 @@ is converted to another kind:
                         as much as a short one; equal scores are a tie
     unpaired -> text    the desirable answers only
     messages -> text    the completion begins at the first assistant message
+    rated -> pairs      the rows of one prompt are joined, then as for ranked
     any -> prompts      the prompt; all other columns stay in `Row.extra` for reward functions
 
 Ties, empty answers and equal answers occur in real data: such rows are dropped and counted. Values that are certainly
@@ -21,14 +22,16 @@ wrong (None, a wrong type, an unknown role) are faults, and all faults of a sour
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from alignkit.data.cells import Cells
-from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, DroppedRow, Form, Parsed, parse
-from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, RawRows, Report, Row
+from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, Form, Parsed, parse
+from alignkit.data.rows import Content, DroppedRow, Fault, FaultyRowsError, Message, RawRows, Report, Row
+from alignkit.data.scored import grouped
 from alignkit.data.sources import read_rows
+from alignkit.data_spec import short_names
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import DataKind
 
@@ -39,8 +42,10 @@ __all__ = ["Dataset", "Fault", "FaultyRowsError", "Message", "RawRows", "Report"
 class Dataset:
     """Validated rows of one kind.
 
-    rows: in the source's order. kind: what the method reads. form: the detected form. source: its name for messages.
-    report: the dropped rows, with row numbers.
+    rows: in the source's order. kind: what the method reads. form: the detected form; of several sources with different
+    forms, all of them. source: its name for messages. report: the dropped rows, with row numbers. kinds: what the rows
+    can be read as. parts: the data sets of several sources; their rows are joined in `rows`. weights: of a mixture's
+    sources, by their names.
     """
 
     rows: list[Row]
@@ -48,6 +53,9 @@ class Dataset:
     form: str
     source: str
     report: Report
+    kinds: tuple[DataKind, ...] = KINDS
+    parts: tuple[Dataset, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,32 +63,70 @@ class Dataset:
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
+    def found(self) -> list[str]:
+        """Return a line for each source: the form that was found, and the kind that it is read as."""
+        if self.parts:
+            return [line for part in self.parts for line in part.found()]
+        return [f"{self.source}: {self.report.total} rows of the form '{self.form}', read as {self.kind}"]
+
     def lines(self) -> list[str]:
-        """Return the lines to print: the form that was found and the kind it is read as, then the dropped rows."""
-        found = f"{self.source}: {self.report.total} rows of the form '{self.form}', read as {self.kind}"
-        return [found, *self.report.lines()]
+        """Return the lines to print: what was found, then the dropped rows."""
+        return [*self.found(), *self.report.lines()]
 
 
 def load(source: object, kind: DataKind, columns: Mapping[str, str] | None = None) -> Dataset:
     """Read, check and convert all rows of `source` to what a method with `data = kind` needs.
 
-    source: as for `read_rows`. columns: {our column: the source's} where names differ; "form" sets the form's name.
-    Raises ConfigError for an unknown kind, column name or form; DataError where the form does not provide the kind or
-    no row is left; FaultyRowsError (a DataError) with all faults of the rows.
+    source: as for `read_rows`; each of several sources has its own form. columns: {our column: the source's} where
+    names differ; "form" sets the form's name. Raises ConfigError for an unknown kind, column name or form; DataError
+    where the form does not provide the kind or no row is left; FaultyRowsError (a DataError) with all faults of the
+    rows.
     """
     if kind not in get_args(DataKind):
         raise ConfigError(f"unknown kind of data '{kind}'.{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}")
-    wanted = dict(columns or {})
+    raw = read_rows(source)
+    if not raw.parts:
+        return _converted(raw, kind, columns)
+    parts, faults = list[Dataset](), list[Fault]()
+    for part in raw.parts:
+        try:
+            parts.append(_converted(part, kind, columns))
+        except FaultyRowsError as error:
+            faults += error.faults
+    if faults:
+        raise FaultyRowsError(raw.source, faults)
+    return _together(raw, kind, parts)
+
+
+def _together(raw: RawRows, kind: DataKind, parts: Sequence[Dataset]) -> Dataset:
+    """Join the data sets of several sources; each row keeps the name of its source."""
+    names = short_names([part.source for part in parts])
+    rows = [replace(row, source=name) for name, part in zip(names, parts, strict=True) for row in part.rows]
+    report = Report()
+    for part in parts:
+        report += part.report
+    report.total = sum(part.report.total for part in parts)
+    forms = list(dict.fromkeys(part.form for part in parts))
+    kinds = tuple(k for k in KINDS if all(k in part.kinds for part in parts))
+    weights = {name: part.weight for name, part in zip(names, raw.parts, strict=True) if part.weight is not None}
+    return Dataset(rows, kind, ", ".join(forms), raw.source, report, kinds, tuple(parts), weights)
+
+
+def _converted(raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None) -> Dataset:
+    """Check and convert the rows of one source."""
+    wanted = dict(columns or {} if raw.columns is None else raw.columns)
     forced = wanted.pop("form", None)
-    raw = _renamed(read_rows(source), wanted)
+    raw = _renamed(raw, wanted)
     if not raw.rows:
         raise FaultyRowsError(raw.source, raw.faults) if raw.faults else DataError(f"{raw.source}: holds no rows")
     form = _detect(raw, kind, forced)
+    report = Report(total=len(raw))
+    if form.name == "rated" and kind == "pairs":
+        raw = RawRows(raw.source, grouped(raw.rows), raw.textual, raw.faults)
     # a margin in some rows only is a fault in the others: a column that is half empty cannot be averaged
     margins = kind == "pairs" and any("margin" in cells for _, cells in raw)
     rows: list[Row] = []
     faults = list(raw.faults)
-    report = Report(total=len(raw))
     for number, cells in raw:
         reader = Cells(number, cells, raw.textual)
         try:
@@ -89,12 +135,14 @@ def load(source: object, kind: DataKind, columns: Mapping[str, str] | None = Non
         except DroppedRow as dropped:
             if not reader.faults:
                 report.drop(str(dropped), number)
+        if "system" not in form.asked and isinstance(system := cells.get("system"), str) and system.strip():
+            report.note(f"rows with a column 'system', which the form '{form.name}' does not read", number)
         faults += reader.faults
     if faults:
         raise FaultyRowsError(raw.source, faults)
     if not rows:
         raise DataError(f"{raw.source}: no row is left; {'; '.join(report.lines())}")
-    return Dataset(rows, kind, form.name, raw.source, report)
+    return Dataset(rows, kind, form.name, raw.source, report, form.kinds)
 
 
 def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
@@ -118,7 +166,7 @@ def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
     for number, cells in raw:
         rest = {column: value for column, value in cells.items() if column not in taken}
         rows.append((number, {**rest, **{ours: cells[theirs] for ours, theirs in wanted.items() if theirs in cells}}))
-    return RawRows(raw.source, rows, raw.textual, raw.faults)
+    return replace(raw, rows=rows)
 
 
 def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:
@@ -140,8 +188,11 @@ def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:
 def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form], forced: str | None) -> str:
     """Return what was found, what is needed, and what to type."""
     serving = [form for form in FORMS if kind in form.kinds]
-    choices = list(dict.fromkeys(form.name for form in serving))
-    listed = "; ".join(next(" + ".join(form.columns) for form in serving if form.name == name) for name in choices)
+    ours = [form for form in serving if form.rewrite is None or form.name == "messages"]
+    choices = list(dict.fromkeys(form.name for form in ours))
+    listed = "; ".join(next(" + ".join(form.columns) for form in ours if form.name == name) for name in choices)
+    if others := dict.fromkeys(form.name for form in serving if form not in ours):
+        listed += f"; or rows of {', '.join(others)} (docs/data.md)"
     if present:
         found = f"found rows of the form '{present[0].name}' ({' + '.join(present[0].columns)})"
     elif forced is not None:
@@ -161,7 +212,7 @@ def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form
 def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: bool) -> list[Row]:
     """Convert one parsed row to rows of `kind`, or drop it."""
     numbers: dict[str, float] = {}
-    used = {"prompt"} if kind == "prompts" and "prompt" in form.columns else {"prompt", *form.columns}
+    used = set(form.asked) if kind == "prompts" else {"prompt", *form.columns, *form.asked}
     if margins:
         numbers["margin"] = cells.number_of("margin", cells.cells.get("margin"))
         used.add("margin")
