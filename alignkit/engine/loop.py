@@ -98,6 +98,7 @@ class Loop:
                 break
         state.method.after_update(ctx, values)
         values |= {"lr": rate, "epoch": (step + 1) / parts.stream.steps_per_epoch, "skipped": state.skipped}
+        values |= {f"rows/{name}": n for name, n in parts.stream.counts(ctx.step_examples).items()}
         return values | ctx.logged | self._speed(batch.n_tokens, started)
 
     def _minibatches(self, batch: Batch, ctx: StepContext) -> Iterator[tuple[Batch, float]]:

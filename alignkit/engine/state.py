@@ -26,11 +26,12 @@ from alignkit.types import Example, Layout
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples of a run: to train on, held out, and a digest of both."""
+    """The examples of a run: to train on, held out, and a digest of both; the weights of a mixture's sources."""
 
     train: list[Example]
     held_out: list[Example]
     digest: str
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
