@@ -91,6 +91,9 @@ class RunConfig(BaseModel):
         None, description="column of numbers in whose order rows are read, smallest first; -column: largest first"
     )
 
+    streaming: bool = Field(False, description="read the rows while the run goes on, see docs/data.md")
+    shuffle_buffer: int = Field(1000, ge=1, description="rows among which the order is random, with streaming")
+
     output: Path = Field(Path("runs"), description="folder of the runs")
     name: str | None = Field(None, description="folder of this run in `output`; default: method and a number")
     resume: bool = Field(False, description="continue from the newest complete checkpoint of the run `name`")
@@ -216,7 +219,28 @@ class RunConfig(BaseModel):
             raise ValueError("merge_adapter cannot merge a sharded model; merge the saved adapter afterwards")
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError("give eval_data or eval_fraction, not both")
+        if self.streaming:
+            self._can_stream()
         return self
+
+    def _can_stream(self) -> None:
+        if self.max_steps is None:
+            raise ValueError("streaming needs max_steps, because the number of rows is not known; set it")
+        if self.eval_fraction:
+            raise ValueError("streaming cannot hold out a fraction of rows that it does not hold; give eval_data")
+        if self.order_by is not None:
+            raise ValueError("streaming cannot sort rows that it does not hold; remove order_by, or sort the file")
+        if len(sources_of(self.data) or []) > 1:
+            raise ValueError("streaming reads one source; give one folder or glob for several files")
+        if None in (self.max_prompt_tokens, self.max_completion_tokens):
+            raise ValueError(
+                "streaming needs max_prompt_tokens and max_completion_tokens: the longest row is not known"
+            )
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether the reference's log-probabilities are kept on disk, which needs all rows before the first step."""
+        return self.reference_cache and not self.streaming
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain YAML values; objects without a YAML form become their type's name."""

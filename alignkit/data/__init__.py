@@ -8,10 +8,12 @@ forms.py      which columns make which form (pairs, ranked, conversations, ...)
 published.py  ShareGPT's, Alpaca's and similar rows, rewritten to our forms
 scored.py     UltraFeedback's, HelpSteer's and similar rows, rewritten to our forms
 cells.py      checks of a single cell
+convert.py    parsed rows -> rows of a kind
 dataset.py    load(): rows of any form -> rows of a kind
 chat.py       chat templates: messages -> text, where each turn begins and ends
 tokenise.py   rows -> examples of token ids, cut to the budgets
 order.py      the source of each example, and its place in a curriculum
+streaming.py  rows that are read while the run goes on
 stream.py     which examples a step reads; held-out rows; seeds
 """
 

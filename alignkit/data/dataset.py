@@ -24,12 +24,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import NamedTuple, get_args
 
-from alignkit.data.cells import Cells
-from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, Form, Parsed, parse
-from alignkit.data.rows import Content, DroppedRow, Fault, FaultyRowsError, Message, RawRows, Report, Row
-from alignkit.data.scored import grouped
+from alignkit.data.convert import converted
+from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, Form
+from alignkit.data.rows import Fault, FaultyRowsError, Message, RawRows, Report, Row
 from alignkit.data.sources import read_rows
 from alignkit.data_spec import short_names
 from alignkit.errors import ConfigError, DataError, nearest
@@ -112,37 +111,45 @@ def _together(raw: RawRows, kind: DataKind, parts: Sequence[Dataset]) -> Dataset
     return Dataset(rows, kind, ", ".join(forms), raw.source, report, kinds, tuple(parts), weights)
 
 
-def _converted(raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None) -> Dataset:
-    """Check and convert the rows of one source."""
+class Reading(NamedTuple):
+    """How the rows of a source are read: their form, the kind that they become, and the names of columns.
+
+    margins: whether every row must have a margin.
+    """
+
+    form: Form
+    kind: DataKind
+    columns: Mapping[str, str]
+    margins: bool
+
+    def rows(self, raw: RawRows) -> tuple[list[Row], Report]:
+        """Check and convert rows, also a part of a source. Raises FaultyRowsError with the faults of all of them."""
+        renamed = _renamed(raw, self.columns)
+        rows, report, faults = converted(renamed, self.form, self.kind, self.margins)
+        if faults:
+            raise FaultyRowsError(raw.source, faults)
+        return rows, report
+
+
+def reading_of(raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None) -> Reading:
+    """Return how a source is read, by its rows or by the first of them. Raises DataError, ConfigError."""
     wanted = dict(columns or {} if raw.columns is None else raw.columns)
     forced = wanted.pop("form", None)
-    raw = _renamed(raw, wanted)
+    renamed = _renamed(raw, wanted)
     if not raw.rows:
         raise FaultyRowsError(raw.source, raw.faults) if raw.faults else DataError(f"{raw.source}: holds no rows")
-    form = _detect(raw, kind, forced)
-    report = Report(total=len(raw))
-    if form.name == "rated" and kind == "pairs":
-        raw = RawRows(raw.source, grouped(raw.rows), raw.textual, raw.faults)
     # a margin in some rows only is a fault in the others: a column that is half empty cannot be averaged
-    margins = kind == "pairs" and any("margin" in cells for _, cells in raw)
-    rows: list[Row] = []
-    faults = list(raw.faults)
-    for number, cells in raw:
-        reader = Cells(number, cells, raw.textual)
-        try:
-            found = _convert(parse(reader, form, kind), form, kind, reader, margins)
-            rows.extend(found if not reader.faults else ())
-        except DroppedRow as dropped:
-            if not reader.faults:
-                report.drop(str(dropped), number)
-        if "system" not in form.asked and isinstance(system := cells.get("system"), str) and system.strip():
-            report.note(f"rows with a column 'system', which the form '{form.name}' does not read", number)
-        faults += reader.faults
-    if faults:
-        raise FaultyRowsError(raw.source, faults)
+    margins = kind == "pairs" and any("margin" in cells for _, cells in renamed)
+    return Reading(_detect(renamed, kind, forced), kind, wanted, margins)
+
+
+def _converted(raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None) -> Dataset:
+    """Check and convert the rows of one source."""
+    reading = reading_of(raw, kind, columns)
+    rows, report = reading.rows(raw)
     if not rows:
         raise DataError(f"{raw.source}: no row is left; {'; '.join(report.lines())}")
-    return Dataset(rows, kind, form.name, raw.source, report, form.kinds)
+    return Dataset(rows, kind, reading.form.name, raw.source, report, reading.form.kinds)
 
 
 def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
@@ -207,37 +214,3 @@ def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form
         f"The method needs {kind}, which can be read from: {listed}.\n"
         f"Map your columns (columns: {{{example}}}), or choose a method that reads this data."
     )
-
-
-def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: bool) -> list[Row]:
-    """Convert one parsed row to rows of `kind`, or drop it."""
-    numbers: dict[str, float] = {}
-    used = set(form.asked) if kind == "prompts" else {"prompt", *form.columns, *form.asked}
-    if margins:
-        numbers["margin"] = cells.number_of("margin", cells.cells.get("margin"))
-        used.add("margin")
-    extra = {column: value for column, value in cells.cells.items() if column not in used}
-
-    def row(*answers: Content, **more: float) -> Row:
-        return Row(parsed.prompt, answers, {**numbers, **more}, cells.number, extra)
-
-    if kind == "prompts" and not cells.faults:
-        if _is_empty(parsed.prompt):
-            raise DroppedRow("empty prompts")
-        return [row()]
-    if cells.faults:
-        return []
-    answers = parsed.answers[:1] if kind == "text" else parsed.answers
-    if any(_is_empty(answer) for answer in answers):
-        raise DroppedRow("empty answers")
-    if len(answers) == 2 and answers[0] == answers[1]:
-        raise DroppedRow("identical answers")
-    if kind == "text" and not parsed.label:
-        raise DroppedRow("with an undesirable answer")
-    if kind == "unpaired" and len(answers) == 2:
-        return [row(answers[0], desirable=1.0), row(answers[1], desirable=0.0)]
-    return [row(*answers, desirable=float(parsed.label))] if kind == "unpaired" else [row(*answers)]
-
-
-def _is_empty(content: Content) -> bool:
-    return not (content if isinstance(content, str) else content[-1]["content"]).strip()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from alignkit.data.rows import RawRows, shown
 from alignkit.data_spec import SUFFIXES, Source, suffix_of
@@ -54,16 +55,15 @@ def repository_of(source: Source) -> Repository | None:
     return Repository(str(folder) if folder.is_dir() else text, name, split or "train")
 
 
-def read_repository(repository: Repository) -> RawRows:
-    """Read one split. Raises DataError where it cannot be loaded."""
+def loaded(repository: Repository, **options: bool) -> Any:
+    """Return one split as an object of `datasets`; options: of load_dataset. Raises DataError where there is none."""
     import datasets
 
     folder = Path(repository.path)
     try:
         if is_saved(folder):
-            return _read_saved_split(folder, repository)
-        loaded = datasets.load_dataset(repository.path, name=repository.name, split=repository.split)
-        return from_datasets(loaded, str(repository))
+            return _saved_split(folder, repository)
+        return datasets.load_dataset(repository.path, name=repository.name, split=repository.split, **options)
     except (ConfigError, DataError):
         raise
     except Exception as error:  # the hub's client raises its own errors, HTTP errors and plain ValueErrors
@@ -82,30 +82,42 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SAVED)
 
 
-def read_saved(folder: Path) -> RawRows:
-    """Read a folder that datasets.save_to_disk wrote."""
+def saved(folder: Path) -> Any:
+    """Return what datasets.save_to_disk wrote to the folder; its rows stay on the disk."""
     import datasets
 
     try:
-        return from_datasets(datasets.load_from_disk(str(folder)), str(folder))
+        return datasets.load_from_disk(str(folder))
     except (FileNotFoundError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(f"{folder}: not a complete folder of datasets.save_to_disk ({shown(reason, 160)})") from error
 
 
-def _read_saved_split(folder: Path, repository: Repository) -> RawRows:
+def _saved_split(folder: Path, repository: Repository) -> Any:
     import datasets
 
-    loaded = datasets.load_from_disk(str(folder))
-    splits = sorted(loaded) if isinstance(loaded, datasets.DatasetDict) else []
+    found = saved(folder)
+    splits = sorted(found) if isinstance(found, datasets.DatasetDict) else []
     if repository.name is not None or repository.split not in splits:
         there = f"has the splits {', '.join(splits)}" if splits else "holds one data set without splits"
         raise DataError(f"{folder} was written by datasets.save_to_disk and {there}; found '{repository}'")
-    return from_datasets(loaded[repository.split], str(repository))
+    return found[repository.split]
 
 
 def from_datasets(source: object, name: str) -> RawRows:
     """Read an object of `datasets`; of several splits the one called train. Raises DataError, ConfigError."""
+    import datasets
+
+    if isinstance(source, datasets.IterableDataset):
+        raise ConfigError(f"{name} is a datasets.IterableDataset, which is read while the run goes on: streaming: true")
+    raw = RawRows(name)
+    for number, row in rows_in(source, name):
+        raw.add(number, row)
+    return raw
+
+
+def rows_in(source: object, name: str) -> Iterator[tuple[int, object]]:
+    """Return the numbered rows of an object of `datasets`, also of one that is streamed."""
     import datasets
 
     if isinstance(source, datasets.DatasetDict):
@@ -114,16 +126,13 @@ def from_datasets(source: object, name: str) -> RawRows:
                 f"{name} has the splits {', '.join(sorted(source))}; pass one of them, such as data['...']"
             )
         source = source["train"]
-    if not isinstance(source, datasets.Dataset):
+    if not isinstance(source, datasets.Dataset | datasets.IterableDataset):
         raise DataError(
             f"cannot read rows from {type(source).__name__}; give a path to {', '.join(SUFFIXES)}, a folder of such "
             "files or written by datasets.save_to_disk, a datasets.Dataset, a list of dicts, or a hub name such as "
             "org/name:split"
         )
-    raw = RawRows(name)
-    for number, row in enumerate(source.with_format(None), 1):
-        raw.add(number, row)
-    return raw
+    return enumerate(source.with_format(None), 1)
 
 
 def _has_configurations(folder: Path) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from alignkit.data.files import read_file
-from alignkit.data.hub import from_datasets, is_saved, read_repository, read_saved, repository_of
-from alignkit.data.rows import RawRows, joined
+from alignkit.data.files import Item, items_of, read_file
+from alignkit.data.hub import from_datasets, is_saved, loaded, repository_of, rows_in, saved
+from alignkit.data.rows import Fault, RawRows, RowNumber, joined
 from alignkit.data_spec import SUFFIXES, Source, sources_of, suffix_of
-from alignkit.errors import DataError, nearest
+from alignkit.errors import ConfigError, DataError, nearest
 
 _SHOWN_ROWS = 8
 
@@ -49,26 +52,81 @@ def _read_source(source: Source) -> RawRows:
 def _read_named(source: Source) -> RawRows:
     repository = repository_of(source)
     if repository is not None:
-        return read_repository(repository)
+        return from_datasets(loaded(repository), str(repository))
     path = Path(source.path).expanduser()
-    if path.is_dir():
-        return read_saved(path) if is_saved(path) else _read_files(str(path), _files_in(path))
-    if path.exists():
+    if is_saved(path):
+        return from_datasets(saved(path), str(path))
+    paths = _files_of(path)
+    if paths == [path]:
         return read_file(path)
+    raw = joined(str(path), map(read_file, paths))
+    raw.parts = []  # one source: its form is found once, from the rows of all files
+    return raw
+
+
+class Lazy(NamedTuple):
+    """A source whose rows are read one after the other. items: begins a pass over them. The rest as in `RawRows`."""
+
+    name: str
+    items: Callable[[], Iterator[Item]]
+    textual: bool = False
+    columns: Mapping[str, str] | None = None
+
+
+def open_rows(source: object) -> Lazy:
+    """Open one source, of those that `read_rows` reads, without reading its rows; lists of dicts are refused.
+
+    Raises DataError where it is not there, ConfigError for several sources or rows in memory.
+    """
+    named = sources_of(source)
+    if named is None:
+        if isinstance(source, list | tuple | RawRows):
+            raise ConfigError("these rows are in memory already; remove streaming")
+        return Lazy("the dataset", lambda: rows_in(source, "the dataset"))
+    if len(named) > 1:
+        raise ConfigError("streaming reads one source; give one folder or glob for several files")
+    (one,) = named
+    if repository := repository_of(one):
+        rows = loaded(repository, streaming=True)
+        return Lazy(str(repository), lambda: rows_in(rows, str(repository)), columns=one.columns)
+    path = Path(one.path).expanduser()
+    if is_saved(path):
+        on_disk = saved(path)
+        return Lazy(str(path), lambda: rows_in(on_disk, str(path)), columns=one.columns)
+    paths = _files_of(path)
+    items = partial(items_of, path) if paths == [path] else partial(_items_of_all, paths)
+    return Lazy(str(path), items, suffix_of(paths[0]) == ".csv", one.columns)
+
+
+def _items_of_all(paths: list[Path]) -> Iterator[Item]:
+    """Yield the rows of several files, numbered as `joined` does."""
+    before = last = 0
+    for path in paths:
+        before = last
+        for item in items_of(path):
+            own = item.row if isinstance(item, Fault) else item[0]
+            number = RowNumber(before + own, own, str(path))
+            last = max(last, number)
+            yield replace(item, row=number) if isinstance(item, Fault) else (number, item[1])
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the files of a path: itself, those of a folder, or those that a glob matches. Raises DataError."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _of_one_kind(str(path), _files_in(path))
     if glob.has_magic(str(path)):
-        return _read_files(str(path), _matching(path))
+        return _of_one_kind(str(path), _matching(path))
     raise DataError(_missing(path))
 
 
-def _read_files(name: str, paths: list[Path]) -> RawRows:
-    """Read files of one form as one source. Raises DataError where they are of different kinds."""
+def _of_one_kind(name: str, paths: list[Path]) -> list[Path]:
     suffixes = sorted({suffix_of(path) for path in paths})
     if len(suffixes) > 1:
         choice = f"{name}/*{suffixes[0]}" if Path(name).is_dir() else f"name files of one kind, such as *{suffixes[0]}"
         raise DataError(f"{name} holds files of different kinds ({_listed(paths)}); read one kind: {choice}")
-    raw = joined(name, map(read_file, paths))
-    raw.parts = []  # one source: its form is found once, from the rows of all files
-    return raw
+    return paths
 
 
 def _files_in(folder: Path) -> list[Path]:

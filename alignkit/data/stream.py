@@ -79,10 +79,18 @@ class Stream:
             order[labels == number] = torch.cat(passes)[begin : begin + quota]
         return order
 
-    def counts(self, examples: Sequence[Example]) -> dict[str, int]:
-        """Return how many of a step's examples come from each source, where there are several."""
+    def metrics(self, step: int, examples: Sequence[Example]) -> dict[str, float]:
+        """Return the epochs after this step and, with several sources, how many of its examples come from each."""
         found = Counter(e.source for e in examples)
-        return {name: found[name] for name in self._members if name}
+        rows = {f"rows/{name}": found[name] for name in self._members if name}
+        return {"epoch": (step + 1) / self.steps_per_epoch, **rows}
+
+    def state_dict(self) -> dict[str, int]:
+        """Return nothing: a step's examples follow from its number."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Do nothing; see `state_dict`."""
 
     def lines(self) -> list[str]:
         """Return a line for each source, where there are several: its rows, and how often an epoch reads them."""
@@ -162,6 +170,6 @@ def seed_of(seed: int, purpose: int, number: int) -> int:
     """Return a seed that depends on all three numbers.
 
     purpose: 0 order, 1 held-out rows, 2 steps, 3 evaluations, 4 and 5 samples of a step, 6 and 7 of an evaluation,
-    8 dropout, 9 order of a source in a mixture.
+    8 dropout, 9 order of a source in a mixture, 10 order of rows that are streamed.
     """
     return ((seed * 1_000_003 + number) * 16 + purpose) % 2**63

@@ -85,7 +85,7 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     """Load the models, prepare the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
     ranks, device = Ranks(accelerator), accelerator.device
     least = least_examples(config, method, splits, ranks.n)
-    stream = Stream(splits.train, config.batch_size, config.seed, least, splits.weights)
+    stream = splits.streamed or Stream(splits.train, config.batch_size, config.seed, least, splits.weights)
     for line in stream.lines():
         logger.info(line)
     set_seed(config.seed)  # new adapters are initialised at random
@@ -185,7 +185,7 @@ def _reference(
     if mode is None:
         return None
     sampled = method.data == "prompts"  # no other run will score the same completions
-    cached = config.reference_cache and method.reference_need() != "moving" and not sampled
+    cached = config.caches_reference and method.reference_need() != "moving" and not sampled
     mixed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     reference = Reference(
         mode,

@@ -12,7 +12,9 @@ from alignkit import data
 from alignkit.config import RunConfig
 from alignkit.data import tokenise
 from alignkit.data.order import tagged
+from alignkit.data.sources import open_rows
 from alignkit.data.stream import hold_out
+from alignkit.data.streaming import Streamed
 from alignkit.engine.state import Splits
 from alignkit.errors import DataError
 from alignkit.method import Method
@@ -23,7 +25,11 @@ logger = logging.getLogger(__name__)
 
 def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Splits:
     """Read, check and tokenise the rows. Raises DataError with every fault; logs what was dropped."""
-    train, weights = _examples(config.data, config, method, tokenizer, config.order_by)
+    streamed = _streamed(config, method, tokenizer) if config.streaming else None
+    if streamed is None:
+        train, weights = _examples(config.data, config, method, tokenizer, config.order_by)
+    else:
+        train, weights = streamed.first, {}
     if config.eval_data is not None:
         held_out, _ = _examples(config.eval_data, config, method, tokenizer)
     else:
@@ -38,8 +44,17 @@ def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Splits:
             digest.update(json.dumps([e.source, e.order]).encode())
     if weights:
         digest.update(json.dumps(weights).encode())
-    logger.info("%d rows to train on, %d held out", len(train), len(held_out))
-    return Splits(train, held_out, digest.hexdigest(), weights)
+    if streamed is None:
+        logger.info("%d rows to train on, %d held out", len(train), len(held_out))
+    return Splits(train, held_out, digest.hexdigest(), weights, streamed)
+
+
+def _streamed(config: RunConfig, method: Method[Any], tokenizer: Any) -> Streamed:
+    def encode(dataset: data.Dataset) -> tuple[list[Example], data.Report]:
+        return tokenise.tokenise(dataset, tokenizer, config.max_prompt_tokens, config.max_completion_tokens)
+
+    source = open_rows(config.data)
+    return Streamed(source, method.data, config.columns, encode, config.batch_size, config.seed, config.shuffle_buffer)
 
 
 def _examples(

@@ -139,7 +139,7 @@ class _About:
         values |= {k: v for k, v in self.settings.items() if k in own or k not in known}
         values["learning_rate"] = values["learning_rate"] or facts.get("learning_rate")
         table = [f"| `{k}` | {_code(_public(v))} |" for k, v in values.items() if v is not None]
-        data = [f"- Data: {self.data}" + (f", {facts['rows']} rows" if "rows" in facts else "")]
+        data = [f"- Data: {self.data}" + (f", {facts['rows']} rows" if facts.get("rows") else "")]
         if facts.get("held_out_rows"):
             of = self.settings.get("eval_data")
             data.append(f"- Held out: {facts['held_out_rows']} rows of {_code(place(of)) if of else 'it'}")

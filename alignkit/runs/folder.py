@@ -99,7 +99,9 @@ def write_config(folder: Path, settings: Mapping[str, Any], resume: bool) -> Non
     """Write config.yaml; where the run is resumed, compare it instead. Raises ConfigError naming changed settings."""
     path = folder / "config.yaml"
     if resume:
-        before, now = ({k: v for k, v in s.items() if k not in FREE} for s in (read_yaml(path), settings))
+        # the file of an earlier build lacks the settings that were added since; they had their defaults
+        defaults = RunConfig(method="-", model="-", data="-").describe()
+        before, now = ({k: v for k, v in s.items() if k not in FREE} for s in (defaults | read_yaml(path), settings))
         check_same(folder, before, now)
         return
     write_yaml(path, {k: v for k, v in settings.items() if k != "resume"})

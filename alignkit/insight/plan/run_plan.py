@@ -79,6 +79,10 @@ def plan(
     method = method_class(own)
     if not isinstance(config.model, str):
         raise ConfigError("a plan needs the model's folder or hub name, not a loaded model")
+    if config.streaming:
+        raise ConfigError(
+            "a plan counts all rows, but streaming does not hold them; plan without it, on a part of them"
+        )
     check_reference(config, method)
     check_online(config, method)
     if config.fsdp and processes == 1:
