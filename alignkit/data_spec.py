@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -63,7 +64,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     names: list[str] = []
     for path in paths:
         place = Path(path.split(":")[0])
-        name = place.parent.name if "*" in place.name else place.name
+        name = place.parent.name if glob.has_magic(place.name) else place.name
         while Path(name).suffix.lower() in (*SUFFIXES, *COMPRESSIONS):
             name = Path(name).stem
         numbered = (f"{name or 'data'}-{number}" for number in count(2))

@@ -215,6 +215,33 @@ def test_questions(row: Any, kind: str, prompt: Any, completions: Any, numbers: 
     assert only(row, kind) == (prompt, completions, numbers)
 
 
+def test_our_own_forms_go_first_as_they_always_did() -> None:
+    asked = {"prompt": "p", "question": "2 + 2?", "answer": "4", "conversations": TALK}
+    assert load([asked], "prompts").form == "prompt"
+    assert load([asked], "text").form == "sharegpt"
+    assert load([{**ALPACA, "text": "Add. 2 + 2: 4"}], "text").form == "text"
+    assert load([{"prompt": "p", "messages": [user("q"), assistant("a")]}], "prompts").form == "messages"
+
+
+def test_whole_conversations_need_no_question() -> None:
+    whole = {
+        "chosen": [system("S"), user("Add it."), assistant("4")],
+        "rejected": [system("S"), user("Add it."), assistant("5")],
+    }
+    for row in ({"question": "Add.", **whole}, {"instruction": "Add.", **whole}):
+        assert only(row, "pairs") == ([system("S"), user("Add it.")], ([assistant("4")], [assistant("5")]), {})
+
+
+def test_lists_of_objects_as_older_data_sets_hold_them() -> None:
+    names = {"from": datasets.Value("string"), "value": datasets.Value("string")}
+    features = datasets.Features({"conversations": datasets.Sequence(names)})
+    held = {"from": ["human", "gpt"], "value": ["2 + 2?", "4"]}
+    table = datasets.Dataset.from_dict({"conversations": [held]}, features=features)
+    assert table[0]["conversations"] == held
+    (row,) = load(table, "text").rows
+    assert (row.prompt, row.completions) == ([user("2 + 2?")], ([assistant("4")],))
+
+
 # ---- scores and preferences -----------------------------------------------------------------------------------------
 
 

@@ -346,8 +346,15 @@ def test_sources_are_written_into_the_settings_as_they_were_given(tmp_path: Path
 
 
 def test_sources_have_short_names_that_differ() -> None:
-    paths = ["data/math.jsonl", "org/code:main:train[:5]", "more/math.jsonl.gz", "shards/*.jsonl", "math-2/"]
-    assert short_names(paths) == ["math", "code", "math-2", "shards", "math-2-2"]
+    paths = [
+        "data/math.jsonl",
+        "org/code:main:train[:5]",
+        "more/math.jsonl.gz",
+        "shards/*.jsonl",
+        "math-2/",
+        "b/x[12].csv",
+    ]
+    assert short_names(paths) == ["math", "code", "math-2", "shards", "math-2-2", "b"]
 
 
 def test_read_rows_keeps_faults_and_parts(shards: Path) -> None:

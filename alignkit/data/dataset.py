@@ -187,6 +187,8 @@ def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:
         )
     present = [f for f in FORMS if columns.issuperset(f.columns) and forced in (None, f.name)]
     serving = [form for form in present if kind in form.kinds]
+    if "prompt" in columns:  # a prompt goes before what could be rewritten to one
+        serving.sort(key=lambda form: form.rewrite is not None and not {"prompt", "messages"} & {*form.asked})
     if serving:
         return serving[0]
     raise DataError(_mismatch(raw.source, kind, columns, present, forced))

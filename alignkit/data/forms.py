@@ -62,10 +62,10 @@ FORMS = (
     Form("rated", ("prompt", "response", "helpfulness"), KINDS, rewrite=scored.rated),
     Form("completion", ("prompt", "completion"), ANSWERED),
     Form("messages", ("messages",), ANSWERED, ("messages", "system"), published.messages),
+    Form("text", ("text",), ANSWERED, ("text",)),
     Form("sharegpt", ("conversations",), ANSWERED, SHAREGPT, published.sharegpt),
     Form("alpaca", ("instruction", "output"), ANSWERED, ALPACA, published.alpaca),
     Form("question", ("question", "answer"), ANSWERED, ("question", "system"), published.question),
-    Form("text", ("text",), ANSWERED, ("text",)),
     Form("prompt", ("prompt",), ("prompts",)),
 )
 OUR_COLUMNS = sorted({column for form in FORMS for column in (*form.columns, *form.asked)} | {"margin"})

@@ -71,7 +71,9 @@ def alpaca(cells: Cells, kind: DataKind) -> Rewritten:
 
 
 def alpaca_pair(cells: Cells, kind: DataKind) -> Rewritten:
-    """Read instruction and input as the prompt of `chosen` and `rejected`."""
+    """Read instruction and input as the prompt of `chosen` and `rejected`, or these as whole conversations."""
+    if whole := _whole(cells):
+        return whole
     return Rewritten("pairs", {"prompt": _alpaca_prompt(cells), **taken(cells, _PAIR)}, {"prompt": "instruction"})
 
 
@@ -89,7 +91,9 @@ def question(cells: Cells, kind: DataKind) -> Rewritten:
 
 
 def question_pair(cells: Cells, kind: DataKind) -> Rewritten:
-    """Read `question` as the prompt of `chosen` and `rejected`."""
+    """Read `question` as the prompt of `chosen` and `rejected`, or these as whole conversations."""
+    if whole := _whole(cells):
+        return whole
     return Rewritten("pairs", {**_question(cells), **taken(cells, _PAIR)}, {"prompt": "question"})
 
 
@@ -99,6 +103,8 @@ def from_sharegpt(value: Any) -> Any:
         return [from_sharegpt(one) for one in value]
     if not isinstance(value, Mapping) or "from" not in value or "value" not in value:
         return value
+    if isinstance(value["from"], list) and isinstance(value["value"], list):  # so `datasets` may hold lists of objects
+        return [from_sharegpt(dict(zip(value, cells, strict=True))) for cells in zip(*value.values(), strict=False)]
     rest = {key: cell for key, cell in value.items() if key not in ("from", "value")}
     name = value["from"]
     role = ROLES.get(name.lower(), name) if isinstance(name, str) else name
@@ -108,6 +114,14 @@ def from_sharegpt(value: Any) -> Any:
 def taken(cells: Cells, names: Mapping[str, str]) -> dict[str, Any]:
     """Return the row's columns under our names, {ours: the row's}; a column that is missing stays missing."""
     return {ours: from_sharegpt(cells.cells[theirs]) for ours, theirs in names.items() if theirs in cells.cells}
+
+
+def _whole(cells: Cells) -> Rewritten | None:
+    """Return `chosen` and `rejected` where both are conversations that begin before the answer."""
+    own = taken(cells, _PAIR)
+    firsts = [turns[0] if isinstance(turns, list) and len(turns) > 1 else None for turns in own.values()]
+    begin = [isinstance(first, Mapping) and first.get("role") in ("system", "user") for first in firsts]
+    return Rewritten("conversations", own, {}) if len(begin) == 2 and all(begin) else None
 
 
 def _conversation(cells: Cells, column: str) -> Rewritten:
