@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from alignkit.alarms import ALARMS, Health
+from alignkit.data_spec import plain, sources_of
 from alignkit.errors import ConfigError, nearest
 from alignkit.files import replace_text
 from alignkit.method import MethodConfig
@@ -79,13 +80,22 @@ class RunConfig(BaseModel):
 
     method: str = Field(description="name of an installed method, see `alignkit methods`")
     model: Any = Field(description="folder or hub name of the model, or a loaded model")
-    data: Any = Field(description="JSONL, Parquet or CSV file, hub name, datasets.Dataset, or list of dicts")
+    data: Any = Field(
+        description="JSONL, Parquet or CSV file, folder, glob, hub name, datasets.Dataset, list of dicts, or a list of "
+        "{path, name, split, weight, columns}, see docs/data.md"
+    )
     tokenizer: Any = Field(None, description="folder, hub name or object; default: the model's")
     eval_data: Any = Field(None, description="held-out rows; default: none, or `eval_fraction` of the data")
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="fraction of the data held out for evaluation")
     columns: dict[str, str] | None = Field(
         None, description="our column name: your column name; 'form' overrides the detection"
     )
+    order_by: str | None = Field(
+        None, description="column of numbers in whose order rows are read, smallest first; -column: largest first"
+    )
+
+    streaming: bool = Field(False, description="read the rows while the run goes on, see docs/data.md")
+    shuffle_buffer: int = Field(1000, ge=1, description="rows among which the order is random, with streaming")
 
     tools: list[dict[str, Any]] | None = Field(None, description="JSON schemas of tools, for rows without `tools`")
     chat_template_kwargs: dict[str, Any] = Field(
@@ -177,6 +187,17 @@ class RunConfig(BaseModel):
             raise ValueError("give a folder, a hub name, or a loaded object")
         return value
 
+    @field_validator("data", "eval_data")
+    @classmethod
+    def _sources_that_can_be_read(cls, value: Any, info: ValidationInfo) -> Any:
+        try:
+            found = sources_of(value) or []
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if info.field_name == "eval_data" and any(source.weight is not None for source in found):
+            raise ValueError("held-out rows are scored once each, so their sources have no weight; remove it")
+        return value
+
     @field_validator("trackers", "stop_on", mode="before")
     @classmethod
     def _names_in_one_text(cls, value: Any) -> Any:
@@ -216,7 +237,28 @@ class RunConfig(BaseModel):
             raise ValueError("merge_adapter cannot merge a sharded model; merge the saved adapter afterwards")
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError("give eval_data or eval_fraction, not both")
+        if self.streaming:
+            self._can_stream()
         return self
+
+    def _can_stream(self) -> None:
+        if self.max_steps is None:
+            raise ValueError("streaming needs max_steps, because the number of rows is not known; set it")
+        if self.eval_fraction:
+            raise ValueError("streaming cannot hold out a fraction of rows that it does not hold; give eval_data")
+        if self.order_by is not None:
+            raise ValueError("streaming cannot sort rows that it does not hold; remove order_by, or sort the file")
+        if len(sources_of(self.data) or []) > 1:
+            raise ValueError("streaming reads one source; give one folder or glob for several files")
+        if None in (self.max_prompt_tokens, self.max_completion_tokens):
+            raise ValueError(
+                "streaming needs max_prompt_tokens and max_completion_tokens: the longest row is not known"
+            )
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether the reference's log-probabilities are kept on disk, which needs all rows before the first step."""
+        return self.reference_cache and not self.streaming
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain YAML values; objects without a YAML form become their type's name."""
@@ -224,6 +266,8 @@ class RunConfig(BaseModel):
         for name, value in self:
             if isinstance(value, Path | date):
                 value = str(value)
+            elif name in ("data", "eval_data") and (sources := plain(value)) is not None:
+                value = sources
             elif name in ("model", "tokenizer", "data", "eval_data"):
                 value = value if isinstance(value, str | None) else f"<{type(value).__name__}>"
             elif isinstance(value, BaseModel):

@@ -51,6 +51,7 @@ class Example:
     row: the 1-based row of the source, for messages.
     asked, columns: for rows that are only a prompt, the prompt as it was given (text or messages) and the row's other
         columns, for the rewards of its sampled completions.
+    source: the name of the row's source, where there are several. order: the row's number in the column `order_by`.
     """
 
     prompt: Tensor
@@ -59,6 +60,8 @@ class Example:
     row: int = 0
     asked: str | list[dict[str, Any]] = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    order: float | None = None
 
     @cached_property
     def n_tokens(self) -> int:

@@ -486,16 +486,16 @@ def test_files_that_are_something_else(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 cut off")
     with pytest.raises(DataError, match="not a complete parquet file"):
         load(tmp_path / "rows.parquet", "text")
-    with pytest.raises(DataError, match=r"not a folder written by datasets\.save_to_disk; it holds rows\.parquet"):
+    with pytest.raises(DataError, match=r"rows\.parquet: not a complete parquet file"):
         load(tmp_path, "text")
 
 
 def test_hub_names_go_to_the_hub(monkeypatch):
     asked = []
 
-    def load_dataset(name, split):
-        asked.append((name, split))
-        if name == "org/away":
+    def load_dataset(path, name, split):
+        asked.append((path, split))
+        if path == "org/away":
             raise ConnectionError("no route")
         return datasets.Dataset.from_list(ROWS)
 

@@ -88,6 +88,14 @@ def test_a_run_is_resumed_with_the_settings_that_it_had(tmp_path: Path) -> None:
     assert read_yaml(tmp_path / "config.yaml") == written
 
 
+def test_a_setting_that_an_earlier_build_did_not_have_had_its_default(tmp_path: Path) -> None:
+    settings = config(tmp_path).describe()
+    write_config(tmp_path, {k: v for k, v in settings.items() if k != "shuffle_buffer"}, resume=False)
+    write_config(tmp_path, settings, resume=True)
+    with pytest.raises(ConfigError, match="shuffle_buffer was 1000, is 7"):
+        write_config(tmp_path, settings | {"shuffle_buffer": 7}, resume=True)
+
+
 def test_what_changes_no_result_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
     settings = config(tmp_path).describe()
     write_config(tmp_path, settings, resume=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,8 @@ def rows_of(job: Job, tokenizer: Any) -> tuple[RawRows, RawRows]:
     prompts, _ = tokenise.tokenise_as(config, loaded, tokenizer)
     _, held_out = hold_out(prompts, config.eval_fraction or HELD_OUT, config.seed)
     numbers = {e.row for e in held_out}
-    sides = [[(n, cells) for n, cells in rows if (n in numbers) == held] for held in (False, True)]
-    return RawRows(rows.source, sides[0], rows.textual, rows.faults), RawRows(rows.source, sides[1], rows.textual)
+    trained = {n for n, _ in rows} - numbers
+    return replace(rows.only(trained), faults=rows.faults), rows.only(numbers)
 
 
 def installed() -> dict[str, type[Method[Any]]]:

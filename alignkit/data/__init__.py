@@ -1,13 +1,20 @@
 """Files, hub names and Python rows -> checked rows of the kind that a method reads -> tokens, step by step.
 
-sources.py    reading rows from files, `datasets`, lists and the hub
+sources.py    the rows of a source: files, folders, globs, several of these, `datasets`, lists
+files.py      reading one file
+hub.py        data sets on the hub, local copies of them, and those saved to disk
 rows.py       rows as they were read, faults, the report of dropped rows
 forms.py      which columns make which form (pairs, ranked, conversations, ...)
+published.py  ShareGPT's, Alpaca's and similar rows, rewritten to our forms
+scored.py     UltraFeedback's, HelpSteer's and similar rows, rewritten to our forms
 cells.py      checks of a single cell
+convert.py    parsed rows -> rows of a kind
 dataset.py    load(): rows of any form -> rows of a kind
 chat/         chat templates: messages -> text, where each turn begins and ends
 encoder.py    text -> token ids, control tokens kept apart from text that spells them
 tokenise.py   rows -> examples of token ids, cut to the budgets
+order.py      the source of each example, and its place in a curriculum
+streaming.py  rows that are read while the run goes on
 stream.py     which examples a step reads; held-out rows; seeds
 """
 

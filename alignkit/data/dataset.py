@@ -12,6 +12,7 @@ is converted to another kind:
                         as much as a short one; equal scores are a tie
     unpaired -> text    the desirable answers only
     messages -> text    the completion begins at the first assistant message
+    rated -> pairs      the rows of one prompt are joined, then as for ranked
     any -> prompts      the prompt; all other columns stay in `Row.extra` for reward functions
 
 Ties, empty answers and equal answers occur in real data: such rows are dropped and counted. Values that are certainly
@@ -21,14 +22,15 @@ wrong (None, a wrong type, an unknown role) are faults, and all faults of a sour
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, get_args
 
-from alignkit.data.cells import REASONING, Cells
-from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, DroppedRow, Form, Parsed, parse
-from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, RawRows, Report, Row
+from alignkit.data.convert import converted
+from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, Form
+from alignkit.data.rows import Fault, FaultyRowsError, Message, RawRows, Report, Row
 from alignkit.data.sources import read_rows
+from alignkit.data_spec import short_names
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import DataKind
 
@@ -39,8 +41,10 @@ __all__ = ["Dataset", "Fault", "FaultyRowsError", "Message", "RawRows", "Report"
 class Dataset:
     """Validated rows of one kind.
 
-    rows: in the source's order. kind: what the method reads. form: the detected form. source: its name for messages.
-    report: the dropped rows, with row numbers.
+    rows: in the source's order. kind: what the method reads. form: the detected form; of several sources with different
+    forms, all of them. source: its name for messages. report: the dropped rows, with row numbers. kinds: what the rows
+    can be read as. parts: the data sets of several sources; their rows are joined in `rows`. weights: of a mixture's
+    sources, by their names.
     """
 
     rows: list[Row]
@@ -48,6 +52,9 @@ class Dataset:
     form: str
     source: str
     report: Report
+    kinds: tuple[DataKind, ...] = KINDS
+    parts: tuple[Dataset, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,10 +62,15 @@ class Dataset:
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
+    def found(self) -> list[str]:
+        """Return a line for each source: the form that was found, and the kind that it is read as."""
+        if self.parts:
+            return [line for part in self.parts for line in part.found()]
+        return [f"{self.source}: {self.report.total} rows of the form '{self.form}', read as {self.kind}"]
+
     def lines(self) -> list[str]:
-        """Return the lines to print: the form that was found and the kind it is read as, then the dropped rows."""
-        found = f"{self.source}: {self.report.total} rows of the form '{self.form}', read as {self.kind}"
-        return [found, *self.report.lines()]
+        """Return the lines to print: what was found, then the dropped rows."""
+        return [*self.found(), *self.report.lines()]
 
 
 def load(
@@ -66,38 +78,80 @@ def load(
 ) -> Dataset:
     """Read, check and convert all rows of `source` to what a method with `data = kind` needs.
 
-    source: as for `read_rows`. columns: {our column: the source's} where names differ; "form" sets the form's name.
-    may_be_empty: return a data set whose rows were all dropped.
-    Raises ConfigError for an unknown kind, column name or form; DataError where the form does not provide the kind or
-    no row is left; FaultyRowsError (a DataError) with all faults of the rows.
+    source: as for `read_rows`; each of several sources has its own form. columns: {our column: the source's} where
+    names differ; "form" sets the form's name. may_be_empty: return a data set whose rows were all dropped. Raises
+    ConfigError for an unknown kind, column name or form; DataError where the form does not provide the kind or no row
+    is left; FaultyRowsError (a DataError) with all faults of the rows.
     """
     if kind not in get_args(DataKind):
         raise ConfigError(f"unknown kind of data '{kind}'.{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}")
-    wanted = dict(columns or {})
-    forced = wanted.pop("form", None)
-    raw = _renamed(read_rows(source), wanted)
-    if not raw.rows:
-        raise FaultyRowsError(raw.source, raw.faults) if raw.faults else DataError(f"{raw.source}: holds no rows")
-    form = _detect(raw, kind, forced)
-    # a margin in some rows only is a fault in the others: a column that is half empty cannot be averaged
-    margins = kind == "pairs" and any("margin" in cells for _, cells in raw)
-    rows: list[Row] = []
-    faults = list(raw.faults)
-    report = Report(total=len(raw))
-    for number, cells in raw:
-        reader = Cells(number, cells, raw.textual)
+    raw = read_rows(source)
+    if not raw.parts:
+        return _converted(raw, kind, columns, may_be_empty)
+    parts, faults = list[Dataset](), list[Fault]()
+    for part in raw.parts:
         try:
-            found = _convert(parse(reader, form, kind), form, kind, reader, margins)
-            rows.extend(found if not reader.faults else ())
-        except DroppedRow as dropped:
-            if not reader.faults:
-                report.drop(str(dropped), number)
-        faults += reader.faults
+            parts.append(_converted(part, kind, columns, may_be_empty))
+        except FaultyRowsError as error:
+            faults += error.faults
     if faults:
         raise FaultyRowsError(raw.source, faults)
+    return _together(raw, kind, parts)
+
+
+def _together(raw: RawRows, kind: DataKind, parts: Sequence[Dataset]) -> Dataset:
+    """Join the data sets of several sources; each row keeps the name of its source."""
+    names = short_names([part.source for part in parts])
+    rows = [replace(row, source=name) for name, part in zip(names, parts, strict=True) for row in part.rows]
+    report = Report()
+    for part in parts:
+        report += part.report
+    report.total = sum(part.report.total for part in parts)
+    forms = list(dict.fromkeys(part.form for part in parts))
+    kinds = tuple(k for k in KINDS if all(k in part.kinds for part in parts))
+    weights = {name: part.weight for name, part in zip(names, raw.parts, strict=True) if part.weight is not None}
+    return Dataset(rows, kind, ", ".join(forms), raw.source, report, kinds, tuple(parts), weights)
+
+
+class Reading(NamedTuple):
+    """How the rows of a source are read: their form, the kind that they become, and the names of columns.
+
+    margins: whether every row must have a margin.
+    """
+
+    form: Form
+    kind: DataKind
+    columns: Mapping[str, str]
+    margins: bool
+
+    def rows(self, raw: RawRows) -> tuple[list[Row], Report]:
+        """Check and convert rows, also a part of a source. Raises FaultyRowsError with the faults of all of them."""
+        renamed = _renamed(raw, self.columns)
+        rows, report, faults = converted(renamed, self.form, self.kind, self.margins)
+        if faults:
+            raise FaultyRowsError(raw.source, faults)
+        return rows, report
+
+
+def reading_of(raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None) -> Reading:
+    """Return how a source is read, by its rows or by the first of them. Raises DataError, ConfigError."""
+    wanted = dict(columns or {} if raw.columns is None else raw.columns)
+    forced = wanted.pop("form", None)
+    renamed = _renamed(raw, wanted)
+    if not raw.rows:
+        raise FaultyRowsError(raw.source, raw.faults) if raw.faults else DataError(f"{raw.source}: holds no rows")
+    # a margin in some rows only is a fault in the others: a column that is half empty cannot be averaged
+    margins = kind == "pairs" and any("margin" in cells for _, cells in renamed)
+    return Reading(_detect(renamed, kind, forced), kind, wanted, margins)
+
+
+def _converted(raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None, may_be_empty: bool) -> Dataset:
+    """Check and convert the rows of one source."""
+    reading = reading_of(raw, kind, columns)
+    rows, report = reading.rows(raw)
     if not rows and not may_be_empty:
         raise DataError(f"{raw.source}: no row is left; {'; '.join(report.lines())}")
-    return Dataset(rows, kind, form.name, raw.source, report)
+    return Dataset(rows, kind, reading.form.name, raw.source, report, reading.form.kinds)
 
 
 def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
@@ -121,7 +175,7 @@ def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
     for number, cells in raw:
         rest = {column: value for column, value in cells.items() if column not in taken}
         rows.append((number, {**rest, **{ours: cells[theirs] for ours, theirs in wanted.items() if theirs in cells}}))
-    return RawRows(raw.source, rows, raw.textual, raw.faults)
+    return replace(raw, rows=rows)
 
 
 def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:
@@ -135,6 +189,8 @@ def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:
         )
     present = [f for f in FORMS if columns.issuperset(f.columns) and forced in (None, f.name)]
     serving = [form for form in present if kind in form.kinds]
+    if "prompt" in columns:  # a prompt goes before what could be rewritten to one
+        serving.sort(key=lambda form: form.rewrite is not None and not {"prompt", "messages"} & {*form.asked})
     if serving:
         return serving[0]
     raise DataError(_mismatch(raw.source, kind, columns, present, forced))
@@ -143,8 +199,11 @@ def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:
 def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form], forced: str | None) -> str:
     """Return what was found, what is needed, and what to type."""
     serving = [form for form in FORMS if kind in form.kinds]
-    choices = list(dict.fromkeys(form.name for form in serving))
-    listed = "; ".join(next(" + ".join(form.columns) for form in serving if form.name == name) for name in choices)
+    ours = [form for form in serving if form.rewrite is None or form.name == "messages"]
+    choices = list(dict.fromkeys(form.name for form in ours))
+    listed = "; ".join(next(" + ".join(form.columns) for form in ours if form.name == name) for name in choices)
+    if others := dict.fromkeys(form.name for form in serving if form not in ours):
+        listed += f"; or rows of {', '.join(others)} (docs/data.md)"
     if present:
         found = f"found rows of the form '{present[0].name}' ({' + '.join(present[0].columns)})"
     elif forced is not None:
@@ -159,43 +218,3 @@ def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form
         f"The method needs {kind}, which can be read from: {listed}.\n"
         f"Map your columns (columns: {{{example}}}), or choose a method that reads this data."
     )
-
-
-def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: bool) -> list[Row]:
-    """Convert one parsed row to rows of `kind`, or drop it."""
-    numbers: dict[str, float] = {}
-    used = {"prompt"} if kind == "prompts" and "prompt" in form.columns else {"prompt", *form.columns}
-    if margins:
-        numbers["margin"] = cells.number_of("margin", cells.cells.get("margin"))
-        used.add("margin")
-    extra = {column: value for column, value in cells.cells.items() if column not in used}
-
-    template = cells.beside() if isinstance(parsed.prompt, list) or cells.cells.get("tools") else {}
-
-    def row(*answers: Content, **more: float) -> Row:
-        return Row(parsed.prompt, answers, {**numbers, **more}, cells.number, extra, template)
-
-    if kind == "prompts" and not cells.faults:
-        if _is_empty(parsed.prompt):
-            raise DroppedRow("empty prompts")
-        return [row()]
-    if cells.faults:
-        return []
-    answers = parsed.answers[:1] if kind == "text" else parsed.answers
-    if any(_is_empty(answer) for answer in answers):
-        raise DroppedRow("empty answers")
-    if len(answers) == 2 and answers[0] == answers[1]:
-        raise DroppedRow("identical answers")
-    if kind == "text" and not parsed.label:
-        raise DroppedRow("with an undesirable answer")
-    if kind == "unpaired" and len(answers) == 2:
-        return [row(answers[0], desirable=1.0), row(answers[1], desirable=0.0)]
-    return [row(*answers, desirable=float(parsed.label))] if kind == "unpaired" else [row(*answers)]
-
-
-def _is_empty(content: Content) -> bool:
-    """Return whether there is nothing to learn: neither text, nor reasoning, nor a tool call."""
-    if isinstance(content, str):
-        return not content.strip()
-    said = [content[-1].get(name) for name in ("content", *REASONING)]
-    return not any(isinstance(text, str) and text.strip() for text in said) and not content[-1].get("tool_calls")

@@ -1,46 +1,75 @@
 """The forms of rows: which columns identify each form, and how one of its rows is parsed.
 
-Adding a form is a line in FORMS and a parser in `parse`.
+Adding a form is a line in FORMS and a parser in `_parsed`, or a function that rewrites its rows to another form
+(`alignkit.data.published`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
+from alignkit.data import published, scored
 from alignkit.data.cells import Cells
-from alignkit.data.rows import Content, Message, shown
+from alignkit.data.rows import Content, DroppedRow, Message, shown
 from alignkit.method import DataKind
 
 ASSISTANT = "\n\nAssistant:"
 
 
 class Form(NamedTuple):
-    """A form of rows: its name, the columns that identify it, and the kinds of data it can provide."""
+    """A form of rows.
+
+    name: several forms of one name differ in their columns. columns: identify it. kinds: of data that it can provide.
+    asked: the columns that make up the prompt, also those that a row may leave out. rewrite: turns a row into one of
+    another form.
+    """
 
     name: str
     columns: tuple[str, ...]
     kinds: tuple[DataKind, ...]
+    asked: tuple[str, ...] = ("prompt",)
+    rewrite: published.Rewrite | None = None
 
 
 KINDS: tuple[DataKind, ...] = ("pairs", "unpaired", "text", "prompts")
+LABELLED: tuple[DataKind, ...] = ("unpaired", "text", "prompts")
+ANSWERED: tuple[DataKind, ...] = ("text", "prompts")
+SHAREGPT = ("conversations", "system")
+ALPACA = ("instruction", "input", "system", "history")
+TWO_ANSWERS = (("response_a", "response_b"), ("answer_a", "answer_b"), ("completion_a", "completion_b"))
 FORMS = (
     Form("pairs", ("prompt", "chosen", "rejected"), KINDS),
-    Form("conversations", ("chosen", "rejected"), KINDS),
-    *(Form("winner", ("prompt", "winner", f"{a}_a", f"{a}_b"), KINDS) for a in ("response", "answer", "completion")),
+    Form("sharegpt", ("conversations", "chosen", "rejected"), KINDS, SHAREGPT, published.sharegpt_pair),
+    Form("alpaca", ("instruction", "chosen", "rejected"), KINDS, ALPACA, published.alpaca_pair),
+    Form("question", ("question", "chosen", "rejected"), KINDS, ("question", "system"), published.question_pair),
+    Form("conversations", ("chosen", "rejected"), KINDS, ("chosen", "rejected")),
+    *(Form("winner", ("prompt", "winner", *two), KINDS) for two in TWO_ANSWERS),
+    *(Form("winner", ("prompt", "preference", *two), KINDS, rewrite=scored.preference) for two in TWO_ANSWERS),
+    Form("helpsteer", ("prompt", "response_1", "response_2", "preference_strength"), KINDS, rewrite=scored.helpsteer2),
+    Form(
+        "helpsteer", ("context", "response1", "response2", "overall_preference"), KINDS, ("context",), scored.helpsteer3
+    ),
     Form("ranked", ("prompt", "completions", "scores"), KINDS),
-    Form("unpaired", ("prompt", "completion", "label"), ("unpaired", "text", "prompts")),
-    Form("completion", ("prompt", "completion"), ("text", "prompts")),
-    Form("messages", ("messages",), ("text", "prompts")),
-    Form("text", ("text",), ("text", "prompts")),
+    Form("ultrafeedback", ("instruction", "completions"), KINDS, ("instruction",), scored.ultrafeedback),
+    Form("unpaired", ("prompt", "completion", "label"), LABELLED),
+    Form("sharegpt", ("conversations", "kto_tag"), LABELLED, SHAREGPT, published.sharegpt_label),
+    Form("sharegpt", ("conversations", "label"), LABELLED, SHAREGPT, published.sharegpt_label),
+    Form("sharegpt", ("messages", "kto_tag"), LABELLED, ("messages", "system"), published.sharegpt_label),
+    Form("alpaca", ("instruction", "output", "kto_tag"), LABELLED, ALPACA, published.alpaca_label),
+    Form("alpaca", ("instruction", "output", "label"), LABELLED, ALPACA, published.alpaca_label),
+    Form("rated", ("prompt", "response", "helpfulness"), KINDS, rewrite=scored.rated),
+    Form("completion", ("prompt", "completion"), ANSWERED),
+    Form("messages", ("messages",), ANSWERED, ("messages", "system"), published.messages),
+    Form("text", ("text",), ANSWERED, ("text",)),
+    Form("sharegpt", ("conversations",), ANSWERED, SHAREGPT, published.sharegpt),
+    Form("alpaca", ("instruction", "output"), ANSWERED, ALPACA, published.alpaca),
+    Form("question", ("question", "answer"), ANSWERED, ("question", "system"), published.question),
     Form("prompt", ("prompt",), ("prompts",)),
 )
 BESIDE = ("margin", "tools", "documents", "chat_template_kwargs")  # columns that every form may have
-OUR_COLUMNS = sorted({column for form in FORMS for column in form.columns} | {*BESIDE})
-
-
-class DroppedRow(Exception):
-    """A row that is valid but cannot be used; its text is the reason in the report."""
+OUR_COLUMNS = sorted({column for form in FORMS for column in (*form.columns, *form.asked)} | {*BESIDE})
 
 
 class Parsed(NamedTuple):
@@ -53,12 +82,26 @@ class Parsed(NamedTuple):
 
 def parse(cells: Cells, form: Form, kind: DataKind) -> Parsed:
     """Read one row of `form`. Faults go to `cells.faults` (the result is then a placeholder); raises DroppedRow."""
+    if form.rewrite is None:
+        cells.cells = {**cells.cells, **published.taken(cells, {column: column for column in form.columns})}
+        return _parsed(cells, form, kind)
+    own = form.rewrite(cells, kind)
+    if cells.faults:
+        return Parsed("")
+    rewritten = Cells(cells.number, own.cells, cells.textual)
+    try:
+        return _parsed(rewritten, Form(own.form, tuple(own.cells), form.kinds), kind)
+    finally:  # faults name the row's own columns
+        cells.faults += [replace(fault, column=own.names.get(fault.column, fault.column)) for fault in rewritten.faults]
+
+
+def _parsed(cells: Cells, form: Form, kind: DataKind) -> Parsed:
     if kind == "prompts" and "prompt" in form.columns:
         return Parsed(cells.content("prompt"))  # faults and ties in answers do not matter: they are not read
     parsers: dict[str, Callable[[Cells], Parsed]] = {
         "pairs": lambda c: _answered(c, "chosen", "rejected"),
         "conversations": _parse_conversations,
-        "winner": lambda c: _parse_winner(c, form.columns[2:]),
+        "winner": lambda c: _parse_winner(c, max(TWO_ANSWERS, key=lambda two: len({*two} & {*form.columns}))),
         "ranked": lambda c: _parse_ranked(c, kind),
         "unpaired": lambda c: _answered(c, "completion")._replace(label=c.label("label")),
         "completion": lambda c: _answered(c, "completion"),

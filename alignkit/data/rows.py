@@ -5,16 +5,40 @@ This module knows neither the form of a row nor a tokenizer; `alignkit.data.data
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from alignkit.errors import DataError
 
 Message: TypeAlias = dict[str, Any]
 Content: TypeAlias = str | list[Message]
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _SHOWN_ROWS = 8
+
+
+class RowNumber(int):
+    """The number of a row of several files: it counts on from file to file, and shows as "17 of part-2.jsonl".
+
+    own: the number in the row's own file. file: that file's name.
+    """
+
+    own: int
+    file: str
+
+    def __new__(cls, number: int, own: int, file: str) -> RowNumber:
+        made = super().__new__(cls, number)
+        made.own, made.file = own, file
+        return made
+
+    def __getnewargs__(self) -> tuple[int, int, str]:  # type: ignore[override]
+        return int(self), self.own, self.file
+
+    def __str__(self) -> str:
+        return f"{self.own} of {self.file}"
+
+
+class DroppedRow(Exception):
+    """A row that is valid but cannot be used; its text is the reason in the report."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +47,9 @@ class Row:
 
     prompt: text, or messages. completions: of the prompt's type; the chosen one of a pair comes first; empty where the
     method samples its own. numbers: "margin" (pairs that have one) or "desirable" (1.0 or 0.0, unpaired).
-    row: 1-based row of the source (the line of a JSONL file). extra: columns that the form does not use.
-    template: what the row gives to the chat template beside its messages: tools, documents, variables.
+    row: 1-based row of the source (the line of a JSONL file; a RowNumber where there are several files). extra:
+    columns that the form does not use. source: the name of its source in a mixture. template: what the row gives to the
+    chat template beside its messages: tools, documents, variables.
     """
 
     prompt: Content
@@ -32,6 +57,7 @@ class Row:
     numbers: Mapping[str, float] = field(default_factory=dict)
     row: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
     template: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -128,13 +154,18 @@ class RawRows:
     """Rows as they were read.
 
     source: its name for messages. rows: (1-based number, columns). textual: every cell is text, as in a CSV file.
-    faults: rows that could not be read at all.
+    faults: rows that could not be read at all. parts: the sources that these rows come from, where there are several;
+    each is checked and converted by itself. columns: a source's own names of columns, instead of the run's.
+    weight: of a source in a mixture.
     """
 
     source: str
     rows: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     textual: bool = False
     faults: list[Fault] = field(default_factory=list)
+    parts: list[RawRows] = field(default_factory=list)
+    columns: Mapping[str, str] | None = None
+    weight: float | None = None
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         return iter(self.rows)
@@ -149,3 +180,38 @@ class RawRows:
         else:
             fix = 'make it an object such as {"prompt": "...", "chosen": "...", "rejected": "..."}'
             self.faults.append(Fault(number, "", f"found {shown(row)}", fix))
+
+    def numbered_from(self, before: int) -> RawRows:
+        """Return the same rows with numbers that count on from `before`, and that name their file."""
+
+        def number(n: int) -> RowNumber:
+            own, file = (n.own, n.file) if isinstance(n, RowNumber) else (n, self.source)
+            return RowNumber(before + n, own, file)
+
+        rows: list[tuple[int, dict[str, Any]]] = [(number(n), cells) for n, cells in self.rows]
+        faults = [replace(fault, row=number(fault.row)) for fault in self.faults]
+        return replace(self, rows=rows, faults=faults)
+
+    def only(self, numbers: Container[int]) -> RawRows:
+        """Return the rows with these numbers, without the faults."""
+        rows = [(n, cells) for n, cells in self.rows if n in numbers]
+        return replace(self, rows=rows, faults=[], parts=[part.only(numbers) for part in self.parts])
+
+    @property
+    def last(self) -> int:
+        """The largest row number, 0 without rows."""
+        return max([0, *(n for n, _ in self.rows), *(fault.row for fault in self.faults)])
+
+
+def joined(source: str, parts: Iterable[RawRows]) -> RawRows:
+    """Join the rows of several files or sources in their order; see `RowNumber`."""
+    whole = RawRows(source)
+    last = 0
+    for part in parts:
+        own = part.numbered_from(last)
+        last = own.last or last
+        whole.parts.append(own)
+        whole.rows += own.rows
+        whole.faults += own.faults
+    whole.textual = all(part.textual for part in whole.parts)
+    return whole

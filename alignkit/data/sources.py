@@ -1,186 +1,166 @@
-"""Reading rows: JSONL, JSON, CSV and Parquet files, folders and objects of `datasets`, lists, and hub names."""
+"""The rows of a source: files, folders, globs, several of these, data sets of `datasets`, or lists of dicts."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import re
+import glob
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from alignkit.data.rows import SUFFIXES, Fault, RawRows, shown
+from alignkit.data.files import Item, items_of, read_file
+from alignkit.data.hub import from_datasets, is_saved, loaded, repository_of, rows_in, saved
+from alignkit.data.rows import Fault, RawRows, RowNumber, joined
+from alignkit.data_spec import SUFFIXES, Source, sources_of, suffix_of
 from alignkit.errors import ConfigError, DataError, nearest
 
-_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 _SHOWN_ROWS = 8
 
 
 def read_rows(source: object) -> RawRows:
     """Read rows without interpreting them.
 
-    source: a path to .jsonl, .json, .parquet or .csv, a folder that `datasets.save_to_disk` wrote, a
-    `datasets.Dataset`, a list of dicts, or a name on the hub ("org/name" or "org/name:split", the default is train).
-    Row numbers start at 1: lines in JSONL, data rows (the header not counted) in CSV. Faults of single rows are
-    collected in the result. Raises DataError where the source as a whole cannot be read.
+    source: a path to .jsonl, .json, .parquet or .csv (text also as .gz or .zst), a folder of such files or one that
+    `datasets.save_to_disk` wrote, a glob, a `datasets.Dataset`, a list of dicts, a name on the hub ("org/name",
+    "org/name:split" or "org/name:configuration:split", the default split is train), a mapping with the keys of
+    `alignkit.data_spec.Source`, or a list of paths, names and mappings.
+    Row numbers start at 1: lines in JSONL, data rows (the header not counted) in CSV; of several files they count on.
+    Faults of single rows are collected in the result. Raises DataError where the source as a whole cannot be read,
+    ConfigError where it is described wrongly.
     """
     if isinstance(source, RawRows):
         return source
-    if isinstance(source, (str, Path)):
-        return _read_named(source)
+    named = sources_of(source)
+    if named is not None:
+        parts = [_read_source(one) for one in named]
+        return parts[0] if len(parts) == 1 else joined(f"{len(parts)} sources", parts)
     if isinstance(source, (list, tuple)):
         raw = RawRows("the list of rows")
         for number, row in enumerate(source, 1):
             raw.add(number, row)
         return raw
-    return _from_datasets(source, "the dataset")
+    return from_datasets(source, "the dataset")
 
 
-def _read_named(source: str | Path) -> RawRows:
-    path = Path(source).expanduser()
+def _read_source(source: Source) -> RawRows:
+    raw = _read_named(source)
+    raw.columns, raw.weight = source.columns, source.weight
+    return raw
+
+
+def _read_named(source: Source) -> RawRows:
+    repository = repository_of(source)
+    if repository is not None:
+        return from_datasets(loaded(repository), str(repository))
+    path = Path(source.path).expanduser()
+    if is_saved(path):
+        return from_datasets(saved(path), str(path))
+    paths = _files_of(path)
+    if paths == [path]:
+        return read_file(path)
+    raw = joined(str(path), map(read_file, paths))
+    raw.parts = []  # one source: its form is found once, from the rows of all files
+    return raw
+
+
+class Lazy(NamedTuple):
+    """A source whose rows are read one after the other. items: begins a pass over them. The rest as in `RawRows`."""
+
+    name: str
+    items: Callable[[], Iterator[Item]]
+    textual: bool = False
+    columns: Mapping[str, str] | None = None
+
+
+def open_rows(source: object) -> Lazy:
+    """Open one source, of those that `read_rows` reads, without reading its rows; lists of dicts are refused.
+
+    Raises DataError where it is not there, ConfigError for several sources or rows in memory.
+    """
+    named = sources_of(source)
+    if named is None:
+        if isinstance(source, list | tuple | RawRows):
+            raise ConfigError("these rows are in memory already; remove streaming")
+        return Lazy("the dataset", lambda: rows_in(source, "the dataset"))
+    if len(named) > 1:
+        raise ConfigError("streaming reads one source; give one folder or glob for several files")
+    (one,) = named
+    if repository := repository_of(one):
+        rows = loaded(repository, streaming=True)
+        return Lazy(str(repository), lambda: rows_in(rows, str(repository)), columns=one.columns)
+    path = Path(one.path).expanduser()
+    if is_saved(path):
+        on_disk = saved(path)
+        return Lazy(str(path), lambda: rows_in(on_disk, str(path)), columns=one.columns)
+    paths = _files_of(path)
+    items = partial(items_of, path) if paths == [path] else partial(_items_of_all, paths)
+    return Lazy(str(path), items, suffix_of(paths[0]) == ".csv", one.columns)
+
+
+def _items_of_all(paths: list[Path]) -> Iterator[Item]:
+    """Yield the rows of several files, numbered as `joined` does."""
+    before = last = 0
+    for path in paths:
+        before = last
+        for item in items_of(path):
+            own = item.row if isinstance(item, Fault) else item[0]
+            number = RowNumber(before + own, own, str(path))
+            last = max(last, number)
+            yield replace(item, row=number) if isinstance(item, Fault) else (number, item[1])
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the files of a path: itself, those of a folder, or those that a glob matches. Raises DataError."""
+    if path.is_file():
+        return [path]
     if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        hub = _HUB_NAME.fullmatch(str(source))
-        if hub and path.suffix.lower() not in SUFFIXES and not path.parent.exists():
-            return _read_hub(hub[1], hub[2] or "train")
-        raise DataError(_missing(path))
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: cannot read '{path.suffix or path.name}' files; give one of {', '.join(SUFFIXES)}")
-    try:
-        return reader(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        return _of_one_kind(str(path), _files_in(path))
+    if glob.has_magic(str(path)):
+        return _of_one_kind(str(path), _matching(path))
+    raise DataError(_missing(path))
+
+
+def _of_one_kind(name: str, paths: list[Path]) -> list[Path]:
+    suffixes = sorted({suffix_of(path) for path in paths})
+    if len(suffixes) > 1:
+        choice = f"{name}/*{suffixes[0]}" if Path(name).is_dir() else f"name files of one kind, such as *{suffixes[0]}"
+        raise DataError(f"{name} holds files of different kinds ({_listed(paths)}); read one kind: {choice}")
+    return paths
+
+
+def _files_in(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and suffix_of(path) in SUFFIXES)
+    if not paths:
+        there = sorted(folder.iterdir())
+        found = f"it holds {_listed(there)}" if there else "it is empty"
+        raise DataError(
+            f"{folder} holds no {', '.join(SUFFIXES)} file, and datasets.save_to_disk did not write it; {found}"
+        )
+    return paths
+
+
+def _matching(pattern: Path) -> list[Path]:
+    found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
+    paths = [path for path in found if path.is_file()]
+    if not paths:
+        fixed = Path(str(pattern).split("*")[0].split("?")[0].split("[")[0] + "_").parent
+        if not fixed.is_dir():
+            raise DataError(f"no file matches {pattern}: the folder {fixed} does not exist")
+        raise DataError(f"no file matches {pattern}; the folder {fixed} holds: {_listed(sorted(fixed.iterdir()))}")
+    return paths
 
 
 def _missing(path: Path) -> str:
     message = f"no such file: {path}."
     if not path.parent.is_dir():
         return f"{message} The folder {path.parent} does not exist either."
-    names = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES or p.is_dir())
+    names = sorted(p.name for p in path.parent.iterdir() if suffix_of(p) in SUFFIXES or p.is_dir())
     if not names:
         return f"{message} The folder {path.parent} holds no {', '.join(SUFFIXES)} file."
-    listed = ", ".join(names[:_SHOWN_ROWS]) + (", ..." if len(names) > _SHOWN_ROWS else "")
-    return f"{message}{nearest(path.name, names)} The folder {path.parent} holds: {listed}"
+    return f"{message}{nearest(path.name, names)} The folder {path.parent} holds: {_listed(map(Path, names))}"
 
 
-def _read_jsonl(path: Path) -> RawRows:
-    raw = RawRows(str(path))
-    with path.open("rb") as file:  # bytes: text mode would also split lines at U+2028 inside a string
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                raw.add(number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
-            except UnicodeDecodeError as error:
-                bad = line[error.start : error.start + 8]
-                raw.faults.append(Fault(number, "", f"not UTF-8 at {shown(bad)}", "save the file as UTF-8"))
-            except (json.JSONDecodeError, RecursionError) as error:
-                found = f"not JSON ({str(error).split(':')[0]}): {shown(line.decode().strip())}"
-                raw.faults.append(Fault(number, "", found, "write one complete object on each line"))
-    return raw
-
-
-def _read_json(path: Path) -> RawRows:
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        return _read_jsonl(path)  # JSONL with the wrong suffix is common; real faults then get their line numbers
-    if isinstance(content, dict):
-        content = [content]
-    if not isinstance(content, list):
-        raise DataError(f"{path}: found {shown(content)}; a .json file must hold a list of objects")
-    raw = RawRows(str(path))
-    for number, row in enumerate(content, 1):
-        raw.add(number, row)
-    return raw
-
-
-def _read_csv(path: Path) -> RawRows:
-    raw = RawRows(str(path), textual=True)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    limit = csv.field_size_limit(max(len(text), 1))  # the default limit refuses answers of more than 128 KiB
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        for number, row in enumerate(reader, 1):
-            too_many = row.get(None) or []  # DictReader keeps the cells beyond the last column under None
-            named = [cell for column, cell in row.items() if column is not None]
-            too_few = None in named  # and fills missing cells with None
-            if too_many or too_few:
-                n_cells = len([cell for cell in named if cell is not None]) + len(too_many)
-                found = f"{n_cells} cells under {len(reader.fieldnames or [])} column names"
-                raw.faults.append(Fault(number, "", found, 'quote cells that hold commas or line breaks: "..."'))
-            else:
-                raw.add(number, row)
-    except csv.Error as error:
-        fix = 'quote cells with "..." and double the quotes inside them'
-        raw.faults.append(Fault(len(raw) + len(raw.faults) + 1, "", f"not CSV ({error})", fix))
-    finally:
-        csv.field_size_limit(limit)
-    return raw
-
-
-def _read_parquet(path: Path) -> RawRows:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
-
-    raw = RawRows(str(path))
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    raw.add(len(raw) + 1, row)
-    except pyarrow.ArrowException as error:
-        reason = str(error).split("\n")[0]
-        raise DataError(f"{path}: not a complete parquet file ({reason}); write it again") from error
-    return raw
-
-
-def _read_folder(path: Path) -> RawRows:
-    import datasets
-
-    try:
-        return _from_datasets(datasets.load_from_disk(str(path)), str(path))
-    except (FileNotFoundError, ValueError) as error:
-        files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        hint = f"it holds {', '.join(files[:_SHOWN_ROWS])}; name one of them" if files else "name a file"
-        raise DataError(f"{path}: not a folder written by datasets.save_to_disk; {hint}") from error
-
-
-def _read_hub(name: str, split: str) -> RawRows:
-    import datasets
-
-    try:
-        return _from_datasets(datasets.load_dataset(name, split=split), f"{name}:{split}")
-    except DataError:
-        raise
-    except Exception as error:  # the hub's client raises its own errors, HTTP errors and plain ValueErrors
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        hint = "Check the name, the split (org/name:split) and the network, or give the path of a local file"
-        raise DataError(
-            f"cannot load '{name}', split '{split}', from the hub: {shown(reason, 160)}. {hint}."
-        ) from error
-
-
-def _from_datasets(source: object, name: str) -> RawRows:
-    import datasets
-
-    if isinstance(source, datasets.DatasetDict):
-        if "train" not in source:
-            raise ConfigError(
-                f"{name} has the splits {', '.join(sorted(source))}; pass one of them, such as data['...']"
-            )
-        source = source["train"]
-    if not isinstance(source, datasets.Dataset):
-        raise DataError(
-            f"cannot read rows from {type(source).__name__}; give a path to {', '.join(SUFFIXES)}, a folder written by "
-            "datasets.save_to_disk, a datasets.Dataset, a list of dicts, or a hub name such as org/name:split"
-        )
-    raw = RawRows(name)
-    for number, row in enumerate(source.with_format(None), 1):
-        raw.add(number, row)
-    return raw
+def _listed(paths: Iterable[Path]) -> str:
+    names = [path.name for path in paths]
+    return ", ".join(names[:_SHOWN_ROWS]) + (", ..." if len(names) > _SHOWN_ROWS else "")

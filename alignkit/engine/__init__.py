@@ -4,7 +4,8 @@ engine.py      Engine, run(): from settings to a Result
 phases.py      Run: the phases of a run, one after the other
 loop.py        THE loop: steps, updates, checkpoints
 state.py       the state of a run, as plain data
-assemble.py    settings -> rows, models, reference, optimiser
+reading.py     settings -> examples, to train on and held out
+assemble.py    settings and examples -> models, reference, optimiser
 step.py        a step as a method sees it (alignkit.method.Context)
 roles.py       the models that a method may call
 rollouts.py    prompts -> sampled and scored completions

@@ -1,9 +1,7 @@
-"""Build everything that the loop needs from settings, in an order that finds errors early: rows, tokens, models."""
+"""Build everything that the loop needs from settings and examples, in an order that finds errors early."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,10 +20,8 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from alignkit import data
 from alignkit.config import RunConfig
-from alignkit.data import tokenise
-from alignkit.data.stream import Stream, hold_out
+from alignkit.data.stream import Stream
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online, Scorers
 from alignkit.engine.state import Parts, Splits
@@ -47,34 +43,6 @@ from alignkit.types import Example, Layout
 logger = logging.getLogger(__name__)
 
 TRACKERS = sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL)
-
-
-def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Splits:
-    """Read, check and tokenise the rows. Raises DataError with every fault; logs what was dropped."""
-    train = _examples(config.data, config, method, tokenizer)
-    if config.eval_data is not None:
-        held_out = _examples(config.eval_data, config, method, tokenizer)
-    else:
-        train, held_out = hold_out(train, config.eval_fraction, config.seed)
-    digest = hashlib.sha256()
-    for e in (*train, *held_out):
-        for part in (e.prompt, *(t for c in e.completions for t in (c.tokens, c.trained_at))):
-            digest.update(len(part).to_bytes(4, "little") + part.numpy().tobytes())
-        digest.update(json.dumps(sorted(e.numbers.items())).encode())
-        digest.update(json.dumps(e.columns, sort_keys=True, default=str).encode())
-    logger.info("%d rows to train on, %d held out", len(train), len(held_out))
-    return Splits(train, held_out, digest.hexdigest())
-
-
-def _examples(source: Any, config: RunConfig, method: Method[Any], tokenizer: Any) -> list[Example]:
-    dataset = data.load(source, method.data, config.columns)
-    examples, report = tokenise.tokenise_as(config, dataset, tokenizer)
-    report = dataset.report + report
-    for line in [dataset.lines()[0], *report.lines()]:
-        logger.info(line)
-    if not examples:
-        raise DataError(f"{dataset.source}: no usable row is left; {'; '.join(report.lines())}")
-    return examples
 
 
 def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
@@ -117,7 +85,9 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     """Load the models, prepare the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
     ranks, device = Ranks(accelerator), accelerator.device
     least = least_examples(config, method, splits, ranks.n)
-    stream = Stream(splits.train, config.batch_size, config.seed, least)
+    stream = splits.streamed or Stream(splits.train, config.batch_size, config.seed, least, splits.weights)
+    for line in stream.lines():
+        logger.info(line)
     set_seed(config.seed)  # new adapters are initialised at random
     scorers = Scorers.of_run(config, method, [*splits.train, *splits.held_out], device)
     plain, came_with_adapter = _trained_model(config, method, tokenizer, device)
@@ -215,7 +185,7 @@ def _reference(
     if mode is None:
         return None
     sampled = method.data == "prompts"  # no other run will score the same completions
-    cached = config.reference_cache and method.reference_need() != "moving" and not sampled
+    cached = config.caches_reference and method.reference_need() != "moving" and not sampled
     mixed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     reference = Reference(
         mode,

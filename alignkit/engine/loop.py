@@ -97,7 +97,7 @@ class Loop:
             if stop:
                 break
         state.method.after_update(ctx, values)
-        values |= {"lr": rate, "epoch": (step + 1) / parts.stream.steps_per_epoch, "skipped": state.skipped}
+        values |= {"lr": rate, "skipped": state.skipped, **parts.stream.metrics(step, ctx.step_examples)}
         return values | ctx.logged | self._speed(batch.n_tokens, started)
 
     def _minibatches(self, batch: Batch, ctx: StepContext) -> Iterator[tuple[Batch, float]]:
@@ -217,6 +217,6 @@ class Loop:
             parts.plain,
             parts.reference,
             parts.peak_rate,
-            len(state.splits.train),
+            None if state.splits.streamed else len(state.splits.train),
             len(state.splits.held_out),
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from alignkit import registry
 from alignkit.config import RunConfig, split
-from alignkit.engine import assemble
+from alignkit.engine import assemble, reading
 from alignkit.engine.loop import Loop
 from alignkit.engine.saving import save_model
 from alignkit.engine.state import RunState, Splits
@@ -43,7 +43,7 @@ class Run:
 
     def read(self) -> Splits:
         """Read, check and tokenise the rows. Raises DataError."""
-        self.splits = assemble.read(self.config, self.method, self.tokenizer)
+        self.splits = reading.read(self.config, self.method, self.tokenizer)
         return self.splits
 
     def build(self) -> RunState:

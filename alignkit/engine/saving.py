@@ -39,6 +39,7 @@ def save(state: RunState, step: int) -> None:
         "rows": state.splits.digest,
         "early": state.early.state_dict(),
         "evaluated": state.evaluated,
+        "stream": parts.stream.state_dict(),
     }
     if parts.ranks.is_main:
         path = checkpoint.save(state.folder / "checkpoints", step, tensors, kept, state.config.keep_checkpoints)
@@ -71,6 +72,7 @@ def restore(state: RunState) -> int:
     state.skipped = found.state["skipped"]
     state.early.load_state_dict(found.state["early"])
     state.evaluated = found.state["evaluated"]
+    parts.stream.load_state_dict(found.state.get("stream", {}))
     checkpoint.set_rng_state(found.tensors["rng"], found.state["rng"])
     logger.info("resumed from %s", found.path)
     return found.step

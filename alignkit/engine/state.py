@@ -14,6 +14,7 @@ from torch import nn
 
 from alignkit.config import RunConfig
 from alignkit.data.stream import Stream
+from alignkit.data.streaming import Streamed
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online
 from alignkit.method import Method
@@ -26,11 +27,16 @@ from alignkit.types import Example, Layout
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples of a run: to train on, held out, and a digest of both."""
+    """The examples of a run: to train on, held out, and a digest of both; the weights of a mixture's sources.
+
+    streamed: with `streaming`, the stream of the run; `train` then holds its first examples only.
+    """
 
     train: list[Example]
     held_out: list[Example]
     digest: str
+    weights: Mapping[str, float] = field(default_factory=dict)
+    streamed: Streamed | None = None
 
 
 @dataclass
@@ -50,7 +56,7 @@ class Parts:
     reference: Reference | None
     online: Online | None
     layout: Layout
-    stream: Stream
+    stream: Stream | Streamed
     peak_rate: float
     eos: int
 

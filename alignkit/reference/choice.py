@@ -30,6 +30,11 @@ def check_reference(config: RunConfig, method: Method[Any]) -> None:
             f"'{method.name}' cannot use reference: cached, because it scores rows that are created during the run; "
             f"use reference: auto, full or int8"
         )
+    if mode == "cached" and config.streaming:
+        raise ConfigError(
+            "reference: cached scores all rows before the first step, but streaming does not hold them; use reference: "
+            "auto, full or int8"
+        )
     if mode == "cached" and not config.reference_cache:
         raise ConfigError("reference: cached needs reference_cache: true")
 
@@ -50,7 +55,7 @@ def resolve_reference(
         return "full"
     if _switchable(config, method):
         return "adapter-off"
-    if need == "rows" and config.reference_cache:
+    if need == "rows" and config.caches_reference:
         return "cached"
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 3 * n_bytes:
         return "int8"
@@ -62,4 +67,4 @@ def _switchable(config: RunConfig, method: Method[Any]) -> bool:
     if config.lora is None:
         return False
     # ranks would wait for each other where they score different numbers of rows with a sharded policy
-    return not config.fsdp or (method.reference_need() == "rows" and config.reference_cache)
+    return not config.fsdp or (method.reference_need() == "rows" and config.caches_reference)

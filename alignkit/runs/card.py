@@ -16,7 +16,7 @@ import yaml
 
 from alignkit import registry
 from alignkit.config import RunConfig, read_yaml
-from alignkit.data.rows import SUFFIXES
+from alignkit.data_spec import SUFFIXES, sources_of, suffix_of
 from alignkit.errors import PluginError
 from alignkit.method import Method
 from alignkit.runs import sessions, usage
@@ -37,6 +37,8 @@ def place(value: object) -> str:
 
     The model/ of a run's folder has the run's name, rows that were given in Python have their type's name.
     """
+    if isinstance(value, list | Mapping):
+        return ", ".join(place(source.path) for source in sources_of(value) or [])
     path = Path(str(value))
     if not _local(value):
         return str(value)
@@ -87,7 +89,8 @@ class _About:
         """Return the front matter; data sets only where they are on the hub."""
         data = self.settings["data"]
         tags = ["alignkit", self.name, *(["reward-model"] if self.scores else []), *(["lora"] if self.adapter else [])]
-        hub = [] if _local(data) or str(data).startswith("<") else [str(data)]
+        names = [str(source.path) for source in sources_of(data) or []]
+        hub = [name.split(":")[0] for name in names if not _local(name) and not name.startswith("<")]
         return {
             "base_model": self.base,
             "base_model_relation": "adapter" if self.adapter else "finetune",
@@ -136,7 +139,7 @@ class _About:
         values |= {k: v for k, v in self.settings.items() if k in own or k not in known}
         values["learning_rate"] = values["learning_rate"] or facts.get("learning_rate")
         table = [f"| `{k}` | {_code(_public(v))} |" for k, v in values.items() if v is not None]
-        data = [f"- Data: {self.data}" + (f", {facts['rows']} rows" if "rows" in facts else "")]
+        data = [f"- Data: {self.data}" + (f", {facts['rows']} rows" if facts.get("rows") else "")]
         if facts.get("held_out_rows"):
             of = self.settings.get("eval_data")
             data.append(f"- Held out: {facts['held_out_rows']} rows of {_code(place(of)) if of else 'it'}")
@@ -192,7 +195,7 @@ def _local(value: object) -> bool:
     text = str(value)
     path = Path(text)
     far = path.is_absolute() or len(path.parts) > 2 or text.startswith((".", "~"))
-    return far or path.suffix in SUFFIXES or path.exists()
+    return far or suffix_of(path) in SUFFIXES or path.exists()
 
 
 def _public(value: Any) -> Any:

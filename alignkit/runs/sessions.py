@@ -185,9 +185,17 @@ def digest(source: object) -> str | None:
 
 
 def facts(
-    config: RunConfig, model: nn.Module, reference: Reference | None, learning_rate: float, rows: int, held_out: int
+    config: RunConfig,
+    model: nn.Module,
+    reference: Reference | None,
+    learning_rate: float,
+    rows: int | None,
+    held_out: int,
 ) -> dict[str, Any]:
-    """Return the facts about a run in a session's entry, as JSON values. model: the trained one."""
+    """Return the facts about a run in a session's entry, as JSON values.
+
+    model: the trained one. rows: None where they are streamed.
+    """
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
     about: dict[str, Any] | None = None
     if reference is not None:

@@ -96,7 +96,8 @@ def check(stages: Sequence[Stage]) -> None:
                     _check_scorer(by_name[name], compares)
         for key in ("data", "eval_data"):
             with named(stage.name, key):
-                if (source := getattr(stage.config, key)) is not None:
+                streamed = key == "data" and stage.config.streaming
+                if (source := getattr(stage.config, key)) is not None and not streamed:
                     data.load(source, stage.method.data, stage.config.columns)
         with named(stage.name, "model"):
             _check_model(stage, by_name)

@@ -54,13 +54,13 @@ def validate(
     """Check a YAML file and every row of its data without loading a model."""
     checked, method = console.checked(console.settings_of(str(config), {}, [], only_file=True))
     console.show_log()
-    from alignkit.engine import assemble
+    from alignkit.engine import assemble, reading
     from alignkit.models import loading
     from alignkit.rewards import check_columns
     from alignkit.rollout.checks import check_online
 
     check_online(checked, method)
-    rows = assemble.read(checked, method, loading.load_tokenizer(checked))
+    rows = reading.read(checked, method, loading.load_tokenizer(checked))
     assemble.least_examples(checked, method, rows, n_ranks=1)
     check_columns(checked.reward, checked.judge, {name for e in (*rows.train, *rows.held_out) for name in e.columns})
     typer.echo(f"{config}: valid, ready to run with '{checked.method}'")

@@ -22,7 +22,7 @@ Options override the YAML file, --set overrides both."""
 def run(
     what: Annotated[str, typer.Argument(help="A method's name, or a YAML file of settings", metavar="METHOD|CONFIG")],
     model: Annotated[Text, typer.Option(help="Folder or hub name of the model")] = None,
-    data: Annotated[Text, typer.Option(help="JSONL, JSON, Parquet or CSV file, or hub name")] = None,
+    data: Annotated[Text, typer.Option(help="JSONL, JSON, Parquet or CSV file, folder, glob, or hub name")] = None,
     eval_data: Annotated[Text, typer.Option(help="Held-out rows, in the same forms")] = None,
     eval_fraction: Annotated[float | None, typer.Option(help="Fraction of the data to hold out, such as 0.05")] = None,
     output: Annotated[Text, typer.Option(help="Folder of all runs  [default: runs]")] = None,

@@ -11,7 +11,7 @@ import numpy as np
 
 from alignkit.config import RunConfig
 from alignkit.data import Dataset, load
-from alignkit.data.forms import FORMS, KINDS
+from alignkit.data.forms import KINDS
 from alignkit.data.rows import FaultyRowsError, Row
 from alignkit.data.sources import read_rows
 from alignkit.errors import ConfigError, DataError
@@ -25,7 +25,6 @@ from alignkit.models.loading import load_tokenizer
 from alignkit.rewards import build_rewards
 
 _LIMITS = {name: RunConfig.model_fields[name].default for name in ("max_prompt_tokens", "max_completion_tokens")}
-_BEST = {form.name: form.kinds[0] for form in FORMS}
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def _dataset_fields(dataset: Dataset) -> dict[str, Any]:
         "source": dataset.source,
         "form": dataset.form,
         "kind": dataset.kind,
-        "serves": next(form.kinds for form in FORMS if form.name == dataset.form),
+        "serves": dataset.kinds,
         "total": report.total,
         "kept": len(dataset),
         "dropped": report.dropped,
@@ -153,7 +152,7 @@ def _read(data: object, columns: Mapping[str, str] | None) -> Dataset:
         except DataError as error:
             problems.append(error)
             continue
-        if _BEST[found.form] == kind:
+        if found.kinds[0] == kind:
             return found
         raise problems[0]  # every row was dropped for the form's own kind
     raise problems[-1]

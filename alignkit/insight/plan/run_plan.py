@@ -14,7 +14,7 @@ import torch
 from alignkit import registry
 from alignkit.config import RunConfig, split
 from alignkit.data.stream import Stream
-from alignkit.engine import assemble
+from alignkit.engine import assemble, reading
 from alignkit.errors import ConfigError
 from alignkit.insight.plan.memory import Memory, Work, memory
 from alignkit.insight.plan.remedies import Remedy, find_remedies
@@ -79,15 +79,19 @@ def plan(
     method = method_class(own)
     if not isinstance(config.model, str):
         raise ConfigError("a plan needs the model's folder or hub name, not a loaded model")
+    if config.streaming:
+        raise ConfigError(
+            "a plan counts all rows, but streaming does not hold them; plan without it, on a part of them"
+        )
     check_reference(config, method)
     check_online(config, method)
     if config.fsdp and processes == 1:
         raise ConfigError("fsdp shards over several processes, and this plans one; give their number: --processes 8")
     gpu = torch.cuda.is_available() and config.device == "auto" if gpu is None else gpu
-    rows = assemble.read(config, method, load_tokenizer(config))
+    rows = reading.read(config, method, load_tokenizer(config))
     examples = [method.longest(e) for e in rows.train]
     least = assemble.least_examples(config, method, rows, processes)
-    stream = Stream(rows.train, config.batch_size, config.seed, least)
+    stream = Stream(rows.train, config.batch_size, config.seed, least, rows.weights)
     steps = stream.total_steps(config.epochs, config.max_steps)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu)
     layout = _layout(config)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.rows import SUFFIXES
+from alignkit.data_spec import SUFFIXES, suffix_of
 from alignkit.errors import AlignkitError
 from alignkit.insight.audit import Audit, audit
 from alignkit.insight.audit.audit_output import Section, sections
@@ -75,7 +75,7 @@ def _change(run: Run, name: str, value: object) -> str | None:
     """Return a note where a source is missing, is not a file, or has changed since the run, else None."""
     before = run.sessions[-1]["facts"].get(f"{name}_sha256") if run.sessions else None
     if not _file(value):
-        gone = before is not None or Path(str(value)).suffix in SUFFIXES
+        gone = before is not None or suffix_of(str(value)) in SUFFIXES
         return f"{name}: {value} {'no longer exists' if gone else 'is not a file'}, so it is not audited."
     if before is None:
         return f"{name}: the run kept no checksum, so {value} may have changed since."

@@ -1,0 +1,71 @@
+"""Settings -> the examples of a run, to train on and held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from alignkit import data
+from alignkit.config import RunConfig
+from alignkit.data import tokenise
+from alignkit.data.order import tagged
+from alignkit.data.sources import open_rows
+from alignkit.data.stream import hold_out
+from alignkit.data.streaming import Streamed
+from alignkit.engine.state import Splits
+from alignkit.errors import DataError
+from alignkit.method import Method
+from alignkit.types import Example
+
+logger = logging.getLogger(__name__)
+
+
+def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Splits:
+    """Read, check and tokenise the rows. Raises DataError with every fault; logs what was dropped."""
+    streamed = _streamed(config, method, tokenizer) if config.streaming else None
+    if streamed is None:
+        train, weights = _examples(config.data, config, method, tokenizer, config.order_by)
+    else:
+        train, weights = streamed.first, {}
+    if config.eval_data is not None:
+        held_out, _ = _examples(config.eval_data, config, method, tokenizer)
+    else:
+        train, held_out = hold_out(train, config.eval_fraction, config.seed)
+    digest = hashlib.sha256()
+    for e in (*train, *held_out):
+        for part in (e.prompt, *(t for c in e.completions for t in (c.tokens, c.trained_at))):
+            digest.update(len(part).to_bytes(4, "little") + part.numpy().tobytes())
+        digest.update(json.dumps(sorted(e.numbers.items())).encode())
+        digest.update(json.dumps(e.columns, sort_keys=True, default=str).encode())
+        if e.order is not None or weights:
+            digest.update(json.dumps([e.source, e.order]).encode())
+    if weights:
+        digest.update(json.dumps(weights).encode())
+    if streamed is None:
+        logger.info("%d rows to train on, %d held out", len(train), len(held_out))
+    return Splits(train, held_out, digest.hexdigest(), weights, streamed)
+
+
+def _streamed(config: RunConfig, method: Method[Any], tokenizer: Any) -> Streamed:
+    def encode(dataset: data.Dataset) -> tuple[list[Example], data.Report]:
+        return tokenise.tokenise_as(config, dataset, tokenizer)
+
+    source = open_rows(config.data)
+    return Streamed(source, method.data, config.columns, encode, config.batch_size, config.seed, config.shuffle_buffer)
+
+
+def _examples(
+    source: Any, config: RunConfig, method: Method[Any], tokenizer: Any, order_by: str | None = None
+) -> tuple[list[Example], Mapping[str, float]]:
+    """Return the examples of a source, and the weights of its parts."""
+    dataset = data.load(source, method.data, config.columns)
+    examples, report = tokenise.tokenise_as(config, dataset, tokenizer)
+    report = dataset.report + report
+    for line in [*dataset.found(), *report.lines()]:
+        logger.info(line)
+    if not examples:
+        raise DataError(f"{dataset.source}: no usable row is left; {'; '.join(report.lines())}")
+    return tagged(examples, dataset, order_by), dataset.weights
