@@ -179,15 +179,26 @@ def test_the_papers_are_those_of_the_method() -> None:
         ("a/b/rows.jsonl", "rows.jsonl"),
         ("~/base", "base"),
         ("<list>", "<list>"),
+        (["/data/a.jsonl.gz", {"path": "org/pairs:train", "columns": {}}], "a.jsonl.gz, org/pairs:train"),
+        ([{"prompt": "q"}], "<list>"),
+        ({"no": "path"}, "<dict>"),
+        ({"path": "/data/shards/*.jsonl"}, "*.jsonl"),
     ],
 )
-def test_places_are_named_by_their_last_part_and_hub_names_whole(value: str, said: str) -> None:
+def test_places_are_named_by_their_last_part_and_hub_names_whole(value: object, said: str) -> None:
     assert card.place(value) == said
 
 
 def test_hub_names_of_data_are_metadata_and_local_ones_are_not(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    for data, expected in (("org/pairs", ["org/pairs"]), ("/data/pairs.jsonl", None), ("<list>", None)):
+    mixed = ["/data/pairs.jsonl", {"path": "org/other", "name": "en"}, "org/pairs:en:train[:5]"]
+    for data, expected in (
+        ("org/pairs", ["org/pairs"]),
+        ("org/pairs:test", ["org/pairs"]),
+        ("/data/pairs.jsonl", None),
+        ("<list>", None),
+        (mixed, ["org/other", "org/pairs"]),
+    ):
         settings = {"method": "dpo", "model": "org/base", "data": data, "beta": 0.1}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
         card.write(tmp_path / "model", tmp_path)

@@ -123,3 +123,21 @@ def test_every_rank_has_every_minibatch_and_a_part_of_what_is_held_out(
 def test_sharding_over_one_process_is_an_error_not_a_silent_plain_run(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="fsdp needs several processes, but there is one; start it with `torchrun"):
         alignkit.run("sft", data=make_rows("pairs", 8), fsdp=True, **settings)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_processes_read_the_rows_of_one(streaming: bool, settings: dict[str, Any], write_rows: Any) -> None:
+    big, small = (write_rows(make_rows("pairs", n, seed=n), f"{n}.jsonl") for n in (9, 3))
+    data = big if streaming else f"[{{path: {big}, weight: 1}}, {{path: {small}, weight: 2}}]"
+    changes = {"batch_size": 5, "max_steps": 4, "streaming": streaming, "shuffle_buffer": 4, "learning_rate": 1e-4}
+    named = big if streaming else [{"path": big, "weight": 1}, {"path": small, "weight": 2}]
+    one = alignkit.run("dpo", **{**settings, **changes, "data": named, "timeout_minutes": 0.5})
+    done = torchrun(["run", "dpo", *flags_of(settings, data, **changes)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = read_metrics(one.folder), read_metrics(settings["output"] / "two")
+    assert len(a) == len(b) == 4
+    for x, y in zip(a, b, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], abs=1e-5)
+        assert {k: v for k, v in x.items() if "rows" in k} == {k: v for k, v in y.items() if "rows" in k}
+        assert ("rows_read" in x) == streaming
+        assert ("rows/3" in x) != streaming

@@ -17,7 +17,7 @@ import yaml
 from alignkit import registry
 from alignkit.config import RunConfig, read_yaml
 from alignkit.data_spec import SUFFIXES, sources_of, suffix_of
-from alignkit.errors import PluginError
+from alignkit.errors import ConfigError, PluginError
 from alignkit.method import Method
 from alignkit.runs import sessions, usage
 from alignkit.runs.folder import read_lines
@@ -38,7 +38,7 @@ def place(value: object) -> str:
     The model/ of a run's folder has the run's name, rows that were given in Python have their type's name.
     """
     if isinstance(value, list | Mapping):
-        return ", ".join(place(source.path) for source in sources_of(value) or [])
+        return ", ".join(map(place, _paths(value))) or f"<{type(value).__name__}>"
     path = Path(str(value))
     if not _local(value):
         return str(value)
@@ -89,8 +89,7 @@ class _About:
         """Return the front matter; data sets only where they are on the hub."""
         data = self.settings["data"]
         tags = ["alignkit", self.name, *(["reward-model"] if self.scores else []), *(["lora"] if self.adapter else [])]
-        names = [str(source.path) for source in sources_of(data) or []]
-        hub = [name.split(":")[0] for name in names if not _local(name) and not name.startswith("<")]
+        hub = [name.split(":")[0] for name in _paths(data) if not _local(name) and not name.startswith("<")]
         return {
             "base_model": self.base,
             "base_model_relation": "adapter" if self.adapter else "finetune",
@@ -188,6 +187,14 @@ def _method(name: str) -> type[Method[Any]] | None:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return list(read_lines(path)) if path.is_file() else []
+
+
+def _paths(data: object) -> list[str]:
+    """Return the paths and names of the sources in a run's settings, none where they are not described."""
+    try:
+        return [str(source.path) for source in sources_of(data) or []]
+    except ConfigError:
+        return []
 
 
 def _local(value: object) -> bool:
