@@ -96,7 +96,7 @@ def test_no_prompt_is_ever_on_both_sides_of_a_hold_out(prompts: list[int], fract
     train, held = hold_out(examples, fraction, seed)
     assert not {int(e.prompt) for e in train} & {int(e.prompt) for e in held}
     assert len({int(e.prompt) for e in held}) == wanted
-    assert sorted(e.row for e in train + held) == list(range(len(prompts)))
+    assert sorted(e.row for e in [*train, *held]) == list(range(len(prompts)))
     for side in (train, held):
         assert [e.row for e in side] == sorted(e.row for e in side)
     again = hold_out(examples, fraction, seed)

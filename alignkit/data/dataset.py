@@ -126,11 +126,14 @@ class Reading(NamedTuple):
 
     def rows(self, raw: RawRows) -> tuple[list[Row], Report]:
         """Check and convert rows, also a part of a source. Raises FaultyRowsError with the faults of all of them."""
-        renamed = _renamed(raw, self.columns)
-        rows, report, faults = converted(renamed, self.form, self.kind, self.margins)
+        rows, report, faults = self.converted(raw)
         if faults:
             raise FaultyRowsError(raw.source, faults)
         return rows, report
+
+    def converted(self, raw: RawRows) -> tuple[list[Row], Report, list[Fault]]:
+        """Check and convert rows, also a part of a source; return also what was dropped, and all faults."""
+        return converted(_under_our_names(raw, self.columns), self.form, self.kind, self.margins)
 
 
 def reading_of(raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None) -> Reading:
@@ -170,12 +173,16 @@ def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
             raise DataError(
                 f"{raw.source}: no column '{theirs}', which `columns` names for {ours}.{hint} Columns: {there}"
             )
+    return _under_our_names(raw, wanted)
+
+
+def _under_our_names(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
     taken = set(wanted.values())
     rows = []
-    for number, cells in raw:
+    for number, cells in raw if wanted else ():
         rest = {column: value for column, value in cells.items() if column not in taken}
         rows.append((number, {**rest, **{ours: cells[theirs] for ours, theirs in wanted.items() if theirs in cells}}))
-    return replace(raw, rows=rows)
+    return replace(raw, rows=rows) if wanted else raw
 
 
 def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:

@@ -4,42 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from alignkit.data.dataset import Dataset
 from alignkit.data.rows import Fault, FaultyRowsError, Row, shown
 from alignkit.errors import DataError, nearest
-from alignkit.types import Example
 
 
-def tagged(examples: Sequence[Example], dataset: Dataset, order_by: str | None) -> list[Example]:
-    """Return the examples with the sources of their rows, and with their places in the column `order_by`.
+class Order:
+    """Places of rows in the column of `order_by`: "column" from the smallest number, "-column" from the largest."""
 
-    order_by: "column" from the smallest number to the largest, "-column" from the largest. Raises DataError without
-    such a column, FaultyRowsError for rows without a number in it.
-    """
-    if order_by is None and not dataset.parts:
-        return list(examples)
-    places = _places(dataset, order_by) if order_by is not None else {}
-    sources = {row.row: row.source for row in dataset.rows}
-    return [replace(e, source=sources[e.row], order=places.get(e.row)) for e in examples]
+    def __init__(self, order_by: str) -> None:
+        self._column = order_by.removeprefix("-")
+        self._sign = -1.0 if order_by.startswith("-") else 1.0
+        self._wrong: list[tuple[int, object]] = []
+        self._there: set[str] = set()
+        self._found = False
 
+    def of(self, rows: Sequence[Row]) -> dict[int, float]:
+        """Return the places of rows that have a number; `check` raises for the others."""
+        values = {row.row: _value(row, self._column) for row in rows}
+        numbers = {row: _number(value) for row, value in values.items()}
+        self._wrong += [(row, values[row]) for row, number in numbers.items() if not math.isfinite(number)]
+        self._found = self._found or any(value is not None for value in values.values())
+        self._there.update(name for row in rows for name in (*row.extra, *row.numbers))
+        return {row: self._sign * number for row, number in numbers.items() if math.isfinite(number)}
 
-def _places(dataset: Dataset, order_by: str) -> dict[int, float]:
-    column, sign = (order_by[1:], -1.0) if order_by.startswith("-") else (order_by, 1.0)
-    values = {row.row: _value(row, column) for row in dataset.rows}
-    if all(value is None for value in values.values()):
-        there = sorted({name for row in dataset.rows for name in (*row.extra, *row.numbers)})
-        raise DataError(
-            f"{dataset.source}: no column '{column}', which `order_by` names.{nearest(column, there)} Columns that the "
-            f"form '{dataset.form}' leaves: {', '.join(there) or 'none'}"
-        )
-    numbers = {row: _number(value) for row, value in values.items()}
-    if wrong := [row for row, number in numbers.items() if not math.isfinite(number)]:
-        fix = "give a finite number, by which the row is ordered"
-        faults = [Fault(row, column, f"found {shown(values[row])}", fix) for row in wrong]
-        raise FaultyRowsError(dataset.source, faults)
-    return {row: sign * number for row, number in numbers.items()}
+    def check(self, source: str, datasets: Sequence[Dataset]) -> None:
+        """Raise DataError without such a column, FaultyRowsError for rows without a number in it."""
+        if not self._found:
+            there = sorted(self._there)
+            forms = ", ".join(dict.fromkeys(dataset.form for dataset in datasets))
+            raise DataError(
+                f"{source}: no column '{self._column}', which `order_by` names.{nearest(self._column, there)} Columns "
+                f"that the form '{forms}' leaves: {', '.join(there) or 'none'}"
+            )
+        if self._wrong:
+            fix = "give a finite number, by which the row is ordered"
+            faults = [Fault(row, self._column, f"found {shown(value)}", fix) for row, value in self._wrong]
+            raise FaultyRowsError(source, faults)
 
 
 def _value(row: Row, column: str) -> object:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,7 @@ class Lazy(NamedTuple):
     items: Callable[[], Iterator[Item]]
     textual: bool = False
     columns: Mapping[str, str] | None = None
+    weight: float | None = None
 
 
 def open_rows(source: object) -> Lazy:
@@ -85,17 +87,56 @@ def open_rows(source: object) -> Lazy:
         return Lazy("the dataset", lambda: rows_in(source, "the dataset"))
     if len(named) > 1:
         raise ConfigError("streaming reads one source; give one folder or glob for several files")
-    (one,) = named
+    return _opened(named[0], streaming=True)
+
+
+def lazy_parts(source: object) -> tuple[str, list[Lazy]]:
+    """Return the name of a source and its parts, of all that `read_rows` reads, without reading their rows.
+
+    Each part must be read to its end before the next one: their rows are numbered as `joined` does.
+    """
+    if isinstance(source, RawRows):
+        return source.source, [_in_memory(part) for part in source.parts or [source]]
+    named = sources_of(source)
+    if named is not None:
+        parts = [_opened(one) for one in named]
+        return (parts[0].name, parts) if len(parts) == 1 else (f"{len(parts)} sources", _numbered(parts))
+    if isinstance(source, (list, tuple)):
+        return "the list of rows", [Lazy("the list of rows", lambda: enumerate(source, 1))]
+    return "the dataset", [Lazy("the dataset", lambda: rows_in(source, "the dataset"))]
+
+
+def _in_memory(raw: RawRows) -> Lazy:
+    return Lazy(raw.source, lambda: itertools.chain(raw.faults, raw.rows), raw.textual, raw.columns, raw.weight)
+
+
+def _opened(one: Source, streaming: bool = False) -> Lazy:
     if repository := repository_of(one):
-        rows = loaded(repository, streaming=True)
-        return Lazy(str(repository), lambda: rows_in(rows, str(repository)), columns=one.columns)
+        rows = loaded(repository, streaming=streaming)
+        return Lazy(str(repository), lambda: rows_in(rows, str(repository)), False, one.columns, one.weight)
     path = Path(one.path).expanduser()
     if is_saved(path):
         on_disk = saved(path)
-        return Lazy(str(path), lambda: rows_in(on_disk, str(path)), columns=one.columns)
+        return Lazy(str(path), lambda: rows_in(on_disk, str(path)), False, one.columns, one.weight)
     paths = _files_of(path)
     items = partial(items_of, path) if paths == [path] else partial(_items_of_all, paths)
-    return Lazy(str(path), items, suffix_of(paths[0]) == ".csv", one.columns)
+    return Lazy(str(path), items, suffix_of(paths[0]) == ".csv", one.columns, one.weight)
+
+
+def _numbered(parts: Sequence[Lazy]) -> list[Lazy]:
+    """Return parts whose rows are numbered on from part to part."""
+    lasts = [0] * (len(parts) + 1)
+
+    def items(k: int) -> Iterator[Item]:
+        lasts[k + 1] = lasts[k]
+        for item in parts[k].items():
+            number = item.row if isinstance(item, Fault) else item[0]
+            own, file = (number.own, number.file) if isinstance(number, RowNumber) else (number, parts[k].name)
+            number = RowNumber(lasts[k] + number, own, file)
+            lasts[k + 1] = max(lasts[k + 1], number)
+            yield replace(item, row=number) if isinstance(item, Fault) else (number, item[1])
+
+    return [part._replace(items=partial(items, k)) for k, part in enumerate(parts)]
 
 
 def _items_of_all(paths: list[Path]) -> Iterator[Item]:

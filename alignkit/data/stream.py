@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from alignkit.data.store import Selected
 from alignkit.errors import DataError
 from alignkit.types import Example
 
@@ -143,10 +145,10 @@ def chunks(examples: Sequence[Example], size: int, min_batch: int) -> list[tuple
     return parts
 
 
-def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
     """Split into (train, held out) without a common prompt, each in its order. Raises DataError if train is empty."""
     if not fraction:
-        return list(examples), []
+        return examples, []
     prompts = sorted({e.prompt.numpy().tobytes() for e in examples})
     order = torch.randperm(len(prompts), generator=seeded(seed, 1, 0)).tolist()
     n_held = max(1, round(fraction * len(prompts)))
@@ -155,10 +157,10 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[l
             f"eval_fraction {fraction} of {len(prompts)} different prompts leaves no prompt to train on; lower it"
         )
     held = {prompts[i] for i in order[:n_held]}
-    sides = ([], [])  # type: tuple[list[Example], list[Example]]
-    for e in examples:
-        sides[e.prompt.numpy().tobytes() in held].append(e)
-    return sides
+    sides = array("q"), array("q")
+    for i, e in enumerate(examples):
+        sides[e.prompt.numpy().tobytes() in held].append(i)
+    return Selected(examples, sides[0]), Selected(examples, sides[1])
 
 
 def seeded(seed: int, purpose: int, number: int) -> torch.Generator:

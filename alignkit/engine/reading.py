@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
-from alignkit import data
 from alignkit.config import RunConfig
-from alignkit.data import tokenise
-from alignkit.data.order import tagged
+from alignkit.data import Dataset, Report
+from alignkit.data.blocks import encoded
 from alignkit.data.sources import open_rows
 from alignkit.data.stream import hold_out
 from alignkit.data.streaming import Streamed
+from alignkit.data.tokenise import tokenise_as
 from alignkit.engine.state import Splits
-from alignkit.errors import DataError
 from alignkit.method import Method
 from alignkit.types import Example
 
@@ -35,7 +36,7 @@ def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Splits:
     else:
         train, held_out = hold_out(train, config.eval_fraction, config.seed)
     digest = hashlib.sha256()
-    for e in (*train, *held_out):
+    for e in chain(train, held_out):
         for part in (e.prompt, *(t for c in e.completions for t in (c.tokens, c.trained_at))):
             digest.update(len(part).to_bytes(4, "little") + part.numpy().tobytes())
         digest.update(json.dumps(sorted(e.numbers.items())).encode())
@@ -50,22 +51,19 @@ def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Splits:
 
 
 def _streamed(config: RunConfig, method: Method[Any], tokenizer: Any) -> Streamed:
-    def encode(dataset: data.Dataset) -> tuple[list[Example], data.Report]:
-        return tokenise.tokenise_as(config, dataset, tokenizer)
-
-    source = open_rows(config.data)
+    source, encode = open_rows(config.data), partial(_encode, config, tokenizer)
     return Streamed(source, method.data, config.columns, encode, config.batch_size, config.seed, config.shuffle_buffer)
+
+
+def _encode(config: RunConfig, tokenizer: Any, dataset: Dataset) -> tuple[list[Example], Report]:
+    return tokenise_as(config, dataset, tokenizer)
 
 
 def _examples(
     source: Any, config: RunConfig, method: Method[Any], tokenizer: Any, order_by: str | None = None
-) -> tuple[list[Example], Mapping[str, float]]:
+) -> tuple[Sequence[Example], Mapping[str, float]]:
     """Return the examples of a source, and the weights of its parts."""
-    dataset = data.load(source, method.data, config.columns)
-    examples, report = tokenise.tokenise_as(config, dataset, tokenizer)
-    report = dataset.report + report
-    for line in [*dataset.found(), *report.lines()]:
+    found = encoded(source, method.data, config.columns, partial(_encode, config, tokenizer), order_by)
+    for line in found.lines():
         logger.info(line)
-    if not examples:
-        raise DataError(f"{dataset.source}: no usable row is left; {'; '.join(report.lines())}")
-    return tagged(examples, dataset, order_by), dataset.weights
+    return found.examples, found.weights

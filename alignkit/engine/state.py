@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ class Splits:
     streamed: with `streaming`, the stream of the run; `train` then holds its first examples only.
     """
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     digest: str
     weights: Mapping[str, float] = field(default_factory=dict)
     streamed: Streamed | None = None

@@ -1,0 +1,131 @@
+"""Examples in flat arrays, and sources that are read block by block: the same examples as all at once."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tokenizer_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from alignkit.data import FaultyRowsError, load
+from alignkit.data import blocks as blocks_module
+from alignkit.data.blocks import encoded
+from alignkit.data.rows import RowNumber
+from alignkit.data.store import Examples, Selected
+from alignkit.data.tokenise import tokenise
+from alignkit.errors import DataError
+from alignkit.types import Completion, Example
+from helpers import make_rows
+
+TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=5)
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> Example:
+    completions = []
+    for tokens in draw(st.lists(TOKENS, max_size=3)):
+        flags = draw(st.none() | st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+        trained = None if flags is None else torch.tensor(flags, dtype=torch.bool)
+        completions.append(Completion(torch.tensor(tokens, dtype=torch.int32), trained))
+    row = draw(st.integers(1, 9) | st.builds(RowNumber, st.integers(1, 9), st.integers(1, 9), st.sampled_from("ab")))
+    numbers = draw(st.dictionaries(st.sampled_from(["margin", "desirable"]), st.floats(-9, 9)))
+    given_ = {} if completions else {"asked": draw(st.text()), "columns": {"answer": draw(st.integers())}}
+    prompt = torch.tensor([1, *draw(TOKENS)], dtype=torch.int32)
+    source, order = draw(st.sampled_from(["", "x", "y"])), draw(st.none() | st.floats(-9, 9))
+    return Example(prompt, tuple(completions), numbers, row, source=source, order=order, **given_)
+
+
+def shown(example: Example) -> Any:
+    """Everything of an example, to be compared."""
+    completions = [(c.tokens.tolist(), None if c.trained is None else c.trained.tolist()) for c in example.completions]
+    about = (example.asked, example.columns, example.source, example.order)
+    return example.prompt.tolist(), completions, dict(example.numbers), str(example.row), int(example.row), *about
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(examples(), max_size=6))
+def test_what_goes_in_comes_out(given_examples: list[Example]) -> None:
+    stored = Examples(given_examples)
+    assert [shown(e) for e in stored] == [shown(e) for e in given_examples]
+    assert len(stored) == len(given_examples)
+    assert [shown(e) for e in stored[1:4]] == [shown(e) for e in given_examples[1:4]]
+    for i in range(-len(given_examples), len(given_examples)):
+        assert shown(stored[i]) == shown(given_examples[i])
+    with pytest.raises(IndexError):
+        stored[len(given_examples)]
+    assert {e.prompt.dtype for e in stored} <= {torch.int32}
+
+
+def test_some_of_them_are_chosen_and_changed_when_they_are_asked_for() -> None:
+    stored = Examples(Example(torch.tensor([i], dtype=torch.int32), (), row=i) for i in range(5))
+    chosen = Selected(stored, [4, 1, 3], lambda e: Example(e.prompt + 10, (), row=e.row))
+    assert [int(e.prompt) for e in chosen] == [14, 11, 13]
+    assert [e.row for e in chosen[1:]] == [1, 3]
+    assert (len(chosen), int(chosen[-1].prompt)) == (3, 13)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "unpaired", "text", "prompts"])
+def test_blocks_give_the_examples_of_all_rows_at_once(kind: Any, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows("pairs", 23)
+    rows[5]["rejected"] = rows[5]["chosen"]
+    rows[9] = {"prompt": rows[9]["prompt"], "chosen": " ", "rejected": " red"}
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    dataset = load(rows, kind)
+    whole, report = tokenise(dataset, tokenizer, 5, 4)
+    monkeypatch.setattr(blocks_module, "BLOCK", 4)
+    found = encoded(rows, kind, None, lambda part: tokenise(part, tokenizer, 5, 4))
+    assert [shown(e) for e in found.examples] == [shown(e) for e in whole]
+    assert found.lines() == [*dataset.found(), *(dataset.report + report).lines()]
+
+
+def test_columns_and_forms_are_those_of_the_whole_source(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    monkeypatch.setattr(blocks_module, "BLOCK", 2)
+    rows = [{"question": f"q{i}", "chosen": "red", "rejected": "blue", "margin": i} for i in range(6)]
+    named = {"prompt": "question"}
+    found = encoded(rows, "pairs", named, lambda part: tokenise(part, tokenizer))
+    assert [e.numbers["margin"] for e in found.examples] == list(range(6))
+    del rows[4]["margin"]  # in a later block than the first ones that have it
+    with pytest.raises(FaultyRowsError, match="row 5, column 'margin': found None"):
+        encoded(rows, "pairs", named, lambda part: tokenise(part, tokenizer))
+    with pytest.raises(DataError, match="no column 'questions', which `columns` names for prompt"):
+        encoded(rows, "pairs", {"prompt": "questions"}, lambda part: tokenise(part, tokenizer))
+
+
+def test_the_faults_of_all_blocks_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks_module, "BLOCK", 2)
+    tokenizer = tokenizer_of("deepseek_r1_distill")
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    cut = [good[0], {"role": "assistant", "content": "<think>why</think>a"}]
+    rows: list[Any] = [{"messages": good} for _ in range(7)]
+    rows[0], rows[4], rows[6] = ({"messages": cut} for _ in range(3))
+    with pytest.raises(FaultyRowsError, match="the list of rows, in the chat template: 3 faults") as error:
+        encoded(rows, "text", None, lambda part: tokenise(part, tokenizer))
+    assert [fault.row for fault in error.value.faults] == [1, 5, 7]
+    rows[1] = {"messages": 5}
+    rows[5] = "text"
+    with pytest.raises(FaultyRowsError, match="the list of rows: 2 faults") as error:
+        encoded(rows, "text", None, lambda part: tokenise(part, tokenizer))
+    assert [fault.row for fault in error.value.faults] == [2, 6]
+
+
+def test_memory_grows_by_the_tokens_alone(tiny: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    sizes, tokens = [], []
+    for n in (1500, 6000):
+        path = tmp_path / f"{n}.jsonl"
+        lines = ({"prompt": f"red blue {i} " * 9, "chosen": " green" * 12, "rejected": " yes" * 12} for i in range(n))
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        tracemalloc.start()
+        found = encoded(path, "pairs", None, lambda part: tokenise(part, tokenizer))
+        sizes.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        tokens.append(sum(e.n_tokens for e in found.examples))
+    assert (sizes[1] - sizes[0]) / (tokens[1] - tokens[0]) < 8  # bytes: 4 for the token, the rest for the row
