@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from alignkit.errors import ModelError
 from alignkit.models.attention import attention_mask
 from alignkit.models.loading import causal_lm, first_line
+from alignkit.models.rope import each_as_alone, forget_lengths
 from alignkit.types import Batch, Example, Outputs, PackedRows
 from alignkit_kernels import linear_logps, selective_logps
 
@@ -51,7 +52,10 @@ def trunk(model: nn.Module, rows: PackedRows, at: Tensor | None = None) -> Tenso
     """Return the last hidden states [C, H] at the positions that predict, or [k, H] at the flattened positions `at`."""
     lm = causal_lm(model)
     mask = attention_mask(rows, lm.config.get_text_config(), next(lm.parameters()).dtype)
-    out = lm.base_model(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False)
+    with each_as_alone(lm, rows):
+        out = lm.base_model(
+            input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False
+        )
     hidden_RTH = out.last_hidden_state
     return hidden_RTH.reshape(-1, hidden_RTH.shape[-1]).index_select(0, rows.predict_at if at is None else at)  # type: ignore[no-any-return]
 
@@ -112,6 +116,7 @@ def _by_rows(layer: Any, hidden_CH: Tensor, targets: Tensor, options: tuple[Any,
 def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
     """Return the log-probabilities of a sequence's tokens after the first `n_prompt`, by the model's own forward."""
     lm = causal_lm(model)
+    forget_lengths(lm)
     with without_flex(lm):
         logits = lm(input_ids=sequence[None].long(), use_cache=False).logits[0].float()
     logps = logits[:-1].log_softmax(-1).gather(1, sequence[1:, None].long()).squeeze(1)

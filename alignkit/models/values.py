@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from alignkit.errors import ModelError
 from alignkit.models.loading import causal_lm, first_line
+from alignkit.models.rope import forget_lengths
 from alignkit.models.scoring import DIFFERS, Scorer, allowed_difference, head, inside_adapter, trunk
 from alignkit.types import Batch, Example, Outputs, PackedRows
 
@@ -92,6 +93,7 @@ def value_head(model: nn.Module) -> nn.Linear:
 def plain_score(model: nn.Module, sequence: Tensor) -> Tensor:
     """Return the score of one whole sequence by the model's own forward, a scalar."""
     lm = causal_lm(model)
+    forget_lengths(lm)
     pad, lm.config.pad_token_id = lm.config.pad_token_id, None  # else it reads the token before an EOS that also pads
     try:
         return lm(input_ids=sequence[None].long(), use_cache=False).logits[0, 0].float()  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ from torch import nn
 from alignkit.config import Sampling
 from alignkit.errors import ModelError
 from alignkit.models.loading import causal_lm
+from alignkit.models.rope import switch_of
 from alignkit.rollout.batched import Sampled, sampling_mode
 
 PAGE = 32  # tokens
@@ -23,6 +24,13 @@ def sample_continuously(
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    switch = switch_of(causal_lm(model))
+    if switch and switch.same_as(longest) != switch.same_as(1):
+        raise ModelError(
+            f"backend: continuous computes sequences of all lengths in one pass, but this model's rotary frequencies "
+            f"change {switch}, and prompt and completion may have {longest}; use backend: generate, or lower "
+            "max_new_tokens"
+        )
     rows = min(len(prompts) * n, sampling.batch_size)
     # sized by the job: the defaults take most of the memory. Only the blocks limit how many rows run at once, because
     # transformers 5.23 fails where one prompt's completions start together and exceed max_requests_per_batch
