@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from helpers import write_tiny
 from torch import Tensor, nn
 from zoo import BASE, CPU, config
 
@@ -30,6 +29,7 @@ from alignkit.rollout import Mixture, sample
 from alignkit.rollout.noise import GumbelNoise
 from alignkit.testing.world import tiny_tokenizer
 from alignkit.types import Completion, Example, Layout, Switch
+from helpers import write_tiny
 
 LIMIT = 24
 LONGROPE = {
@@ -127,7 +127,8 @@ def test_gradients_are_those_of_the_rows_alone_with_and_without_checkpointing(na
     want_model = build(name)
     for e in EXAMPLES[1:3]:
         for c in e.completions:
-            want_model.model.rotary_emb = type(want_model.model.rotary_emb)(want_model.config)  # has seen no other length
+            # one that has seen no other length
+            want_model.model.rotary_emb = type(want_model.model.rotary_emb)(want_model.config)
             ids = torch.cat([e.prompt, c.tokens]).long()
             logps = want_model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])
             logps[len(e.prompt) - 1 :].sum().backward()
@@ -182,8 +183,8 @@ def own_generation(model: Any, prompt: list[int], number: int, completion: int, 
 class Ends:
     """A tokenizer as far as `sample` reads it."""
 
-    eos_token_id, chat_template = 1, None
-    added_tokens_decoder: dict[int, Any] = {}
+    def __init__(self) -> None:
+        self.eos_token_id, self.chat_template, self.added_tokens_decoder = 1, None, dict[int, Any]()
 
 
 @ARCHITECTURES

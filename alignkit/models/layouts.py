@@ -75,6 +75,10 @@ class Probed(Protocol):
         """Raise ModelError for a model that is not causal."""
         ...
 
+    def check_router(self, example: Example, device: torch.device) -> None:
+        """Raise ModelError for a mixture of experts whose auxiliary loss is unknown."""
+        ...
+
 
 def choose_layout(scorer: Probed, examples: Sequence[Example], config: RunConfig, device: torch.device) -> Layout:
     """Return the layout of the run: the forest where the probe finds it exact, else padded rows, with a warning.
@@ -82,6 +86,7 @@ def choose_layout(scorer: Probed, examples: Sequence[Example], config: RunConfig
     Raises ModelError where padded rows differ from the model's own forward too, or `layout: forest` cannot be used.
     """
     scorer.check_causal(max(examples, key=lambda e: e.n_tokens), device)
+    scorer.check_router(min(examples, key=lambda e: e.n_tokens), device)
     lm = causal_lm(scorer.model)
     attention = lm.config._attn_implementation
     flex = attention == "flex_attention"
@@ -122,9 +127,7 @@ def probed(examples: Sequence[Example]) -> list[Example]:
     return [ordered[i] for i in sorted({0, last // 3, last - last // 3, last})]
 
 
-def _refusal(
-    scorer: Probed, rows: Sequence[Example], padded: Layout, device: torch.device, problem: str
-) -> ModelError:
+def _refusal(scorer: Probed, rows: Sequence[Example], padded: Layout, device: torch.device, problem: str) -> ModelError:
     """Return the error for a model whose padded rows differ from its own forward pass, with the cause."""
     name = type(causal_lm(scorer.model)).__name__
     if DIFFERS not in problem:

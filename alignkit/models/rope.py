@@ -67,9 +67,7 @@ def each_as_alone(lm: nn.Module, rows: PackedRows) -> Iterator[None]:
         forget_lengths(lm)
 
 
-def _by_length(
-    lm: nn.Module, forward: Callable[..., Any], rope_as: Tensor, lengths: list[int]
-) -> Callable[..., Any]:
+def _by_length(lm: nn.Module, forward: Callable[..., Any], rope_as: Tensor, lengths: list[int]) -> Callable[..., Any]:
     """Return a rotary module's forward that calls its own once for each length, as if no other were in the pass."""
 
     def joined(x: Tensor, position_ids: Tensor, *args: Any, **options: Any) -> Any:
