@@ -1,7 +1,7 @@
 """The routing of mixture-of-experts models: what the load-balancing loss and the metrics of the load are made of.
 
-The loss is that of transformers (Switch Transformer, 2101.03961, eq. 4 to 6), over all layers with experts and all tokens
-of an update: E * sum over experts of (share of tokens sent to it) * (its mean probability).
+The loss is that of transformers (Switch Transformer, 2101.03961, eq. 4 to 6), over all layers with experts and all
+tokens of an update: E * sum over experts of (share of tokens sent to it) * (its mean probability).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Router:
     def take(self) -> Tensor | None:
         """Return the sums since the last call, and forget them: float64 [2, layers, experts], None without a pass.
 
-        [0]: of the probabilities, differentiable. [1]: tokens sent to each expert. A prompt's token counts once for each
-        completion that continues it, and padding never, as in padded rows.
+        [0]: of the probabilities, differentiable. [1]: tokens sent to each expert. A prompt's token counts once for
+        each completion that continues it, and padding never, as in padded rows.
         """
         sums, self._sums = self._sums, None
         return sums
@@ -96,14 +96,16 @@ def check_router(lm: Any, router: Router, sequence: Tensor) -> bool:
     assert sums is not None
     own = float(balance_loss(sums, sums, router.top_k))
     with torch.no_grad():
-        theirs = getattr(lm(input_ids=sequence[None].long(), use_cache=False, output_router_logits=True), "aux_loss", None)
+        theirs = getattr(
+            lm(input_ids=sequence[None].long(), use_cache=False, output_router_logits=True), "aux_loss", None
+        )
     if not isinstance(theirs, Tensor):
         logger.warning("transformers adds no auxiliary loss of the router for %s, so none is added", type(lm).__name__)
         return False
     if abs(own - float(theirs)) > 0.02 * max(1.0, abs(own)):
         raise ModelError(
-            f"the router's auxiliary loss of {type(lm).__name__} is {float(theirs):.4g} and not {own:.4g}: alignkit does "
-            "not know its formula; set output_router_logits: false in its config.json to train without that loss"
+            f"the router's auxiliary loss of {type(lm).__name__} is {float(theirs):.4g} and not {own:.4g}: alignkit "
+            "does not know its formula; set output_router_logits: false in its config.json to train without that loss"
         )
     return True
 
