@@ -96,6 +96,6 @@ def write_tiny(folder: Path, kind: Any = None, **changes: Any) -> None:
         "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
     }  # fmt: skip
     ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-    made = (kind or LlamaConfig)(vocab_size=len(tokenizer), **sizes | ends | changes)
+    made = (kind or LlamaConfig)(**{"vocab_size": len(tokenizer)} | sizes | ends | changes)
     AutoModelForCausalLM.from_config(made).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

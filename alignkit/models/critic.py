@@ -17,6 +17,8 @@ from alignkit.models.values import ActorCritic, Valuer, number_head, value_head
 
 logger = logging.getLogger(__name__)
 
+PADDING_ROW = "alignkit_padding_rows"  # in config.json of a reward model: rows of its embeddings that only pad
+
 
 def with_critic(
     policy: Scorer | Valuer, config: RunConfig, reward_folder: str | None, device: torch.device
@@ -52,7 +54,8 @@ def with_critic(
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return int(causal_lm(model).get_input_embeddings().weight.shape[0])
+    lm = causal_lm(model)
+    return int(lm.get_input_embeddings().weight.shape[0]) - int(getattr(lm.config, PADDING_ROW, 0))
 
 
 def _initial(policy: nn.Module, config: RunConfig, folder: str | None) -> nn.Module:

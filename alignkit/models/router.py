@@ -78,7 +78,8 @@ def router_of(lm: Any) -> Router | None:
     config = lm.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return None
-    found = {n: getattr(lm, n, getattr(config, n, None)) for n in ("router_aux_loss_coef", "num_experts_per_tok")}
+    names = ("router_aux_loss_coef", "num_experts_per_tok")
+    found: dict[str, Any] = {n: getattr(lm, n, getattr(config, n, None)) for n in names}
     if missing := [n for n, value in found.items() if value is None]:
         raise ModelError(
             f"{type(lm).__name__} has output_router_logits: true, but no {' and no '.join(missing)} for the router's "
