@@ -148,14 +148,22 @@ def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
 @contextmanager
 def without_flex(lm: Any) -> Iterator[None]:
     """Replace FlexAttention, which recompiles for every length, inside the block; restore it afterwards."""
-    flex = lm.config._attn_implementation == "flex_attention"
-    if flex:
-        lm.set_attn_implementation(dense_attention(lm))
+    with dense_instead_of(lm, "flex_attention"):
+        yield
+
+
+@contextmanager
+def dense_instead_of(lm: Any, *implementations: str) -> Iterator[None]:
+    """Replace these attention implementations with a dense one inside the block; restore them afterwards."""
+    before = lm.config._attn_implementation
+    if before not in implementations:
+        yield
+        return
+    lm.set_attn_implementation(dense_attention(lm))
     try:
         yield
     finally:
-        if flex:
-            lm.set_attn_implementation("flex_attention")
+        lm.set_attn_implementation(before)
 
 
 def dense_attention(lm: Any) -> str:
