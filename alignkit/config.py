@@ -35,6 +35,9 @@ class LoraSettings(BaseModel):
     r: int = Field(16, ge=1, description="rank")
     alpha: float = Field(32.0, gt=0, description="scale; the update is multiplied by alpha / r")
     target_modules: str | list[str] = Field("all-linear", description="module names, or all-linear")
+    target_parameters: list[str] | None = Field(
+        None, description="matrices that are no modules, such as experts.gate_up_proj of fused experts"
+    )
     modules_to_save: list[str] | None = Field(None, description="modules trained in full, such as lm_head")
 
 

@@ -75,6 +75,28 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """Where a model's rotary frequencies change with the length of a sequence.
+
+    limits: a sequence that is longer than one of them has other frequencies. exact_beyond: sequences that are longer
+    than this have the frequencies of their exact length.
+    """
+
+    limits: tuple[int, ...] = ()
+    exact_beyond: int | None = None
+
+    def __str__(self) -> str:
+        exact = [] if self.exact_beyond is None else [f"with every token beyond {self.exact_beyond}"]
+        return " and ".join([*(f"beyond {limit} tokens" for limit in self.limits), *exact])
+
+    def same_as(self, length: int) -> int:
+        """Return the smallest length that has the same frequencies as `length`."""
+        if self.exact_beyond is not None and length > self.exact_beyond:
+            return length
+        return max((limit for limit in self.limits if length > limit), default=0) + 1
+
+
+@dataclass(frozen=True)
 class Layout:
     """The layout of trees for the model.
 
@@ -83,12 +105,24 @@ class Layout:
     attention_cost: of a token, per token of its row, relative to the costs that do not depend on the row's width; about
         1 / 1500 under a dense mask, 0 where empty blocks of the mask are skipped.
     multiple_of: rows are padded to a multiple of this (128 for block masks).
+    switch: of the model's rotary frequencies; completions on different sides of it do not share a tree.
     """
 
     kind: LayoutKind = "forest"
     row_tokens: int = 2048
     attention_cost: float = 1 / 1500
     multiple_of: int = 1
+    switch: Switch | None = None
+
+    def groups(self, example: Example) -> list[list[int]]:
+        """Return the completions, by number, that share each copy of the example's prompt."""
+        if self.kind == "padded":
+            return [[k] for k in range(len(example.completions))]
+        groups: dict[int, list[int]] = {}
+        for k, c in enumerate(example.completions):
+            length = len(example.prompt) + len(c.tokens)
+            groups.setdefault(self.switch.same_as(length) if self.switch else 0, []).append(k)
+        return list(groups.values())
 
 
 @dataclass(frozen=True)
@@ -98,6 +132,7 @@ class PackedRows:
     input_ids, position_ids, tree_ids, branch_ids: int64 [R, T]; tree_ids is -1 on padding; branch_ids is 0 on
     prompts and k + 1 on the k-th completion. predict_at: int64 [C], indices into the flattened R * T positions.
     last_at: int64 [S], the index of each completion's last token, where a scalar head scores the whole answer.
+    rope_as: int64 [R, T], the length whose rotary frequencies each token has (`Switch.same_as`); None without a switch.
     """
 
     input_ids: Tensor
@@ -107,11 +142,14 @@ class PackedRows:
     predict_at: Tensor
     last_at: Tensor
     kind: LayoutKind = "forest"
+    rope_as: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedRows:
         """Return the same rows on `device`."""
         names = ("input_ids", "position_ids", "tree_ids", "branch_ids", "predict_at", "last_at")
-        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
+        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
+        rope_as = None if self.rope_as is None else self.rope_as.to(device, non_blocking=True)
+        return replace(self, **moved, rope_as=rope_as)
 
 
 Packer = Callable[[Sequence[Example], Layout], PackedRows]
@@ -252,7 +290,7 @@ class Batch:
     def cost(self, i: int) -> int:
         """Return the tokens of example i in this layout."""
         e = self.examples[i]
-        return e.n_tokens + (len(e.completions) - 1) * len(e.prompt) * (self.layout.kind == "padded")
+        return e.n_tokens + max(0, len(self.layout.groups(e)) - 1) * len(e.prompt)
 
     def count(self, over: str) -> int:
         """Return the count that a Term over `over` is averaged over: examples, completions, tokens, or a mask's sum."""

@@ -82,10 +82,10 @@ ADVISED = """
 """
 
 
-def write_tiny(folder: Path, **changes: Any) -> None:
-    """Write a tiny Llama, with these changes of its configuration, and its tokenizer."""
+def write_tiny(folder: Path, kind: Any = None, **changes: Any) -> None:
+    """Write a tiny model, with these changes of its configuration, and its tokenizer; kind: default LlamaConfig."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from alignkit.demo.base import tokenizer_from
 
@@ -96,5 +96,6 @@ def write_tiny(folder: Path, **changes: Any) -> None:
         "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
     }  # fmt: skip
     ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes | ends | changes)).save_pretrained(folder)
+    made = (kind or LlamaConfig)(**{"vocab_size": len(tokenizer)} | sizes | ends | changes)
+    AutoModelForCausalLM.from_config(made).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

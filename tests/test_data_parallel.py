@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import alignkit
 from alignkit.errors import ConfigError
 from alignkit.runs.folder import read_metrics
-from helpers import make_rows
+from helpers import make_rows, write_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -141,3 +141,29 @@ def test_two_processes_read_the_rows_of_one(streaming: bool, settings: dict[str,
         assert {k: v for k, v in x.items() if "rows" in k} == {k: v for k, v in y.items() if "rows" in k}
         assert ("rows_read" in x) == streaming
         assert ("rows/3" in x) != streaming
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_the_routers_loss_is_that_of_all_ranks(fsdp: bool, settings: dict[str, Any], write_rows: Any) -> None:
+    from transformers import MixtralConfig
+
+    model = settings["output"].parent / "mixtral"
+    write_tiny(
+        model, MixtralConfig, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    data = write_rows(make_rows("pairs", 13))
+    settings |= {"model": str(model), "max_steps": 4, "learning_rate": 1e-3, "batch_size": 4, "eval_fraction": 0.2}
+    for max_tokens in (60, 8192):  # several passes of a rank, and one
+        one = alignkit.run("dpo", data=data, max_tokens=max_tokens, **settings)
+        flags = {
+            "output": settings["output"], "name": f"two-{max_tokens}", "batch_size": 4, "max_steps": 4, "fsdp": fsdp,
+            "learning_rate": 1e-3, "eval_fraction": 0.2, "model": model, "data": data, "max_tokens": max_tokens,
+            "cache_file": f"{settings['cache_file']}-{max_tokens}", "device": "cpu",
+        }  # fmt: skip
+        done = torchrun(["run", "dpo", *(part for k, v in flags.items() for part in ("--set", f"{k}={v}"))])
+        assert done.returncode == 0, done.stderr[-3000:]
+        for a, b in zip(read_metrics(one.folder), read_metrics(settings["output"] / f"two-{max_tokens}"), strict=True):
+            for name in a:
+                if "router/" in name or name.endswith("loss") or name == "grad_norm":
+                    assert b[name] == pytest.approx(a[name], rel=2e-4, abs=1e-6), (a["step"], name)

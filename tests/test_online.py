@@ -462,6 +462,35 @@ def test_what_a_method_needs_is_said_before_anything_is_loaded(online: dict[str,
     assert not (online["output"]).exists()
 
 
+@pytest.mark.parametrize("more", [{}, {"lora": {"r": 4}}, {"layout": "padded"}, {"attention": "eager"}])
+def test_continuous_batching_samples_in_a_run_on_a_cpu(
+    online: dict[str, Any], more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's own attention on a CPU is unknown to transformers, and is there again after sampling."""
+    during: list[str] = []
+    generate_batch = tf.GenerationMixin.generate_batch
+
+    def watched(lm: Any, *args: Any, **options: Any) -> Any:
+        during.append(lm.config._attn_implementation)
+        return generate_batch(lm, *args, **options)
+
+    monkeypatch.setattr(tf.GenerationMixin, "generate_batch", watched)
+    given = {
+        "device": "cpu",
+        "max_steps": 2,
+        "sampling": {"backend": "continuous", "max_new_tokens": 6},
+        "batch_size": 3,
+    }
+    result = alignkit.run("grpo", **online | asks("grpo") | given | more)
+    after = result.model.config._attn_implementation
+    assert len(during) == 2
+    assert "alignkit_branches" not in during
+    assert after == ("eager" if "attention" in more else "sdpa" if "layout" in more else "alignkit_branches")
+    said = completions(result.folder)
+    assert len(said) == 2 * 3 * 4
+    assert all(1 <= line["tokens"] <= 6 for line in said)
+
+
 def test_training_ends_where_held_out_rows_no_longer_gain_with_the_best_weights(settings: dict[str, Any]) -> None:
     rows = make_rows("pairs", 24)
     given = settings | {"max_steps": 60, "eval_every": 2, "patience": 3, "eval_fraction": 0.3, "learning_rate": 2e-2}

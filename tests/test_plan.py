@@ -32,6 +32,7 @@ from alignkit.insight.plan.dry_run import collect, learn
 from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.memory import Work, memory
 from alignkit.insight.plan.meta_models import in_8_bits, n_bytes, unloaded
+from alignkit.insight.plan.plan_output import experts as experts_line
 from alignkit.insight.plan.plan_output import verdict
 from alignkit.insight.plan.run_plan import heaviest
 from alignkit.models.loading import load_model
@@ -380,14 +381,52 @@ def test_the_cache_is_looked_up_where_that_is_asked_for(settings: dict[str, Any]
     assert cache(lora=4) == (24, 24)  # the plain base is the same reference
 
 
-def test_a_model_that_decides_by_numbers_is_refused(tmp_path: Path, tiny: str) -> None:
-    from transformers import AutoTokenizer, MixtralConfig
+def test_a_model_that_decides_by_numbers_is_refused(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    MixtralConfig(vocab_size=300, num_hidden_layers=2, num_local_experts=2, **sizes).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    def decides(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.up_proj(x)) if x.sum() > 0 else x
+
+    monkeypatch.setattr(LlamaMLP, "forward", decides)
     with pytest.raises(ModelError, match="the memory of this model cannot be planned"):
-        plan(of("dpo", str(tmp_path)))
+        plan(of("dpo", tiny))
+
+
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8}
+
+
+@pytest.mark.parametrize("targets", [None, ["experts.gate_up_proj", "experts.down_proj"]])
+def test_experts_router_and_adapters_are_counted_by_hand(tmp_path: Path, targets: list[str] | None) -> None:
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    write_tiny(tmp_path, GptOssConfig, **GPT_OSS)
+    found = plan(of("dpo", str(tmp_path), lora={"r": 2, "target_parameters": targets}), remedies=False).experts
+    assert found is not None
+    # 2 layers of 4 experts: 32 -> 2 x 48 -> 32, with biases; a router 32 -> 4 with biases
+    experts, router = 2 * 4 * (32 * 96 + 96 + 48 * 32 + 32), 2 * (4 * 32 + 4)
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path).parameters())
+    assert (found.per_layer, found.per_token) == (4, 1)
+    assert (found.weights, found.experts, found.router) == (weights, experts, router)
+    assert found.active == weights - experts + experts // 4
+    # rank 2: per expert 32 + 96, and 48 + 32; attention: q 32 -> 32, k and v 32 -> 16, o 32 -> 32
+    on_experts = 2 * 4 * 2 * (32 + 96 + 48 + 32) if targets else 0
+    assert found.on_experts == on_experts
+    assert found.adapters == on_experts + 2 * 2 * (64 + 48 + 48 + 64)
+    line = experts_line(found)
+    assert f"4 in a layer, 1 for a token; a token passes {found.active:,} of {weights:,} weights" in line
+    assert line.endswith(f"adapters {found.adapters:,}, on experts {on_experts:,}")
+
+
+def test_the_memory_of_a_mixture_of_experts_has_its_weights_and_activations(tmp_path: Path, tiny: str) -> None:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    write_tiny(tmp_path, MixtralConfig, num_local_experts=4, num_experts_per_tok=2)
+    found, dense = plan(of("sft", str(tmp_path)), remedies=False), plan(of("sft", tiny), remedies=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert found.memory.phases["updating"]["weights"] == n_bytes(model)
+    assert found.memory.phases["updating"]["gradients"] == sum(p.nbytes for p in model.parameters())
+    assert found.memory.phases["learning"]["activations"] > 0
+    assert dense.experts is None
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("80gb", 80 * 10**9)])

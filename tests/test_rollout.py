@@ -440,6 +440,13 @@ def test_continuous_batching_cannot_mix(model: Any) -> None:
         sample(model, TOKENIZER, PROMPTS, changed(backend="continuous"), mixture=Mixture(model, 0.5))
 
 
+def test_a_model_that_continuous_batching_cannot_serve_is_an_error_with_the_way_out(model: Any) -> None:
+    other = copy.deepcopy(model)
+    other.config._attn_implementation = "somebodys_own"
+    with pytest.raises(ModelError, match=r"continuous batching failed .*somebodys_own is not.* use backend: gen"):
+        sample(other, TOKENIZER, PROMPTS, changed(backend="continuous"))
+
+
 def test_continuous_batching_keeps_the_order_of_the_prompts_and_the_limits(model: Any) -> None:
     prompts = [[5] * (20 - i) for i in range(9)]
     how = changed(backend="continuous", max_new_tokens=30, batch_size=4)

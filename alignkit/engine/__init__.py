@@ -11,6 +11,8 @@ roles.py       the models that a method may call
 rollouts.py    prompts -> sampled and scored completions
 evaluation.py  held-out rows; early stopping
 averages.py    terms -> a loss, a gradient's share, means
+balance.py     the load-balancing loss of mixtures of experts
+padding.py     the padding of a saved reward model
 saving.py      checkpoints, resumption, the saved model
 """
 

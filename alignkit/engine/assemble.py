@@ -90,7 +90,7 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
         logger.info(line)
     set_seed(config.seed)  # new adapters are initialised at random
     scorers = Scorers.of_run(config, method, [*splits.train, *splits.held_out], device)
-    plain, came_with_adapter = _trained_model(config, method, tokenizer, device)
+    plain, came_with_adapter = _trained_model(config, method, device)
     known, layout = _layout(config, method, splits, plain, accelerator)
     reference = _reference(config, method, plain, layout, accelerator, known) if isinstance(plain, Scorer) else None
     drop_dropout(plain.model, method.dropout())
@@ -118,17 +118,13 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     return Parts(accelerator, ranks, plain, policy, prepared, roles, reference, online, layout, stream, rate, eos)
 
 
-def _trained_model(
-    config: RunConfig, method: Method[Any], tokenizer: Any, device: torch.device
-) -> tuple[Scorer | Valuer, bool]:
+def _trained_model(config: RunConfig, method: Method[Any], device: torch.device) -> tuple[Scorer | Valuer, bool]:
     """Load the trained model; return it and whether it came with an adapter."""
     kind: Kind = "classifier" if "reward" in method.trains else "causal"
     model, came_with_adapter = load_model(config, device, kind)
     for name, value in method.model_settings().items():
         setattr(causal_lm(model).config, name, value)
     if kind == "classifier":
-        # transformers' classifier reads the token before the first padding token, so EOS must not be used as padding
-        causal_lm(model).config.pad_token_id = _pad(tokenizer)
         return Valuer(model), came_with_adapter
     return Scorer(model, int(config.kept_logits_gib * 2**30)), came_with_adapter
 
@@ -165,11 +161,6 @@ def least_examples(config: RunConfig, method: Method[Any], splits: Splits, n_ran
 
 def _ranks(n: int) -> str:
     return f"{n} rank{'s' * (n > 1)}"
-
-
-def _pad(tokenizer: Any) -> int | None:
-    pad = tokenizer.pad_token_id
-    return None if pad == tokenizer.eos_token_id else pad
 
 
 def _reference(

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from alignkit.data.stream import chunks, seeded
 from alignkit.engine.averages import Averages, counts, term_sums
+from alignkit.engine.balance import Balance
 from alignkit.engine.state import RunState
 from alignkit.engine.step import StepContext
 from alignkit.models.passes import in_step
@@ -30,19 +31,21 @@ def evaluate(state: RunState, step: int) -> dict[str, float]:
     if not rows:
         return {}
     averages, logged, offset = Averages(), dict[str, float](), 0
+    roles = state.parts.roles
+    balance = Balance(state.parts.plain.router, lambda micro: term_sums(method, micro, roles), ranks)
     with evaluating(state.parts.policy, method.dropout()):
         for part in chunks(rows, state.config.batch_size, max(method.min_batch, ranks.n)):
             generator = seeded(state.config.seed, 3, offset)
             ctx = StepContext(state, step, part, generator, training=False, offset=offset)
             batch = ctx.collect()
             averages.expect(counts(batch, ranks.sum))
-            for micro, weight in in_step(batch.micro_batches(state.parts.roles.max_tokens), ranks):
+            for micro, weight in in_step(batch.micro_batches(roles.max_tokens), ranks):
                 with torch.no_grad():
-                    averages.add(term_sums(method, micro, state.parts.roles), weight)
+                    averages.add(balance.measured(micro, weight)[0], weight)
             share = len(part) / len(rows)
             logged |= {k: logged.get(k, 0.0) + share * v for k, v in ctx.logged.items()}
             offset += len(part)
-    values = averages.means(ranks.sum, ranks.largest) | logged
+    values = balance.added(averages.means(ranks.sum, ranks.largest)) | logged
     return {f"eval/{name}": value for name, value in values.items()}
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from alignkit.data.stream import learning_rate, seed_of, seeded
 from alignkit.engine.averages import Averages, counts, term_sums
+from alignkit.engine.balance import Balance
 from alignkit.engine.evaluation import evaluate, patience_ended, take_best, watch
 from alignkit.engine.saving import restore, save
 from alignkit.engine.state import RunState
@@ -137,16 +138,19 @@ class Loop:
         averages = Averages()
         averages.expect(denominators)
         passes = list(in_step(micros, ranks))
+        balance = Balance(parts.plain.router, lambda micro: term_sums(state.method, micro, parts.roles), ranks)
+        balance.look_ahead(passes, weight)
         for i, (micro, counted) in enumerate(passes):
             last = i == len(passes) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(parts.policy):
-                summed = term_sums(state.method, micro, parts.roles)
+                summed, routing = balance.measured(micro, counted * weight)
+                loss = summed.loss_share(denominators) + balance.share(routing, only=len(passes) == 1)
                 # times the number of ranks: data parallelism averages gradients over ranks, here they must be summed
-                accelerator.backward(summed.loss_share(denominators) * (counted * weight * ranks.n))
+                accelerator.backward(loss * (counted * weight * ranks.n))
             averages.add(summed, counted * weight)
         norm = accelerator.clip_grad_norm_(parts.policy.parameters(), state.config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return averages.means(ranks.sum, ranks.largest), float(norm), micros
+        return balance.added(averages.means(ranks.sum, ranks.largest)), float(norm), micros
 
     def _speed(self, n_tokens: int, started: float) -> dict[str, float]:
         """Count the step into the session and return its metrics of speed; every rank calls it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ class Roles:
         def score(part: Batch) -> Outputs:
             return module(part.rows, part.targets, self.temperature, entropy, **options)  # type: ignore[no-any-return]
 
-        outputs = score(batch) if torch.is_grad_enabled() else self._without_gradient(score, batch)
+        with self._routing(not frozen):
+            outputs = score(batch) if torch.is_grad_enabled() else self._without_gradient(score, batch)
         return outputs if values else outputs._replace(values=None)
 
     def reference(self, batch: Batch) -> Outputs:
@@ -72,8 +73,12 @@ class Roles:
                 f"'{self._method.name}' does not train a reward model; read the rewards that `ctx.rollouts` returns"
             )
         module = self._trained if torch.is_grad_enabled() else self._plain
-        with nullcontext() if torch.is_grad_enabled() else self.autocast():
+        with nullcontext() if torch.is_grad_enabled() else self.autocast(), self._routing():
             return module(batch.rows, batch.rows.last_at)  # type: ignore[no-any-return]
+
+    def _routing(self, on: bool = True) -> AbstractContextManager[None]:
+        # passes of the reference are not recorded, even where it is the policy without its adapters
+        return nullcontext() if self._plain.router is None else self._plain.router.recording(on)
 
     def _without_gradient(self, score: Any, batch: Batch) -> Outputs:
         with self.autocast():

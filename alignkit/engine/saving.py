@@ -13,9 +13,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from alignkit.config import RunConfig
 from alignkit.data.chat import turn_end
+from alignkit.engine.padding import pad_with, padding_tokenizer
 from alignkit.engine.state import Parts, RunState
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.models.loading import causal_lm
+from alignkit.models.values import Valuer
 from alignkit.runs import card, checkpoint
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,9 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         state = {k.removeprefix("model."): v for k, v in state.items()}
     if config.merge_adapter:
         model = model.merge_and_unload()  # type: ignore[operator]
+    if isinstance(parts.plain, Valuer):
+        tokenizer = padding_tokenizer(tokenizer)
+        pad_with(model, tokenizer, only_adapter=hasattr(model, "peft_config"), sharded=config.fsdp)
     if parts.ranks.is_main:
         temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
         model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]

@@ -1,11 +1,14 @@
 """Models: loading them, packing rows for them, and computing log-probabilities and scalar values with them.
 
 loading.py     tokenizer, model, adapters, dropout
+adapters.py    what LoRA adapts, and what it does not
 scoring.py     trunk, the positions that predict, head: log-probabilities of the targets
 values.py      models with a scalar output: reward models, critics
 critic.py      where PPO's critic comes from
 packing.py     how prompt trees share rows
 attention.py   the mask of a packed row
+rope.py        rotary positions that depend on a sequence's length
+router.py      the routing of mixtures of experts
 branches.py    attention branch by branch on a CPU
 layouts.py     forest or padded rows, decided by a probe
 passes.py      batches of any size in parts that fit into memory

@@ -11,10 +11,13 @@ from torch import nn
 from alignkit.config import RunConfig
 from alignkit.errors import ConfigError
 from alignkit.models.loading import add_lora, causal_lm, classifier_like, from_pretrained, readied
+from alignkit.models.rope import switch_of
 from alignkit.models.scoring import Scorer
 from alignkit.models.values import ActorCritic, Valuer, number_head, value_head
 
 logger = logging.getLogger(__name__)
+
+PADDING_ROW = "alignkit_padding_rows"  # in config.json of a reward model: rows of its embeddings that only pad
 
 
 def with_critic(
@@ -38,6 +41,11 @@ def with_critic(
             f"the critic has a vocabulary of {theirs} tokens and the policy one of {ours}, but both must share a "
             "tokenizer; use critic: policy, or a reward model trained from the same base"
         )
+    if (own := switch_of(causal_lm(model))) != switch_of(causal_lm(policy.model)):
+        raise ConfigError(
+            f"the critic's rotary frequencies change with the length of a sequence ({own or 'never'}) in another way "
+            "than the policy's, and both read the same rows; use critic: policy or shared"
+        )
     # a reward model's head scores whole answers, in its own units
     nn.init.zeros_(number_head(model).get_parameter("weight"))
     if config.lora:
@@ -46,7 +54,8 @@ def with_critic(
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return int(causal_lm(model).get_input_embeddings().weight.shape[0])
+    lm = causal_lm(model)
+    return int(lm.get_input_embeddings().weight.shape[0]) - int(getattr(lm.config, PADDING_ROW, 0))
 
 
 def _initial(policy: nn.Module, config: RunConfig, folder: str | None) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -15,12 +16,18 @@ from alignkit.models.attention import BLOCK
 from alignkit.models.branches import BRANCHES
 from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
+from alignkit.models.rope import switch_of
 from alignkit.models.scoring import DIFFERS, dense_attention
-from alignkit.types import Batch, Example, Layout
+from alignkit.types import Batch, Example, Layout, Switch
 
 logger = logging.getLogger(__name__)
 
 DENSE_ROW_TOKENS = 2048  # a dense mask takes row^2 bytes for each row
+
+
+def longest_sequence(example: Example) -> int:
+    """Return the tokens of the example's prompt and its longest completion."""
+    return len(example.prompt) + max((len(c.tokens) for c in example.completions), default=0)
 
 
 def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None = None, mixes: bool = False) -> None:
@@ -68,6 +75,10 @@ class Probed(Protocol):
         """Raise ModelError for a model that is not causal."""
         ...
 
+    def check_router(self, example: Example, device: torch.device) -> None:
+        """Raise ModelError for a mixture of experts whose auxiliary loss is unknown."""
+        ...
+
 
 def choose_layout(scorer: Probed, examples: Sequence[Example], config: RunConfig, device: torch.device) -> Layout:
     """Return the layout of the run: the forest where the probe finds it exact, else padded rows, with a warning.
@@ -75,17 +86,11 @@ def choose_layout(scorer: Probed, examples: Sequence[Example], config: RunConfig
     Raises ModelError where padded rows differ from the model's own forward too, or `layout: forest` cannot be used.
     """
     scorer.check_causal(max(examples, key=lambda e: e.n_tokens), device)
+    scorer.check_router(min(examples, key=lambda e: e.n_tokens), device)
     lm = causal_lm(scorer.model)
     attention = lm.config._attn_implementation
     flex = attention == "flex_attention"
-    if attention == BRANCHES:
-        forest = Layout("forest", config.row_tokens or config.max_tokens, attention_cost=0.0)
-    elif flex:
-        forest = Layout("forest", config.row_tokens or config.max_tokens, attention_cost=0.0, multiple_of=BLOCK)
-    else:
-        forest = Layout("forest", config.row_tokens or min(config.max_tokens, DENSE_ROW_TOKENS))
-    rows = sorted(examples, key=lambda e: e.n_tokens)[:: max(1, len(examples) // 4)][:4]
-    problem = None
+    forest, rows, problem = _forest(attention, config, switch_of(lm)), probed(examples), None
     if config.layout != "padded":
         problem = scorer.probe(batch_of(rows, forest, device))
         if problem is None:
@@ -101,13 +106,42 @@ def choose_layout(scorer: Probed, examples: Sequence[Example], config: RunConfig
         if config.layout == "forest":
             raise ModelError(f"this model cannot read the packed forest ({problem}); use layout: auto or padded")
         logger.warning("this model cannot read the packed forest (%s); using padded rows: exact, but slower", problem)
-    padded = Layout("padded")
+    padded = Layout("padded", switch=forest.switch)
     if problem := scorer.probe(batch_of(rows, padded, device)):
-        name = type(lm).__name__
-        if DIFFERS not in problem:
-            raise ModelError(f"alignkit cannot score tokens with {name}: {problem}")
-        raise ModelError(
-            f"alignkit's scores disagree with {name}'s own forward pass ({problem}); its head may apply a logit "
-            "transform that alignkit does not know"
-        )
+        raise _refusal(scorer, rows, padded, device, problem)
     return padded
+
+
+def _forest(attention: str, config: RunConfig, switch: Switch | None) -> Layout:
+    if attention in (BRANCHES, "flex_attention"):
+        multiple_of = BLOCK if attention == "flex_attention" else 1
+        return Layout("forest", config.row_tokens or config.max_tokens, 0.0, multiple_of, switch)
+    return Layout("forest", config.row_tokens or min(config.max_tokens, DENSE_ROW_TOKENS), switch=switch)
+
+
+def probed(examples: Sequence[Example]) -> list[Example]:
+    """Return four examples of all lengths to probe with: the one with the longest sequence is among them, and the
+    shortest one."""
+    ordered = sorted(examples, key=longest_sequence)
+    last = len(ordered) - 1
+    return [ordered[i] for i in sorted({0, last // 3, last - last // 3, last})]
+
+
+def _refusal(scorer: Probed, rows: Sequence[Example], padded: Layout, device: torch.device, problem: str) -> ModelError:
+    """Return the error for a model whose padded rows differ from its own forward pass, with the cause."""
+    name = type(causal_lm(scorer.model)).__name__
+    if DIFFERS not in problem:
+        return ModelError(f"alignkit cannot score tokens with {name}: {problem}")
+    alone = [replace(e, completions=(c,)) for e in rows for c in e.completions]
+    if not any(scorer.probe(batch_of([e], padded, device)) for e in alone):
+        lengths = sorted({longest_sequence(e) for e in alone})
+        return ModelError(
+            f"{name} computes a sequence differently when others are in the same pass ({problem}, with sequences of "
+            f"{lengths[0]} to {lengths[-1]} tokens), and as in its own forward pass when it is alone. Its rotary "
+            "frequencies may depend on the longest sequence of a pass in a way that alignkit does not know: use rows "
+            "of similar lengths, or lower max_prompt_tokens and max_completion_tokens"
+        )
+    return ModelError(
+        f"alignkit's scores disagree with {name}'s own forward pass ({problem}); its head may apply a logit "
+        "transform that alignkit does not know"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,10 @@ from torch import nn
 
 from alignkit.config import LoraSettings, RunConfig
 from alignkit.errors import ModelError
+from alignkit.models import adapters
 from alignkit.models.branches import attend_by_branches
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["causal", "classifier"]
 _AUTO = {"causal": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification"}
@@ -51,6 +55,7 @@ def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -
         raise ModelError("the model already has an adapter, which is trained further; leave out `lora`")
     if config.lora:
         model = add_lora(model, config.lora, kind)
+        logger.info("%s", adapters.summary(model))
     return readied(model, config, device), came_with_adapter
 
 
@@ -93,9 +98,9 @@ def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights
             model = _made(base, config, kind, weights)
             if weights:
                 return PeftModel.from_pretrained(model, name, is_trainable=True)  # type: ignore[no-any-return]
-            adapters = PeftConfig.from_pretrained(name)
-            adapters.inference_mode = False
-            return get_peft_model(model, adapters)  # type: ignore[no-any-return]
+            settings = PeftConfig.from_pretrained(name)
+            settings.inference_mode = False
+            return get_peft_model(model, settings)  # type: ignore[no-any-return]
         about = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
         if getattr(about, "is_encoder_decoder", False):  # its decoder alone would load, without some weights
             raise ModelError(f"'{name}' is an encoder-decoder model ({about.model_type}); give a causal language model")
@@ -154,7 +159,7 @@ def first_line(error: Exception) -> str:
 def add_lora(model: nn.Module, settings: LoraSettings, kind: Kind = "causal") -> nn.Module:
     """Wrap the model with new adapters (peft); a classifier's head is trained in full.
 
-    Raises ModelError where no module matches.
+    Raises ModelError where no module, or no parameter of `target_parameters`, matches.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -163,14 +168,18 @@ def add_lora(model: nn.Module, settings: LoraSettings, kind: Kind = "causal") ->
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
         target_modules=settings.target_modules,
+        target_parameters=settings.target_parameters,
+        exclude_modules=adapters.own_linears(model) or None,
         modules_to_save=settings.modules_to_save,
         task_type="CAUSAL_LM" if kind == "causal" else "SEQ_CLS",
     )
     try:
-        return get_peft_model(model, lora)  # type: ignore[no-any-return]
+        made = get_peft_model(model, lora)
     except ValueError as error:
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(f"LoRA: {first_line(error)} The linear modules are {', '.join(names)}") from error
+    adapters.check_parameters(made, settings.target_parameters or [])
+    return made  # type: ignore[no-any-return]
 
 
 def drop_dropout(model: nn.Module, probability: float = 0.0) -> None:

@@ -3,7 +3,8 @@
     forest:  [ prompt A | chosen A | rejected A | prompt B | chosen B | rejected B | ... ]
     padded:  [ prompt A | chosen A ]  [ prompt A | rejected A ]  [ prompt B | chosen B ] ...
 
-Both have the same C targets in the same order, so code outside this package cannot tell them apart.
+Both have the same C targets in the same order, so code outside this package cannot tell them apart. Where a model's
+rotary frequencies depend on the length (`Layout.switch`), completions with different frequencies do not share a prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def pack(examples: Sequence[Example], layout: Layout) -> PackedRows:
     """Lay the examples out in rows; int64 tensors on the CPU, see `PackedRows`. Raises ValueError on no examples."""
     if not examples:
         raise ValueError("cannot pack a batch of no examples")
-    trees = [_tree(e) for e in examples] if layout.kind == "forest" else [s for e in examples for s in _sequences(e)]
+    trees = _trees(examples, layout)
     lengths = [len(t.ids) for t in trees]
     if layout.kind == "forest":
         row_of, start_of, width = _fit(lengths, layout)
@@ -35,74 +36,83 @@ def pack(examples: Sequence[Example], layout: Layout) -> PackedRows:
         row_of, start_of, width = list(range(len(trees))), [0] * len(trees), max(lengths)
     width = -(-width // layout.multiple_of) * layout.multiple_of
     n_rows = max(row_of) + 1
+    first_of = [r * width + s for r, s in zip(row_of, start_of, strict=True)]
 
-    at = torch.cat(
-        [torch.arange(r * width + s, r * width + s + n) for r, s, n in zip(row_of, start_of, lengths, strict=True)]
+    at = torch.cat([torch.arange(first, first + n) for first, n in zip(first_of, lengths, strict=True)])
+    sizes = torch.tensor(lengths)
+    # trees hold their completions in another order than the batch where one example has several
+    ends = sorted(
+        (number, first + last, predict_at + first)
+        for tree, first in zip(trees, first_of, strict=True)
+        for number, last, predict_at in zip(tree.numbers, tree.last_at, tree.predict_at, strict=True)
     )
-    predict_at = torch.cat([t.predict_at + (r * width + s) for t, r, s in zip(trees, row_of, start_of, strict=True)])
-    last_at = torch.cat([t.last_at + (r * width + s) for t, r, s in zip(trees, row_of, start_of, strict=True)])
-    tree_numbers = torch.repeat_interleave(torch.arange(len(trees)), torch.tensor(lengths))
 
     def placed(values: Tensor, empty: int) -> Tensor:
         return torch.full((n_rows * width,), empty).index_copy_(0, at, values).view(n_rows, width)
 
+    rope_as = torch.tensor([t.rope_as for t in trees])
     return PackedRows(
         input_ids=placed(torch.cat([t.ids for t in trees]).long(), 0),
         position_ids=placed(torch.cat([t.positions for t in trees]), 0),
-        tree_ids=placed(tree_numbers, -1),
+        tree_ids=placed(torch.repeat_interleave(torch.arange(len(trees)), sizes), -1),
         branch_ids=placed(torch.cat([t.branches for t in trees]), 0),
-        predict_at=predict_at,
-        last_at=last_at,
+        predict_at=torch.cat([predict_at for _, _, predict_at in ends]),
+        last_at=torch.tensor([last for _, last, _ in ends], dtype=torch.int64),
         kind=layout.kind,
+        rope_as=placed(torch.repeat_interleave(rope_as, sizes), 1) if layout.switch else None,
     )
 
 
 @dataclass(frozen=True)
 class _Tree:
-    """One tree, or one sequence of the padded layout; predict_at and last_at are relative to the tree's start."""
+    """One tree, or one sequence of the padded layout.
+
+    numbers: of its completions in the batch. predict_at (of each completion) and last_at are relative to its start.
+    rope_as: as in `PackedRows`.
+    """
 
     ids: Tensor
     positions: Tensor
     branches: Tensor
-    predict_at: Tensor
-    last_at: Tensor
+    numbers: list[int]
+    predict_at: list[Tensor]
+    last_at: list[int]
+    rope_as: int
 
 
-def _tree(example: Example) -> _Tree:
-    n_prompt = len(example.prompt)
+def _trees(examples: Sequence[Example], layout: Layout) -> list[_Tree]:
+    """Return a tree for each group of completions that share a copy of their prompt."""
+    trees, before = list[_Tree](), 0
+    for e in examples:
+        trees += [_tree(e, group, before, layout) for group in layout.groups(e)]
+        before += len(e.completions)
+    return trees
+
+
+def _tree(example: Example, group: Sequence[int], before: int, layout: Layout) -> _Tree:
+    """Lay out a prompt and a group of its completions; before: completions of the batch before this example's."""
+    n_prompt, some = len(example.prompt), [example.completions[k] for k in group]
     starts = [n_prompt]
-    for c in example.completions:
+    for c in some:
         starts.append(starts[-1] + len(c.tokens))
     spans = list(pairwise(starts))
+    longest = n_prompt + max((b - a for a, b in spans), default=0)
+    parts = torch.tensor([n_prompt, *(b - a for a, b in spans)])
+    numbers = torch.arange(len(parts)) if layout.kind == "forest" else torch.zeros_like(parts)
     return _Tree(
-        ids=torch.cat([example.prompt, *(c.tokens for c in example.completions)]),
+        ids=torch.cat([example.prompt, *(c.tokens for c in some)]),
         positions=torch.cat([torch.arange(n_prompt), *(torch.arange(n_prompt, n_prompt + b - a) for a, b in spans)]),
-        branches=torch.repeat_interleave(
-            torch.arange(len(spans) + 1), torch.tensor([n_prompt, *(b - a for a, b in spans)])
-        ),
+        branches=torch.repeat_interleave(numbers, parts),
+        numbers=[before + k for k in group],
         # the prompt's last position predicts the first token of every completion; each other token is predicted by the
         # one before it
-        predict_at=torch.cat(
-            [
-                torch.where(c.trained_at == 0, n_prompt - 1, start + c.trained_at - 1)
-                for c, start in zip(example.completions, starts, strict=False)
-            ]
-        ),
-        last_at=torch.tensor([end - 1 for _, end in spans], dtype=torch.int64),
+        predict_at=[
+            torch.where(c.trained_at == 0, n_prompt - 1, start + c.trained_at - 1)
+            for c, start in zip(some, starts, strict=False)
+        ],
+        last_at=[end - 1 for _, end in spans],
+        rope_as=layout.switch.same_as(longest) if layout.switch else 1,
     )
-
-
-def _sequences(example: Example) -> Iterable[_Tree]:
-    n_prompt = len(example.prompt)
-    for c in example.completions:
-        n = n_prompt + len(c.tokens)
-        yield _Tree(
-            ids=torch.cat([example.prompt, c.tokens]),
-            positions=torch.arange(n),
-            branches=torch.zeros(n, dtype=torch.int64),
-            predict_at=n_prompt - 1 + c.trained_at,
-            last_at=torch.tensor([n - 1]),
-        )
 
 
 def _fit(lengths: list[int], layout: Layout) -> tuple[list[int], list[int], int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from alignkit.errors import ModelError
 from alignkit.models.attention import attention_mask
 from alignkit.models.loading import causal_lm, first_line
-from alignkit.types import Batch, Example, Outputs, PackedRows
+from alignkit.models.packing import batch_of
+from alignkit.models.rope import each_as_alone, forget_lengths
+from alignkit.models.router import Router, check_router, router_of
+from alignkit.types import Batch, Example, Layout, Outputs, PackedRows
 from alignkit_kernels import linear_logps, selective_logps
 
 DIFFERS = " differ by "
@@ -27,15 +31,17 @@ class Scorer(nn.Module):
     """A causal language model as a function from rows to log-probabilities; this module is wrapped for training.
 
     kept_logits: bytes of logits kept for the backward where the head is trained (None: the kernels' default).
+    router: records the routing of a mixture of experts, None without an auxiliary loss.
     """
 
     def __init__(self, model: nn.Module, kept_logits: int | None = None) -> None:
         super().__init__()
         self.model, self.kept_logits = model, kept_logits
+        self.router = router_of(causal_lm(model))
 
     def forward(self, rows: PackedRows, targets: Tensor, temperature: float = 1.0, entropy: bool = False) -> Outputs:
         """Return logps [C] float32 of `targets`, and entropy [C] where requested."""
-        hidden_CH = trunk(self.model, rows)
+        hidden_CH = trunk(self.model, rows, router=self.router)
         return head(self.model, hidden_CH, targets, temperature, entropy, self.kept_logits)
 
     def probe(self, batch: Batch) -> str | None:
@@ -46,12 +52,32 @@ class Scorer(nn.Module):
         """Raise ModelError for a model that sees the tokens that it predicts."""
         check_causal(self.model, example, device)
 
+    def check_router(self, example: Example, device: torch.device) -> None:
+        """Compare the auxiliary loss with transformers' own, see `alignkit.models.router.check_router`."""
+        if self.router is None:
+            return
+        one = batch_of([replace(example, completions=example.completions[:1])], Layout("padded"), device)
+        with torch.no_grad(), self.router.recording():
+            trunk(self.model, one.rows, router=self.router)
+        sequence = one.rows.input_ids[0]
+        if not check_router(causal_lm(self.model), self.router, sequence):
+            self.router = None
 
-def trunk(model: nn.Module, rows: PackedRows, at: Tensor | None = None) -> Tensor:
-    """Return the last hidden states [C, H] at the positions that predict, or [k, H] at the flattened positions `at`."""
+
+def trunk(model: nn.Module, rows: PackedRows, at: Tensor | None = None, router: Router | None = None) -> Tensor:
+    """Return the last hidden states [C, H] at the positions that predict, or [k, H] at the flattened positions `at`.
+
+    router: reads the pass where it records.
+    """
     lm = causal_lm(model)
     mask = attention_mask(rows, lm.config.get_text_config(), next(lm.parameters()).dtype)
-    out = lm.base_model(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False)
+    inputs = {"input_ids": rows.input_ids, "attention_mask": mask, "position_ids": rows.position_ids}
+    if router is not None:
+        inputs["output_router_logits"] = router.on
+    with each_as_alone(lm, rows):
+        out = lm.base_model(**inputs, use_cache=False)
+    if router is not None and router.on:
+        router.read(out.router_logits, rows)
     hidden_RTH = out.last_hidden_state
     return hidden_RTH.reshape(-1, hidden_RTH.shape[-1]).index_select(0, rows.predict_at if at is None else at)  # type: ignore[no-any-return]
 
@@ -112,6 +138,7 @@ def _by_rows(layer: Any, hidden_CH: Tensor, targets: Tensor, options: tuple[Any,
 def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
     """Return the log-probabilities of a sequence's tokens after the first `n_prompt`, by the model's own forward."""
     lm = causal_lm(model)
+    forget_lengths(lm)
     with without_flex(lm):
         logits = lm(input_ids=sequence[None].long(), use_cache=False).logits[0].float()
     logps = logits[:-1].log_softmax(-1).gather(1, sequence[1:, None].long()).squeeze(1)
@@ -121,14 +148,22 @@ def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
 @contextmanager
 def without_flex(lm: Any) -> Iterator[None]:
     """Replace FlexAttention, which recompiles for every length, inside the block; restore it afterwards."""
-    flex = lm.config._attn_implementation == "flex_attention"
-    if flex:
-        lm.set_attn_implementation(dense_attention(lm))
+    with dense_instead_of(lm, "flex_attention"):
+        yield
+
+
+@contextmanager
+def dense_instead_of(lm: Any, *implementations: str) -> Iterator[None]:
+    """Replace these attention implementations with a dense one inside the block; restore them afterwards."""
+    before = lm.config._attn_implementation
+    if before not in implementations:
+        yield
+        return
+    lm.set_attn_implementation(dense_attention(lm))
     try:
         yield
     finally:
-        if flex:
-            lm.set_attn_implementation("flex_attention")
+        lm.set_attn_implementation(before)
 
 
 def dense_attention(lm: Any) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from alignkit.errors import ModelError
 from alignkit.models.loading import causal_lm, first_line
+from alignkit.models.rope import forget_lengths
+from alignkit.models.router import Router, router_of
 from alignkit.models.scoring import DIFFERS, Scorer, allowed_difference, head, inside_adapter, trunk
 from alignkit.types import Batch, Example, Outputs, PackedRows
 
@@ -22,11 +24,11 @@ class Valuer(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.router = model, router_of(causal_lm(model))
 
     def forward(self, rows: PackedRows, at: Tensor) -> Tensor:
         """Return float32 [k]: the head's value at the flattened positions `at` [k]."""
-        return _number(number_head(self.model), trunk(self.model, rows, at))
+        return _number(number_head(self.model), trunk(self.model, rows, at, self.router))
 
     def probe(self, batch: Batch) -> str | None:
         """Return how packed rows differ from the model's own forward, or None; see `probe_scores`."""
@@ -34,6 +36,9 @@ class Valuer(nn.Module):
 
     def check_causal(self, example: Example, device: torch.device) -> None:
         """Do nothing: a score may depend on all tokens of the answer."""
+
+    def check_router(self, example: Example, device: torch.device) -> None:
+        """Do nothing: transformers' classifiers have no auxiliary loss to compare with."""
 
 
 class ActorCritic(nn.Module):
@@ -51,11 +56,16 @@ class ActorCritic(nn.Module):
     ) -> Outputs:
         """Return logps [C], entropy [C] where requested, and values [C]; frozen: the policy gets no gradient."""
         with torch.no_grad() if frozen else nullcontext():
-            hidden_CH = trunk(self.policy.model, rows)
+            hidden_CH = trunk(self.policy.model, rows, router=self.policy.router)
             outputs = head(self.policy.model, hidden_CH, targets, temperature, entropy, self.policy.kept_logits)
         own_trunk = isinstance(self.critic, Valuer)
         values = self.critic(rows, rows.predict_at) if own_trunk else _number(self.critic, hidden_CH)
         return outputs._replace(values=values)
+
+    @property
+    def router(self) -> Router | None:
+        """The policy's."""
+        return self.policy.router
 
 
 def _number(layer: nn.Module, hidden: Tensor) -> Tensor:
@@ -92,6 +102,7 @@ def value_head(model: nn.Module) -> nn.Linear:
 def plain_score(model: nn.Module, sequence: Tensor) -> Tensor:
     """Return the score of one whole sequence by the model's own forward, a scalar."""
     lm = causal_lm(model)
+    forget_lengths(lm)
     pad, lm.config.pad_token_id = lm.config.pad_token_id, None  # else it reads the token before an EOS that also pads
     try:
         return lm(input_ids=sequence[None].long(), use_cache=False).logits[0, 0].float()  # type: ignore[no-any-return]

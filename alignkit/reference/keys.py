@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from alignkit.models.loading import causal_lm
+from alignkit.models.rope import switch_of
 from alignkit.reference.cache import LogpCache, default_path
 from alignkit.types import Example
 
@@ -56,6 +58,8 @@ def fingerprint(
         "config": _config(model),
         "adapters": _adapter_settings(model) if adapters else [],
     }
+    if switch_of(causal_lm(model)) is not None:  # values of other rows' frequencies must not be found again
+        about["rotary"] = "of each sequence alone"
     whole = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     digests: dict[object, bytes] = {}  # tied weights are hashed once
     for name, t in sorted(_named_tensors(model, adapters).items()):

@@ -20,6 +20,7 @@ from alignkit.data import Dataset
 from alignkit.data.rows import Content, Report, Row
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, ModelError
+from alignkit.models.rope import forget_lengths, switch_of
 from alignkit.rewards.answers import text_of
 from alignkit.rewards.functions import RowError
 from alignkit.rewards.verifiers import Options
@@ -102,9 +103,12 @@ class Classifier:
                     f"prompt and completion have {len(ids)} tokens, the model in '{self.folder}' reads at most {limit}",
                 )
         found: dict[tuple[int, ...], float] = {}
+        switch = switch_of(self.model)
         left = sorted({tuple(ids) for ids in sequences}, key=lambda ids: (len(ids), ids), reverse=True)
         while left:
             n = max(1, self.max_tokens // len(left[0]))
+            if switch:  # no pass mixes lengths that have different rotary frequencies
+                n = sum(switch.same_as(len(ids)) == switch.same_as(len(left[0])) for ids in left[:n])
             batch, left = left[:n], left[n:]
             found |= zip(batch, self._score(batch), strict=True)
         return [found[tuple(ids)] for ids in sequences]
@@ -118,6 +122,7 @@ class Classifier:
         return self._forward(ids, mask, lengths - 1).tolist()  # type: ignore[no-any-return]
 
     def _forward(self, ids: Tensor, mask: Tensor, last: Tensor) -> Tensor:
+        forget_lengths(self.model)
         head = getattr(self.model, "score", None)
         if head is None:  # an encoder's head reads its first token, so padding does not matter
             return self.model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()  # type: ignore[no-any-return]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from alignkit.config import Sampling
 from alignkit.models.loading import causal_lm
 from alignkit.models.passes import halved
+from alignkit.models.rope import forget_lengths, switch_of
 from alignkit.models.scoring import without_flex
-from alignkit.rollout.mixture import MixedLogits, Mixture
+from alignkit.rollout.mixture import MixedLogits, Mixture, copyable
 from alignkit.rollout.noise import GumbelNoise
 
 
@@ -51,12 +52,31 @@ class Batched:
         with ExitStack() as stack:
             for model in models:
                 stack.enter_context(sampling_mode(model))
-            for at, completions in _batches([len(p) for p in prompts], n, self.sampling.batch_size):
+            for at, completions in self._batches([len(p) for p in prompts], n):
                 rows = [(i, k) for i in range(len(at)) for k in completions]
                 made = self._rows([prompts[i] for i in at], rows, [numbers[i] for i in at])
                 for (i, _), one in zip(rows, made, strict=True):
                     found[at[i]].append(one)
         return found
+
+    def _batches(self, lengths: Sequence[int], n: int) -> Iterator[tuple[list[int], range]]:
+        """Yield prompts and which of their completions to sample together: at most batch_size rows, longest first.
+
+        Prompts whose rotary frequencies change while they are continued are sampled with others of the same length.
+        """
+        switch, size = switch_of(causal_lm(self.model)), self.sampling.batch_size
+        alike: dict[int, list[int]] = {}
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            # the prefix is a pass of its own; the last sampled token is not read
+            first, last = lengths[i] - 1, lengths[i] + self.sampling.max_new_tokens - 1
+            changes = switch is not None and switch.same_as(first) != switch.same_as(last)
+            key = -lengths[i] if changes else switch.same_as(last) if switch else 0
+            alike.setdefault(key, []).append(i)
+        together = max(1, size // n)
+        for order in alike.values():
+            for start in range(0, len(order), together):
+                for done in range(0, n, size):
+                    yield order[start : start + together], range(done, min(n, done + size))
 
     def _rows(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]
@@ -79,6 +99,7 @@ class Batched:
         from transformers import GenerationConfig
 
         lm = causal_lm(self.model)
+        forget_lengths(lm)
         device = next(lm.parameters()).device
         ids_PT, mask_PT = _padded(prompts, self.ends[0], device)
         width, at_R = ids_PT.shape[1], torch.tensor([i for i, _ in rows], device=device)
@@ -101,6 +122,7 @@ class Batched:
         if self.mixture is None or self.mixture.weight == 0:
             return []
         lm = causal_lm(self.mixture.reference)
+        forget_lengths(lm)
         with self.mixture.context():
             cache = _prefix(lm, ids_PT, mask_PT, at_R)
         return [MixedLogits(lm, self.mixture, cache, mask_PT[at_R])]
@@ -151,15 +173,6 @@ class Stops:
         return torch.tensor(hits, device=input_ids.device)
 
 
-def _batches(lengths: Sequence[int], n: int, size: int) -> Iterator[tuple[list[int], range]]:
-    """Yield prompts and which of their completions to sample together: at most `size` rows, the longest first."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    together = max(1, size // n)
-    for start in range(0, len(order), together):
-        for first in range(0, n, size):
-            yield order[start : start + together], range(first, min(n, first + size))
-
-
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return ids and mask [P, T], padded on the left; the mask comes from lengths, as the padding may be any token."""
     width = max(len(p) for p in prompts)
@@ -171,16 +184,15 @@ def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) ->
 def _prefix(lm: Any, ids_PT: Tensor, mask_PT: Tensor, at_R: Tensor) -> Any | None:
     """Return keys and values of all but the prompts' last tokens, computed once per prompt and copied for its rows.
 
-    None without such tokens, or where the model's cache cannot be copied (recurrent states): each row then computes its
-    whole prompt.
+    None without such tokens, where the model's cache cannot be copied (recurrent states), or where the last token
+    changes the rotary frequencies: each row then computes its whole prompt.
     """
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    if ids_PT.shape[1] == 1:
+    width, switch = ids_PT.shape[1], switch_of(lm)
+    if width == 1 or (switch and switch.same_as(width - 1) != switch.same_as(width)):
         return None
     read = lm.generate(ids_PT[:, :-1], attention_mask=mask_PT[:, :-1], max_new_tokens=1, return_dict_in_generate=True)
     cache = read.get("past_key_values")
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None])):
+    if not copyable(cache):
         return None
     cache.batch_select_indices(at_R)
     return cache

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alignkit.models.packing import batch_of
 from alignkit.rewards import Answers
@@ -59,8 +60,17 @@ def distinct(sampled: Sequence[Sequence[Sampled]], n: int = 2) -> tuple[int, int
 
 
 def with_placeholders(examples: Sequence[Example], sampling_tokens: int) -> list[Example]:
-    """Return the prompts with two artificial completions each, to probe the model before anything is sampled."""
+    """Return the prompts with two artificial completions each, to probe the model before anything is sampled.
+
+    The longest prompt has one of `sampling_tokens` tokens, as the longest sequence of the run may have.
+    """
+    longest = max(examples, key=lambda e: len(e.prompt), default=None)
+
+    def artificial(prompt: Tensor, n: int) -> Completion:
+        return Completion(prompt.repeat(-(-n // len(prompt)))[-n:])
+
     return [
-        replace(e, completions=tuple(Completion(e.prompt[-n:].clone()) for n in (min(sampling_tokens, 8), 3)))
+        replace(e, completions=(artificial(e.prompt, n), artificial(e.prompt, 3)))
         for e in examples
+        for n in [sampling_tokens if e is longest else min(sampling_tokens, 8)]
     ]

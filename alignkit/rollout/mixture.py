@@ -31,6 +31,13 @@ class Mixture:
             raise ConfigError(f"the reference's weight in a mixture must be from 0 to 1, got {self.weight}")
 
 
+def copyable(cache: Any) -> bool:
+    """Return whether a cache of transformers holds keys and values of single tokens only, and no recurrent state."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None]))
+
+
 class MixedLogits:
     """The first logits processor of transformers' `generate`: it computes the reference's logits of the same tokens.
 
@@ -54,6 +61,8 @@ class MixedLogits:
                 return_dict_in_generate=True,
                 **kept,
             )
+        if self.cache is None and copyable(out.get("past_key_values")):
+            self.cache = out.past_key_values  # keys keep the rotary frequencies of the step that made them
         weight, reference_RV = self.mixture.weight, torch.as_tensor(out.logits[0])
         # a token that the policy rules out has -inf, and -inf * 0 is nan
         return reference_RV if weight == 1 else (1 - weight) * scores + weight * reference_RV

@@ -12,16 +12,18 @@ def text(output: Output, adapter_of: str | None) -> str:
     """Return Markdown with code that runs in the model's folder. adapter_of: the base model of an adapter."""
     task = "SequenceClassification" if output in ("score", "preference") else "CausalLM"
     kind = f"AutoModelFor{task}"
-    imports, options, note = f"from transformers import {kind}, AutoTokenizer", "", ""
+    imports, options, note, pad = f"from transformers import {kind}, AutoTokenizer", "", "", ""
     if adapter_of is not None:
         kind = f"AutoPeftModelFor{task}"
         imports = f"from peft import {kind}\nfrom transformers import AutoTokenizer"
-        options = ", num_labels=1" if task != "CausalLM" else ""
+        if task != "CausalLM":
+            # the base's configuration may pad with the end-of-sequence token, which would then not be read
+            options, pad = ", num_labels=1", "model.config.pad_token_id = tokenizer.pad_token_id\n"
         note = f"This folder holds an adapter only; its base model is `{adapter_of}`.\n\n"
     code = (
         f'import torch\n{imports}\n\nfolder = "."  # of this file\n'
         f"tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        f"model = {kind}.from_pretrained(folder{options}).eval()\n{_ASK[output]}"
+        f"model = {kind}.from_pretrained(folder{options}).eval()\n{pad}{_ASK[output]}"
     )
     return f"{note}```python\n{code}```{_WORDS.get(output, '')}"
 
@@ -62,7 +64,8 @@ print(torch.sigmoid(score(*answers) - score(*reversed(answers))).item())
 _OF_SCORES = """
 
 The score is that of the whole answer, including its end-of-sequence token. The better of two answers to one prompt has
-the higher score, and σ of the difference is the probability that it is preferred. Apply the tokenizer's chat template
+the higher score, and σ of the difference is the probability that it is preferred. The tokenizer's padding token never
+ends an answer, so rows of a padded batch get the scores that they get alone. Apply the tokenizer's chat template
 to messages first. In alignkit the folder can be used as a `reward`."""
 _OF_PAIRS = """
 

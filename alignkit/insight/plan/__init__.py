@@ -3,6 +3,7 @@
 run_plan.py        plan(): everything about one run
 memory.py          memory by part and phase
 dry_run.py         one step with tensors that have no data
+experts.py         the weights of mixtures of experts
 meta_models.py     models from their configurations alone
 ledger.py          bytes of live tensors, by label
 sharded_memory.py  what several processes change

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from alignkit.config import RunConfig
 from alignkit.errors import AlignkitError, ModelError
 from alignkit.insight.plan.dry_run import collect, few_blocks, layers_of, learn, trunks
+from alignkit.insight.plan.experts import products_without_values
 from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.meta_models import in_8_bits, n_bytes, unloaded
 from alignkit.insight.plan.sharded_memory import per_rank
@@ -185,7 +186,7 @@ def _dry_run(work: Work, module: Any, n_layers: int) -> tuple[Counter[str], list
         ledger.count(tensor, "weights")
     logits = work.config.max_tokens * causal_lm(_policy(module)).config.get_text_config().vocab_size
     cast = torch.autocast("cpu", torch.bfloat16) if work.bf16 else contextlib.nullcontext()
-    with few_blocks(logits), ledger, cast:
+    with few_blocks(logits), products_without_values(), ledger, cast:
         micros, roles = collect(work.config, work.method, module, work.layout, work.examples)
         found = learn(work.method, module, micros[0], roles, ledger)
     return Counter({k: v for k, v in found.items() if k != "weights"}), micros

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from alignkit.insight import terminal
+from alignkit.insight.plan.experts import Experts
 from alignkit.insight.plan.run_plan import Plan
 
 
@@ -14,6 +15,8 @@ def print_plan(plan: Plan) -> None:
     terminal.show(f"{plan.method}: {plan.rows:,} rows to train on{held}; {plan.tokens:,} tokens, prompts counted once")
     terminal.show(f"steps: {plan.steps:,} of {plan.batch_size} examples")
     terminal.show(packing(plan))
+    if plan.experts is not None:
+        terminal.show(experts(plan.experts))
     terminal.show(reference(plan))
     terminal.show(f"\nmemory at its peak, while {plan.memory.peak_phase}, on {plan.device}:")
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -43,6 +46,15 @@ def packing(plan: Plan) -> str:
         return text
     saved = 1 - m.positions / m.padded
     return f"{text}, {saved:.0%} fewer than the {m.padded:,} of padded rows that repeat their prompts"
+
+
+def experts(e: Experts) -> str:
+    """Return the weights of a mixture of experts, and how many of its adapters are on experts."""
+    text = (
+        f"experts: {e.per_layer} in a layer, {e.per_token} for a token; a token passes {e.active:,} of {e.weights:,} "
+        f"weights; experts {e.experts:,}, router {e.router:,}"
+    )
+    return f"{text}; adapters {e.adapters:,}, on experts {e.on_experts:,}" if e.adapters else text
 
 
 def reference(plan: Plan) -> str:

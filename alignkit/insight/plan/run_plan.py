@@ -16,6 +16,7 @@ from alignkit.config import RunConfig, split
 from alignkit.data.stream import Stream
 from alignkit.engine import assemble, reading
 from alignkit.errors import ConfigError
+from alignkit.insight.plan.experts import Experts, experts_of
 from alignkit.insight.plan.memory import Memory, Work, memory
 from alignkit.insight.plan.remedies import Remedy, find_remedies
 from alignkit.models.branches import BRANCHES
@@ -37,7 +38,7 @@ class Plan:
     """A run before its start. tokens: of the training rows, prompts counted once. Memory is in bytes, of one process.
 
     reference: its form, None without one. cache: the number of values that the run needs, and of those in the cache
-    (None: not looked up). limit: the memory that the run must fit into.
+    (None: not looked up). limit: the memory that the run must fit into. experts: of a mixture of experts, else None.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Plan:
     remedies: tuple[Remedy, ...]
     limit: int | None = None
     processes: int = 1
+    experts: Experts | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -102,7 +104,7 @@ def plan(
         config.method, _device(gpu, processes), len(rows.train), len(rows.held_out), steps,
         config.batch_size, sum(e.n_tokens for e in examples), found.reference,
         _cache(work, found.reference, [*examples, *map(method.longest, rows.held_out)], hits), found,
-        tuple(find_remedies(work, found, limit)) if remedies else (), limit, processes,
+        tuple(find_remedies(work, found, limit)) if remedies else (), limit, processes, experts_of(config),
     )  # fmt: skip
 
 
