@@ -14,7 +14,26 @@ from alignkit.data.rows import RowNumber
 from alignkit.types import Completion, Example
 
 
-class Examples(Sequence[Example]):
+class _View(Sequence[Example]):
+    """Examples of other sequences, found when they are asked for."""
+
+    def at(self, index: int) -> Example:
+        """Return one example; index: from 0."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        chosen = range(len(self))[index]  # raises IndexError, and counts from the end below 0
+        return Selected(self, chosen) if isinstance(chosen, range) else self.at(chosen)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.at(i) for i in range(len(self)))
+
+
+class Examples(_View):
     """Examples that are built when they are asked for, from arrays.
 
     A token takes 4 bytes, an answer with tokens that are only read a byte more for each of its tokens, an example about
@@ -69,14 +88,9 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        if isinstance(index, slice):
-            return Selected(self, range(*index.indices(len(self))))
-        i = range(len(self))[index]  # raises IndexError, and counts from the end below 0
+    def at(self, index: int) -> Example:
+        """Build one example."""
+        i = index
         prompt, *answers = range(self._parts[i], self._parts[i + 1])
         asked, columns = self._given.get(i, ("", {}))
         order = self._orders[i]
@@ -90,9 +104,6 @@ class Examples(Sequence[Example]):
             [*self._sources][self._source_of[i]],
             None if math.isnan(order) else order,
         )
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(len(self)))
 
     def _part(self, part: int) -> Tensor:
         # a copy: the array may move while it grows
@@ -111,7 +122,7 @@ def _tensor(values: array[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
-class Selected(Sequence[Example]):
+class Selected(_View):
     """Some of the examples of a sequence, by their indices, each changed when it is asked for."""
 
     def __init__(
@@ -122,15 +133,22 @@ class Selected(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        if isinstance(index, slice):
-            return Selected(self._examples, self._indices[index], self._change)
+    def at(self, index: int) -> Example:
+        """Return one example."""
         example = self._examples[self._indices[index]]
         return example if self._change is None else self._change(example)
 
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(len(self)))
+
+class Joined(_View):
+    """The examples of two sequences, one after the other."""
+
+    def __init__(self, first: Sequence[Example], second: Sequence[Example]) -> None:
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def at(self, index: int) -> Example:
+        """Return one example."""
+        n = len(self._first)
+        return self._first[index] if index < n else self._second[index - n]

@@ -21,6 +21,7 @@ from accelerate.utils import (
 from torch import nn
 
 from alignkit.config import RunConfig
+from alignkit.data.store import Selected
 from alignkit.data.stream import Stream
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online, Scorers
@@ -89,7 +90,7 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     for line in stream.lines():
         logger.info(line)
     set_seed(config.seed)  # new adapters are initialised at random
-    scorers = Scorers.of_run(config, method, [*splits.train, *splits.held_out], device)
+    scorers = Scorers.of_run(config, method, splits.both, device)
     plain, came_with_adapter = _trained_model(config, method, device)
     known, layout = _layout(config, method, splits, plain, accelerator)
     reference = _reference(config, method, plain, layout, accelerator, known) if isinstance(plain, Scorer) else None
@@ -131,9 +132,11 @@ def _trained_model(config: RunConfig, method: Method[Any], device: torch.device)
 
 def _layout(
     config: RunConfig, method: Method[Any], splits: Splits, plain: Scorer | Valuer, accelerator: Accelerator
-) -> tuple[list[Example], Layout]:
+) -> tuple[Sequence[Example], Layout]:
     """Check that the examples fit the model; return them at their longest, and the layout that the probe chose."""
-    known, longest = [method.longest(e) for e in (*splits.train, *splits.held_out)], None
+    every = splits.both
+    known: Sequence[Example] = Selected(every, range(len(every)), method.longest)
+    longest = None
     if method.data == "prompts":
         longest = config.sampling.max_new_tokens
         known = with_placeholders(known, longest)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from alignkit.config import RunConfig
+from alignkit.data.store import Joined
 from alignkit.data.stream import Stream
 from alignkit.data.streaming import Streamed
 from alignkit.engine.roles import Roles
@@ -37,6 +38,11 @@ class Splits:
     digest: str
     weights: Mapping[str, float] = field(default_factory=dict)
     streamed: Streamed | None = None
+
+    @property
+    def both(self) -> Sequence[Example]:
+        """The examples to train on, then those held out."""
+        return Joined(self.train, self.held_out)
 
 
 @dataclass

@@ -38,24 +38,25 @@ def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None
     """
     lm = causal_lm(model)
     known = lm.get_input_embeddings().weight.shape[0]
-    sequences = [(e, c) for e in examples for c in e.completions]
-    for example, completion in sequences:
-        if (token := max(int(example.prompt.max()), int(completion.tokens.max()))) >= known:
-            raise ModelError(
-                f"row {example.row} holds the token {token}, but the model has {known} embeddings (0 to {known - 1}): "
-                f"the tokenizer belongs to another model, or the embeddings were not resized"
-            )
     config = lm.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     longest_prompt = max(len(e.prompt) for e in examples) if mixes else 0
-    lengths = [(max(len(e.prompt), longest_prompt) + (longest or len(c.tokens)), e.row) for e, c in sequences]
-    beyond = [(n, row) for n, row in lengths if limit and n > limit]
+    n_sequences, beyond, most = 0, 0, (0, 0)
+    for example in examples:
+        for completion in example.completions:
+            if (token := max(int(example.prompt.max()), int(completion.tokens.max()))) >= known:
+                raise ModelError(
+                    f"row {example.row} holds the token {token}, but the model has {known} embeddings (0 to "
+                    f"{known - 1}): the tokenizer belongs to another model, or the embeddings were not resized"
+                )
+            n_tokens = max(len(example.prompt), longest_prompt) + (longest or len(completion.tokens))
+            n_sequences, beyond = n_sequences + 1, beyond + bool(limit and n_tokens > limit)
+            most = max(most, (n_tokens, example.row))
     if not beyond:
         return
-    longest, row = max(beyond)
     what = (
-        f"{len(beyond)} of {len(lengths)} sequences are longer than the model's {limit} positions, the longest "
-        f"{longest} tokens (row {row}); lower max_prompt_tokens and max_completion_tokens to {limit} in total"
+        f"{beyond} of {n_sequences} sequences are longer than the model's {limit} positions, the longest {most[0]} "
+        f"tokens (row {most[1]}); lower max_prompt_tokens and max_completion_tokens to {limit} in total"
     )
     if getattr(config, "rope_parameters", None) is None:
         raise ModelError(what)
@@ -122,9 +123,10 @@ def _forest(attention: str, config: RunConfig, switch: Switch | None) -> Layout:
 def probed(examples: Sequence[Example]) -> list[Example]:
     """Return four examples of all lengths to probe with: the one with the longest sequence is among them, and the
     shortest one."""
-    ordered = sorted(examples, key=longest_sequence)
+    lengths = [longest_sequence(e) for e in examples]
+    ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
     last = len(ordered) - 1
-    return [ordered[i] for i in sorted({0, last // 3, last - last // 3, last})]
+    return [examples[ordered[i]] for i in sorted({0, last // 3, last - last // 3, last})]
 
 
 def _refusal(scorer: Probed, rows: Sequence[Example], padded: Layout, device: torch.device, problem: str) -> ModelError:

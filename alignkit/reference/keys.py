@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from alignkit.data.store import Selected
 from alignkit.models.loading import causal_lm
 from alignkit.models.rope import switch_of
 from alignkit.reference.cache import LogpCache, default_path
@@ -108,10 +109,11 @@ def fill(
     rank, world: each rank takes its share of the examples, whatever the cache holds; no rank waits.
     """
     cache.use(fingerprint)
-    order = sorted(range(len(examples)), key=lambda i: -examples[i].n_tokens)
-    missing = list(_missing([examples[i] for i in order[rank::world]], cache, fingerprint))
+    lengths = [e.n_tokens for e in examples]
+    own = Selected(examples, sorted(range(len(examples)), key=lambda i: -lengths[i])[rank::world])
+    missing = list(_missing(own, cache, fingerprint))
     done = 0
-    for batch in _cut(missing, batch_tokens):
+    for batch in _cut(Selected(own, missing), batch_tokens):
         _compute(batch, cache, fingerprint, score)
         done += len(batch)
         if progress:
@@ -122,17 +124,17 @@ def _keys(example: Example, fingerprint: str) -> list[bytes]:
     return [key(fingerprint, example.prompt, c.tokens, c.trained_at) for c in example.completions]
 
 
-def _missing(examples: Sequence[Example], cache: LogpCache, fingerprint: str) -> Iterator[Example]:
-    """Yield the examples with missing values; only the first of several with the same tokens."""
+def _missing(examples: Sequence[Example], cache: LogpCache, fingerprint: str) -> Iterator[int]:
+    """Yield the indices of examples with missing values; only the first of several with the same tokens."""
     claimed: set[bytes] = set()
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
         keys = [_keys(e, fingerprint) for e in chunk]
         claimed |= set(cache.get([k for ks in keys for k in ks]))
-        for example, ks in zip(chunk, keys, strict=True):
+        for i, ks in enumerate(keys, start):
             if not claimed.issuperset(ks):
                 claimed.update(ks)
-                yield example
+                yield i
 
 
 def _cut(examples: Sequence[Example], batch_tokens: int) -> Iterator[list[Example]]:
