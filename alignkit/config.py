@@ -17,21 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from alignkit.alarms import ALARMS, Health
 from alignkit.errors import ConfigError, nearest
 from alignkit.files import replace_text
+from alignkit.lora_settings import LoraSettings
 from alignkit.method import MethodConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 ReferenceMode = Literal["auto", "full", "int8", "adapter-off", "cached"]
-
-
-class LoraSettings(BaseModel):
-    """Low-rank adapters on the policy (peft). Dropout is always 0: the reference and the old policy must match."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    r: int = Field(16, ge=1, description="rank")
-    alpha: float = Field(32.0, gt=0, description="scale; the update is multiplied by alpha / r")
-    target_modules: str | list[str] = Field("all-linear", description="module names, or all-linear")
-    modules_to_save: list[str] | None = Field(None, description="modules trained in full, such as lm_head")
 
 
 class Sampling(BaseModel):
@@ -194,6 +184,11 @@ class RunConfig(BaseModel):
             )
         if self.merge_adapter and self.lora is None:
             raise ValueError("merge_adapter needs `lora`")
+        if self.lora and self.lora.changes_base and self.fsdp:
+            raise ValueError(
+                f"lora.init: {self.lora.init} saves the adapter as the difference to its beginning, which fsdp "
+                "has sharded; use init: default"
+            )
         if self.merge_adapter and self.fsdp:
             raise ValueError("merge_adapter cannot merge a sharded model; merge the saved adapter afterwards")
         if self.eval_data is not None and self.eval_fraction:

@@ -4,7 +4,8 @@ engine.py      Engine, run(): from settings to a Result
 phases.py      Run: the phases of a run, one after the other
 loop.py        THE loop: steps, updates, checkpoints
 state.py       the state of a run, as plain data
-assemble.py    settings -> rows, models, reference, optimiser
+assemble.py    settings -> rows, models, reference
+optimizers.py  the optimiser and its groups of parameters
 step.py        a step as a method sees it (alignkit.method.Context)
 roles.py       the models that a method may call
 rollouts.py    prompts -> sampled and scored completions

@@ -30,7 +30,7 @@ def evaluate(state: RunState, step: int) -> dict[str, float]:
     if not rows:
         return {}
     averages, logged, offset = Averages(), dict[str, float](), 0
-    with evaluating(state.parts.policy, method.dropout()):
+    with evaluating(state.parts.policy, state.dropout):
         for part in chunks(rows, state.config.batch_size, max(method.min_batch, ranks.n)):
             generator = seeded(state.config.seed, 3, offset)
             ctx = StepContext(state, step, part, generator, training=False, offset=offset)
@@ -47,7 +47,7 @@ def evaluate(state: RunState, step: int) -> dict[str, float]:
 
 
 @contextmanager
-def evaluating(module: nn.Module, dropout: float) -> Iterator[None]:
+def evaluating(module: nn.Module, dropout: bool) -> Iterator[None]:
     """Switch dropout off where a method trains with it; switch it on again afterwards, even after an error."""
     if not dropout:
         yield

@@ -15,6 +15,7 @@ from alignkit.config import RunConfig
 from alignkit.data.chat import turn_end
 from alignkit.engine.state import Parts, RunState
 from alignkit.errors import AlignkitError, CheckpointError
+from alignkit.models.adapters import save_adapter
 from alignkit.models.loading import causal_lm
 from alignkit.runs import card, checkpoint
 
@@ -92,7 +93,7 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         model = model.merge_and_unload()  # type: ignore[operator]
     if parts.ranks.is_main:
         temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
-        model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
+        _write(model, temporary, state)
         tokenizer.save_pretrained(temporary)
         try:
             card.write(temporary, folder.parent)
@@ -105,6 +106,13 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         shutil.rmtree(before, ignore_errors=True)
     parts.ranks.wait()
     return model
+
+
+def _write(model: Any, folder: Path, state: dict[str, Any] | None) -> None:
+    if hasattr(model, "peft_config"):
+        save_adapter(model, folder, state)
+    else:
+        model.save_pretrained(folder, state_dict=state)
 
 
 def _name_turn_end(model: Any, tokenizer: Any) -> None:

@@ -1,6 +1,7 @@
 """Models: loading them, packing rows for them, and computing log-probabilities and scalar values with them.
 
-loading.py     tokenizer, model, adapters, dropout
+loading.py     tokenizer, model, dropout
+adapters.py    low-rank adapters, and the model before they were trained
 scoring.py     trunk, the positions that predict, head: log-probabilities of the targets
 values.py      models with a scalar output: reward models, critics
 critic.py      where PPO's critic comes from

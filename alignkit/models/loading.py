@@ -1,4 +1,4 @@
-"""Loading tokenizers and models, adding adapters, and setting a model up for training."""
+"""Loading tokenizers and models, and setting a model up for training."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from alignkit.config import LoraSettings, RunConfig
-from alignkit.errors import ModelError
+from alignkit.config import RunConfig
+from alignkit.errors import ModelError, first_line
+from alignkit.models.adapters import Kind, add_lora
 from alignkit.models.branches import attend_by_branches
 
-Kind = Literal["causal", "classifier"]
 _AUTO = {"causal": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -144,33 +144,6 @@ def _look(name: str | Path) -> None:
 
 def _where(name: str | Path) -> str:
     return "" if Path(name).exists() else " (no local folder has this name, so it was looked up on the hub)"
-
-
-def first_line(error: Exception) -> str:
-    """Return an error's kind and first line, of 300 characters at most."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
-
-
-def add_lora(model: nn.Module, settings: LoraSettings, kind: Kind = "causal") -> nn.Module:
-    """Wrap the model with new adapters (peft); a classifier's head is trained in full.
-
-    Raises ModelError where no module matches.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0,
-        target_modules=settings.target_modules,
-        modules_to_save=settings.modules_to_save,
-        task_type="CAUSAL_LM" if kind == "causal" else "SEQ_CLS",
-    )
-    try:
-        return get_peft_model(model, lora)  # type: ignore[no-any-return]
-    except ValueError as error:
-        names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise ModelError(f"LoRA: {first_line(error)} The linear modules are {', '.join(names)}") from error
 
 
 def drop_dropout(model: nn.Module, probability: float = 0.0) -> None:

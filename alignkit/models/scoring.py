@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from alignkit.errors import ModelError
+from alignkit.errors import ModelError, first_line
 from alignkit.models.attention import attention_mask
-from alignkit.models.loading import causal_lm, first_line
+from alignkit.models.loading import causal_lm
 from alignkit.types import Batch, Example, Outputs, PackedRows
 from alignkit_kernels import linear_logps, selective_logps
 

@@ -17,13 +17,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignkit.config import RunConfig
-from alignkit.errors import AlignkitError, ModelError
+from alignkit.errors import AlignkitError, ModelError, first_line
 from alignkit.insight.plan.dry_run import collect, few_blocks, layers_of, learn, trunks
 from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.meta_models import in_8_bits, n_bytes, unloaded
 from alignkit.insight.plan.sharded_memory import per_rank
 from alignkit.method import Method
-from alignkit.models.loading import causal_lm, first_line
+from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
 from alignkit.models.values import ActorCritic, Valuer

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from alignkit.config import RunConfig
 from alignkit.errors import ModelError
-from alignkit.models.loading import Kind, add_lora, causal_lm, from_pretrained, set_up
+from alignkit.models.adapters import Kind, add_lora
+from alignkit.models.loading import causal_lm, from_pretrained, set_up
 
 CPU = torch.device("cpu")
 

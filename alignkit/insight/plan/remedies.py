@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alignkit.config import LoraSettings
 from alignkit.insight.model_paths import is_adapter
 from alignkit.insight.plan.memory import Memory, Work, memory
+from alignkit.lora_settings import LoraSettings
 
 WORTH = 0.98  # of the peak: a change that leaves more is not reported
 
