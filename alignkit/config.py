@@ -82,6 +82,7 @@ class RunConfig(BaseModel):
     reference_cache: bool = Field(True, description="keep the reference's log-probabilities on disk for other runs")
     cache_file: Path | None = Field(None, description="the cache's file; default: ~/.cache/alignkit/reference.sqlite")
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
+    quantize: Literal["nf4"] | None = Field(None, description="nf4: the frozen base in 4 bits, for adapters (QLoRA)")
     sampling: Sampling = Field(Sampling(), description="how completions are sampled, for methods that sample")
     reward: Any = Field(None, description="reward that scores sampled completions, see docs/rewards.md")
     judge: Any = Field(None, description="judge that compares two sampled completions, see docs/rewards.md")
@@ -184,6 +185,13 @@ class RunConfig(BaseModel):
             )
         if self.merge_adapter and self.lora is None:
             raise ValueError("merge_adapter needs `lora`")
+        if self.quantize and self.fsdp:
+            raise ValueError("4-bit weights cannot be sharded; remove quantize or fsdp")
+        if self.quantize and self.lora and self.lora.changes_base:
+            raise ValueError(
+                f"lora.init: {self.lora.init} changes the base, which would be rounded to 4 bits again; "
+                "use init: default"
+            )
         if self.lora and self.lora.changes_base and self.fsdp:
             raise ValueError(
                 f"lora.init: {self.lora.init} saves the adapter as the difference to its beginning, which fsdp "

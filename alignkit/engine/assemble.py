@@ -34,7 +34,8 @@ from alignkit.method import Method
 from alignkit.models.adapters import Kind, set_adapter_dropout
 from alignkit.models.critic import with_critic
 from alignkit.models.layouts import check_fit, choose_layout
-from alignkit.models.loading import causal_lm, drop_dropout, load_model
+from alignkit.models.loading import causal_lm, drop_dropout, load_model, on_cpu
+from alignkit.models.quantised import floating
 from alignkit.models.ranks import Ranks
 from alignkit.models.scoring import Scorer
 from alignkit.models.sharding import shard
@@ -80,8 +81,7 @@ def _examples(source: Any, config: RunConfig, method: Method[Any], tokenizer: An
 
 def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
     """Return the Accelerator of the run: devices, precision, ranks, trackers."""
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    precision = config.precision
+    cpu, precision = on_cpu(config), config.precision
     if precision == "auto":
         precision = "fp32" if cpu else "bf16"
     forget_precision()
@@ -227,7 +227,7 @@ def _reference(
         device=accelerator.device,
         max_tokens=config.max_tokens,
         cache=LogpCache(config.cache_file) if cached else None,
-        compute_dtype=mixed or next(plain.parameters()).dtype,
+        compute_dtype=mixed or floating(plain),
         autocast=accelerator.autocast if mixed else nullcontext,
         temperature=config.sampling.temperature if sampled else 1.0,
     )

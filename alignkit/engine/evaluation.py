@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from alignkit.data.stream import chunks, seeded
 from alignkit.engine.averages import Averages, counts, term_sums
@@ -77,8 +77,7 @@ def watch(state: RunState, step: int, values: Mapping[str, float]) -> None:
         state.early.waited += 1
         return
     state.early.best, state.early.best_step, state.early.waited = value, step, 0
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights: dict[str, Any] = dict(get_model_state_dict(state.parts.policy, options=options))
+    weights = checkpoint.model_state(state.parts.policy)
     if state.parts.ranks.is_main:
         checkpoint.save(state.folder / "best", step, {"model": weights}, {}, keep=1)
 

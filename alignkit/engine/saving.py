@@ -17,6 +17,7 @@ from alignkit.engine.state import Parts, RunState
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.models.adapters import save_adapter
 from alignkit.models.loading import causal_lm
+from alignkit.models.quantised import layers_4bit, merged
 from alignkit.runs import card, checkpoint
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,7 @@ logger = logging.getLogger(__name__)
 def save(state: RunState, step: int) -> None:
     """Write a checkpoint of everything that the steps after `step` depend on; every rank must call it."""
     parts = state.parts
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    model = get_model_state_dict(parts.policy, options=options)
+    model = checkpoint.model_state(parts.policy)
     optimizer, layout = checkpoint.optimizer_state(parts.policy, parts.optimizer.optimizer)
     rng, rng_values = checkpoint.rng_state()
     tensors: dict[str, Mapping[str, Any]] = {"model": model, "optimizer": optimizer, "rng": rng}
@@ -90,7 +90,7 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         state = get_model_state_dict(parts.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         state = {k.removeprefix("model."): v for k, v in state.items()}
     if config.merge_adapter:
-        model = model.merge_and_unload()  # type: ignore[operator]
+        model = merged(model) if layers_4bit(model) else model.merge_and_unload()  # type: ignore[operator]
     if parts.ranks.is_main:
         temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
         _write(model, temporary, state)

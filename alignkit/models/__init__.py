@@ -2,6 +2,7 @@
 
 loading.py     tokenizer, model, dropout
 adapters.py    low-rank adapters, and the model before they were trained
+quantised.py   a frozen base in 4 bits
 scoring.py     trunk, the positions that predict, head: log-probabilities of the targets
 values.py      models with a scalar output: reward models, critics
 critic.py      where PPO's critic comes from

@@ -15,6 +15,7 @@ from alignkit.config import RunConfig
 from alignkit.errors import ModelError, first_line
 from alignkit.models.adapters import Kind, add_lora
 from alignkit.models.branches import attend_by_branches
+from alignkit.models.quantised import check_frozen, copy_marks, floating, layers_4bit, nf4, settle
 
 _AUTO = {"causal": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,8 +50,10 @@ def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -
     came_with_adapter = hasattr(model, "peft_config")
     if config.lora and came_with_adapter:
         raise ModelError("the model already has an adapter, which is trained further; leave out `lora`")
+    settle(model, compute_dtype(config))
     if config.lora:
         model = add_lora(model, config.lora, kind)
+    check_frozen(model, config.quantize is not None)
     return readied(model, config, device), came_with_adapter
 
 
@@ -108,12 +111,31 @@ def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights
         raise ModelError(f"cannot load a {what} from '{name}'{_where(name)}: {first_line(error)}") from error
 
 
+def on_cpu(config: RunConfig) -> bool:
+    """Return whether a run uses no GPU."""
+    return config.device == "cpu" or not torch.cuda.is_available()
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """Return the data type of matrix products."""
+    if config.precision == "bf16" or (config.precision == "auto" and not on_cpu(config)):
+        return torch.bfloat16
+    return DTYPES[config.dtype]
+
+
+def _place(config: RunConfig) -> torch.device:
+    # bitsandbytes quantises on a device, a layer at a time
+    return torch.device("cpu") if on_cpu(config) else torch.device("cuda", torch.cuda.current_device())
+
+
 def _made(name: str, config: RunConfig, kind: Kind, weights: bool) -> nn.Module:
     import transformers
 
     auto: Any = getattr(transformers, _AUTO[kind])
-    options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
     labels = {"num_labels": 1} if kind == "classifier" else {}
+    if weights and config.quantize:
+        options |= {"quantization_config": nf4(compute_dtype(config)), "device_map": {"": _place(config)}}
     if weights:
         return _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
     trusted = config.trust_remote_code
@@ -172,9 +194,7 @@ def classifier_like(model: nn.Module) -> nn.Module:
     """
     from transformers import AutoModelForSequenceClassification
 
-    copied: Any = copy.deepcopy(model)
-    if hasattr(copied, "merge_and_unload"):
-        copied = copied.merge_and_unload()
+    copied: Any = _without_adapters(copy.deepcopy(model))
     config, body = copied.config, copied.base_model
     config.num_labels = 1
     try:
@@ -184,7 +204,23 @@ def classifier_like(model: nn.Module) -> nn.Module:
         raise ModelError(f"{type(copied).__name__} cannot become a reward model or a critic: {error}") from error
     made.config = config
     setattr(made, made.base_model_prefix, body)
-    first = next(body.parameters())
-    made.score = nn.Linear(made.score.in_features, 1, bias=False, device=first.device, dtype=first.dtype)
+    device = next(body.parameters()).device
+    made.score = nn.Linear(made.score.in_features, 1, bias=False, device=device, dtype=floating(body))
     nn.init.zeros_(made.score.weight)
-    return made.requires_grad_(True)  # type: ignore[no-any-return]
+    copy_marks(copied, made)
+    for parameter in made.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return made  # type: ignore[no-any-return]
+
+
+def _without_adapters(model: Any) -> Any:
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    if not layers_4bit(model):
+        return model.merge_and_unload()
+    if any(bool(p.any()) for n, p in model.named_parameters() if ".lora_B." in n):
+        raise ModelError(
+            "a critic cannot start from a trained adapter on a 4-bit base: merging it would round its update away; use "
+            "critic: shared, or a folder"
+        )
+    return model.unload()  # new adapters change nothing yet

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from alignkit.errors import ModelError, first_line
 from alignkit.models.attention import attention_mask
 from alignkit.models.loading import causal_lm
+from alignkit.models.quantised import floating
 from alignkit.types import Batch, Example, Outputs, PackedRows
 from alignkit_kernels import linear_logps, selective_logps
 
@@ -50,7 +51,7 @@ class Scorer(nn.Module):
 def trunk(model: nn.Module, rows: PackedRows, at: Tensor | None = None) -> Tensor:
     """Return the last hidden states [C, H] at the positions that predict, or [k, H] at the flattened positions `at`."""
     lm = causal_lm(model)
-    mask = attention_mask(rows, lm.config.get_text_config(), next(lm.parameters()).dtype)
+    mask = attention_mask(rows, lm.config.get_text_config(), floating(lm))
     out = lm.base_model(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False)
     hidden_RTH = out.last_hidden_state
     return hidden_RTH.reshape(-1, hidden_RTH.shape[-1]).index_select(0, rows.predict_at if at is None else at)  # type: ignore[no-any-return]
@@ -165,7 +166,7 @@ def allowed_difference(model: nn.Module, device: torch.device) -> float:
 
 
 def _is_exact(model: nn.Module, device: torch.device) -> bool:
-    return next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    return floating(model) == torch.float32 and not torch.is_autocast_enabled(device.type)
 
 
 def check_causal(model: nn.Module, example: Example, device: torch.device) -> None:

@@ -31,6 +31,8 @@ def check_reference(config: RunConfig, method: Method[Any]) -> None:
         )
     if mode == "adapter-off" and not _switchable(config, method):
         raise ConfigError(f"'{method.name}' cannot use reference: adapter-off under fsdp; use reference: full")
+    if mode == "int8" and config.quantize:
+        raise ConfigError("reference: int8 would round 4-bit weights again; use reference: auto, which needs no memory")
     if mode == "cached" and need != "rows":
         raise ConfigError(
             f"'{method.name}' cannot use reference: cached, because it scores rows that are created during the run; "
