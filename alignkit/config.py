@@ -98,10 +98,17 @@ class RunConfig(BaseModel):
     epochs_per_batch: int | None = Field(None, ge=1, description="passes over a collected batch; default: the method's")
     minibatches: int = Field(1, ge=1, description="updates in each of those passes")
     learning_rate: float | None = Field(None, gt=0, description="peak rate; default: the method's")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse-sqrt"] = Field(
+        "cosine", description="after the warm-up; wsd: constant, then linear to 0 over `decay_fraction`"
+    )
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="fraction of the steps over which the rate rises")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, applied to matrices only")
+    decay_fraction: float = Field(0.1, ge=0, le=1, description="fraction of the steps over which the rate of wsd falls")
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "adafactor", "muon", "sgd"] = Field(
+        "adamw", description="8bit: bitsandbytes; muon: for matrices, with adamw for the rest"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (sgd: L2), applied to matrices only")
     adam_betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
+    momentum: Decay | None = Field(None, description="of muon (default 0.95) and sgd (default 0)")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
     max_skipped_steps: int = Field(10, ge=0, description="non-finite steps skipped before the run stops")
 
@@ -185,6 +192,7 @@ class RunConfig(BaseModel):
             )
         if self.merge_adapter and self.lora is None:
             raise ValueError("merge_adapter needs `lora`")
+        self._check_optimizer()
         if self.quantize and self.fsdp:
             raise ValueError("4-bit weights cannot be sharded; remove quantize or fsdp")
         if self.quantize and self.lora and self.lora.changes_base:
@@ -202,6 +210,19 @@ class RunConfig(BaseModel):
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError("give eval_data or eval_fraction, not both")
         return self
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer in ("sgd", "adafactor") and self.learning_rate is None:
+            raise ValueError(
+                f"optimizer: {self.optimizer} needs learning_rate: the methods' defaults are for AdamW, whose steps "
+                "have another size"
+            )
+        if self.momentum is not None and self.optimizer not in ("sgd", "muon"):
+            raise ValueError(f"momentum is for optimizer: sgd or muon, not {self.optimizer}; remove it")
+        if self.fsdp and self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer: {self.optimizer} needs whole matrices, which fsdp shards; use adamw or sgd")
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("warmup_fraction and decay_fraction are more than 1 together; lower one of them")
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain YAML values; objects without a YAML form become their type's name."""

@@ -89,7 +89,9 @@ class Loop:
             torch.manual_seed(seed_of(config.seed, 8, step * ranks.n + ranks.own))
         ctx = StepContext(state, step, parts.stream[step], seeded(config.seed, 2, step), number=step)
         batch = ctx.collect()
-        rate = parts.peak_rate * learning_rate(config.schedule, config.warmup_fraction, step, total)
+        rate = parts.peak_rate * learning_rate(
+            config.schedule, config.warmup_fraction, step, total, config.decay_fraction
+        )
         for group in parts.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
         for minibatch, weight in self._minibatches(batch, ctx):

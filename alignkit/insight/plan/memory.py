@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignkit.config import RunConfig
+from alignkit.engine.optimizers import state_bytes
 from alignkit.errors import AlignkitError, ModelError, first_line
 from alignkit.insight.plan.dry_run import collect, few_blocks, layers_of, learn, trunks
 from alignkit.insight.plan.ledger import Ledger
@@ -97,7 +98,7 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     module = _module(config, method, mode)
     policy = _policy(module)
     gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
-    resident = {"program": work.program, "weights": n_bytes(policy), "optimiser": 2 * gradients}
+    resident = {"program": work.program, "weights": n_bytes(policy), "optimiser": state_bytes(module, config)}
     form = _form(work, n_bytes(policy))
     resident |= _other_models(config, form, policy, mode)
     if isinstance(module, ActorCritic):
