@@ -26,8 +26,12 @@ def add_lora(model: nn.Module, settings: LoraSettings, kind: Kind = "causal") ->
     """
     from peft import get_peft_model
 
+    # without data there is nothing to start from
+    new = (
+        settings if next(model.parameters()).device.type != "meta" else settings.model_copy(update={"init": "default"})
+    )
     try:
-        made: Any = get_peft_model(model, _lora_config(model, settings, kind))
+        made: Any = get_peft_model(model, _lora_config(model, new, kind))
     except (ValueError, TypeError) as error:
         linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         raise ModelError(f"LoRA: {first_line(error)} The linear modules are {', '.join(sorted(linear))}") from error
@@ -111,8 +115,9 @@ def _keep_start(model: Any, settings: LoraSettings, kind: Kind) -> None:
     model.add_adapter(START, _lora_config(model.get_base_model(), plain, kind))
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        if f".{START}" in name:
-            parameter.data.copy_(parameters[name.replace(f".{START}", f".{TRAINED}")].data)
+        own = parameters[name.replace(f".{START}", f".{TRAINED}")]
+        if own is not parameter and own.device.type != "meta":
+            parameter.data.copy_(own.data)
     model.set_adapter(TRAINED)
 
 

@@ -91,8 +91,11 @@ def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
         yield {"critic": "shared"}
     if config.dtype != "bfloat16" and _frozen(work):
         yield {"dtype": "bfloat16"}
-    if large("reference") and config.reference != "int8" and not moves:
+    if large("reference") and config.reference != "int8" and not (moves or config.quantize):
         yield {"reference": "int8"}
+    lora = config.lora
+    if lora and not (config.quantize or config.fsdp or lora.changes_base) and large("weights", "critic"):
+        yield {"quantize": "nf4"}
 
 
 def _frozen(work: Work) -> bool:
