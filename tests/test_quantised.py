@@ -11,9 +11,10 @@ import torch
 import transformers as tf
 from peft import PeftModel
 from safetensors import safe_open
+from test_data_parallel import torchrun
 from test_engine import lines, same
 from test_online import asks
-from zoo import config, examples
+from zoo import config, examples, fresh
 
 import alignkit
 from alignkit.engine.phases import Run
@@ -21,7 +22,7 @@ from alignkit.errors import ConfigError, ModelError
 from alignkit.models.adapters import before_training
 from alignkit.models.loading import load_model
 from alignkit.models.packing import batch_of
-from alignkit.models.quantised import is_4bit, layers_4bit, nf4, settle, weight
+from alignkit.models.quantised import is_4bit, layers_4bit, merged, nf4, settle, weight
 from alignkit.models.scoring import Scorer, plain_logps
 from alignkit.reference.keys import fingerprint
 from alignkit.runs.folder import read_metrics
@@ -185,6 +186,17 @@ def test_the_reference_has_a_fingerprint_of_its_own(base: str) -> None:
     assert found[1] == found[2] != found[0]
 
 
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(quantised: dict[str, Any], write_rows: Any) -> None:
+    settings = quantised | {"data": write_rows(make_rows("pairs", 8)), "lora": 4, "learning_rate": 1e-4}
+    one = alignkit.run("dpo", name="one", **settings)
+    given = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    done = torchrun(["run", "dpo", *given, "--set", "name=two"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [[line["loss"] for line in read_metrics(settings["output"] / name)] for name in (one.folder.name, "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------- what is saved
 
 
@@ -213,6 +225,32 @@ def test_a_merged_model_is_plain_and_computes_what_was_trained(lora: dict[str, A
     assert "quantization_config" not in (merged.folder / "model" / "config.json").read_text()
     torch.testing.assert_close(logits(loaded), logits(adapted.model), rtol=0, atol=2e-4)
     torch.testing.assert_close(logits(merged.model), logits(adapted.model), rtol=0, atol=2e-4)
+
+
+def test_gpt_2_is_merged_into_the_layers_that_it_has(tmp_path: Path) -> None:
+    fresh("gpt 2").save_pretrained(tmp_path / "base")
+    model, _ = load_model(config(model=str(tmp_path / "base"), quantize="nf4", lora=2), CPU)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    want = logits(model)
+    merged(model).save_pretrained(tmp_path / "merged")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded), want, rtol=0, atol=1e-3)
+
+
+def test_the_card_of_an_adapter_loads_its_base_in_4_bits(quantised: dict[str, Any]) -> None:
+    result = alignkit.run("dpo", data=make_rows("pairs", 4), **quantised)
+    card = (result.folder / "model" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].split("\n")
+    names: dict[str, Any] = {}
+    loading = "\n".join(
+        line for line in code if line.startswith(("import", "from", "folder", "tokenizer =", "model ="))
+    )
+    exec(loading.replace('folder = "."', f"folder = {str(result.folder / 'model')!r}"), names)
+    assert layers_4bit(names["model"])
+    torch.testing.assert_close(logits(names["model"].train()), logits(result.model), rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

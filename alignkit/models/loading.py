@@ -45,12 +45,13 @@ def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -
     model = config.model
     if isinstance(model, str | Path):
         model = from_pretrained(str(model), config, kind)
-    elif kind == "classifier" and not hasattr(causal_lm(model), "score"):
-        model = classifier_like(model)
+    else:
+        settle(model, compute_dtype(config))
+        if kind == "classifier" and not hasattr(causal_lm(model), "score"):
+            model = classifier_like(model)
     came_with_adapter = hasattr(model, "peft_config")
     if config.lora and came_with_adapter:
         raise ModelError("the model already has an adapter, which is trained further; leave out `lora`")
-    settle(model, compute_dtype(config))
     if config.lora:
         model = add_lora(model, config.lora, kind)
     check_frozen(model, config.quantize is not None)
@@ -137,7 +138,9 @@ def _made(name: str, config: RunConfig, kind: Kind, weights: bool) -> nn.Module:
     if weights and config.quantize:
         options |= {"quantization_config": nf4(compute_dtype(config)), "device_map": {"": _place(config)}}
     if weights:
-        return _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
+        model = _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
+        settle(model, compute_dtype(config))
+        return model
     trusted = config.trust_remote_code
     about = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted, **labels)
     with torch.device("meta"):

@@ -124,9 +124,14 @@ def _with_updates(wrapper: Any) -> Tensor:
 
 
 def _replace(model: nn.Module, name: str, layer: Any, values: Tensor, dtype: torch.dtype) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    n_out, n_in = values.shape
+    transposed = getattr(layer, "source_cls", None) is Conv1D  # GPT-2's linear layers
     with torch.device("meta"):
-        plain = nn.Linear(values.shape[1], values.shape[0], bias=layer.bias is not None)
-    plain.weight = nn.Parameter(values.to(dtype), requires_grad=False)
+        plain: Any = Conv1D(n_out, n_in) if transposed else nn.Linear(n_in, n_out, bias=layer.bias is not None)
+    kept = values.t().contiguous() if transposed else values
+    plain.weight = nn.Parameter(kept.to(dtype), requires_grad=False)
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
     parent, _, child = name.rpartition(".")
