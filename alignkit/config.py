@@ -19,26 +19,13 @@ from alignkit.alarms import ALARMS, Health
 from alignkit.data_spec import plain, sources_of
 from alignkit.errors import ConfigError, nearest
 from alignkit.files import replace_text
+from alignkit.lora_settings import LoraSettings
 from alignkit.method import MethodConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TrainOn = Literal["all", "last"]
 OnDropped = Literal["refuse", "report", "keep-by-hand"]
 ReferenceMode = Literal["auto", "full", "int8", "adapter-off", "cached"]
-
-
-class LoraSettings(BaseModel):
-    """Low-rank adapters on the policy (peft). Dropout is always 0: the reference and the old policy must match."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    r: int = Field(16, ge=1, description="rank")
-    alpha: float = Field(32.0, gt=0, description="scale; the update is multiplied by alpha / r")
-    target_modules: str | list[str] = Field("all-linear", description="module names, or all-linear")
-    target_parameters: list[str] | None = Field(
-        None, description="matrices that are no modules, such as experts.gate_up_proj of fused experts"
-    )
-    modules_to_save: list[str] | None = Field(None, description="modules trained in full, such as lm_head")
 
 
 class Sampling(BaseModel):
@@ -123,6 +110,7 @@ class RunConfig(BaseModel):
     reference_cache: bool = Field(True, description="keep the reference's log-probabilities on disk for other runs")
     cache_file: Path | None = Field(None, description="the cache's file; default: ~/.cache/alignkit/reference.sqlite")
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
+    quantize: Literal["nf4"] | None = Field(None, description="nf4: the frozen base in 4 bits, for adapters (QLoRA)")
     sampling: Sampling = Field(Sampling(), description="how completions are sampled, for methods that sample")
     reward: Any = Field(None, description="reward that scores sampled completions, see docs/rewards.md")
     judge: Any = Field(None, description="judge that compares two sampled completions, see docs/rewards.md")
@@ -138,10 +126,17 @@ class RunConfig(BaseModel):
     epochs_per_batch: int | None = Field(None, ge=1, description="passes over a collected batch; default: the method's")
     minibatches: int = Field(1, ge=1, description="updates in each of those passes")
     learning_rate: float | None = Field(None, gt=0, description="peak rate; default: the method's")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse-sqrt"] = Field(
+        "cosine", description="after the warm-up; wsd: constant, then linear to 0 over `decay_fraction`"
+    )
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="fraction of the steps over which the rate rises")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, applied to matrices only")
+    decay_fraction: float = Field(0.1, ge=0, le=1, description="fraction of the steps over which the rate of wsd falls")
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "adafactor", "muon", "sgd"] = Field(
+        "adamw", description="8bit: bitsandbytes; muon: for matrices, with adamw for the rest"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (sgd: L2), applied to matrices only")
     adam_betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
+    momentum: Decay | None = Field(None, description="of muon (default 0.95) and sgd (default 0)")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
     max_skipped_steps: int = Field(10, ge=0, description="non-finite steps skipped before the run stops")
 
@@ -236,6 +231,19 @@ class RunConfig(BaseModel):
             )
         if self.merge_adapter and self.lora is None:
             raise ValueError("merge_adapter needs `lora`")
+        self._check_optimizer()
+        if self.quantize and self.fsdp:
+            raise ValueError("4-bit weights cannot be sharded; remove quantize or fsdp")
+        if self.quantize and self.lora and self.lora.changes_base:
+            raise ValueError(
+                f"lora.init: {self.lora.init} changes the base, which would be rounded to 4 bits again; "
+                "use init: default"
+            )
+        if self.lora and self.lora.changes_base and self.fsdp:
+            raise ValueError(
+                f"lora.init: {self.lora.init} saves the adapter as the difference to its beginning, which fsdp "
+                "has sharded; use init: default"
+            )
         if self.merge_adapter and self.fsdp:
             raise ValueError("merge_adapter cannot merge a sharded model; merge the saved adapter afterwards")
         if self.eval_data is not None and self.eval_fraction:
@@ -262,6 +270,19 @@ class RunConfig(BaseModel):
     def caches_reference(self) -> bool:
         """Whether the reference's log-probabilities are kept on disk, which needs all rows before the first step."""
         return self.reference_cache and not self.streaming
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer in ("sgd", "adafactor") and self.learning_rate is None:
+            raise ValueError(
+                f"optimizer: {self.optimizer} needs learning_rate: the methods' defaults are for AdamW, whose steps "
+                "have another size"
+            )
+        if self.momentum is not None and self.optimizer not in ("sgd", "muon"):
+            raise ValueError(f"momentum is for optimizer: sgd or muon, not {self.optimizer}; remove it")
+        if self.fsdp and self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer: {self.optimizer} needs whole matrices, which fsdp shards; use adamw or sgd")
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("warmup_fraction and decay_fraction are more than 1 together; lower one of them")
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain YAML values; objects without a YAML form become their type's name."""

@@ -50,6 +50,11 @@ class AlarmError(AlignkitError):
     """An alarm in `stop_on` ended a run; its checkpoint is saved."""
 
 
+def first_line(error: Exception) -> str:
+    """Return an error's kind and first line, of 300 characters at most."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" with the closest of `known`, or ""; it starts with a space."""
     close = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.5)

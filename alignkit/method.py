@@ -189,6 +189,11 @@ class Method(Generic[C]):
         """Return the dropout probability of the trained model. Any value but 0 breaks a ratio to another model."""
         return 0.0
 
+    def allows_dropout(self) -> bool:
+        """Return whether adapters may have dropout. Default: where no ratio to another model is computed, neither to a
+        reference nor to the policy that sampled."""
+        return "reference" not in self.roles() and self.data != "prompts"
+
     def collect(self, batch: Batch, ctx: Context) -> Batch:
         """Attach what depends on the whole batch; runs once per step without gradients. Default: the batch itself.
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from alignkit import registry
-from alignkit.config import LoraSettings, RunConfig, read_yaml, split, validated, write_yaml
+from alignkit.config import RunConfig, read_yaml, split, validated, write_yaml
 from alignkit.errors import ConfigError, nearest
+from alignkit.lora_settings import LoraSettings
 from alignkit.method import MethodConfig
 
 NEEDED = {"method": "mine", "model": "m", "data": "d.jsonl"}

@@ -201,7 +201,7 @@ def test_what_is_not_needed_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> N
         versions, "installed", lambda name: None if name in ("bitsandbytes", "triton") else original(name)
     )
     assert troubles(versions.versions) == []
-    assert "only `reference: int8` needs it" in facts(versions.versions)["bitsandbytes"]
+    assert "only `reference: int8`, `quantize: nf4` needs it" in facts(versions.versions)["bitsandbytes"]
 
 
 def test_what_plugins_require(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -300,7 +300,7 @@ def test_an_error_in_an_evaluation_leaves_dropout_as_it_was() -> None:
     model, modes = torch.nn.Dropout(0.5).train(), []
 
     def fail() -> None:
-        with evaluating(model, dropout=0.5):
+        with evaluating(model, dropout=True):
             modes.append(model.training)
             raise OSError("planted")
 

@@ -12,10 +12,12 @@ from transformers import AutoTokenizer
 from zoo import CPU
 
 from alignkit import registry
-from alignkit.config import LoraSettings, RunConfig
+from alignkit.config import RunConfig
 from alignkit.errors import ConfigError
 from alignkit.insight.recommend import Recommendation, recommend
-from alignkit.models.loading import add_lora, load_model
+from alignkit.lora_settings import LoraSettings
+from alignkit.models.adapters import add_lora
+from alignkit.models.loading import load_model
 from helpers import make_rows
 
 Command = Callable[..., tuple[Any, str, str]]

@@ -17,9 +17,10 @@ from zoo import (
     model_of,
 )
 
-from alignkit.config import LoraSettings
 from alignkit.errors import ModelError
-from alignkit.models.loading import add_lora, load_model, load_tokenizer
+from alignkit.lora_settings import LoraSettings
+from alignkit.models.adapters import add_lora
+from alignkit.models.loading import load_model, load_tokenizer
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
 from alignkit.types import Layout

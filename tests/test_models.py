@@ -20,11 +20,12 @@ from zoo import (
     same_tree_mask,
 )
 
-from alignkit.config import LoraSettings
 from alignkit.errors import ModelError
+from alignkit.lora_settings import LoraSettings
 from alignkit.models import scoring as models
+from alignkit.models.adapters import add_lora
 from alignkit.models.layouts import choose_layout
-from alignkit.models.loading import add_lora, causal_lm
+from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer, probe
 from alignkit.types import Layout

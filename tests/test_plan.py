@@ -215,6 +215,39 @@ def test_an_8_bit_reference_takes_what_the_quantised_model_takes(tiny: str) -> N
     assert planned == pytest.approx(n_bytes(quantised) + sum(s.nbytes for s in states if s is not None), rel=0.01)
 
 
+@pytest.mark.parametrize("method", ["dpo", "reward"])
+def test_a_base_in_4_bits_takes_what_the_quantised_model_takes(method: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    write_tiny(tmp_path, hidden_size=128, intermediate_size=256, attention_bias=True)
+    work = work_of(method, str(tmp_path), lora=4, quantize="nf4")
+    model, _ = load_model(work.config, CPU, "classifier" if method == "reward" else "causal")
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    tensors |= {id(t): t for n, t in model.state_dict().items() if n.endswith(("absmax", "quant_map"))}
+    planned = memory(work).phases["learning"]
+    assert planned["weights"] == pytest.approx(sum(t.nbytes for t in tensors.values()), rel=0.01)
+    whole = memory(replace(work, config=work.config.model_copy(update={"quantize": None}))).phases["learning"]
+    assert planned["weights"] < 0.4 * whole["weights"]
+    assert planned["workspace"] - whole.get("workspace", 0) == pytest.approx(128 * 256 * 4, rel=0.01)
+    assert planned["optimiser"] == whole["optimiser"]
+
+
+def test_4_bits_are_offered_to_adapters_alone(tiny: str) -> None:
+    def offered(**changes: Any) -> list[dict[str, Any]]:
+        work = work_of("dpo", tiny, **changes)
+        return [change for change in remedies._changes(work, memory(work)) if "quantize" in change]
+
+    assert offered(lora=4) == [{"quantize": "nf4"}]
+    assert offered() == offered(lora=4, quantize="nf4") == offered(lora={"init": "pissa"}) == []
+
+
+def test_the_optimisers_state_is_counted(tiny: str) -> None:
+    adamw, sgd = (
+        memory(work_of("dpo", tiny, optimizer=name, learning_rate=1e-3)).phases["updating"] for name in ("adamw", "sgd")
+    )
+    assert adamw["optimiser"] == 2 * adamw["gradients"]
+    assert "optimiser" not in sgd
+
+
 def test_keys_and_values_are_counted_by_hand(tiny: str) -> None:
     asked = ASKED["grpo"]
     found = memory(work_of("grpo", tiny, sampling=SAMPLING, **asked)).phases["sampling"]["rollouts"]
@@ -291,9 +324,9 @@ class CountedMemory:
         (130, {}, 128, 0),
         (60, {"lora": 16}, 56, 1),
         (41, {"lora": 16, "gradient_checkpointing": True}, 40, 3),  # of lora's: kept_logits_gib does not suffice
-        (24, {"lora": 16, "gradient_checkpointing": True, "dtype": "bfloat16"}, 24, 6),
-        (23, {"lora": 16, "gradient_checkpointing": True, "dtype": "bfloat16", "kept_logits_gib": 0.0}, 23, 7),
-        (9, {"lora": 16, "gradient_checkpointing": True, "dtype": "bfloat16", "kept_logits_gib": 0.0}, 23, 7),
+        (24, {"lora": 16, "gradient_checkpointing": True, "dtype": "bfloat16"}, 24, 7),
+        (23, {"lora": 16, "gradient_checkpointing": True, "dtype": "bfloat16", "kept_logits_gib": 0.0}, 23, 9),
+        (9, {"lora": 16, "gradient_checkpointing": True, "dtype": "bfloat16", "kept_logits_gib": 0.0}, 23, 11),
     ],
 )
 def test_remedies_follow_the_peak_into_another_phase(

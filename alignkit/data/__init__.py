@@ -13,7 +13,9 @@ dataset.py    load(): rows of any form -> rows of a kind
 chat/         chat templates: messages -> text, where each turn begins and ends
 encoder.py    text -> token ids, control tokens kept apart from text that spells them
 tokenise.py   rows -> examples of token ids, cut to the budgets
-order.py      the source of each example, and its place in a curriculum
+order.py      the places of rows in a curriculum
+blocks.py     the rows of a source -> examples, block by block
+store.py      examples in flat arrays
 streaming.py  rows that are read while the run goes on
 stream.py     which examples a step reads; held-out rows; seeds
 """

@@ -128,13 +128,24 @@ def quotas(weights: Mapping[str, float], n: int, sources: Collection[str]) -> di
     return found
 
 
-def learning_rate(schedule: str, warmup_fraction: float, step: int, total: int) -> float:
-    """Return the fraction of the peak rate at a step: a linear warm-up, then the schedule down to 0 (or constant)."""
+def learning_rate(schedule: str, warmup_fraction: float, step: int, total: int, decay_fraction: float = 0.1) -> float:
+    """Return the fraction of the peak rate at a step: a linear warm-up, then the schedule.
+
+    linear, cosine: down to 0. wsd: 1, and linear down to 0 over the last `decay_fraction` (2404.06395). inverse-sqrt:
+    the root of warm-up / steps done (1706.03762).
+    """
     warmup = round(warmup_fraction * total)
     if step < warmup:
         return (step + 1) / warmup
     left = (total - step) / max(1, total - warmup)
-    return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
+    decay = max(1, round(decay_fraction * total))
+    return {
+        "constant": 1.0,
+        "linear": left,
+        "cosine": 0.5 - 0.5 * math.cos(math.pi * left),
+        "wsd": min(1.0, (total - step) / decay) if decay_fraction else 1.0,
+        "inverse-sqrt": math.sqrt(max(1, warmup) / (step + 1)),
+    }[schedule]
 
 
 def chunks(examples: Sequence[Example], size: int, min_batch: int) -> list[tuple[Example, ...]]:

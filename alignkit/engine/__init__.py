@@ -5,7 +5,8 @@ phases.py      Run: the phases of a run, one after the other
 loop.py        THE loop: steps, updates, checkpoints
 state.py       the state of a run, as plain data
 reading.py     settings -> examples, to train on and held out
-assemble.py    settings and examples -> models, reference, optimiser
+assemble.py    settings and examples -> models, reference
+optimizers.py  the optimiser and its groups of parameters
 step.py        a step as a method sees it (alignkit.method.Context)
 roles.py       the models that a method may call
 rollouts.py    prompts -> sampled and scored completions

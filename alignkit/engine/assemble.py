@@ -18,23 +18,25 @@ from accelerate.utils import (
     LoggerType,
     set_seed,
 )
-from torch import nn
 
 from alignkit.config import RunConfig
 from alignkit.data.store import Selected
 from alignkit.data.stream import Stream
+from alignkit.engine.optimizers import build_optimizer
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online, Scorers
 from alignkit.engine.state import Parts, Splits
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import Method
+from alignkit.models.adapters import Kind, set_adapter_dropout
 from alignkit.models.critic import with_critic
 from alignkit.models.layouts import check_fit, choose_layout
-from alignkit.models.loading import Kind, causal_lm, drop_dropout, load_model
+from alignkit.models.loading import causal_lm, drop_dropout, load_model, on_cpu
+from alignkit.models.quantised import floating
 from alignkit.models.ranks import Ranks
 from alignkit.models.scoring import Scorer
 from alignkit.models.sharding import shard
-from alignkit.models.values import ActorCritic, Valuer
+from alignkit.models.values import Valuer
 from alignkit.reference.cache import LogpCache
 from alignkit.reference.choice import resolve_reference
 from alignkit.reference.reference import Reference
@@ -48,8 +50,7 @@ TRACKERS = sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL)
 
 def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
     """Return the Accelerator of the run: devices, precision, ranks, trackers."""
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    precision = config.precision
+    cpu, precision = on_cpu(config), config.precision
     if precision == "auto":
         precision = "fp32" if cpu else "bf16"
     forget_precision()
@@ -95,6 +96,8 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     known, layout = _layout(config, method, splits, plain, accelerator)
     reference = _reference(config, method, plain, layout, accelerator, known) if isinstance(plain, Scorer) else None
     drop_dropout(plain.model, method.dropout())
+    if config.lora:
+        set_adapter_dropout(plain.model, config.lora.dropout)
     if config.fsdp:
         shard(plain, device.type, ranks.n)
     rate = config.learning_rate
@@ -104,7 +107,7 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     if "critic" in method.roles():
         folder = scorers.rewards.model_folder if scorers and scorers.rewards else None
         trained = with_critic(plain, config, folder, device)
-    optimizer = torch.optim.AdamW(_groups(trained, config, rate), lr=rate, betas=config.adam_betas, fused=True)
+    optimizer = build_optimizer(trained, config, rate)
     # evaluation_mode: a sharded module needs its precision set, but no data-parallel wrapper
     policy = accelerator.prepare_model(trained, evaluation_mode=config.fsdp)
     prepared = accelerator.prepare_optimizer(optimizer)
@@ -188,7 +191,7 @@ def _reference(
         device=accelerator.device,
         max_tokens=config.max_tokens,
         cache=LogpCache(config.cache_file) if cached else None,
-        compute_dtype=mixed or next(plain.parameters()).dtype,
+        compute_dtype=mixed or floating(plain),
         autocast=accelerator.autocast if mixed else nullcontext,
         temperature=config.sampling.temperature if sampled else 1.0,
     )
@@ -197,18 +200,3 @@ def _reference(
     accelerator.wait_for_everyone()
     reference.release()
     return reference
-
-
-def _groups(module: nn.Module, config: RunConfig, rate: float) -> list[dict[str, Any]]:
-    """Return parameter groups: no weight decay of norms and biases; the critic's rate as a multiple of the policy's."""
-    critic = {id(p) for p in module.critic.parameters()} if isinstance(module, ActorCritic) else set()
-    groups = []
-    for of_critic in (False, True):
-        trained = [p for p in module.parameters() if p.requires_grad and (id(p) in critic) == of_critic]
-        scale = (config.critic_learning_rate or rate) / rate if of_critic else 1.0
-        for decay, params in (
-            (config.weight_decay, [p for p in trained if p.dim() >= 2]),
-            (0.0, [p for p in trained if p.dim() < 2]),
-        ):
-            groups.append({"params": params, "weight_decay": decay, "rate_scale": scale})
-    return [g for g in groups if g["params"]]

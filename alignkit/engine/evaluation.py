@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from alignkit.data.stream import chunks, seeded
 from alignkit.engine.averages import Averages, counts, term_sums
@@ -33,7 +33,7 @@ def evaluate(state: RunState, step: int) -> dict[str, float]:
     averages, logged, offset = Averages(), dict[str, float](), 0
     roles = state.parts.roles
     balance = Balance(state.parts.plain.router, lambda micro: term_sums(method, micro, roles), ranks)
-    with evaluating(state.parts.policy, method.dropout()):
+    with evaluating(state.parts.policy, state.dropout):
         for part in chunks(rows, state.config.batch_size, max(method.min_batch, ranks.n)):
             generator = seeded(state.config.seed, 3, offset)
             ctx = StepContext(state, step, part, generator, training=False, offset=offset)
@@ -50,7 +50,7 @@ def evaluate(state: RunState, step: int) -> dict[str, float]:
 
 
 @contextmanager
-def evaluating(module: nn.Module, dropout: float) -> Iterator[None]:
+def evaluating(module: nn.Module, dropout: bool) -> Iterator[None]:
     """Switch dropout off where a method trains with it; switch it on again afterwards, even after an error."""
     if not dropout:
         yield
@@ -80,8 +80,7 @@ def watch(state: RunState, step: int, values: Mapping[str, float]) -> None:
         state.early.waited += 1
         return
     state.early.best, state.early.best_step, state.early.waited = value, step, 0
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights: dict[str, Any] = dict(get_model_state_dict(state.parts.policy, options=options))
+    weights = checkpoint.model_state(state.parts.policy)
     if state.parts.ranks.is_main:
         checkpoint.save(state.folder / "best", step, {"model": weights}, {}, keep=1)
 

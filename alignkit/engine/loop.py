@@ -86,11 +86,13 @@ class Loop:
         """Do one step of the data stream: collect once, then its updates. Returns the metrics of the last update."""
         started, state, parts = time.perf_counter(), self.state, self.state.parts
         config, ranks = state.config, parts.ranks
-        if state.method.dropout():  # seeded by step and rank, so that no rank's generator has to be restored
+        if state.dropout:  # seeded by step and rank, so that no rank's generator has to be restored
             torch.manual_seed(seed_of(config.seed, 8, step * ranks.n + ranks.own))
         ctx = StepContext(state, step, parts.stream[step], seeded(config.seed, 2, step), number=step)
         batch = ctx.collect()
-        rate = parts.peak_rate * learning_rate(config.schedule, config.warmup_fraction, step, total)
+        rate = parts.peak_rate * learning_rate(
+            config.schedule, config.warmup_fraction, step, total, config.decay_fraction
+        )
         for group in parts.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
         for minibatch, weight in self._minibatches(batch, ctx):

@@ -16,7 +16,9 @@ from alignkit.data.chat import turn_end
 from alignkit.engine.padding import pad_with, padding_tokenizer
 from alignkit.engine.state import Parts, RunState
 from alignkit.errors import AlignkitError, CheckpointError
+from alignkit.models.adapters import save_adapter
 from alignkit.models.loading import causal_lm
+from alignkit.models.quantised import layers_4bit, merged
 from alignkit.models.values import Valuer
 from alignkit.runs import card, checkpoint
 
@@ -26,8 +28,7 @@ logger = logging.getLogger(__name__)
 def save(state: RunState, step: int) -> None:
     """Write a checkpoint of everything that the steps after `step` depend on; every rank must call it."""
     parts = state.parts
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    model = get_model_state_dict(parts.policy, options=options)
+    model = checkpoint.model_state(parts.policy)
     optimizer, layout = checkpoint.optimizer_state(parts.policy, parts.optimizer.optimizer)
     rng, rng_values = checkpoint.rng_state()
     tensors: dict[str, Mapping[str, Any]] = {"model": model, "optimizer": optimizer, "rng": rng}
@@ -93,13 +94,13 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         state = get_model_state_dict(parts.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         state = {k.removeprefix("model."): v for k, v in state.items()}
     if config.merge_adapter:
-        model = model.merge_and_unload()  # type: ignore[operator]
+        model = merged(model) if layers_4bit(model) else model.merge_and_unload()  # type: ignore[operator]
     if isinstance(parts.plain, Valuer):
         tokenizer = padding_tokenizer(tokenizer)
         pad_with(model, tokenizer, only_adapter=hasattr(model, "peft_config"), sharded=config.fsdp)
     if parts.ranks.is_main:
         temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
-        model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
+        _write(model, temporary, state)
         tokenizer.save_pretrained(temporary)
         try:
             card.write(temporary, folder.parent)
@@ -112,6 +113,13 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         shutil.rmtree(before, ignore_errors=True)
     parts.ranks.wait()
     return model
+
+
+def _write(model: Any, folder: Path, state: dict[str, Any] | None) -> None:
+    if hasattr(model, "peft_config"):
+        save_adapter(model, folder, state)
+    else:
+        model.save_pretrained(folder, state_dict=state)
 
 
 def _name_turn_end(model: Any, tokenizer: Any) -> None:

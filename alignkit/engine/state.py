@@ -110,6 +110,11 @@ class RunState:
     saved_at: float = field(default_factory=time.monotonic)
 
     @property
+    def dropout(self) -> bool:
+        """Whether the trained model has dropout."""
+        return bool(self.method.dropout() or (self.config.lora and self.config.lora.dropout))
+
+    @property
     def total_steps(self) -> int:
         """The optimiser steps of the whole run."""
         return self.parts.stream.total_steps(self.config.epochs, self.config.max_steps)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +18,11 @@ def model_folder(name: str) -> str:
 def is_adapter(name: str) -> bool:
     """Return whether a model's folder contains an adapter, which a run continues to train."""
     return (Path(name) / "adapter_config.json").is_file()
+
+
+def adapter_settings(name: str) -> dict[str, Any]:
+    """Return the settings of the adapter in a model's folder, {} where it has none."""
+    return json.loads((Path(name) / "adapter_config.json").read_text()) if is_adapter(name) else {}
 
 
 def device() -> torch.device:

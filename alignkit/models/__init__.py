@@ -1,7 +1,8 @@
 """Models: loading them, packing rows for them, and computing log-probabilities and scalar values with them.
 
-loading.py     tokenizer, model, adapters, dropout
-adapters.py    what LoRA adapts, and what it does not
+loading.py     tokenizer, model, dropout
+adapters/      low-rank adapters, and the model before they were trained; what they leave out
+quantised.py   a frozen base in 4 bits
 scoring.py     trunk, the positions that predict, head: log-probabilities of the targets
 values.py      models with a scalar output: reward models, critics
 critic.py      where PPO's critic comes from

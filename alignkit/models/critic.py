@@ -10,7 +10,8 @@ from torch import nn
 
 from alignkit.config import RunConfig
 from alignkit.errors import ConfigError
-from alignkit.models.loading import add_lora, causal_lm, classifier_like, from_pretrained, readied
+from alignkit.models.adapters import add_lora
+from alignkit.models.loading import causal_lm, classifier_like, from_pretrained, readied
 from alignkit.models.rope import switch_of
 from alignkit.models.scoring import Scorer
 from alignkit.models.values import ActorCritic, Valuer, number_head, value_head

@@ -1,4 +1,4 @@
-"""Loading tokenizers and models, adding adapters, and setting a model up for training."""
+"""Loading tokenizers and models, and setting a model up for training."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from alignkit.config import LoraSettings, RunConfig
-from alignkit.errors import ModelError
-from alignkit.models import adapters
+from alignkit.config import RunConfig
+from alignkit.errors import ModelError, first_line
+from alignkit.models.adapters import Kind, add_lora, summary
 from alignkit.models.branches import attend_by_branches
+from alignkit.models.quantised import check_frozen, copy_marks, floating, layers_4bit, nf4, settle
 
 logger = logging.getLogger(__name__)
-
-Kind = Literal["causal", "classifier"]
 _AUTO = {"causal": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,14 +47,18 @@ def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -
     model = config.model
     if isinstance(model, str | Path):
         model = from_pretrained(str(model), config, kind)
-    elif kind == "classifier" and not hasattr(causal_lm(model), "score"):
-        model = classifier_like(model)
+    else:
+        settle(model, compute_dtype(config))
+        if kind == "classifier" and not hasattr(causal_lm(model), "score"):
+            model = classifier_like(model)
     came_with_adapter = hasattr(model, "peft_config")
     if config.lora and came_with_adapter:
         raise ModelError("the model already has an adapter, which is trained further; leave out `lora`")
     if config.lora:
         model = add_lora(model, config.lora, kind)
-        logger.info("%s", adapters.summary(model))
+    check_frozen(model, config.quantize is not None)
+    if config.lora is not None:
+        logger.info("%s", summary(model))
     return readied(model, config, device), came_with_adapter
 
 
@@ -113,14 +116,35 @@ def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights
         raise ModelError(f"cannot load a {what} from '{name}'{_where(name)}: {first_line(error)}") from error
 
 
+def on_cpu(config: RunConfig) -> bool:
+    """Return whether a run uses no GPU."""
+    return config.device == "cpu" or not torch.cuda.is_available()
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """Return the data type of matrix products."""
+    if config.precision == "bf16" or (config.precision == "auto" and not on_cpu(config)):
+        return torch.bfloat16
+    return DTYPES[config.dtype]
+
+
+def _place(config: RunConfig) -> torch.device:
+    # bitsandbytes quantises on a device, a layer at a time
+    return torch.device("cpu") if on_cpu(config) else torch.device("cuda", torch.cuda.current_device())
+
+
 def _made(name: str, config: RunConfig, kind: Kind, weights: bool) -> nn.Module:
     import transformers
 
     auto: Any = getattr(transformers, _AUTO[kind])
-    options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
     labels = {"num_labels": 1} if kind == "classifier" else {}
+    if weights and config.quantize:
+        options |= {"quantization_config": nf4(compute_dtype(config)), "device_map": {"": _place(config)}}
     if weights:
-        return _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
+        model = _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
+        settle(model, compute_dtype(config))
+        return model
     trusted = config.trust_remote_code
     about = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted, **labels)
     with torch.device("meta"):
@@ -151,37 +175,6 @@ def _where(name: str | Path) -> str:
     return "" if Path(name).exists() else " (no local folder has this name, so it was looked up on the hub)"
 
 
-def first_line(error: Exception) -> str:
-    """Return an error's kind and first line, of 300 characters at most."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
-
-
-def add_lora(model: nn.Module, settings: LoraSettings, kind: Kind = "causal") -> nn.Module:
-    """Wrap the model with new adapters (peft); a classifier's head is trained in full.
-
-    Raises ModelError where no module, or no parameter of `target_parameters`, matches.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0,
-        target_modules=settings.target_modules,
-        target_parameters=settings.target_parameters,
-        exclude_modules=adapters.own_linears(model) or None,
-        modules_to_save=settings.modules_to_save,
-        task_type="CAUSAL_LM" if kind == "causal" else "SEQ_CLS",
-    )
-    try:
-        made = get_peft_model(model, lora)
-    except ValueError as error:
-        names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise ModelError(f"LoRA: {first_line(error)} The linear modules are {', '.join(names)}") from error
-    adapters.check_parameters(made, settings.target_parameters or [])
-    return made  # type: ignore[no-any-return]
-
-
 def drop_dropout(model: nn.Module, probability: float = 0.0) -> None:
     """Set every dropout probability; 0 makes policy, reference and old policy compute the same function.
 
@@ -208,9 +201,7 @@ def classifier_like(model: nn.Module) -> nn.Module:
     """
     from transformers import AutoModelForSequenceClassification
 
-    copied: Any = copy.deepcopy(model)
-    if hasattr(copied, "merge_and_unload"):
-        copied = copied.merge_and_unload()
+    copied: Any = _without_adapters(copy.deepcopy(model))
     config, body = copied.config, copied.base_model
     config.num_labels = 1
     try:
@@ -220,7 +211,23 @@ def classifier_like(model: nn.Module) -> nn.Module:
         raise ModelError(f"{type(copied).__name__} cannot become a reward model or a critic: {error}") from error
     made.config = config
     setattr(made, made.base_model_prefix, body)
-    first = next(body.parameters())
-    made.score = nn.Linear(made.score.in_features, 1, bias=False, device=first.device, dtype=first.dtype)
+    device = next(body.parameters()).device
+    made.score = nn.Linear(made.score.in_features, 1, bias=False, device=device, dtype=floating(body))
     nn.init.zeros_(made.score.weight)
-    return made.requires_grad_(True)  # type: ignore[no-any-return]
+    copy_marks(copied, made)
+    for parameter in made.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return made  # type: ignore[no-any-return]
+
+
+def _without_adapters(model: Any) -> Any:
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    if not layers_4bit(model):
+        return model.merge_and_unload()
+    if any(bool(p.any()) for n, p in model.named_parameters() if ".lora_B." in n):
+        raise ModelError(
+            "a critic cannot start from a trained adapter on a 4-bit base: merging it would round its update away; use "
+            "critic: shared, or a folder"
+        )
+    return model.unload()  # new adapters change nothing yet

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from alignkit.errors import ModelError
+from alignkit.errors import ModelError, first_line
 from alignkit.models.attention import attention_mask
-from alignkit.models.loading import causal_lm, first_line
+from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
+from alignkit.models.quantised import floating
 from alignkit.models.rope import each_as_alone, forget_lengths
 from alignkit.models.router import Router, check_router, router_of
 from alignkit.types import Batch, Example, Layout, Outputs, PackedRows
@@ -70,7 +71,7 @@ def trunk(model: nn.Module, rows: PackedRows, at: Tensor | None = None, router: 
     router: reads the pass where it records.
     """
     lm = causal_lm(model)
-    mask = attention_mask(rows, lm.config.get_text_config(), next(lm.parameters()).dtype)
+    mask = attention_mask(rows, lm.config.get_text_config(), floating(lm))
     inputs = {"input_ids": rows.input_ids, "attention_mask": mask, "position_ids": rows.position_ids}
     if router is not None:
         inputs["output_router_logits"] = router.on
@@ -200,7 +201,7 @@ def allowed_difference(model: nn.Module, device: torch.device) -> float:
 
 
 def _is_exact(model: nn.Module, device: torch.device) -> bool:
-    return next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    return floating(model) == torch.float32 and not torch.is_autocast_enabled(device.type)
 
 
 def check_causal(model: nn.Module, example: Example, device: torch.device) -> None:

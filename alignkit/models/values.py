@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignkit.errors import ModelError
-from alignkit.models.loading import causal_lm, first_line
+from alignkit.errors import ModelError, first_line
+from alignkit.models.loading import causal_lm
 from alignkit.models.rope import forget_lengths
 from alignkit.models.router import Router, router_of
 from alignkit.models.scoring import DIFFERS, Scorer, allowed_difference, head, inside_adapter, trunk

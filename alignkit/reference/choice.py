@@ -13,6 +13,7 @@ from alignkit.method import Method
 
 def check_reference(config: RunConfig, method: Method[Any]) -> None:
     """Raise ConfigError where the method cannot use the configured form of the reference; loads nothing."""
+    _check_dropout(config, method)
     if "reference" not in method.roles():
         return
     need, mode = method.reference_need(), config.reference
@@ -23,8 +24,15 @@ def check_reference(config: RunConfig, method: Method[Any]) -> None:
         raise ConfigError(f"'{method.name}' moves its reference, which needs reference: full, got {mode}")
     if mode == "adapter-off" and config.lora is None:
         raise ConfigError("reference: adapter-off needs new adapters; add `lora`, or use reference: auto")
+    if mode == "adapter-off" and config.lora and config.lora.bias != "none":
+        raise ConfigError(
+            f"lora.bias: {config.lora.bias} trains biases of the base, which stay when the adapters are switched off; "
+            "use reference: auto, or lora.bias: none"
+        )
     if mode == "adapter-off" and not _switchable(config, method):
         raise ConfigError(f"'{method.name}' cannot use reference: adapter-off under fsdp; use reference: full")
+    if mode == "int8" and config.quantize:
+        raise ConfigError("reference: int8 would round 4-bit weights again; use reference: auto, which needs no memory")
     if mode == "cached" and need != "rows":
         raise ConfigError(
             f"'{method.name}' cannot use reference: cached, because it scores rows that are created during the run; "
@@ -37,6 +45,15 @@ def check_reference(config: RunConfig, method: Method[Any]) -> None:
         )
     if mode == "cached" and not config.reference_cache:
         raise ConfigError("reference: cached needs reference_cache: true")
+
+
+def _check_dropout(config: RunConfig, method: Method[Any]) -> None:
+    if config.lora and config.lora.dropout and not method.allows_dropout():
+        other = "the policy that sampled" if method.data == "prompts" else "the reference"
+        raise ConfigError(
+            f"lora.dropout is {config.lora.dropout}, but '{method.name}' compares the policy with {other}, and dropout "
+            "would make them different functions: remove it"
+        )
 
 
 def resolve_reference(
@@ -64,7 +81,7 @@ def resolve_reference(
 
 def _switchable(config: RunConfig, method: Method[Any]) -> bool:
     """Return whether the policy with its adapters off can be the reference."""
-    if config.lora is None:
+    if config.lora is None or config.lora.bias != "none":
         return False
     # ranks would wait for each other where they score different numbers of rows with a sharded policy
     return not config.fsdp or (method.reference_need() == "rows" and config.caches_reference)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import ModelError
+from alignkit.models.quantised import bitsandbytes
 
 
 def to_int8(model: nn.Module) -> nn.Module:
@@ -22,7 +23,7 @@ def to_int8(model: nn.Module) -> nn.Module:
     the device where it is to run: bitsandbytes loses a layer's scales when a model that has run is moved.
     Raises ConfigError without bitsandbytes, ModelError where there is nothing to convert.
     """
-    bnb = _bitsandbytes()
+    bnb = bitsandbytes("an int8 reference")
     find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
     output = find_output()
     chosen = [(n, m) for n, m in model.named_modules() if _is_linear(m) and m is not output]
@@ -36,17 +37,6 @@ def to_int8(model: nn.Module) -> nn.Module:
         setattr(model.get_submodule(parent), child, _int8(linear, bnb))
     # A Linear8bitLt in training mode silently takes another path.
     return model.eval().requires_grad_(False)
-
-
-def _bitsandbytes() -> Any:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ConfigError(
-            f"an int8 reference needs bitsandbytes, which cannot be imported: {error}. "
-            f"Install it: pip install 'alignkit[int8]', or choose another reference: full or cached"
-        ) from error
-    return bitsandbytes
 
 
 def _is_linear(module: nn.Module) -> bool:

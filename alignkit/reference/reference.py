@@ -1,7 +1,7 @@
 """The reference of a run, in one of its four forms.
 
     cached        scored by the policy before its first update, then read from disk; no second model is ever loaded
-    adapter-off   the policy with its adapters switched off
+    adapter-off   the policy as it was before its new adapters were trained: they are switched off
     full          a frozen copy
     int8          a frozen copy with 8-bit linear layers (bitsandbytes LLM.int8, threshold 0)
 
@@ -14,12 +14,14 @@ import copy
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from alignkit.config import ReferenceMode
 from alignkit.errors import ConfigError
+from alignkit.models.adapters import before_training, has_start
 from alignkit.models.packing import batch_of
 from alignkit.models.passes import Autocast, scored
 from alignkit.models.scoring import Scorer
@@ -55,7 +57,7 @@ class Reference:
         self._scorer, self._context = _frozen(mode, policy)
         self.fingerprint = ""
         if cache is not None:
-            adapters = mode != "adapter-off"
+            adapters = mode != "adapter-off" or has_start(policy.model)  # else the base alone is not the reference
             self.fingerprint = fingerprint(
                 policy.model, quantisation=quantisation, dtype=compute_dtype, adapters=adapters
             )
@@ -120,7 +122,7 @@ class Reference:
 
 def _frozen(mode: ReferenceMode, policy: Scorer) -> tuple[Scorer | None, Autocast]:
     if mode == "adapter-off":
-        return policy, policy.model.disable_adapter  # type: ignore[return-value]
+        return policy, partial(before_training, policy.model)
     if mode == "cached":
         return policy, nullcontext
     frozen = copy.deepcopy(policy).requires_grad_(False).eval()

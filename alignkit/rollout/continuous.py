@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from alignkit.config import Sampling
-from alignkit.errors import ModelError
+from alignkit.errors import ModelError, first_line
 from alignkit.models.branches import BRANCHES
-from alignkit.models.loading import causal_lm, first_line
+from alignkit.models.loading import causal_lm
 from alignkit.models.rope import switch_of
 from alignkit.models.scoring import dense_instead_of
 from alignkit.rollout.batched import Sampled, sampling_mode

@@ -24,9 +24,9 @@ from alignkit.runs.folder import read_lines
 from alignkit.runs.results import in_training, outcomes
 
 _SHOWN = (
-    "epochs", "max_steps", "batch_size", "epochs_per_batch", "minibatches", "learning_rate", "schedule",
-    "warmup_fraction", "weight_decay", "adam_betas", "max_grad_norm", "reference", "lora", "sampling", "reward",
-    "judge", "critic", "max_prompt_tokens", "max_completion_tokens", "precision", "dtype", "seed",
+    "epochs", "max_steps", "batch_size", "epochs_per_batch", "minibatches", "learning_rate", "schedule", "optimizer",
+    "warmup_fraction", "weight_decay", "adam_betas", "max_grad_norm", "reference", "lora", "quantize", "sampling",
+    "reward", "judge", "critic", "max_prompt_tokens", "max_completion_tokens", "precision", "dtype", "seed",
 )  # fmt: skip
 _PRIVATE = ("url", "key_env", "cache_file", "body")  # of a reward's or a judge's endpoint
 _ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
@@ -55,7 +55,7 @@ def write(model: Path, run: Path) -> None:
     """Write README.md into the folder of a saved model. run: the folder of the run that trained it."""
     about = _About(model, run)
     metadata = yaml.safe_dump(about.metadata(), sort_keys=False, allow_unicode=True)
-    how = usage.text(about.output, about.base if about.adapter else None)
+    how = usage.text(about.output, about.base if about.adapter else None, bool(about.settings.get("quantize")))
     parts = [f"---\n{metadata}---", f"# {about.title}", about.lead(), "## How to load it", how]
     parts += ["## Results", about.results(), "## Training", about.training(), "## Limits", about.limits()]
     (model / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

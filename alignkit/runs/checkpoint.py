@@ -25,6 +25,7 @@ from torch import Tensor
 from alignkit.errors import CheckpointError
 from alignkit.runs.runstate import (
     flatten_optimizer,
+    model_state,
     optimizer_state,
     packed,
     rng_state,
@@ -38,6 +39,7 @@ __all__ = [
     "Loaded",
     "flatten_optimizer",
     "load",
+    "model_state",
     "optimizer_state",
     "rng_state",
     "save",

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 
 from alignkit.errors import CheckpointError
 
+# of frozen 4-bit weights, which are in the state dict without being parameters
+_STATISTICS = re.compile(r"\.weight\.((nested_)?(absmax|quant_map)|quant_state\..+)$")
 _WRAPPERS = re.compile(r"\b(?:module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
@@ -56,6 +59,13 @@ def set_rng_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> No
         random.setstate((version, tuple(internal), gauss_next))
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"the saved state of the random generators cannot be restored: {error!r}") from error
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trained weights and the buffers, whole where they are sharded; every rank must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state: dict[str, Any] = dict(get_model_state_dict(model, options=options))
+    return {name: t for name, t in state.items() if not _STATISTICS.search(name)}
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:

@@ -8,8 +8,11 @@ Output = Literal["text", "chat", "score", "preference"]
 """A model's output: a continuation, an answer to messages, a score of an answer, or a preference between two."""
 
 
-def text(output: Output, adapter_of: str | None) -> str:
-    """Return Markdown with code that runs in the model's folder. adapter_of: the base model of an adapter."""
+def text(output: Output, adapter_of: str | None, in_4_bits: bool = False) -> str:
+    """Return Markdown with code that runs in the model's folder. adapter_of: the base model of an adapter.
+
+    in_4_bits: the adapter was trained on its base in 4 bits.
+    """
     task = "SequenceClassification" if output in ("score", "preference") else "CausalLM"
     kind = f"AutoModelFor{task}"
     imports, options, note, pad = f"from transformers import {kind}, AutoTokenizer", "", "", ""
@@ -20,6 +23,10 @@ def text(output: Output, adapter_of: str | None) -> str:
             # the base's configuration may pad with the end-of-sequence token, which would then not be read
             options, pad = ", num_labels=1", "model.config.pad_token_id = tokenizer.pad_token_id\n"
         note = f"This folder holds an adapter only; its base model is `{adapter_of}`.\n\n"
+        if in_4_bits:
+            imports = imports.replace("AutoTokenizer", "AutoTokenizer, BitsAndBytesConfig")
+            options += f", quantization_config={_NF4}"
+            note = note[:-2] + " It was trained on that base in 4 bits, which needs bitsandbytes.\n\n"
     code = (
         f'import torch\n{imports}\n\nfolder = "."  # of this file\n'
         f"tokenizer = AutoTokenizer.from_pretrained(folder)\n"
@@ -28,6 +35,7 @@ def text(output: Output, adapter_of: str | None) -> str:
     return f"{note}```python\n{code}```{_WORDS.get(output, '')}"
 
 
+_NF4 = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
 _TEXT = """\
 inputs = tokenizer("Your prompt", return_tensors="pt")
 with torch.no_grad():

@@ -83,6 +83,7 @@ def prefilled(template: Template, messages: Sequence[Message], arguments: Mappin
 
 
 def last_turn(conversation: Conversation, n: int) -> Turn:
+    """Return turn n as it is where it is the last one. Raises RewrittenError where what comes before it changes."""
     start, text = conversation.start(n), conversation.text(n + 1)
     begin = opened = common(start, text)
     if begin < len(start[: common(start, conversation.text(n))].rstrip()):  # not only the turn's opening differs

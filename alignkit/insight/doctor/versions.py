@@ -13,7 +13,7 @@ _REPORTED = (
     "alignkit", "alignkit-kernels", "torch", "triton", "transformers", "tokenizers", "huggingface-hub", "accelerate",
     "peft", "bitsandbytes", "datasets", "safetensors", "numpy", "pydantic",
 )  # fmt: skip
-_OPTIONAL = {"triton": "the GPU's kernels", "bitsandbytes": "`reference: int8`"}
+_OPTIONAL = {"triton": "the GPU's kernels", "bitsandbytes": "`reference: int8`, `quantize: nf4`"}
 _IMPORTED = ("torch", "transformers", "accelerate", "peft", "datasets")
 
 

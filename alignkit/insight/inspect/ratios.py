@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from alignkit.data.rows import Report, Row
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.insight.inspect.token_texts import token_texts
-from alignkit.insight.model_paths import device, model_folder
+from alignkit.insight.model_paths import adapter_settings, device, model_folder
 from alignkit.models.loading import from_pretrained, load_tokenizer
 from alignkit.models.scoring import plain_logps
 from alignkit.rewards.answers import text_of
@@ -92,7 +90,7 @@ def pair_ratios(policy: str, row: Row, reference: str | None = None) -> PairRati
     policy's adapter. Raises ModelError and ConfigError.
     """
     policy = model_folder(policy)
-    adapter = (Path(policy) / "adapter_config.json").is_file()
+    adapter = adapter_settings(policy)
     if reference is None and not adapter:
         raise ConfigError(f"'{policy}' is not an adapter, so it has no base to use as the reference; give --reference")
     config = RunConfig(method="inspect", model=policy, data="-")
@@ -100,8 +98,10 @@ def pair_ratios(policy: str, row: Row, reference: str | None = None) -> PairRati
     example = _example(row, tokenizer)
     model: Any = from_pretrained(policy, config).to(device()).eval()
     policy_logps = _logps(model, example)
+    if reference is None and adapter.get("bias", "none") != "none":
+        reference = str(adapter["base_model_name_or_path"])  # its biases were trained, and switching off keeps them
     if reference is None:
-        reference = str(json.loads((Path(policy) / "adapter_config.json").read_text())["base_model_name_or_path"])
+        reference = str(adapter["base_model_name_or_path"])
         with model.disable_adapter():
             reference_logps = _logps(model, example)
     else:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from alignkit.config import RunConfig
-from alignkit.models.loading import add_lora, causal_lm, from_pretrained
+from alignkit.models.adapters import add_lora
+from alignkit.models.loading import causal_lm, from_pretrained
 
 
 @dataclass(frozen=True)

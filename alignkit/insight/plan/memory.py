@@ -17,14 +17,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignkit.config import RunConfig
-from alignkit.errors import AlignkitError, ModelError
+from alignkit.engine.optimizers import state_bytes
+from alignkit.errors import AlignkitError, ModelError, first_line
 from alignkit.insight.plan.dry_run import collect, few_blocks, layers_of, learn, trunks
 from alignkit.insight.plan.experts import products_without_values
 from alignkit.insight.plan.ledger import Ledger
-from alignkit.insight.plan.meta_models import in_8_bits, n_bytes, unloaded
+from alignkit.insight.plan.meta_models import base_layers, in_8_bits, n_bytes, resident, unloaded
 from alignkit.insight.plan.sharded_memory import per_rank
 from alignkit.method import Method
-from alignkit.models.loading import causal_lm, first_line
+from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
 from alignkit.models.values import ActorCritic, Valuer
@@ -98,25 +99,29 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     module = _module(config, method, mode)
     policy = _policy(module)
     gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
-    resident = {"program": work.program, "weights": n_bytes(policy), "optimiser": 2 * gradients}
-    form = _form(work, n_bytes(policy))
-    resident |= _other_models(config, form, policy, mode)
+    kept = {"program": work.program, "weights": resident(policy, config), "optimiser": state_bytes(module, config)}
+    form = _form(work, kept["weights"])
+    kept |= _other_models(config, form, policy, mode)
     if isinstance(module, ActorCritic):
-        resident["critic"] = n_bytes(module.critic)
+        critic = module.critic
+        kept["critic"] = resident(critic.model, config) if isinstance(critic, Valuer) else n_bytes(critic)
     depth = max(len(layers_of(trunk)) for trunk in trunks(module))
     few = [n for n in FEW if n < depth] or [depth]
     dry_runs = [_dry_run(work, _module(config, method, mode), n) for n in few]
     micros = dry_runs[0][1]
     learning = _extrapolate([m for m, _ in dry_runs], few, depth)
+    if config.quantize:  # each pass computes a layer's weights from its 4 bits
+        largest = max((m.weight.numel() for m in base_layers(policy)), default=0)
+        learning["workspace"] = learning.get("workspace", 0) + largest * (2 if work.bf16 else 4)
     # the largest micro-batch comes first; while the second is computed, the gradients of the first are kept
     second = micros[1].n_tokens / micros[0].n_tokens if len(micros) > 1 else 0.0
     later = {**{k: round(v * second) for k, v in learning.items()}, "gradients": gradients if second else 0}
     phases = {
-        "learning": resident | (learning if sum(learning.values()) > sum(later.values()) else later),
-        "updating": {**resident, "gradients": gradients},
+        "learning": kept | (learning if sum(learning.values()) > sum(later.values()) else later),
+        "updating": {**kept, "gradients": gradients},
     }
     if method.data == "prompts":
-        phases["sampling"] = {**resident, "rollouts": _rollouts(work, policy, mode)}
+        phases["sampling"] = {**kept, "rollouts": _rollouts(work, policy, mode)}
     phases = per_rank(phases, module, work.processes, config.fsdp)
     alone = batch_of([e for micro in micros for e in micro.examples], Layout("padded")).micro_batches(config.max_tokens)
     if work.program:
@@ -167,10 +172,10 @@ def _form(work: Work, size: int) -> str | None:
 
 def _other_models(config: RunConfig, form: str | None, policy: nn.Module, mode: FakeTensorMode) -> dict[str, int]:
     """Return the bytes of the models that are not trained."""
-    sizes = {"full": n_bytes, "int8": in_8_bits}
+    sizes: dict[str, Any] = {"full": lambda model: resident(model, config), "int8": in_8_bits}
     folders = reward_folders(config.reward) if config.reward is not None else []
     folders += judge_folders(config.judge) if config.judge is not None else []
-    plain = config.model_copy(update={"lora": None, "dtype": "float32"})
+    plain = config.model_copy(update={"lora": None, "quantize": None, "dtype": "float32"})
     return {
         "reference": sizes[form](policy) if form is not None and form in sizes else 0,
         "reward models": sum(n_bytes(unloaded(folder, plain, mode, "classifier")) for folder in folders),

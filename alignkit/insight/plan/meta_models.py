@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from alignkit.config import RunConfig
 from alignkit.errors import ModelError
-from alignkit.models.loading import Kind, add_lora, causal_lm, from_pretrained, set_up
+from alignkit.models.adapters import Kind, add_lora
+from alignkit.models.loading import causal_lm, from_pretrained, set_up
 
 CPU = torch.device("cpu")
 
@@ -20,6 +21,8 @@ def unloaded(name: str | Path, config: RunConfig, mode: FakeTensorMode, kind: Ki
     model = from_pretrained(str(name), config, kind, weights=False)
     if config.lora and hasattr(model, "peft_config"):
         raise ModelError("the model already has an adapter, which a run continues to train; leave out `lora`")
+    if config.quantize and not (config.lora or hasattr(model, "peft_config")):
+        raise ModelError("quantize freezes the weights: only adapters can be trained; add `lora`")
     if config.lora:
         model = add_lora(model, config.lora, kind)
     set_up(model, config, CPU)
@@ -51,6 +54,26 @@ def as_fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 def n_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's weights and buffers."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def resident(model: nn.Module, config: RunConfig) -> int:
+    """Return the bytes of a model's weights and buffers as a run holds them: the frozen base may be in 4 bits."""
+    return n_bytes(model) - (sum(map(_saved_by_4_bits, base_layers(model))) if config.quantize else 0)
+
+
+def base_layers(model: nn.Module) -> list[nn.Linear]:
+    """Return the frozen linear layers that `quantize` keeps in 4 bits: all but the head."""
+    head = causal_lm(model).get_output_embeddings()
+    ends = {id(p) for p in head.parameters()} if head is not None else set()
+    linear = [m for m in causal_lm(model).modules() if isinstance(m, nn.Linear)]
+    return [m for m in linear if not m.weight.requires_grad and id(m.weight) not in ends]
+
+
+def _saved_by_4_bits(layer: nn.Linear) -> int:
+    blocks = -(-layer.weight.numel() // 64)
+    # a byte for each block, a float for each 256 of these, and the tables to read them with
+    statistics = blocks + 4 * -(-blocks // 256) + 4 * (256 + 16)
+    return layer.weight.nbytes - -(-layer.weight.numel() // 2) - statistics
 
 
 def in_8_bits(model: nn.Module) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alignkit.config import LoraSettings
 from alignkit.insight.model_paths import is_adapter
 from alignkit.insight.plan.memory import Memory, Work, memory
+from alignkit.lora_settings import LoraSettings
 
 WORTH = 0.98  # of the peak: a change that leaves more is not reported
 
@@ -91,8 +91,11 @@ def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
         yield {"critic": "shared"}
     if config.dtype != "bfloat16" and _frozen(work):
         yield {"dtype": "bfloat16"}
-    if large("reference") and config.reference != "int8" and not moves:
+    if large("reference") and config.reference != "int8" and not (moves or config.quantize):
         yield {"reference": "int8"}
+    lora = config.lora
+    if lora and not (config.quantize or config.fsdp or lora.changes_base) and large("weights", "critic"):
+        yield {"quantize": "nf4"}
 
 
 def _frozen(work: Work) -> bool:

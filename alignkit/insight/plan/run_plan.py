@@ -19,6 +19,7 @@ from alignkit.errors import ConfigError
 from alignkit.insight.plan.experts import Experts, experts_of
 from alignkit.insight.plan.memory import Memory, Work, memory
 from alignkit.insight.plan.remedies import Remedy, find_remedies
+from alignkit.models.adapters import has_start
 from alignkit.models.branches import BRANCHES
 from alignkit.models.layouts import DENSE_ROW_TOKENS
 from alignkit.models.loading import DTYPES, causal_lm, from_pretrained, load_model, load_tokenizer, set_up
@@ -163,7 +164,7 @@ def _cache(work: Work, form: str | None, examples: Sequence[Example], hits: bool
         model,
         quantisation="llm.int8" if form == "int8" else "none",
         dtype=torch.bfloat16 if work.bf16 else DTYPES[config.dtype],
-        adapters=form != "adapter-off",
+        adapters=form != "adapter-off" or has_start(model),
     )
     with LogpCache(config.cache_file) as cache:
         return len(keys(known_as)), len(cache.get(keys(known_as)))
