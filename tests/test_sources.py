@@ -368,3 +368,17 @@ def test_read_rows_keeps_faults_and_parts(shards: Path) -> None:
 def test_anything_else_is_refused_with_an_alignkit_error(source: object) -> None:
     with pytest.raises(AlignkitError):
         load(source, "text")
+
+
+def test_null_fields_that_a_columnar_file_adds_are_no_arguments(tmp_path: Path) -> None:
+    def call(name: str, **arguments: object) -> dict[str, object]:
+        calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+        return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}]}
+
+    rows = [call("weather", city="Oslo"), call("add", a=1, b=2)]
+    tables = datasets.Dataset.from_list(rows)
+    tables.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = [row.completions for row in load(tmp_path / "rows.jsonl", "text")]
+    for source in (tmp_path / "rows.parquet", tables):
+        assert [row.completions for row in load(source, "text")] == expected

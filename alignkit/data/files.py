@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from alignkit.data.rows import Fault, RawRows, shown
+from alignkit.data.rows import Fault, RawRows, shown, without_nulls
 from alignkit.data_spec import COMPRESSIONS, SUFFIXES, suffix_of
 from alignkit.errors import DataError
 
@@ -125,7 +125,8 @@ def _read_parquet(path: Path) -> Iterator[Item]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            yield from enumerate((row for batch in file.iter_batches() for row in batch.to_pylist()), 1)
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from enumerate(map(without_nulls, rows), 1)
     except pyarrow.ArrowException as error:
         reason = str(error).split("\n")[0]
         raise DataError(f"{path}: not a complete parquet file ({reason}); write it again") from error

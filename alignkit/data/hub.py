@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignkit.data.rows import RawRows, shown
+from alignkit.data.rows import RawRows, shown, without_nulls
 from alignkit.data_spec import SUFFIXES, Source, suffix_of
 from alignkit.errors import ConfigError, DataError
 
@@ -132,7 +132,7 @@ def rows_in(source: object, name: str) -> Iterator[tuple[int, object]]:
             "files or written by datasets.save_to_disk, a datasets.Dataset, a list of dicts, or a hub name such as "
             "org/name:split"
         )
-    return enumerate(source.with_format(None), 1)
+    return enumerate(map(without_nulls, source.with_format(None)), 1)
 
 
 def _has_configurations(folder: Path) -> bool:

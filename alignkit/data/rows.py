@@ -149,6 +149,20 @@ def _counted(reason: str, rows: list[int]) -> str:
     return f"{len(rows)} {name} ({'row' if len(distinct) == 1 else 'rows'} {numbers})"
 
 
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a columnar file without the null fields of its objects; its own null columns stay.
+
+    There all objects of a list have the same fields, null where one has none: the arguments of other tools, say.
+    """
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 @dataclass
 class RawRows:
     """Rows as they were read.

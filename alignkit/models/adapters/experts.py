@@ -81,4 +81,4 @@ def _short(path: str) -> Name:
 
 
 def _inside(model: Any) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[no-any-return]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
