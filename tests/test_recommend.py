@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -495,6 +496,15 @@ def test_a_real_plan_fits_with_what_it_asks_for(tmp_path: Path, write_rows: Call
     assert found.fit is not None
     assert values(found)["lora"] == 16
     assert "more than is safe in 28.6 MiB" in found.fit.sentence
+
+
+def test_every_setting_that_a_plan_offers_has_its_reason() -> None:
+    from alignkit.insight.plan import remedies
+    from alignkit.insight.recommend import fit
+
+    offered = set(re.findall(r'yield \{"([\w.]+)"', Path(remedies.__file__).read_text()))
+    assert "quantize" in offered
+    assert offered - {"fsdp"} <= set(fit._WHY)  # fsdp is offered to several processes only
 
 
 def test_memory_without_a_model_is_refused() -> None:

@@ -13,7 +13,7 @@ from alignkit.insight.plan import Plan, Remedy, plan
 SPARE = 0.9  # fraction of the memory that is planned for: a plan may be 10 % off
 # first settings that change results by rounding at most, then adapters, then weights and a reference in fewer bits
 _EXACT = {"max_tokens", "kept_logits_gib", "gradient_checkpointing", "sampling.batch_size"}
-_ROUNDED = {"dtype", "reference"}
+_ROUNDED = {"dtype", "reference", "quantize"}
 _WHY = {
     "lora": "adapters instead of all weights",
     "gradient_checkpointing": "less memory for about a third more time",
@@ -21,6 +21,7 @@ _WHY = {
     "kept_logits_gib": "logits are computed twice instead of kept",
     "dtype": "frozen weights in 16 bits; the adapters stay in 32",
     "reference": "the frozen copy in 8 bits",
+    "quantize": "the frozen base in 4 bits",
     "critic": "one layer on the policy instead of a second model",
     "sampling.batch_size": "fewer samples at once: affects memory, never the result",
 }
