@@ -375,7 +375,7 @@ def test_a_cut_answer_is_reported_or_written_by_hand():
     tokenizer, example, report = read("deepseek_r1_distill", TAGGED, on_dropped="report")
     assert learned(tokenizer, example) == ["4<｜end▁of▁sentence｜>"]
     note = "answers without their content, which the chat template of deepseek_r1_distill leaves out"
-    assert report.noted == {note: [1]}
+    assert note in report.noted
     tokenizer, example, report = read("deepseek_r1_distill", TAGGED, on_dropped="keep-by-hand")
     # as the model is asked: the template opens the think block, with its own line break
     assert tokenizer.decode(example.prompt.tolist()).endswith("<｜Assistant｜><think>\n")

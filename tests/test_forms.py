@@ -121,6 +121,9 @@ def test_a_call_and_its_result_keep_their_text(name: str) -> None:
     asked = {"role": "assistant", "content": "", "tool_calls": [call]}
     assert row.completions == ([asked, {"role": "tool", "content": "4"}, assistant("It is 4.")],)
     assert row.extra == {"tools": TOOLS}
+    turns[1] = said("function_call", f"[{CALL}, {CALL}]")
+    (row,) = load([{"conversations": turns}], "text").rows
+    assert row.completions[0][0]["tool_calls"] == [call, call]
     turns[1] = said("function_call", "add 2 and 2")  # is no call
     (row,) = load([{"conversations": turns}], "text").rows
     assert row.completions[0][0] == assistant("add 2 and 2")

@@ -303,9 +303,15 @@ def test_earlier_turns_that_the_template_rewrites_are_not_learned_and_counted():
     assert report.lines() == ["1 rows with earlier turns not learned, because the chat template rewrites them (row 1)"]
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused():
+def test_where_a_template_rewrites_the_prompt_the_answer_follows_the_prompt_that_the_model_is_given():
     t = make(template="{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
-    with pytest.raises(FaultyRowsError, match="the template renders the prompt differently once an answer"):
+    example = first([{"prompt": chat("said"), "completion": "x"}], "text", t)
+    assert tokens(example) == ([*plain(t, "1said"), 3], [*plain(t, "x"), 3])
+
+
+def test_a_template_that_puts_the_answer_before_the_prompt_is_refused():
+    t = make(template="{% for m in messages[::-1] %}{{ m.content }}<|im_end|>{% endfor %}")
+    with pytest.raises(FaultyRowsError, match=r"leaves out 'x' of the answer|renders the prompt differently"):
         tokenise(load([{"prompt": chat("said"), "completion": "x"}], "text"), t)
 
 

@@ -102,6 +102,8 @@ def _win_rate(
         judge.close()
         return sum(wins) / len(wins)
     rewards = build_rewards(job.verdict["reward"], device)
-    scores = [rewards.score(side).numbers for side in (answers, opposing)]
+    totals = [rewards.score(side).total for side in (answers, opposing)]
     rewards.close()
-    return policy_metrics.win_rate(*scores)
+    # where no reward applies to one of the two, they cannot be compared
+    both = [(a, b) for a, b in zip(*totals, strict=True) if a is not None and b is not None]
+    return policy_metrics.win_rate(*zip(*both, strict=True)) if both else None

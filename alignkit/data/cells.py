@@ -13,17 +13,25 @@ from alignkit.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "thinking", "reasoning")
+RESERVED = (  # variables of a chat template that are not set by chat_template_kwargs
+    "messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "return_assistant_tokens_mask",
+)  # fmt: skip
 _AS_CONTENT = 'as text or as messages [{"role": "assistant", "content": "..."}]'
 
 
 @dataclass
 class Cells:
-    """The cells of one row, read with checks; problems go to `faults`, and a placeholder is returned."""
+    """The cells of one row, read with checks; problems go to `faults`, and a placeholder is returned.
+
+    notes: what to report about the row.
+    """
 
     number: int
     cells: dict[str, Any]
     textual: bool
     faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def bad(self, column: str, found: str, fix: str) -> None:
         """Record a fault."""
@@ -90,7 +98,8 @@ class Cells:
             kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
             if kind != "text" or not isinstance(text, str):
                 found = f"the {role} message has a part of the type {shown(kind)}"
-                self.bad(column, found, "remove the row: only text is trained, not images, audio or video")
+                fix = "remove the row: only text is trained, not images, audio or video"
+                self.bad(column, found, "give it as `reasoning_content`" if kind in ("thinking", "reasoning") else fix)
             texts.append(self.text(column, text) if isinstance(text, str) else "")
         return "".join(texts)
 
@@ -115,8 +124,12 @@ class Cells:
         documents = self._parsed("documents")
         if isinstance(documents, list) and all(isinstance(document, Mapping) for document in documents):
             given["documents"] = [dict(document) for document in documents]
+        elif documents is not None:  # a column of this name may be for a reward
+            self.notes.append("rows whose `documents` are no list of objects, so that no chat template gets them")
         variables = self._parsed("chat_template_kwargs")
-        if isinstance(variables, Mapping):
+        if isinstance(variables, Mapping) and (set_by_us := [name for name in variables if name in RESERVED]):
+            self.bad("chat_template_kwargs", f"found '{set_by_us[0]}', which alignkit sets itself", "remove it")
+        elif isinstance(variables, Mapping):
             given |= {str(k): v for k, v in variables.items() if v is not None}
         elif variables is not None:
             self.bad("chat_template_kwargs", f"found {shown(variables)}", 'give an object, such as {"name": value}')

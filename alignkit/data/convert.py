@@ -29,6 +29,8 @@ def converted(raw: RawRows, form: Form, kind: DataKind, margins: bool) -> tuple[
                 report.drop(str(dropped), number)
         if "system" not in form.asked and isinstance(system := cells.get("system"), str) and system.strip():
             report.note(f"rows with a column 'system', which the form '{form.name}' does not read", number)
+        for note in reader.notes:
+            report.note(note, number)
         faults += reader.faults
     return rows, report, faults
 
@@ -42,7 +44,8 @@ def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: 
         used.add("margin")
     extra = {column: value for column, value in cells.cells.items() if column not in used}
 
-    template = cells.beside() if isinstance(parsed.prompt, list) or cells.cells.get("tools") else {}
+    beside = isinstance(parsed.prompt, list) or any(cells.cells.get(name) for name in ("tools", "chat_template_kwargs"))
+    template = cells.beside() if beside else {}
 
     def row(*answers: Content, **more: float) -> Row:
         return Row(parsed.prompt, answers, {**numbers, **more}, cells.number, extra, template=template)

@@ -179,6 +179,8 @@ def _parse_conversations(cells: Cells) -> Parsed:
         lead -= 1
     if lead < 1 or any(c[lead : lead + 1] == [] or c[lead]["role"] != "assistant" for c in (chosen, rejected)):
         raise DroppedRow("without a common last turn")
+    while lead > 1 and chosen[lead - 1]["role"] == "assistant":  # a turn of its own, not the beginning of the answer
+        lead -= 1
     return Parsed(chosen[:lead], (_to_last_answer(chosen[lead:]), _to_last_answer(rejected[lead:])))
 
 

@@ -111,22 +111,23 @@ def from_sharegpt(value: Any) -> Any:
     rest = {key: cell for key, cell in value.items() if key not in ("from", "value")}
     name = value["from"]
     role = ROLES.get(name.lower(), name) if isinstance(name, str) else name
-    call = _call(value["value"]) if name == "function_call" else None
-    said = {"content": value["value"]} if call is None else {"tool_calls": [{"type": "function", "function": call}]}
-    return {"role": role, **said, **rest}
+    calls = _calls(value["value"]) if name == "function_call" else []
+    said = {"tool_calls": [{"type": "function", "function": call} for call in calls]}
+    return {"role": role, **(said if calls else {"content": value["value"]}), **rest}
 
 
-def _call(text: Any) -> dict[str, Any] | None:
-    """Return the tool call in a turn's text, {"name": ..., "arguments": ...} as JSON; None where it is something else.
+def _calls(text: Any) -> list[dict[str, Any]]:
+    """Return the tool calls in a turn's text, {"name": ..., "arguments": ...} as JSON, or a list of these; else none.
 
-    LLaMA-Factory's rows have such turns; the chat template then writes the call as its model does.
+    LLaMA-Factory's rows have such turns; the chat template then writes the calls as its model does.
     """
     try:
-        call = json.loads(text)
+        found = json.loads(text)
     except (TypeError, ValueError):
-        return None
-    named = isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call
-    return {"name": call["name"], "arguments": call["arguments"]} if named else None
+        return []
+    calls = found if isinstance(found, list) else [found]
+    named = all(isinstance(c, dict) and isinstance(c.get("name"), str) and "arguments" in c for c in calls)
+    return [{"name": call["name"], "arguments": call["arguments"]} for call in calls] if named else []
 
 
 def taken(cells: Cells, names: Mapping[str, str]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def _text_draft(row: Row, encoder: Encoder) -> Draft:
     if not prompt:
         texts = tuple(text.removeprefix(bos) for text in texts)
     ended = tuple(not encoder.split and encoder.special.closed(text) for text in texts)
-    notes = ("rows of text with 'tools', which only a chat template reads",) if "tools" in row.template else ()
+    notes = tuple(f"rows of text with '{name}', which only a chat template reads" for name in row.template)
     return Draft(row, prompt, texts, (None,) * len(texts), ended, control=not encoder.split, notes=notes)
 
 
@@ -152,7 +152,7 @@ def _answer(draft: Draft, k: int, text: Encoded, border: int, encoder: Encoder, 
         # a token that spans the beginning of a turn belongs to the turn; one that spans its end does not
         trained = [any(a < end <= b for a, b in at) for _, end in (text.offsets or [])[border:]]
     if not draft.ended[k] and ids[-1:] != [encoder.eos]:
-        ids, trained = [*ids, encoder.eos], [*trained, True]
+        ids, trained = [*ids, encoder.eos], [*trained, spans is None or bool(spans)]
     if limit is None or len(ids) <= limit:
         return _Answer(ids, trained)
     return _Answer(ids[:limit], trained[:limit], cut=True)

@@ -10,7 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignkit.data.chat.conversation import Conversation, RewrittenError, common, prefilled
+from alignkit.data.cells import REASONING
+from alignkit.data.chat.conversation import (
+    Conversation,
+    RewrittenError,
+    begins_to_think,
+    behind,
+    common,
+    prefilled,
+)
 from alignkit.data.chat.parts import locate, shows
 from alignkit.data.chat.settings import Chat
 from alignkit.data.chat.special import SpecialTokens, free_characters
@@ -19,6 +27,9 @@ from alignkit.data.chat.timeout import within
 from alignkit.data.chat.turns import BY_TURNS, Answer, Span, read_answer, written_by_hand
 from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, Row, shown
 from alignkit.errors import ConfigError
+
+# fields of a message whose parts are looked for, or that only say who speaks
+FIELDS = ("role", "content", "tool_calls", "name", "tool_call_id", *REASONING)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def _drafted(rows: Sequence[Row], drafter: _Drafter, drafts: list[Draft], faults
     for row in rows:
         try:
             drafts.append(drafter.draft(row))
-        except _DroppedError as error:
+        except _RowError as error:
             faults.append(Fault(row.row, error.field, error.found, error.fix))
         except RewrittenError as error:
             faults.append(Fault(row.row, "", str(error), "give prompt and completion as text for this model"))
@@ -85,8 +96,8 @@ def _drafted(rows: Sequence[Row], drafter: _Drafter, drafts: list[Draft], faults
         yield
 
 
-class _DroppedError(Exception):
-    """The template leaves out a part of a learned answer."""
+class _RowError(Exception):
+    """A row that cannot be rendered as it should be, such as one with an answer that the template cuts."""
 
     def __init__(self, field: str, found: str, fix: str) -> None:
         super().__init__(found)
@@ -102,7 +113,7 @@ class _Drafter:
     chat: Chat
 
     def draft(self, row: Row) -> Draft:
-        """Return a row's draft. Raises _DroppedError, RewrittenError, and what the template raises."""
+        """Return a row's draft. Raises _RowError, RewrittenError, and what the template raises."""
         parts = [_messages(row.prompt, "user"), *(_messages(answer, "assistant") for answer in row.completions)]
         tools = {"tools": list(self.chat.tools)} if self.chat.tools else {}
         arguments = {**self.chat.arguments, **tools, **row.template}
@@ -110,9 +121,12 @@ class _Drafter:
         if not self.chat.special_tokens:
             (arguments, *parts), hidden = self.special.hidden(arguments, *parts)
         prompt, *answers = parts
+        if prompt[-1].get("tool_calls"):
+            fix = "end the prompt with the tool's result, or move the call into the answer"
+            raise _RowError("prompt", "found a tool call at the end", fix)
         if not answers:
             start = self._start(prompt, arguments)
-            notes = tuple(self._unread(row, prompt, arguments, start))
+            notes = (*self._unread(row, prompt, arguments, start), *self._unread_fields(prompt, arguments))
             return Draft(row, start, hidden=hidden, control=True, notes=notes)
         found, about = list[Answer](), list[str]()
         for answer in answers:
@@ -121,8 +135,10 @@ class _Drafter:
             found.append(read)
             start = conversation.start(conversation.n_prompt)
         about += self._unread(row, prompt, arguments, start)
+        about += self._unread_fields([message for part in parts for message in part], arguments)
         texts = tuple(read.text for read in found)
-        spans = tuple(None if len(answer) == 1 else read.spans for answer, read in zip(answers, found, strict=True))
+        alone = [len(answer) == 1 and bool(read.spans) for answer, read in zip(answers, found, strict=True)]
+        spans = tuple(None if one else read.spans for one, read in zip(alone, found, strict=True))
         shared = start[: min(common(start, text) for text in texts)]
         closed = tuple(read.closed for read in found)
         return Draft(row, shared, texts, spans, closed, hidden, True, tuple(dict.fromkeys(about)))
@@ -137,9 +153,18 @@ class _Drafter:
         if prompt[-1]["role"] != "assistant":
             return Conversation(self.template, self.special, prompt + answer, len(prompt), arguments)
         prefill, first = prompt[-1], answer[0]
-        joined = {**prefill, **first, "content": f"{prefill['content']}{first['content']}"}
+        both = [name for name in ("content", *REASONING) if name in prefill or name in first]
+        joined = {**prefill, **first, **{name: f"{prefill.get(name, '')}{first.get(name, '')}" for name in both}}
         messages = [*prompt[:-1], joined, *answer[1:]]
-        return Conversation(self.template, self.special, messages, len(prompt) - 1, arguments, prefill)
+        made = Conversation(self.template, self.special, messages, len(prompt) - 1, arguments, prefill)
+        if not begins_to_think(prefill):
+            return made
+        character = next(free_characters([messages, arguments]))
+        text = behind(made.text(made.n_prompt, answer_next=True), joined["content"])
+        messages = [*prompt[:-1], {**joined, "content": character}, *answer[1:]]
+        return Conversation(
+            self.template, self.special, messages, len(prompt) - 1, arguments, prefill, {character: text}
+        )
 
     def _read(self, conversation: Conversation, hidden: Mapping[str, str], notes: list[str]) -> Answer:
         """Return an answer as text, by `on_dropped` where the template leaves out a part of it."""
@@ -154,9 +179,12 @@ class _Drafter:
         if read.missing and self.chat.on_dropped != "report":
             field, text = read.missing[0]
             found = f"the chat template of {name} leaves out {shown(text)} of the answer"
-            raise _DroppedError(field, found, _fix(field))
+            raise _RowError(field, found, _fix(field))
         notes += [f"answers without their {f}, which the chat template of {name} leaves out" for f, _ in read.missing]
         notes += [f"rows with {f} of earlier messages left out by the chat template of {name}" for f, _ in read.unread]
+        opening = conversation.start(conversation.n_prompt)[read.begin :]
+        if opening.strip() and not read.unlearned:
+            notes.append(f"rows without {shown(opening)}, with which the chat template of {name} opens sampled answers")
         if read.way == BY_TURNS:
             notes.append("rows rendered turn by turn, because the chat template rewrites earlier turns")
         if read.unlearned:
@@ -166,9 +194,10 @@ class _Drafter:
     def _unread(self, row: Row, prompt: list[Message], arguments: Mapping[str, Any], start: str) -> list[str]:
         """Return notes about what the row gives, and the template leaves out of the prompt."""
         by = f"left out by the chat template of {self.template.name}"
-        notes = [f"rows with {field} of the {m['role']} {by}" for m in prompt for field, _ in shows(start, m)]
+        masked = self.special.masked(start)
+        notes = [f"rows with {field} of the {m['role']} {by}" for m in prompt for field, _ in shows(masked, m)]
         shown_by = {"tools": _described, "documents": _contents}
-        for name in row.template:
+        for name in dict.fromkeys((*row.template, *(["tools"] if self.chat.tools else []))):
             wanted = shown_by.get(name)
             if wanted and not all(locate(start, 0, text) for text in wanted(arguments[name])):
                 notes.append(f"rows with {name} {by}")
@@ -176,14 +205,32 @@ class _Drafter:
                 notes.append(f"rows with '{name}', which the chat template of {self.template.name} does not read")
         return notes
 
+    def _unread_fields(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> list[str]:
+        """Return notes about fields of messages that the template does not read."""
+        fields = dict.fromkeys(
+            name for m in messages for name, value in m.items() if name not in FIELDS and value != ""
+        )
+        unread = [name for name in fields if not self.template.reads(name, arguments.get("tools"))]
+        return [
+            f"rows with '{name}' in a message, which the chat template of {self.template.name} does not read"
+            for name in unread
+        ]
+
 
 def _described(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return names, descriptions and the names of parameters."""
     inner = [tool.get("function", tool) for tool in tools]
-    return [text.strip() for one in inner for name in ("name", "description") if isinstance(text := one.get(name), str)]
+    texts = [one.get(name) for one in inner for name in ("name", "description")]
+    schemas = [one.get("parameters") for one in inner]
+    properties = [schema.get("properties") for schema in schemas if isinstance(schema, Mapping)]
+    names = [name for those in properties if isinstance(those, Mapping) for name in those]
+    return [text.strip() for text in (*texts, *names) if isinstance(text, str)]
 
 
 def _contents(documents: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [text.strip() for document in documents for text in document.values() if isinstance(text, str)]
+    """Return the longest text of each document: templates may leave out its title."""
+    texts = [[text.strip() for text in document.values() if isinstance(text, str)] for document in documents]
+    return [max(some, key=len) for some in texts if some]
 
 
 def _fix(field: str) -> str:

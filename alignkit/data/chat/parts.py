@@ -13,6 +13,7 @@ from alignkit.data.cells import REASONING
 from alignkit.data.rows import Message
 
 # templates cut contents at tags such as </think>, so what stands between tags is looked for one by one
+_TRUTH = {"true": ("True",), "false": ("False",)}
 _TAGS = re.compile(r"</?[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]")
 
 
@@ -28,7 +29,8 @@ class Part(NamedTuple):
 class Found:
     """Where a message's parts are in a text.
 
-    begin, end: of the text that was found last. missing: the fields of which a part was not found, with the text.
+    begin, end: of the text that was found last; equal where nothing was found. missing: the fields of which a part was
+    not found, with the text.
     """
 
     begin: int
@@ -39,15 +41,14 @@ class Found:
 def parts_of(message: Message) -> list[Part]:
     """Return the parts of a message: its reasoning, its content, and each of its tool calls."""
     parts = []
-    for name in REASONING:
-        if isinstance(reasoning := message.get(name), str) and reasoning.strip():
-            parts.append(Part(name, _between_tags(reasoning)))
-            break
+    reasoning = {name: text for name in REASONING if isinstance(text := message.get(name), str) and text.strip()}
+    for name, text in {text: (name, text) for name, text in reversed(reasoning.items())}.values():  # each text once
+        parts.append(Part(name, _between_tags(text)))
     if isinstance(content := message.get("content"), str) and content.strip():
         parts.append(Part("content", _between_tags(content)))
     for call in message.get("tool_calls") or ():
         inner = call.get("function", call)
-        parts.append(Part("tool_calls", (str(inner.get("name")), *_leaves(inner.get("arguments"))), ordered=False))
+        parts.append(Part("tool_calls", (str(inner.get("name")), *_arguments(inner.get("arguments"))), ordered=False))
     return parts
 
 
@@ -85,7 +86,7 @@ def _find_all(text: str, begin: int, parts: list[Part]) -> Found:
             place = locate(text, at if not part.ordered else ends[-1], wanted)
             if place is None:
                 missing.append((part.field, wanted))
-                break
+                continue
             ends.append(place[1])
             last = max(last, place, key=lambda span: span[1])
         at = max(ends)
@@ -93,8 +94,11 @@ def _find_all(text: str, begin: int, parts: list[Part]) -> Found:
 
 
 def locate(text: str, at: int, wanted: str) -> tuple[int, int] | None:
-    """Return where `wanted` is in `text`: as it is, inside JSON, or with other white space."""
-    for form in dict.fromkeys((wanted, json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1])):
+    """Return where `wanted` is in `text`: as it is, inside JSON, as Python writes it, or with other white space."""
+    inner = json.dumps(wanted, ensure_ascii=False)[1:-1]
+    twice, slashes = json.dumps(inner, ensure_ascii=False)[1:-1], inner.replace("/", "\\/")
+    forms = (wanted, inner, json.dumps(wanted)[1:-1], twice, slashes, repr(wanted)[1:-1], *_TRUTH.get(wanted, ()))
+    for form in dict.fromkeys(forms):
         if (begin := text.find(form, at)) >= 0:
             return begin, begin + len(form)
     words = wanted.split()
@@ -109,16 +113,25 @@ def _between_tags(text: str) -> tuple[str, ...]:
     return pieces or (text.strip(),)
 
 
+def _arguments(value: Any) -> tuple[str, ...]:
+    """Return the texts of a tool call's arguments; of arguments as JSON text, the values in it."""
+    if isinstance(value, str):
+        try:
+            # numbers as they are written: 1e3 is not 1000.0
+            value = json.loads(value, parse_float=_Written, parse_int=_Written)
+        except ValueError:
+            return (value.strip(),) if value.strip() else ()
+    return tuple(_leaves(value))
+
+
+class _Written(str):
+    """A number as it is written."""
+
+
 def _leaves(value: Any) -> Iterator[str]:
     """Return the texts, numbers and truth values in a tool call's arguments, and their names."""
     if isinstance(value, str):
-        try:
-            inner = json.loads(value)
-        except ValueError:
-            inner = None
-        if isinstance(inner, Mapping | list):  # arguments as JSON text
-            yield from _leaves(inner)
-        elif value.strip():
+        if value.strip():
             yield value.strip()
     elif isinstance(value, Mapping):
         for name, inner in value.items():
@@ -127,5 +140,5 @@ def _leaves(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _leaves(inner)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, bool | int | float):
         yield json.dumps(value)

@@ -25,6 +25,10 @@ class SpecialTokens:
             patterns.append(space[left] + re.escape(name) + space[right])
         self.pattern = re.compile("|".join(patterns) or r"(?!)")
 
+    def masked(self, text: str) -> str:
+        """Return `text` with its special tokens made unreadable, so that no word is found inside of them."""
+        return self.pattern.sub(lambda match: "\0" * len(match.group()), text)
+
     def inside(self, text: str) -> bool:
         """Return whether `text` spells out one of them."""
         return self.pattern.search(text) is not None
@@ -44,15 +48,15 @@ class SpecialTokens:
         """Return how many characters of `within` close a turn.
 
         alone, within: what follows the turn where it is the last one, and in the conversation. The special tokens that
-        both share close it; where they share none, the first one of `within` does: gpt-oss ends the last turn with
-        another token.
+        both share close it. Where they share none, the first one of `within` does if another one follows it, which then
+        opens the next message: gpt-oss ends the last turn with another token.
         """
         end = 0
         while match := self._next(within, end):
             if alone[: match.end()] != within[: match.end()]:
                 break
             end = match.end()
-        if end == 0 and self._next(alone, 0) and (match := self._next(within, 0)):
+        if end == 0 and self._next(alone, 0) and (match := self._next(within, 0)) and self._next(within, match.end()):
             end = match.end()
         return end
 

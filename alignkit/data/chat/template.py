@@ -16,12 +16,10 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from alignkit.data.cells import REASONING
+from alignkit.data.cells import REASONING, RESERVED
 from alignkit.data.rows import Message
 from alignkit.errors import ConfigError, nearest
 
-RESERVED = ("messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message")
-_NOW = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CALL = {"type": "function", "id": "call00001", "function": {"name": "probe", "arguments": {"key": "value"}}}
 _TOOL = {"type": "function", "function": {"name": "other", "description": "d", "parameters": {
@@ -53,16 +51,15 @@ class Template:
         """Return its text: tokenizers may have another one for rows with tools. A pinned date is filled in."""
         if bool(tools) not in self._sources:
             source = str(self._tokenizer.get_chat_template(None, tools))
-            if self._day is not None:
-                moment = datetime.combine(self._day, time())
-                source = _NOW.sub(lambda m: json.dumps(moment.strftime(m["format"])), source)
+            if self._day is not None and "strftime_now" in source:
+                source = _pinned_now(self._day) + source
             self._sources[bool(tools)] = source
         return self._sources[bool(tools)]
 
     @cached_property
     def writes_date(self) -> bool:
         """True if the text depends on the day on which it is rendered."""
-        return "strftime_now" in str(self._tokenizer.get_chat_template(None, None))
+        return "strftime_now" in self.source() + self.source([_TOOL])
 
     @cached_property
     def has_marks(self) -> bool:
@@ -78,7 +75,7 @@ class Template:
         for name in arguments:
             if name in RESERVED:
                 raise ConfigError(f"chat_template_kwargs: '{name}' is set by alignkit; remove it")
-            if not self.reads(name):
+            if not self.reads(name) and not self.reads(name, [_TOOL]):
                 names = sorted(set(re.findall(r"[A-Za-z_]{4,}", self.source())))
                 hint = nearest(name, names)
                 raise ConfigError(f"chat_template_kwargs: the chat template of {self.name} reads no '{name}'.{hint}")
@@ -175,6 +172,14 @@ class Template:
                 if "probe" in shown and "value" in shown and (isinstance(arguments, dict) or arguments in shown):
                     return way
         return None
+
+
+def _pinned_now(day: date) -> str:
+    """Return a macro that takes the place of transformers' `strftime_now`, which it lets no caller replace."""
+    moment = datetime.combine(day, time())
+    values = {f"%{flag}{d}": moment.strftime(f"%{flag}{d}") for flag in ("-", "") for d in "aAbBcdHIjmMpSUwWxXyY"}
+    chain = "".join(f"|replace({name!r}, {value!r})" for name, value in values.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{chain} }}}}{{% endmacro %}}\n"
 
 
 def _left_out(message: Message) -> Message:

@@ -10,12 +10,11 @@ taken from the rendering with that next turn.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from alignkit.data.cells import REASONING
-from alignkit.data.chat.conversation import Conversation, Turn, common, last_turn
+from alignkit.data.chat.conversation import Conversation, Turn, behind, common, last_turn
 from alignkit.data.chat.parts import find, shows
 from alignkit.data.chat.special import SpecialTokens
 
@@ -46,13 +45,14 @@ class Answer:
 def read_answer(conversation: Conversation, train_on: str) -> Answer:
     """Locate the turns to learn. Raises RewrittenError where the prompt changes once an answer follows."""
     numbers = conversation.turns if train_on == "all" else conversation.turns[-1:]
-    turns = [last_turn(conversation, n) for n in numbers]
-    missing = tuple(part for turn in turns for part in turn.found.missing)
+    every = [last_turn(conversation, n) for n in numbers]
+    missing = tuple(part for turn in every for part in turn.found.missing)
+    turns = [turn for turn in every if turn.found.end > turn.found.begin]  # of the others nothing is left to learn
     found = _at_once(conversation, turns) or _by_turns(conversation, turns) or _what_there_is(conversation, turns)
     text, spans, way = found
-    learned = set(numbers)
-    others = [m for i, m in enumerate(conversation.messages) if i >= conversation.n_prompt and i not in learned]
-    unread = tuple(part for message in others for part in shows(text, message))
+    others = [i for i in range(conversation.n_prompt, len(conversation.messages)) if i not in set(numbers)]
+    masked = conversation.special.masked(text)
+    unread = tuple(part for i in others for part in shows(masked, conversation.message(i)))
     begin = common(conversation.start(conversation.n_prompt), text)
     closed = conversation.special.closed(text)
     return Answer(text, begin, spans, closed, way, missing, len(turns) - len(spans), unread)
@@ -72,9 +72,10 @@ def written_by_hand(conversation: Conversation, unused: Iterator[str]) -> Conver
         reasoning = next((str(message[name]) for name in REASONING if message.get(name)), "")
         content = str(message.get("content") or "")
         text = f"<think>\n{reasoning.strip()}\n</think>\n\n{content}" if reasoning else content
-        opened = re.search(r"<think>\s*$", conversation.start(n))
-        if opened and text.startswith("<think>"):  # the template opens the block itself, with its own white space
-            text = opened.group() + text.removeprefix("<think>").lstrip()
+        opening = conversation.text(n, answer_next=True)
+        if opening.rstrip().endswith("</think>") and text.startswith("<think>"):
+            continue  # the model is told not to reason
+        text = behind(opening, text)
         kept = {k: v for k, v in message.items() if k not in REASONING}
         messages[n] = {**kept, "content": next(unused)}
         by_hand[messages[n]["content"]] = text
@@ -84,6 +85,8 @@ def written_by_hand(conversation: Conversation, unused: Iterator[str]) -> Conver
 def _at_once(conversation: Conversation, turns: Sequence[Turn]) -> tuple[str, tuple[Span, ...], str] | None:
     """Return the whole conversation with all turns located; None where it shows one of them otherwise."""
     whole = conversation.text(len(conversation.messages))
+    if not turns or turns[0].rewritten:
+        return None
     spans = [_span_within(conversation.special, whole, turn) for turn in turns]
     if None in spans:
         spans = _marked_spans(conversation, whole, turns)
@@ -127,8 +130,10 @@ def _marked_spans(conversation: Conversation, whole: str, turns: Sequence[Turn])
 
 def _by_turns(conversation: Conversation, turns: Sequence[Turn]) -> tuple[str, tuple[Span, ...], str] | None:
     """Return the conversation joined from its turns, each rendered as the last one; None where they do not join."""
+    if not turns:
+        return None
     special, spans = conversation.special, list[Span]()
-    text = turns[0].text[: turns[0].begin]
+    text = conversation.start(turns[0].number)[: turns[0].opened]
     for turn, following in zip(turns, [*turns[1:], None], strict=True):
         begin, own = len(text), turn.text[turn.core :]
         text += turn.text[turn.begin : turn.core]
