@@ -91,9 +91,17 @@ def test_a_run_is_resumed_with_the_settings_that_it_had(tmp_path: Path) -> None:
 def test_a_setting_that_an_earlier_build_did_not_have_had_its_default(tmp_path: Path) -> None:
     settings = config(tmp_path).describe()
     write_config(tmp_path, {k: v for k, v in settings.items() if k != "shuffle_buffer"}, resume=False)
-    write_config(tmp_path, settings, resume=True)
+    write_config(tmp_path, settings, resume=True, defaults=settings)
     with pytest.raises(ConfigError, match="shuffle_buffer was 1000, is 7"):
-        write_config(tmp_path, settings | {"shuffle_buffer": 7}, resume=True)
+        write_config(tmp_path, settings | {"shuffle_buffer": 7}, resume=True, defaults=settings)
+
+
+def test_a_setting_inside_of_another_had_its_default_too(tmp_path: Path) -> None:
+    write_config(tmp_path, {"lora": {"r": 2}}, resume=False)
+    defaults = {"lora": {"r": 16, "dora": False}}
+    write_config(tmp_path, {"lora": {"r": 2, "dora": False}}, resume=True, defaults=defaults)
+    with pytest.raises(ConfigError, match="lora was"):
+        write_config(tmp_path, {"lora": {"r": 2, "dora": True}}, resume=True, defaults=defaults)
 
 
 def test_what_changes_no_result_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from alignkit.engine import assemble, reading
 from alignkit.engine.loop import Loop
 from alignkit.engine.saving import save_model
 from alignkit.engine.state import RunState, Splits
+from alignkit.lora_settings import LoraSettings
 from alignkit.models.loading import load_tokenizer
 from alignkit.reference.choice import check_reference
 from alignkit.rollout.checks import check_online
@@ -64,7 +65,8 @@ class Run:
     def _defaults(self) -> dict[str, Any]:
         """Return the default of every setting that a run of an earlier version may lack."""
         unset = RunConfig(method="", model="-", data="-", template_date=self.config.template_date)
-        return {**unset.describe(), **type(self.method.config)().model_dump(mode="json")}
+        lora = {"lora": LoraSettings().model_dump()} if self.config.lora is not None else {}
+        return {**unset.describe(), **lora, **type(self.method.config)().model_dump(mode="json")}
 
     def save(self) -> Any:
         """Write model/ into the run's folder and return the model in memory."""

@@ -105,11 +105,19 @@ def write_config(
     """
     path = folder / "config.yaml"
     if resume:
-        started = {**(defaults or {}), **read_yaml(path)}
+        started = _filled(read_yaml(path), defaults or {})
         before, now = ({k: v for k, v in s.items() if k not in FREE} for s in (started, settings))
         check_same(folder, before, now)
         return
     write_yaml(path, {k: v for k, v in settings.items() if k != "resume"})
+
+
+def _filled(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run with the defaults of those that it lacks, also inside of mappings."""
+    inner = {
+        k: {**defaults[k], **v} for k, v in saved.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)
+    }
+    return {**defaults, **saved, **inner}
 
 
 def start_date(config: RunConfig) -> date:
