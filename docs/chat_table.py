@@ -37,6 +37,7 @@ def table() -> str:
         rows.setdefault(_cells(name), []).append(f"`{name}`")
     head = [
         "template",
+        "answers lack",
         "two turns",
         "reasoning",
         "think tags in content",
@@ -57,6 +58,7 @@ def _cells(name: str) -> tuple[str, ...]:
     call = {"role": "assistant", "content": None, "tool_calls": [_CALL]}
     developer = {"role": "developer", "content": "One word."}
     return (
+        _lacking(tokenizer, plain[0]),
         _turns(tokenizer, plain),
         _turns(tokenizer, reasoned),
         _way(tokenizer, {"messages": [_USER[0], tagged]}),
@@ -65,6 +67,13 @@ def _cells(name: str) -> tuple[str, ...]:
         _shown(tokenizer, {"messages": [developer, _USER[0], plain[0]]}, "One word."),
         "written" if Template(tokenizer).writes_date else "",
     )
+
+
+def _lacking(tokenizer: Any, answer: dict[str, Any]) -> str:
+    """Return the end of the opening that add_generation_prompt writes, and the template does not before an answer."""
+    read = _read(tokenizer, {"messages": [_USER[0], answer]})
+    notes = [] if isinstance(read, str) else [note for note in read[1].noted if note.startswith("rows without ")]
+    return f"`{notes[0].split(', with which')[0].removeprefix('rows without ')}`" if notes else ""
 
 
 def _turns(tokenizer: Any, answers: list[dict[str, Any]]) -> str:

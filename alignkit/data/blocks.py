@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from alignkit.data.dataset import Dataset, Reading, reading_of
-from alignkit.data.files import Item
 from alignkit.data.order import Order
 from alignkit.data.rows import Fault, FaultyRowsError, RawRows, Report, Row
 from alignkit.data.sources import Lazy, lazy_parts
@@ -127,14 +126,4 @@ def _blocks(part: Lazy, whole: bool) -> Iterator[RawRows]:
     items = iter(part.items())
     size = None if whole else BLOCK
     while block := list(itertools.islice(items, size)):
-        yield _raw(part, block)
-
-
-def _raw(part: Lazy, items: Iterable[Item]) -> RawRows:
-    raw = RawRows(part.name, textual=part.textual)
-    for item in items:
-        if isinstance(item, Fault):
-            raw.faults.append(item)
-        else:
-            raw.add(*item)
-    return raw
+        yield part.raw(block)

@@ -74,6 +74,16 @@ class Lazy(NamedTuple):
     columns: Mapping[str, str] | None = None
     weight: float | None = None
 
+    def raw(self, items: Iterable[Item]) -> RawRows:
+        """Return some of the rows, as they were read."""
+        raw = RawRows(self.name, textual=self.textual)
+        for item in items:
+            if isinstance(item, Fault):
+                raw.faults.append(item)
+            else:
+                raw.add(*item)
+        return raw
+
 
 def open_rows(source: object) -> Lazy:
     """Open one source, of those that `read_rows` reads, without reading its rows; lists of dicts are refused.

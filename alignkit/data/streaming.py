@@ -9,7 +9,7 @@ from typing import Any
 
 from alignkit.data.dataset import Dataset, reading_of
 from alignkit.data.files import Item
-from alignkit.data.rows import Fault, FaultyRowsError, RawRows, Report
+from alignkit.data.rows import FaultyRowsError, RawRows, Report
 from alignkit.data.sources import Lazy
 from alignkit.data.stream import seed_of
 from alignkit.errors import DataError
@@ -44,7 +44,7 @@ class Streamed:
     ) -> None:
         self._source, self._encode = source, encode
         self._batch_size, self._seed, self._buffer = batch_size, seed, shuffle_buffer
-        raw = self._raw(itertools.islice(source.items(), PEEKED))
+        raw = self._source.raw(itertools.islice(source.items(), PEEKED))
         self._reading = reading_of(raw, kind, columns if source.columns is None else source.columns)
         if self._reading.form.name == "rated" and kind == "pairs":
             raise DataError(
@@ -105,16 +105,7 @@ class Streamed:
 
     def _block(self) -> RawRows:
         self._blocks += 1
-        return self._raw(itertools.islice(self._rows, self._batch_size))
-
-    def _raw(self, items: Iterator[Item]) -> RawRows:
-        raw = RawRows(self._source.name, textual=self._source.textual)
-        for item in items:
-            if isinstance(item, Fault):
-                raw.faults.append(item)
-            else:
-                raw.add(*item)
-        return raw
+        return self._source.raw(itertools.islice(self._rows, self._batch_size))
 
     def _examples(self, raw: RawRows) -> tuple[list[Example], Report]:
         """Return the examples of a block, and what was dropped."""
