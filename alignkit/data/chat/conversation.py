@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from alignkit.data.cells import REASONING
 from alignkit.data.chat.parts import Found, find
@@ -13,6 +13,9 @@ from alignkit.data.chat.special import SpecialTokens, free_characters
 from alignkit.data.chat.template import Template
 from alignkit.data.rows import Message
 from alignkit.errors import AlignkitError
+
+Rendered: TypeAlias = dict[tuple[int, bool], str]
+"""Texts of the first n messages, with and without the opening of the next turn."""
 
 
 class RewrittenError(AlignkitError):
@@ -52,7 +55,11 @@ class Conversation:
     arguments: Mapping[str, Any]
     prefill: Message | None = None
     by_hand: dict[str, str] = field(default_factory=dict)
-    _texts: dict[tuple[int, bool], str] = field(default_factory=dict)
+    _texts: Rendered = field(default_factory=dict)
+
+    def of_prompt(self) -> Rendered:
+        """Return the renderings of the prompt, for another answer to it."""
+        return {key: text for key, text in self._texts.items() if key[0] <= self.n_prompt}
 
     def text(self, n: int, answer_next: bool = False) -> str:
         """Return the first n messages as text; answer_next: with the opening of the assistant's turn."""
@@ -113,7 +120,9 @@ def last_turn(conversation: Conversation, n: int) -> Turn:
     """Return turn n as it is where it is the last one. Raises RewrittenError where what comes before it changes."""
     start, text = conversation.start(n), conversation.text(n + 1)
     begin = opened = common(start, text)
-    rewritten = begin < len(start[: common(start, conversation.text(n))].rstrip())  # not only the turn's opening
+    rewritten = False
+    if begin < len(start):  # more than the turn's opening may differ
+        rewritten = begin < len(start[: common(start, conversation.text(n))].rstrip())
     if rewritten:
         begin, opened = _after_rewriting(conversation, n, start, text), len(start)
     opening = begin if conversation.prefill is None else common(conversation.text(n, answer_next=True), text)

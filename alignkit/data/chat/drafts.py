@@ -13,13 +13,14 @@ from typing import Any
 from alignkit.data.cells import REASONING
 from alignkit.data.chat.conversation import (
     Conversation,
+    Rendered,
     RewrittenError,
     begins_to_think,
     behind,
     common,
     prefilled,
 )
-from alignkit.data.chat.parts import locate, shows
+from alignkit.data.chat.parts import contents, described, locate, shows
 from alignkit.data.chat.settings import Chat
 from alignkit.data.chat.special import SpecialTokens, free_characters
 from alignkit.data.chat.template import Template
@@ -129,11 +130,12 @@ class _Drafter:
             notes = (*self._unread(row, prompt, arguments, start), *self._unread_fields(prompt, arguments))
             return Draft(row, start, hidden=hidden, control=True, notes=notes)
         found, about = list[Answer](), list[str]()
+        rendered: Rendered = {}
         for answer in answers:
-            conversation = self._conversation(prompt, answer, arguments)
+            conversation = self._conversation(prompt, answer, arguments, rendered)
             read = self._read(conversation, hidden, about)
             found.append(read)
-            start = conversation.start(conversation.n_prompt)
+            start, rendered = conversation.start(conversation.n_prompt), conversation.of_prompt()
         about += self._unread(row, prompt, arguments, start)
         about += self._unread_fields([message for part in parts for message in part], arguments)
         texts = tuple(read.text for read in found)
@@ -148,10 +150,16 @@ class _Drafter:
             return prefilled(self.template, prompt, arguments)
         return self.template.render(prompt, arguments, answer_next=True)
 
-    def _conversation(self, prompt: list[Message], answer: list[Message], arguments: Mapping[str, Any]) -> Conversation:
-        """Join prompt and answer; an answer to a prompt that ends with an assistant's message continues it."""
+    def _conversation(
+        self, prompt: list[Message], answer: list[Message], arguments: Mapping[str, Any], rendered: Rendered
+    ) -> Conversation:
+        """Join prompt and answer; an answer to a prompt that ends with an assistant's message continues it.
+
+        rendered: what was rendered of the prompt before.
+        """
         if prompt[-1]["role"] != "assistant":
-            return Conversation(self.template, self.special, prompt + answer, len(prompt), arguments)
+            messages = prompt + answer
+            return Conversation(self.template, self.special, messages, len(prompt), arguments, _texts=dict(rendered))
         prefill, first = prompt[-1], answer[0]
         both = [name for name in ("content", *REASONING) if name in prefill or name in first]
         joined = {**prefill, **first, **{name: f"{prefill.get(name, '')}{first.get(name, '')}" for name in both}}
@@ -196,7 +204,7 @@ class _Drafter:
         by = f"left out by the chat template of {self.template.name}"
         masked = self.special.masked(start)
         notes = [f"rows with {field} of the {m['role']} {by}" for m in prompt for field, _ in shows(masked, m)]
-        shown_by = {"tools": _described, "documents": _contents}
+        shown_by = {"tools": described, "documents": contents}
         for name in dict.fromkeys((*row.template, *(["tools"] if self.chat.tools else []))):
             wanted = shown_by.get(name)
             if wanted and not all(locate(start, 0, text) for text in wanted(arguments[name])):
@@ -215,22 +223,6 @@ class _Drafter:
             f"rows with '{name}' in a message, which the chat template of {self.template.name} does not read"
             for name in unread
         ]
-
-
-def _described(tools: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return names, descriptions and the names of parameters."""
-    inner = [tool.get("function", tool) for tool in tools]
-    texts = [one.get(name) for one in inner for name in ("name", "description")]
-    schemas = [one.get("parameters") for one in inner]
-    properties = [schema.get("properties") for schema in schemas if isinstance(schema, Mapping)]
-    names = [name for those in properties if isinstance(those, Mapping) for name in those]
-    return [text.strip() for text in (*texts, *names) if isinstance(text, str)]
-
-
-def _contents(documents: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the longest text of each document: templates may leave out its title."""
-    texts = [[text.strip() for text in document.values() if isinstance(text, str)] for document in documents]
-    return [max(some, key=len) for some in texts if some]
 
 
 def _fix(field: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, NamedTuple
@@ -75,6 +75,22 @@ def shows(text: str, message: Message) -> list[tuple[str, str]]:
         for part in parts_of(message)
         if (missing := next((t for t in part.texts if locate(text, 0, t) is None), None)) is not None
     ]
+
+
+def described(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what a template shows of tools: names, descriptions and the names of parameters."""
+    inner = [tool.get("function", tool) for tool in tools]
+    texts = [one.get(name) for one in inner for name in ("name", "description")]
+    schemas = [one.get("parameters") for one in inner]
+    properties = [schema.get("properties") for schema in schemas if isinstance(schema, Mapping)]
+    names = [name for those in properties if isinstance(those, Mapping) for name in those]
+    return [text.strip() for text in (*texts, *names) if isinstance(text, str)]
+
+
+def contents(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the longest text of each document: templates may leave out its title."""
+    texts = [[text.strip() for text in document.values() if isinstance(text, str)] for document in documents]
+    return [max(some, key=len) for some in texts if some]
 
 
 def _find_all(text: str, begin: int, parts: list[Part]) -> Found:
