@@ -14,6 +14,7 @@ from torch import nn
 from alignkit.errors import ModelError, first_line, nearest
 from alignkit.lora_settings import LoraSettings
 from alignkit.models.adapters.experts import check_parameters, own_linears
+from alignkit.models.towers import is_multimodal, towers
 
 Kind = Literal["causal", "classifier"]
 TRAINED, START = "default", "start"  # names of adapters in peft; START is frozen
@@ -64,16 +65,24 @@ def _lora_config(model: nn.Module, settings: LoraSettings, kind: Kind) -> Any:
         bias=settings.bias,
         lora_dropout=settings.dropout,
         init_lora_weights=True if settings.init == "default" else settings.init,  # type: ignore[arg-type]
-        task_type="CAUSAL_LM" if kind == "causal" else "SEQ_CLS",
+        task_type=_task(model, kind),  # type: ignore[arg-type]
     )
 
 
+def _task(model: nn.Module, kind: Kind) -> str | None:
+    """Return peft's task; None for a multimodal model, so that the saved adapter names the class of its base."""
+    if kind == "classifier":
+        return "SEQ_CLS"
+    return None if is_multimodal(model) else "CAUSAL_LM"
+
+
 def _excluded(model: nn.Module, settings: LoraSettings) -> str | list[str] | None:
-    """Return the modules without adapters: those of the settings, and those that LoRA cannot wrap."""
-    given, own = settings.exclude_modules, own_linears(model)
-    if isinstance(given, str):
-        return "|".join([f"(?:{given})", *map(re.escape, own)])
-    return [*(given or []), *own] or None
+    """Return the modules without adapters: those of the settings, the towers, and those that LoRA cannot wrap."""
+    given, own, outside = settings.exclude_modules, own_linears(model), towers(model)
+    if not outside and not isinstance(given, str):
+        return [*(given or []), *own] or None
+    wanted = [f"(?:{given})"] if isinstance(given, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in given or []]
+    return "|".join([*wanted, *map(re.escape, own), *(rf"{re.escape(name)}(?:\..*)?" for name in outside)])
 
 
 def _linear_in_layers(model: nn.Module) -> list[str]:
