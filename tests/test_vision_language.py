@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 from zoo import BASE, CPU, GEMMA, LAYOUTS, config, drop_dropout, examples, one_at_a_time
+
+from alignkit.demo.base import tokenizer_from
+from helpers import WORDS
 
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL = {**VISION, "image_size": 16, "patch_size": 4}
@@ -52,3 +56,21 @@ def fresh(name: str, **text: Any) -> Any:
             parameter.mul_(parameter.dim() == 1).add_(torch.randn_like(parameter) * 0.2)
     drop_dropout(model)
     return model.train()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that writes a family's checkpoint, with a tokenizer and the settings of its images."""
+
+    @cache
+    def written(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        tokenizer = tokenizer_from([" ".join(WORDS), "0 1 2 3 4 5 6 7 8 9 yes no :"], 300)
+        ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+        fresh(name, vocab_size=len(tokenizer), **ends).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for file, size in (("preprocessor_config.json", 16), ("processor_config.json", 8)):
+            (folder / file).write_text(json.dumps({"size": size}))
+        return folder
+
+    return written

@@ -205,16 +205,15 @@ def classifier_like(model: nn.Module) -> nn.Module:
 
     Adapters are merged into the copy. Raises ModelError where transformers has no classifier for the architecture.
     """
-    from transformers import AutoModelForSequenceClassification
-
     copied: Any = _without_adapters(copy.deepcopy(model))
     config, body = copied.config, copied.base_model
+    auto = auto_class(config, "classifier")
     config.num_labels = 1
     try:
         with torch.device("meta"):
-            made = AutoModelForSequenceClassification.from_config(config)
+            made = auto.from_config(config)
     except ValueError as error:
-        raise ModelError(f"{type(copied).__name__} cannot become a reward model or a critic: {error}") from error
+        raise ModelError(f"{type(copied).__name__} cannot become a reward model or a critic: {first_line(error)}") from error
     made.config = config
     setattr(made, made.base_model_prefix, body)
     device = next(body.parameters()).device
