@@ -213,7 +213,9 @@ def classifier_like(model: nn.Module) -> nn.Module:
         with torch.device("meta"):
             made = auto.from_config(config)
     except ValueError as error:
-        raise ModelError(f"{type(copied).__name__} cannot become a reward model or a critic: {first_line(error)}") from error
+        raise ModelError(
+            f"{type(copied).__name__} cannot become a reward model or a critic: {first_line(error)}"
+        ) from error
     made.config = config
     setattr(made, made.base_model_prefix, body)
     device = next(body.parameters()).device
