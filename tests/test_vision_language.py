@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from test_data_parallel import torchrun
 from test_engine import lines, same
 from torch import Tensor
 from zoo import BASE, CPU, GEMMA, LAYOUTS, config, drop_dropout, examples, one_at_a_time
@@ -30,7 +31,7 @@ from alignkit.models.loading import classifier_like, load_model, readied
 from alignkit.models.packing import batch_of
 from alignkit.models.quantised import layers_4bit
 from alignkit.models.scoring import Scorer
-from alignkit.models.towers import towers, trunk_of
+from alignkit.models.towers import auto_class, towers, trunk_of
 from alignkit.reference.keys import fingerprint
 from alignkit.rewards.models import RewardModel
 from alignkit.rollout import sample
@@ -235,6 +236,13 @@ def test_a_family_that_needs_an_image_is_refused_by_name() -> None:
         choose_layout(scorer, examples(), config(), CPU)
 
 
+def test_a_family_whose_language_model_loads_alone_is_loaded_whole() -> None:
+    # AutoModelForCausalLM takes both configurations of Qwen3.5, and drops the encoder of images of the first
+    assert auto_class(tf.Qwen3_5Config(), "causal") is tf.AutoModelForMultimodalLM
+    assert auto_class(tf.Qwen3_5TextConfig(), "causal") is tf.AutoModelForCausalLM
+    assert auto_class(tf.LlamaConfig(), "classifier") is tf.AutoModelForSequenceClassification
+
+
 def test_a_model_that_names_no_language_model_is_refused() -> None:
     model = fresh("llava")
     model.get_decoder = lambda: model
@@ -392,6 +400,23 @@ def test_a_loaded_model_is_trained_like_its_folder(
     result = run_in(base, model=model, tokenizer=str(base))
     assert same(result.model, run_in(base).model)
     assert (result.folder / "model" / "processor_config.json").is_file()
+
+
+def test_a_sharded_run_saves_the_whole_checkpoint(
+    folders: Callable[[str], Path], tmp_path: Path, write_rows: Callable[..., str]
+) -> None:
+    base = folders("qwen 2.5 vl")
+    settings = {
+        "model": str(base), "output": str(tmp_path / "runs"), "cache_file": str(tmp_path / "cache.sqlite"),
+        "batch_size": 4, "max_steps": 2, "learning_rate": 1e-4, "device": "cpu",
+        "data": write_rows(make_rows("pairs", 8)), "name": "two", "fsdp": True,
+    }  # fmt: skip
+    done = torchrun(["run", "dpo", *[part for k, v in settings.items() for part in ("--set", f"{k}={v}")]])
+    assert done.returncode == 0, done.stderr
+    one = alignkit.run("dpo", **settings | {"name": "one", "fsdp": False})
+    saved = tmp_path / "runs" / "two" / "model"
+    assert not any(map(of_towers, changed(base, saved)))
+    assert lines(tmp_path / "runs" / "two")[-1]["loss"] == pytest.approx(lines(one.folder)[-1]["loss"], abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------- rewards, critics and plans
