@@ -25,6 +25,7 @@ from alignkit.data.rows import FaultyRowsError
 from alignkit.demo.base import tokenizer_from
 from alignkit.errors import ModelError
 from alignkit.insight.plan import plan
+from alignkit.insight.plan.experts import count
 from alignkit.models.adapters import add_lora
 from alignkit.models.layouts import choose_layout
 from alignkit.models.loading import classifier_like, load_model, readied
@@ -468,6 +469,17 @@ def test_a_plan_counts_no_gradient_of_the_towers(name: str, folders: Callable[[s
     trained = sum(p.nbytes for n, p in model.named_parameters() if not of_towers(n))
     most = {part: max(p.get(part, 0) for p in made.memory.phases.values()) for part in ("optimiser", "gradients")}
     assert most == {"optimiser": 2 * trained, "gradients": trained}
+
+
+def test_a_token_of_text_passes_no_weight_of_the_towers() -> None:
+    model = fresh("llama 4")
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    whole, outside_it = sum(sizes.values()), sum(n for path, n in sizes.items() if of_towers(path))
+    experts = sum(n for path, n in sizes.items() if ".experts." in path)
+    found = count(model)
+    assert found is not None
+    assert (found.weights, found.experts) == (whole, experts)
+    assert found.active == whole - outside_it - experts // 2  # each token is sent to one of two experts
 
 
 # ------------------------------------------------------------------------------------------------------- the rows
