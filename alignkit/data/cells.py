@@ -17,6 +17,8 @@ RESERVED = (  # variables of a chat template that are not set by chat_template_k
     "messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "return_assistant_tokens_mask",
 )  # fmt: skip
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_ONLY_TEXT = "only text is trained, not images, audio or video"
 _AS_CONTENT = 'as text or as messages [{"role": "assistant", "content": "..."}]'
 
 
@@ -98,8 +100,12 @@ class Cells:
             kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
             if kind != "text" or not isinstance(text, str):
                 found = f"the {role} message has a part of the type {shown(kind)}"
-                fix = "remove the row: only text is trained, not images, audio or video"
-                self.bad(column, found, "give it as `reasoning_content`" if kind in ("thinking", "reasoning") else fix)
+                fix = (
+                    "give it as `reasoning_content`"
+                    if kind in ("thinking", "reasoning")
+                    else f"remove the row: {_ONLY_TEXT}"
+                )
+                self.bad(column, found, fix)
             texts.append(self.text(column, text) if isinstance(text, str) else "")
         return "".join(texts)
 
@@ -110,6 +116,13 @@ class Cells:
             return [dict(call) for call in calls]
         self.bad(column, f"tool_calls {shown(value)}", 'give [{"function": {"name": "...", "arguments": {...}}}]')
         return []
+
+    def check_text(self) -> None:
+        """Record a fault for each column that holds images, sound or video."""
+        for column in MEDIA:
+            if _is_filled(self.cells.get(column)):
+                fix = f"remove the row, or the column where answers do not depend on it: {_ONLY_TEXT}"
+                self.bad(column, "found a cell that is not empty", fix)
 
     def beside(self) -> dict[str, Any]:
         """What the row gives to the chat template beside its messages: tools, documents, variables."""
@@ -185,6 +198,15 @@ def _names(call: object) -> bool:
     """Return whether a tool call or a tool's schema names a function."""
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     return isinstance(inner, Mapping) and isinstance(inner.get("name"), str)
+
+
+def _is_filled(value: object) -> bool:
+    """Return whether a cell holds a file's name, its content, or a list of these."""
+    if isinstance(value, list):
+        return any(_is_filled(part) for part in value)
+    if isinstance(value, Mapping):
+        return any(_is_filled(part) for part in value.values())
+    return value is not None and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
 def _json(cell: str) -> Any:

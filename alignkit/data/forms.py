@@ -82,6 +82,7 @@ class Parsed(NamedTuple):
 
 def parse(cells: Cells, form: Form, kind: DataKind) -> Parsed:
     """Read one row of `form`. Faults go to `cells.faults` (the result is then a placeholder); raises DroppedRow."""
+    cells.check_text()
     if form.rewrite is None:
         cells.cells = {**cells.cells, **published.taken(cells, {column: column for column in form.columns})}
         return _parsed(cells, form, kind)

@@ -19,6 +19,7 @@ from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.models.adapters import save_adapter
 from alignkit.models.loading import causal_lm
 from alignkit.models.quantised import layers_4bit, merged
+from alignkit.models.towers import save_processor
 from alignkit.models.values import Valuer
 from alignkit.runs import card, checkpoint
 
@@ -87,7 +88,7 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
     Written under a temporary name and renamed, so that `folder` is complete or absent. Returns the model.
     """
     model = parts.plain.model
-    causal_lm(model).config.use_cache = True
+    causal_lm(model).config.get_text_config().use_cache = True
     _name_turn_end(model, tokenizer)
     state = None
     if config.fsdp:
@@ -101,6 +102,7 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
     if parts.ranks.is_main:
         temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
         _write(model, temporary, state)
+        save_processor(causal_lm(model), temporary)
         tokenizer.save_pretrained(temporary)
         try:
             card.write(temporary, folder.parent)

@@ -3,6 +3,7 @@
 loading.py     tokenizer, model, dropout
 adapters/      low-rank adapters, and the model before they were trained; what they leave out
 quantised.py   a frozen base in 4 bits
+towers.py      the language model of a multimodal one, and the rest of it, which is frozen
 scoring.py     trunk, the positions that predict, head: log-probabilities of the targets
 values.py      models with a scalar output: reward models, critics
 critic.py      where PPO's critic comes from

@@ -17,9 +17,9 @@ from alignkit.errors import ModelError, first_line
 from alignkit.models.adapters import Kind, add_lora, summary
 from alignkit.models.branches import attend_by_branches
 from alignkit.models.quantised import check_frozen, copy_marks, floating, layers_4bit, nf4, settle
+from alignkit.models.towers import auto_class, freeze_towers, towers
 
 logger = logging.getLogger(__name__)
-_AUTO = {"causal": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,12 +69,16 @@ def readied(model: nn.Module, config: RunConfig, device: torch.device) -> nn.Mod
 
 
 def set_up(model: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Apply the settings of `config` to a model: dropout off, cache off, gradient checkpointing, attention."""
+    """Apply the settings of `config` to a model: dropout off, cache off, gradient checkpointing, attention.
+
+    Of a multimodal model, only the language model is trained.
+    """
     drop_dropout(model)
     lm = causal_lm(model)
+    freeze_towers(lm)
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lm.config.use_cache = False
+    lm.config.get_text_config().use_cache = False
     if config.attention != "auto":
         lm.set_attn_implementation(config.attention)
     elif device.type == "cuda" and config.layout != "padded" and getattr(lm, "_supports_flex_attn", False):
@@ -134,19 +138,21 @@ def _place(config: RunConfig) -> torch.device:
 
 
 def _made(name: str, config: RunConfig, kind: Kind, weights: bool) -> nn.Module:
-    import transformers
+    from transformers import AutoConfig
 
-    auto: Any = getattr(transformers, _AUTO[kind])
-    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
+    trusted = config.trust_remote_code
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "trust_remote_code": trusted}
     labels = {"num_labels": 1} if kind == "classifier" else {}
+    about = AutoConfig.from_pretrained(name, trust_remote_code=trusted, **labels)
+    auto = auto_class(about, kind)
     if weights and config.quantize:
-        options |= {"quantization_config": nf4(compute_dtype(config)), "device_map": {"": _place(config)}}
+        with torch.device("meta"):
+            outside = towers(auto.from_config(about, **options))
+        options |= {"quantization_config": nf4(compute_dtype(config), outside), "device_map": {"": _place(config)}}
     if weights:
         model = _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
         settle(model, compute_dtype(config))
         return model
-    trusted = config.trust_remote_code
-    about = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted, **labels)
     with torch.device("meta"):
         return auto.from_config(about, **options)  # type: ignore[no-any-return]
 
@@ -199,16 +205,17 @@ def classifier_like(model: nn.Module) -> nn.Module:
 
     Adapters are merged into the copy. Raises ModelError where transformers has no classifier for the architecture.
     """
-    from transformers import AutoModelForSequenceClassification
-
     copied: Any = _without_adapters(copy.deepcopy(model))
     config, body = copied.config, copied.base_model
+    auto = auto_class(config, "classifier")
     config.num_labels = 1
     try:
         with torch.device("meta"):
-            made = AutoModelForSequenceClassification.from_config(config)
+            made = auto.from_config(config)
     except ValueError as error:
-        raise ModelError(f"{type(copied).__name__} cannot become a reward model or a critic: {error}") from error
+        raise ModelError(
+            f"{type(copied).__name__} cannot become a reward model or a critic: {first_line(error)}"
+        ) from error
     made.config = config
     setattr(made, made.base_model_prefix, body)
     device = next(body.parameters()).device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ def bitsandbytes(purpose: str) -> Any:
     return bitsandbytes
 
 
-def nf4(compute_dtype: torch.dtype) -> Any:
-    """Return transformers' settings that quantise linear layers, except the head, while a model is loaded."""
+def nf4(compute_dtype: torch.dtype, without: Sequence[str] = ()) -> Any:
+    """Return transformers' settings that quantise linear layers, except the head, while a model is loaded.
+
+    without: paths of more modules that stay as they are.
+    """
     bitsandbytes("quantize: nf4")
     from transformers import BitsAndBytesConfig
 
@@ -35,6 +39,8 @@ def nf4(compute_dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
+        # a list takes the place of transformers' own, which has the head
+        llm_int8_skip_modules=["lm_head", *without] if without else None,
     )
 
 

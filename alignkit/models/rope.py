@@ -41,7 +41,13 @@ def _rotary(lm: nn.Module) -> Iterator[tuple[Any, str | None, str]]:
 
 
 def forget_lengths(lm: nn.Module) -> None:
-    """Let the next pass choose its frequencies by its own length, not by a longer one of an earlier pass."""
+    """Let the next pass choose its frequencies by its own length, not by a longer one of an earlier pass.
+
+    Multimodal models with positions in three axes also keep an offset for each row of the last pass of `generate`.
+    """
+    for part in lm.modules():
+        if isinstance(getattr(part, "rope_deltas", None), Tensor):
+            part.rope_deltas = None  # type: ignore[assignment]
     for module, layer_type, kind in _rotary(lm):
         if kind != "longrope":  # `longrope` chooses anew in each pass
             prefix = "" if layer_type is None else f"{layer_type}_"

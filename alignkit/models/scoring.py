@@ -21,6 +21,7 @@ from alignkit.models.packing import batch_of
 from alignkit.models.quantised import floating
 from alignkit.models.rope import each_as_alone, forget_lengths
 from alignkit.models.router import Router, check_router, router_of
+from alignkit.models.towers import trunk_of
 from alignkit.types import Batch, Example, Layout, Outputs, PackedRows
 from alignkit_kernels import linear_logps, selective_logps
 
@@ -76,7 +77,7 @@ def trunk(model: nn.Module, rows: PackedRows, at: Tensor | None = None, router: 
     if router is not None:
         inputs["output_router_logits"] = router.on
     with each_as_alone(lm, rows):
-        out = lm.base_model(**inputs, use_cache=False)
+        out = trunk_of(lm)(**inputs, use_cache=False)
     if router is not None and router.on:
         router.read(out.router_logits, rows)
     hidden_RTH = out.last_hidden_state

@@ -103,11 +103,12 @@ def plain_score(model: nn.Module, sequence: Tensor) -> Tensor:
     """Return the score of one whole sequence by the model's own forward, a scalar."""
     lm = causal_lm(model)
     forget_lengths(lm)
-    pad, lm.config.pad_token_id = lm.config.pad_token_id, None  # else it reads the token before an EOS that also pads
+    config = lm.config.get_text_config()
+    pad, config.pad_token_id = config.pad_token_id, None  # else it reads the token before an EOS that also pads
     try:
         return lm(input_ids=sequence[None].long(), use_cache=False).logits[0, 0].float()  # type: ignore[no-any-return]
     finally:
-        lm.config.pad_token_id = pad
+        config.pad_token_id = pad
 
 
 def probe_scores(valuer: Valuer, batch: Batch) -> str | None:

@@ -195,6 +195,7 @@ def _prefix(lm: Any, ids_PT: Tensor, mask_PT: Tensor, at_R: Tensor) -> Any | Non
     if not copyable(cache):
         return None
     cache.batch_select_indices(at_R)
+    forget_lengths(lm)  # of P rows, and R rows follow
     return cache
 
 

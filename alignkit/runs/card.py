@@ -55,7 +55,8 @@ def write(model: Path, run: Path) -> None:
     """Write README.md into the folder of a saved model. run: the folder of the run that trained it."""
     about = _About(model, run)
     metadata = yaml.safe_dump(about.metadata(), sort_keys=False, allow_unicode=True)
-    how = usage.text(about.output, about.base if about.adapter else None, bool(about.settings.get("quantize")))
+    base, in_4_bits = about.base if about.adapter else None, bool(about.settings.get("quantize"))
+    how = usage.text(about.output, base, in_4_bits, about.multimodal)
     parts = [f"---\n{metadata}---", f"# {about.title}", about.lead(), "## How to load it", how]
     parts += ["## Results", about.results(), "## Training", about.training(), "## Limits", about.limits()]
     (model / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -70,6 +71,7 @@ class _About:
         self.sessions = sessions.read(run)
         self.method = _method(str(self.settings["method"]))
         self.adapter = (model / "adapter_config.json").is_file()
+        self.multimodal = _is_multimodal(model)
         self.name, self.base = str(self.settings["method"]), place(self.settings["model"])
         self.data = _code(place(self.settings["data"]))
         self.scores = self.method is not None and "reward" in self.method.trains
@@ -176,6 +178,14 @@ class _About:
             )
         points += [f"Alarm `{a.get('name')}`: {a.get('message')}." for a in self.alarms]
         return "\n".join(f"- {' '.join(p.split())}" for p in points)
+
+
+def _is_multimodal(model: Path) -> bool:
+    """Return whether a saved model, or the base of a saved adapter, has more than a language model."""
+    if (model / "adapter_config.json").is_file():
+        return json.loads((model / "adapter_config.json").read_text()).get("task_type") is None
+    config = model / "config.json"
+    return config.is_file() and "text_config" in json.loads(config.read_text())
 
 
 def _method(name: str) -> type[Method[Any]] | None:

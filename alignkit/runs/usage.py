@@ -8,18 +8,19 @@ Output = Literal["text", "chat", "score", "preference"]
 """A model's output: a continuation, an answer to messages, a score of an answer, or a preference between two."""
 
 
-def text(output: Output, adapter_of: str | None, in_4_bits: bool = False) -> str:
+def text(output: Output, adapter_of: str | None, in_4_bits: bool = False, multimodal: bool = False) -> str:
     """Return Markdown with code that runs in the model's folder. adapter_of: the base model of an adapter.
 
-    in_4_bits: the adapter was trained on its base in 4 bits.
+    in_4_bits: the adapter was trained on its base in 4 bits. multimodal: the language model has towers beside it.
     """
-    task = "SequenceClassification" if output in ("score", "preference") else "CausalLM"
+    scores = output in ("score", "preference")
+    task = "SequenceClassification" if scores else "MultimodalLM" if multimodal else "CausalLM"
     kind = f"AutoModelFor{task}"
     imports, options, note, pad = f"from transformers import {kind}, AutoTokenizer", "", "", ""
     if adapter_of is not None:
-        kind = f"AutoPeftModelFor{task}"
+        kind = "AutoPeftModel" if task == "MultimodalLM" else f"AutoPeftModelFor{task}"
         imports = f"from peft import {kind}\nfrom transformers import AutoTokenizer"
-        if task != "CausalLM":
+        if scores:
             # the base's configuration may pad with the end-of-sequence token, which would then not be read
             options, pad = ", num_labels=1", "model.config.pad_token_id = tokenizer.pad_token_id\n"
         note = f"This folder holds an adapter only; its base model is `{adapter_of}`.\n\n"

@@ -26,6 +26,7 @@ from alignkit.method import Method
 from alignkit.models.loading import causal_lm
 from alignkit.models.ranks import SINGLE
 from alignkit.models.scoring import Scorer
+from alignkit.models.towers import trunk_of
 from alignkit.models.values import ActorCritic, Valuer
 from alignkit.rewards import Answers, Scores
 from alignkit.rollout import Sampled
@@ -146,7 +147,7 @@ def few_blocks(elements: int) -> Iterator[None]:
 def trunks(module: nn.Module) -> list[nn.Module]:
     """Return the trunks of a policy and of its critic."""
     models = [module.policy, module.critic] if isinstance(module, ActorCritic) else [module]
-    return [causal_lm(m.model).base_model for m in models if isinstance(m, Scorer | Valuer)]
+    return [trunk_of(causal_lm(m.model)) for m in models if isinstance(m, Scorer | Valuer)]
 
 
 def layers_of(trunk: nn.Module) -> nn.ModuleList:

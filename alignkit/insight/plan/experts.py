@@ -12,6 +12,7 @@ from torch import nn
 from alignkit.config import RunConfig
 from alignkit.models.adapters import add_lora
 from alignkit.models.loading import causal_lm, from_pretrained
+from alignkit.models.towers import in_towers
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ def count(model: nn.Module) -> Experts | None:
         sizes["router"] += p.numel() * of_router
     if not per_layer or not isinstance(per_token, int) or not sizes["experts"]:
         return None
-    active = sizes["weights"] - sizes["experts"] + sizes["experts"] * per_token // per_layer
+    outside = in_towers(causal_lm(model))
+    towers = {id(p): p.numel() for m in causal_lm(model).modules() if id(m) in outside for p in m.parameters()}
+    rest = sizes["weights"] - sizes["experts"] - sum(towers.values())
+    active = rest + sizes["experts"] * per_token // per_layer
     return Experts(per_layer, per_token, active=active, **sizes)
 
 

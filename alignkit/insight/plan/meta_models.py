@@ -12,6 +12,7 @@ from alignkit.config import RunConfig
 from alignkit.errors import ModelError
 from alignkit.models.adapters import Kind, add_lora
 from alignkit.models.loading import causal_lm, from_pretrained, set_up
+from alignkit.models.towers import in_towers
 
 CPU = torch.device("cpu")
 
@@ -62,10 +63,11 @@ def resident(model: nn.Module, config: RunConfig) -> int:
 
 
 def base_layers(model: nn.Module) -> list[nn.Linear]:
-    """Return the frozen linear layers that `quantize` keeps in 4 bits: all but the head."""
+    """Return the frozen linear layers that `quantize` keeps in 4 bits: all but the head and towers."""
     head = causal_lm(model).get_output_embeddings()
     ends = {id(p) for p in head.parameters()} if head is not None else set()
-    linear = [m for m in causal_lm(model).modules() if isinstance(m, nn.Linear)]
+    outside = in_towers(causal_lm(model))
+    linear = [m for m in causal_lm(model).modules() if isinstance(m, nn.Linear) and id(m) not in outside]
     return [m for m in linear if not m.weight.requires_grad and id(m.weight) not in ends]
 
 

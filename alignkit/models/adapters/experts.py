@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from alignkit.errors import ModelError, nearest
+from alignkit.models.towers import in_towers, trunk_of
 
 Name = str
 """The last two parts of a parameter's path, such as "experts.gate_up_proj"."""
@@ -15,15 +16,17 @@ Name = str
 
 def own_linears(model: nn.Module) -> list[str]:
     """Return the linear modules that return more than their product, such as a router: LoRA cannot wrap them."""
-    own = type(_inside(model)).__module__
-    return sorted(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).__module__ == own)
+    lm = _inside(model)
+    own = {type(lm).__module__, type(trunk_of(lm)).__module__}
+    return sorted(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).__module__ in own)
 
 
 def fused(model: nn.Module) -> dict[Name, int]:
     """Return the matrices that hold all experts of a layer in one parameter: how many weights each has in all."""
     found: dict[Name, int] = {}
+    outside = in_towers(_inside(model))
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, nn.modules.conv._ConvNd) or id(module) in outside:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and "lora_" not in path:

@@ -14,6 +14,7 @@ from torch import nn
 from alignkit.errors import ModelError, first_line, nearest
 from alignkit.lora_settings import LoraSettings
 from alignkit.models.adapters.experts import check_parameters, own_linears
+from alignkit.models.towers import in_towers, is_multimodal, towers
 
 Kind = Literal["causal", "classifier"]
 TRAINED, START = "default", "start"  # names of adapters in peft; START is frozen
@@ -34,7 +35,9 @@ def add_lora(model: nn.Module, settings: LoraSettings, kind: Kind = "causal") ->
     try:
         made: Any = get_peft_model(model, _lora_config(model, new, kind))
     except (ValueError, TypeError) as error:
-        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        outside = in_towers(model)
+        found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in outside]
+        linear = {n.rsplit(".", 1)[-1] for n in found}
         raise ModelError(f"LoRA: {first_line(error)} The linear modules are {', '.join(sorted(linear))}") from error
     _check_matched(made, settings)
     check_parameters(made, settings.target_parameters or [])
@@ -64,16 +67,24 @@ def _lora_config(model: nn.Module, settings: LoraSettings, kind: Kind) -> Any:
         bias=settings.bias,
         lora_dropout=settings.dropout,
         init_lora_weights=True if settings.init == "default" else settings.init,  # type: ignore[arg-type]
-        task_type="CAUSAL_LM" if kind == "causal" else "SEQ_CLS",
+        task_type=_task(model, kind),  # type: ignore[arg-type]
     )
 
 
+def _task(model: nn.Module, kind: Kind) -> str | None:
+    """Return peft's task; None for a multimodal model, so that the saved adapter names the class of its base."""
+    if kind == "classifier":
+        return "SEQ_CLS"
+    return None if is_multimodal(model) else "CAUSAL_LM"
+
+
 def _excluded(model: nn.Module, settings: LoraSettings) -> str | list[str] | None:
-    """Return the modules without adapters: those of the settings, and those that LoRA cannot wrap."""
-    given, own = settings.exclude_modules, own_linears(model)
-    if isinstance(given, str):
-        return "|".join([f"(?:{given})", *map(re.escape, own)])
-    return [*(given or []), *own] or None
+    """Return the modules without adapters: those of the settings, the towers, and those that LoRA cannot wrap."""
+    given, own, outside = settings.exclude_modules, own_linears(model), towers(model)
+    if not outside and not isinstance(given, str):
+        return [*(given or []), *own] or None
+    wanted = [f"(?:{given})"] if isinstance(given, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in given or []]
+    return "|".join([*wanted, *map(re.escape, own), *(rf"{re.escape(name)}(?:\..*)?" for name in outside)])
 
 
 def _linear_in_layers(model: nn.Module) -> list[str]:
@@ -87,25 +98,27 @@ def _check_matched(model: Any, settings: LoraSettings) -> None:
     """Raise ModelError where a name or pattern of the settings matches nothing, which peft ignores."""
     adapted: list[str] = model.base_model.targeted_module_names
     everything = [n for n, _ in model.get_base_model().named_modules()]
+    outside = tuple(f"{name}." for name in towers(model.get_base_model()))
+    trainable = [n for n in everything if not f"{n}.".startswith(outside)] if outside else everything
     targets, without = settings.target_modules, settings.exclude_modules
     if isinstance(without, str) and not any(re.fullmatch(without, n) for n in everything):
         raise _unmatched("exclude_modules", without, everything)
     names: tuple[tuple[str, Sequence[str], list[str]], ...] = (
         ("target_modules", targets if isinstance(targets, list) else [], adapted),
         ("exclude_modules", without if isinstance(without, list) else [], everything),
-        ("modules_to_save", settings.modules_to_save or [], everything),
+        ("modules_to_save", settings.modules_to_save or [], trainable),
     )
     for setting, given, there in names:
         for name in given:
             if not any(n == name or n.endswith(f".{name}") for n in there):
-                raise _unmatched(setting, name, everything)
+                raise _unmatched(setting, name, everything if setting == "exclude_modules" else trainable)
     for setting, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
         for pattern in patterns:
             if not any(re.match(rf"(.*\.)?({pattern})$", n) for n in adapted):
                 raise _unmatched(setting, pattern, adapted)
     for layer in settings.layers_to_transform or []:
         if not any(f".{layer}." in n for n in adapted):
-            numbers = {int(m[1]) for n in everything if (m := re.search(r"\.(\d+)\.", n))}
+            numbers = {int(m[1]) for n in trainable if (m := re.search(r"\.(\d+)\.", n))}
             raise ModelError(
                 f"lora.layers_to_transform: layer {layer} has no module to adapt; the model's layers are 0 to "
                 f"{max(numbers, default=0)}"
