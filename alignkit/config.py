@@ -232,6 +232,7 @@ class RunConfig(BaseModel):
         if self.merge_adapter and self.lora is None:
             raise ValueError("merge_adapter needs `lora`")
         self._check_optimizer()
+        self._check_unused()
         if self.quantize and self.fsdp:
             raise ValueError("4-bit weights cannot be sharded; remove quantize or fsdp")
         if self.quantize and self.lora and self.lora.changes_base:
@@ -270,6 +271,21 @@ class RunConfig(BaseModel):
     def caches_reference(self) -> bool:
         """Whether the reference's log-probabilities are kept on disk, which needs all rows before the first step."""
         return self.reference_cache and not self.streaming
+
+    def _check_unused(self) -> None:
+        """Refuse settings that would have no effect."""
+        for name, used, needs in (
+            ("shuffle_buffer", self.streaming, "streaming: true"),
+            ("decay_fraction", self.schedule == "wsd", "schedule: wsd"),
+            ("adam_betas", self.optimizer not in ("sgd", "adafactor"), "AdamW or Muon"),
+        ):
+            if not used and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has an effect with {needs} only; remove it")
+        if self.lora is not None and self.lora.changes_base and self.dtype == "bfloat16":
+            raise ValueError(
+                f"lora.init: {self.lora.init} takes a part out of the weights, which bfloat16 rounds, so that the "
+                "reference would be another model; use dtype: float32, or init: default"
+            )
 
     def _check_optimizer(self) -> None:
         if self.optimizer in ("sgd", "adafactor") and self.learning_rate is None:

@@ -115,6 +115,21 @@ class LoraSettings(BaseModel):
                 )
         return self
 
+    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _readable_patterns(cls, value: Any) -> Any:
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, Mapping) else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+        return value
+
+    @property
+    def special(self) -> bool:
+        """Whether the adapter starts otherwise than peft's default does."""
+        return self.init not in ("default", "gaussian")
+
     @property
     def changes_base(self) -> bool:
         """Whether the initialisation moves a part of the base weights into the adapter."""

@@ -23,7 +23,7 @@ from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
 from alignkit.runs.folder import read_metrics
 from alignkit.types import Layout
-from helpers import make_rows
+from helpers import make_rows, write_tiny
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8]])
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -335,3 +335,51 @@ def test_packed_rows_are_the_models_own_forward_with_dora(tmp_path: Path) -> Non
     model = adapted(moved=True, dora=True)
     batch = batch_of(examples(), Layout())
     assert Scorer(model).probe(batch) is None
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank_pattern": {"q_proj(": 4}}, r"rank_pattern: 'q_proj\(' is no regular expression"),
+        ({"exclude_modules": "q_proj("}, r"exclude_modules: 'q_proj\(' is no regular expression"),
+        ({"target_modules": "(q_proj"}, r"target_modules: '\(q_proj' is no regular expression"),
+    ],
+)
+def test_a_pattern_that_cannot_be_read_names_its_setting(lora: dict[str, Any], message: str, settings: Any) -> None:
+    with pytest.raises(ConfigError, match=message):
+        alignkit.run("sft", data=make_rows("text", 4), lora=lora, **settings)
+
+
+@pytest.mark.parametrize("lora", [{"dora": True}, {"dropout": 0.1}, {"init": "pissa"}, {"init": "orthogonal"}])
+def test_fused_experts_have_plain_adapters_only(lora: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
+    write_tiny(tmp_path / "moe", tf.MixtralConfig, num_local_experts=4, num_experts_per_tok=2)
+    settings |= {"model": str(tmp_path / "moe"), "data": make_rows("text", 4), "max_steps": 1}
+    with pytest.raises(
+        ModelError, match=r"cannot be used on fused experts \(experts\.\w+.*target_modules: \[q_proj, v_proj\]"
+    ):
+        alignkit.run("sft", lora={"r": 4, **lora}, name="all", **settings)
+    alignkit.run("sft", lora={"r": 4, **lora, "target_modules": ["q_proj", "v_proj"]}, name="named", **settings)
+
+
+def test_the_head_of_a_reward_model_is_saved_or_the_run_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="its head would not be saved with the adapter; use init: default"):
+        alignkit.run("reward", data=make_rows("pairs", 4), lora={"r": 4, "init": "pissa"}, **settings)
+    saved = alignkit.run(
+        "reward", data=make_rows("pairs", 4), lora={"r": 4, "modules_to_save": ["embed_tokens"]}, **settings
+    )
+    assert saved.folder.is_dir()
+
+
+@pytest.mark.parametrize("place", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_end_of_tied_embeddings_is_not_merged(
+    place: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    write_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    settings |= {"model": str(tmp_path / "tied"), "data": make_rows("text", 4), "max_steps": 1, "merge_adapter": True}
+    with pytest.raises(ModelError, match="the embeddings and the head share their weights, and an adapter is on one"):
+        alignkit.run("sft", lora={"r": 4, "target_modules": ["q_proj", place]}, **settings)
+
+
+def test_the_part_that_is_taken_out_of_the_weights_is_not_rounded(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="which bfloat16 rounds, so that the reference would be another model"):
+        alignkit.run("dpo", data=make_rows("pairs", 4), lora={"init": "pissa"}, dtype="bfloat16", **settings)

@@ -17,7 +17,7 @@ from alignkit.errors import ModelError
 from alignkit.lora_settings import LoraSettings
 from alignkit.models.adapters import adapted, add_lora, fused, own_linears, summary
 from alignkit.models.scoring import plain_logps
-from helpers import write_tiny
+from helpers import make_rows, write_tiny
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
@@ -94,3 +94,16 @@ def test_a_run_trains_and_saves_the_experts_adapters(
     got = plain_logps(loaded, sequence, 1)
     assert float((got - before).abs().max()) > 1e-3
     torch.testing.assert_close(got, plain_logps(result.model, sequence, 1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["generate", "continuous"])
+def test_a_router_with_a_loss_is_sampled_without_it(backend: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    write_tiny(tmp_path / "moe", tf.MixtralConfig, **moe)
+    rows = [{"prompt": row["prompt"]} for row in make_rows("text", 6)]
+    sampling = {"max_new_tokens": 6, "backend": backend}
+    settings |= {"model": str(tmp_path / "moe"), "data": rows, "max_steps": 1, "sampling": sampling}
+    reward = {"reward": lambda completions: [float(len(text)) for text in completions], "group_size": 2}
+    result = alignkit.run("grpo", **settings | reward)
+    assert result.metrics["router/aux_loss"] > 0
+    assert result.model.config.output_router_logits is True

@@ -392,7 +392,7 @@ def test_remedies_are_put_together_where_none_alone_fits(tmp_path: Path) -> None
 
     both = {"lora": 16, "gradient_checkpointing": True}
     fits = plan(settings | both, gpu=True, remedies=False).memory
-    found = plan(settings, gpu=True, limit=fits.peak)
+    found = plan(settings, gpu=True, limit=fits.peak + 1024)  # the workspace of a pass varies by some bytes
     assert found.memory.peak_phase == "updating"  # which checkpoints alone do nothing for
     assert [r.settings for r in found.remedies] == [{"lora": 16}, both]
     assert found.remedies[-1].peak == fits.peak

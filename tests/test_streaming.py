@@ -19,8 +19,9 @@ from alignkit.data import Dataset, FaultyRowsError, Report, load
 from alignkit.data.sources import Lazy, open_rows, read_rows
 from alignkit.data.streaming import PEEKED, Streamed
 from alignkit.errors import ConfigError, DataError
+from alignkit.runs.folder import read_metrics
 from alignkit.types import Completion, Example
-from helpers import make_rows
+from helpers import make_rows, write_tiny
 
 TOKEN = torch.tensor([1], dtype=torch.int32)
 
@@ -270,3 +271,30 @@ def test_a_run_on_a_stream_is_that_on_its_rows(settings: dict[str, Any], path: s
     found = alignkit.run("dpo", **given, data=path, streaming=True, shuffle_buffer=1, name="stream")
     losses = [[line["loss"] for line in metrics(run.folder)] for run in (wanted, found)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_late_fault_keeps_the_steps_before_it(settings: dict[str, Any], write_rows: Any) -> None:
+    rows: list[dict[str, Any]] = make_rows("pairs", 400)
+    good = write_rows(rows, "good.jsonl")
+    bad = write_rows([{**row, "chosen": None} if i == 300 else row for i, row in enumerate(rows)], "rows.jsonl")
+    settings |= {"streaming": True, "shuffle_buffer": 1, "batch_size": 8, "max_steps": 40}
+    whole = alignkit.run("sft", data=good, name="whole", **settings)
+    with pytest.raises(FaultyRowsError, match=r"row 301, column 'chosen'[\s\S]*Stopped after step 37; continue with"):
+        alignkit.run("sft", data=bad, name="late", **settings)
+    Path(bad).write_text(Path(good).read_text())
+    late = alignkit.run("sft", data=bad, name="late", resume=True, **settings)
+    losses = [[line["loss"] for line in read_metrics(run.folder)] for run in (late, whole)]
+    assert losses[0] == losses[1]
+
+
+def test_a_late_row_that_is_too_long_for_the_model_is_named(
+    settings: dict[str, Any], write_rows: Any, tmp_path: Path
+) -> None:
+    from transformers import GPT2Config
+
+    write_tiny(tmp_path / "gpt2", GPT2Config)
+    rows: list[dict[str, Any]] = make_rows("pairs", 400)
+    rows[350]["prompt"] = "red blue " * 300
+    settings |= {"model": str(tmp_path / "gpt2"), "streaming": True, "shuffle_buffer": 1, "batch_size": 8}
+    with pytest.raises(DataError, match=r"longer than the model's 256 positions, the longest \d+ tokens \(row 351\)"):
+        alignkit.run("sft", data=write_rows(rows), **settings | {"max_steps": 50})

@@ -12,7 +12,7 @@ from alignkit.data.files import Item
 from alignkit.data.rows import FaultyRowsError, RawRows, Report
 from alignkit.data.sources import Lazy
 from alignkit.data.stream import seed_of
-from alignkit.errors import DataError
+from alignkit.errors import DataError, ModelError
 from alignkit.method import DataKind
 from alignkit.types import Example
 
@@ -28,8 +28,9 @@ class Streamed:
     that was there is used. After the last row the next pass begins, in another order. Rows are converted and tokenised
     in blocks of `batch_size`. Steps must be read one after the other; `state_dict` holds the position, and
     `load_state_dict` finds it again by reading the rows, without tokenising them.
-    encode: tokenises rows. first: the examples of the first rows. Raises DataError for a source without usable rows,
-    FaultyRowsError for faults of its first rows, and later for those of a block.
+    encode: tokenises rows. check: once the model is known, raises for examples that do not fit it. first: the examples
+    of the first rows. Raises DataError for a source without usable rows, FaultyRowsError for faults of its first rows,
+    and later for those of a block.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Streamed:
         shuffle_buffer: int,
     ) -> None:
         self._source, self._encode = source, encode
+        self.check: Callable[[Sequence[Example]], None] | None = None
         self._batch_size, self._seed, self._buffer = batch_size, seed, shuffle_buffer
         raw = self._source.raw(itertools.islice(source.items(), PEEKED))
         self._reading = reading_of(raw, kind, columns if source.columns is None else source.columns)
@@ -59,6 +61,7 @@ class Streamed:
     def _start(self) -> None:
         self._passes = self._blocks = self._step = self._dropped = 0
         self._left: list[Example] = []
+        self._position = self._now()
         self._rows = self._endless()
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
@@ -78,6 +81,7 @@ class Streamed:
             self._dropped += report.n_dropped
         taken, self._left = self._left[: self._batch_size], self._left[self._batch_size :]
         self._step += 1
+        self._position = self._now()
         return tuple(taken)
 
     def metrics(self, step: int, examples: Sequence[Example]) -> dict[str, float]:
@@ -90,7 +94,10 @@ class Streamed:
         return [f"{self._source.name}: rows of the form '{form}', read as {kind} while the run goes on"]
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position, as JSON values."""
+        """Return the position after the last step that was read whole, as JSON values."""
+        return dict(self._position)
+
+    def _now(self) -> dict[str, int]:
         return {"step": self._step, "blocks": self._blocks, "left": len(self._left), "dropped": self._dropped}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -102,6 +109,7 @@ class Streamed:
         if state["left"] and raw is not None:
             self._left = self._examples(raw)[0][-state["left"] :]
         self._step, self._dropped = state["step"], state["dropped"]
+        self._position = self._now()
 
     def _block(self) -> RawRows:
         self._blocks += 1
@@ -117,6 +125,11 @@ class Streamed:
         form = self._reading.form
         dataset = Dataset(rows, self._reading.kind, form.name, raw.source, report, form.kinds)
         examples, later = self._encode(dataset)
+        if self.check is not None:
+            try:
+                self.check(examples)
+            except ModelError as error:
+                raise DataError(f"{raw.source}: {error}") from None
         return examples, report + later
 
     def _endless(self) -> Iterator[Item]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,7 +144,10 @@ def _layout(
     if method.data == "prompts":
         longest = config.sampling.max_new_tokens
         known = with_placeholders(known, longest)
-    check_fit(plain.model, known, longest, mixes=method.reference_need() == "live" and longest is None)
+    fits = partial(check_fit, plain.model, longest=longest, mixes=method.reference_need() == "live" and longest is None)
+    fits(known)
+    if splits.streamed is not None:
+        splits.streamed.check = lambda examples: fits([method.longest(e) for e in examples])
     with accelerator.autocast():
         return known, choose_layout(plain.train(), known[: len(splits.train)], config, accelerator.device)
 

@@ -18,7 +18,7 @@ from alignkit.engine.evaluation import evaluate, patience_ended, take_best, watc
 from alignkit.engine.saving import restore, save
 from alignkit.engine.state import RunState
 from alignkit.engine.step import StepContext
-from alignkit.errors import AlarmError, RewardError, TrainingError
+from alignkit.errors import AlarmError, AlignkitError, DataError, RewardError, TrainingError
 from alignkit.models.passes import halved, in_step, least_tokens
 from alignkit.runs.folder import resume_command
 from alignkit.runs.log import RunLog
@@ -52,7 +52,7 @@ class Loop:
                 if take_best(state, done) or state.evaluated != done:
                     last |= log.write(done, evaluate(state, done))
                 return last
-            except RewardError as error:
+            except (RewardError, DataError) as error:  # of all ranks together
                 raise self._halted(done, error) from error
 
     @contextlib.contextmanager
@@ -201,12 +201,12 @@ class Loop:
         if flags[2]:
             raise self._alarmed(step, log)
 
-    def _halted(self, done: int, error: RewardError) -> RewardError:
-        """Save the state before a step whose scoring failed, so that nothing is lost; return the error to raise."""
+    def _halted(self, done: int, error: AlignkitError) -> AlignkitError:
+        """Save the state before a step whose rows or scores failed, so that nothing is lost; return its error."""
         if done:
             save(self.state, done)
-        command = resume_command(self.state.folder)
-        return RewardError(f"{error}\nStopped after step {done}; continue with: {command}")
+        error.args = (f"{error}\nStopped after step {done}; continue with: {resume_command(self.state.folder)}",)
+        return error
 
     def _alarmed(self, done: int, log: RunLog) -> AlarmError:
         """Return the error that ends a run for an alarm of `stop_on`; its checkpoint is written."""

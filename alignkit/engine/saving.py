@@ -98,7 +98,14 @@ def save_model(parts: Parts, config: RunConfig, tokenizer: Any, folder: Path) ->
         model = merged(model) if layers_4bit(model) else model.merge_and_unload()  # type: ignore[operator]
     if isinstance(parts.plain, Valuer):
         tokenizer = padding_tokenizer(tokenizer)
-        pad_with(model, tokenizer, only_adapter=hasattr(model, "peft_config"), sharded=config.fsdp)
+        only_adapter = hasattr(model, "peft_config")
+        pad_with(model, tokenizer, only_adapter=only_adapter, sharded=config.fsdp)
+        if only_adapter:
+            logger.warning(
+                "the reward model is saved as an adapter: to score rows of a padded batch with it, set "
+                "model.config.pad_token_id after loading, as its README.md does; merge_adapter: true saves a model "
+                "that needs nothing"
+            )
     if parts.ranks.is_main:
         temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
         _write(model, temporary, state)

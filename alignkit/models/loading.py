@@ -14,7 +14,7 @@ from torch import nn
 
 from alignkit.config import RunConfig
 from alignkit.errors import ModelError, first_line
-from alignkit.models.adapters import Kind, add_lora, summary
+from alignkit.models.adapters import Kind, add_lora, check_mergeable, summary
 from alignkit.models.branches import attend_by_branches
 from alignkit.models.quantised import check_frozen, copy_marks, floating, layers_4bit, nf4, settle
 from alignkit.models.towers import auto_class, freeze_towers, towers
@@ -59,6 +59,8 @@ def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -
     check_frozen(model, config.quantize is not None)
     if config.lora is not None:
         logger.info("%s", summary(model))
+    if config.merge_adapter:
+        check_mergeable(model)
     return readied(model, config, device), came_with_adapter
 
 

@@ -206,13 +206,18 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
 
     lm = causal_lm(model)
     training = [module for module in model.modules() if module.training]
-    settings = lm.generation_config
+    settings, config = lm.generation_config, lm.config.get_text_config()
+    asked = getattr(config, "output_router_logits", False)
     try:
         model.eval()
+        if asked:  # the model would compute the router's loss of every sampled token, with a mask of the whole prompt
+            config.output_router_logits = False
         lm.generation_config = GenerationConfig()  # a repetition penalty, for example, is not part of the policy
         with without_flex(lm):
             yield
     finally:
         lm.generation_config = settings
+        if asked:
+            config.output_router_logits = asked
         for module in training:
             module.training = True

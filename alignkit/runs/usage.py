@@ -33,7 +33,10 @@ def text(output: Output, adapter_of: str | None, in_4_bits: bool = False, multim
         f"tokenizer = AutoTokenizer.from_pretrained(folder)\n"
         f"model = {kind}.from_pretrained(folder{options}).eval()\n{pad}{_ASK[output]}"
     )
-    return f"{note}```python\n{code}```{_WORDS.get(output, '')}"
+    words = _WORDS.get(output, "")
+    if adapter_of is not None:  # a reward or judge of a run is a whole model
+        words = words.replace("In alignkit the folder can be used", "Merged into its base, it can be used in alignkit")
+    return f"{note}```python\n{code}```{words}"
 
 
 _NF4 = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'

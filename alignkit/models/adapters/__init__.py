@@ -9,12 +9,13 @@ from alignkit.models.adapters.lora import (
     Kind,
     add_lora,
     before_training,
+    check_mergeable,
     has_start,
     save_adapter,
     set_adapter_dropout,
 )
 
 __all__ = [
-    "Kind", "adapted", "add_lora", "before_training", "fused", "has_start", "own_linears", "save_adapter",
-    "set_adapter_dropout", "summary",
+    "Kind", "adapted", "add_lora", "before_training", "check_mergeable", "fused", "has_start", "own_linears",
+    "save_adapter", "set_adapter_dropout", "summary",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from torch import nn
 
 from alignkit.errors import ModelError, first_line, nearest
 from alignkit.lora_settings import LoraSettings
-from alignkit.models.adapters.experts import check_parameters, own_linears
+from alignkit.models.adapters.experts import check_parameters, fused, own_linears
 from alignkit.models.towers import in_towers, is_multimodal, towers
 
 Kind = Literal["causal", "classifier"]
@@ -32,9 +32,10 @@ def add_lora(model: nn.Module, settings: LoraSettings, kind: Kind = "causal") ->
     new = (
         settings if next(model.parameters()).device.type != "meta" else settings.model_copy(update={"init": "default"})
     )
+    _check_possible(model, settings, kind)
     try:
         made: Any = get_peft_model(model, _lora_config(model, new, kind))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         outside = in_towers(model)
         found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in outside]
         linear = {n.rsplit(".", 1)[-1] for n in found}
@@ -44,6 +45,23 @@ def add_lora(model: nn.Module, settings: LoraSettings, kind: Kind = "causal") ->
     if settings.changes_base:
         _keep_start(made, settings, kind)
     return made  # type: ignore[no-any-return]
+
+
+def _check_possible(model: nn.Module, settings: LoraSettings, kind: Kind) -> None:
+    """Raise ModelError for settings that peft cannot apply to this model, or would save in part."""
+    if kind == "classifier" and settings.changes_base:
+        raise ModelError(
+            f"lora.init: {settings.init} cannot be used for a reward model or a critic: its head would not be saved "
+            "with the adapter; use init: default"
+        )
+    experts = [name for name in fused(model) if settings.target_modules == "all-linear" or settings.target_parameters]
+    start = f"init: {settings.init}"
+    for name, given in (("dora", settings.dora), ("dropout", settings.dropout > 0), (start, settings.special)):
+        if given and experts:
+            raise ModelError(
+                f"lora.{name} cannot be used on fused experts ({', '.join(experts)}), which all-linear may adapt; "
+                "name the modules, such as target_modules: [q_proj, v_proj]"
+            )
 
 
 def _lora_config(model: nn.Module, settings: LoraSettings, kind: Kind) -> Any:
@@ -63,7 +81,7 @@ def _lora_config(model: nn.Module, settings: LoraSettings, kind: Kind) -> Any:
         layers_to_transform=layers,
         rank_pattern=dict(settings.rank_pattern),
         alpha_pattern=dict(settings.alpha_pattern),
-        modules_to_save=settings.modules_to_save,
+        modules_to_save=None if settings.modules_to_save is None else [*settings.modules_to_save],  # peft adds to it
         bias=settings.bias,
         lora_dropout=settings.dropout,
         init_lora_weights=True if settings.init == "default" else settings.init,  # type: ignore[arg-type]
@@ -76,6 +94,21 @@ def _task(model: nn.Module, kind: Kind) -> str | None:
     if kind == "classifier":
         return "SEQ_CLS"
     return None if is_multimodal(model) else "CAUSAL_LM"
+
+
+def check_mergeable(model: Any) -> None:
+    """Raise ModelError where merging would change two things: an adapter on one end of tied embeddings."""
+    base = model.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    weights = [getattr(getattr(end, "base_layer", end), "weight", None) for end in ends]
+    adapted = [len(getattr(end, name, ())) for end in ends for name in ("lora_A", "lora_embedding_A")]
+    if weights[0] is not weights[1] or not any(adapted):
+        return
+    raise ModelError(
+        "merge_adapter: the embeddings and the head share their weights, and an adapter is on one of them: merging it "
+        "would change both. Leave them out of lora.target_modules, put them into lora.modules_to_save, or remove "
+        "merge_adapter"
+    )
 
 
 def _excluded(model: nn.Module, settings: LoraSettings) -> str | list[str] | None:
