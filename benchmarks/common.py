@@ -124,6 +124,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def visited(n_rows: int, batch_size: int, steps: int | None = None) -> list[int]:
+    """Return the indices of rows in the order in which alignkit's seed 0 visits them, of an epoch or some steps."""
+    import torch
+
+    from alignkit.data.stream import Stream
+    from alignkit.types import Example
+
+    stream = Stream([Example(torch.tensor([i]), ()) for i in range(n_rows)], batch_size, seed=0)
+    return [int(e.prompt) for step in range(steps or stream.steps_per_epoch) for e in stream[step]]
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSONL."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -30,15 +30,13 @@ def prepare_rows(data: Path | None, pairs: int, tiny: bool, work: Path) -> list[
     rows.jsonl is for alignkit; in-order.jsonl has the same rows in the order in which its seed 0 visits them.
     """
     from alignkit.data import load
-    from alignkit.data.stream import Stream
 
     rows: list[Any] = made_up_pairs(pairs, tiny)
     if data is not None:
         loaded = load(str(data), "pairs").rows[:pairs]
         rows = [{"prompt": r.prompt, "chosen": r.completions[0], "rejected": r.completions[1]} for r in loaded]
-    stream = Stream(rows, BATCH, seed=0)
     common.write_jsonl(work / "rows.jsonl", rows)
-    common.write_jsonl(work / "in-order.jsonl", (row for i in range(stream.steps_per_epoch) for row in stream[i]))
+    common.write_jsonl(work / "in-order.jsonl", (rows[i] for i in common.visited(len(rows), BATCH)))
     return [row["prompt"] + row["chosen"] for row in rows]
 
 

@@ -140,13 +140,11 @@ class Clock:
 
 def prepare(args: argparse.Namespace, work: Path) -> None:
     """Write the start model, the prompts, and the prompts in the order in which alignkit's seed 0 visits them."""
-    from alignkit.data.stream import Stream
-
     rows = common.made_up_questions(8) if args.data is None else common.read_jsonl(args.data)
     prompts: list[Any] = [{"prompt": row["question"]} for row in rows]
-    stream = Stream(prompts, PROMPTS, seed=0)
     common.write_jsonl(work / "rows.jsonl", prompts)
-    common.write_jsonl(work / "in-order.jsonl", (row for step in range(args.steps) for row in stream[step]))
+    order = common.visited(len(prompts), PROMPTS, args.steps)
+    common.write_jsonl(work / "in-order.jsonl", (prompts[i] for i in order))
     common.write_start(work / "start", [f"{row['question']}\n{row['answer']}" for row in rows], args.tiny)
 
 

@@ -395,7 +395,7 @@ def test_remedies_are_put_together_where_none_alone_fits(tmp_path: Path) -> None
     found = plan(settings, gpu=True, limit=fits.peak + 1024)  # the workspace of a pass varies by some bytes
     assert found.memory.peak_phase == "updating"  # which checkpoints alone do nothing for
     assert [r.settings for r in found.remedies] == [{"lora": 16}, both]
-    assert found.remedies[-1].peak == fits.peak
+    assert found.remedies[-1].peak == pytest.approx(fits.peak, abs=1024)
 
 
 def test_the_cache_is_looked_up_where_that_is_asked_for(settings: dict[str, Any]) -> None:
