@@ -109,3 +109,18 @@ def test_the_settings_of_conversations_reach_the_rows_of_a_run(settings: dict[st
     )
     with pytest.raises(ConfigError, match=r"reads no 'moood'\. Did you mean 'mood'\?"):
         alignkit.run("sft", name="wrong", data=rows * 4, chat_template_kwargs={"moood": "!"}, **settings)
+
+
+def test_a_template_that_cuts_sampled_text_does_not_stop_its_scoring() -> None:
+    from families import tokenizer_of
+
+    from alignkit.rewards.models import trees
+
+    tokenizer = tokenizer_of("deepseek_r1_distill")
+    prompt = [{"role": "user", "content": "2 + 2?"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Twos.</think>4", "no end of thinking")]
+    (tree,) = trees(tokenizer, [prompt], [answers])
+    assert [tokenizer.decode(ids) for ids in tree.completions] == [
+        "4<｜end▁of▁sentence｜>",
+        "no end of thinking<｜end▁of▁sentence｜>",
+    ]

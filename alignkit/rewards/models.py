@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from alignkit.data import Dataset
+from alignkit.data.chat import Chat
 from alignkit.data.rows import Content, Report, Row
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, ModelError
@@ -211,7 +212,8 @@ def pairwise_ids(prompt: Sequence[int], first: Sequence[int], second: Sequence[i
 
 def _tokenised(tokenizer: Any, rows: list[Row]) -> dict[int, Any]:
     dataset = Dataset(rows, "text", "completion", "the sampled completions", Report(len(rows)))
-    return {example.row: example for example in tokenise(dataset, tokenizer)[0]}
+    # sampled text is scored as the template shows it; a template that cuts it must not end the run
+    return {example.row: example for example in tokenise(dataset, tokenizer, chat=Chat(on_dropped="report"))[0]}
 
 
 def _empty(answer: Content) -> bool:
