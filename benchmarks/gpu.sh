@@ -11,8 +11,8 @@
 #   STAGES=kernels benchmarks/gpu.sh OUT 9
 #   STAGES=engine benchmarks/gpu.sh OUT 9
 #
-# PYTHON: the interpreter (default python3). TRL_PYTHON: one that has TRL (default: PYTHON when it has it, else TRL does
-# not take part). Without a GPU kernels and engine are skipped, unless TINY=1. Runs from a checkout, nothing of it
+# PYTHON: the interpreter (default python3). TRL_PYTHON: one that has TRL (default: PYTHON when it has it; without one, or
+# with "none", TRL does not take part). Without a GPU kernels and engine are skipped, unless TINY=1. Runs from a checkout, nothing of it
 # installed, and needs no network. A stage that fails does not stop the next; the exit code is 1 then.
 set -uo pipefail
 out=${1:-${OUT:-}}
@@ -113,7 +113,9 @@ if [ -n "${TINY:-}" ]; then
 else
   kernels+=(--png "$out/kernels.png")
 fi
-if [ -n "${TRL_PYTHON:-}" ]; then
+if [ "${TRL_PYTHON:-}" = none ]; then
+  :
+elif [ -n "${TRL_PYTHON:-}" ]; then
   engine+=(--trl-python "$TRL_PYTHON")
 elif "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("trl") is None)'; then
   engine+=(--trl-python "$python")

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +142,7 @@ def test_gsm8k() -> None:
 def test_all_stages_of_gpu_sh_with_engine_gpu_and_kernels(tmp_path: Path) -> None:
     from alignkit_kernels.bench import cases
 
-    done = gpu_sh(tmp_path, TINY="1", PYTHON=sys.executable)
+    done = gpu_sh(tmp_path, TINY="1", PYTHON=sys.executable, TRL_PYTHON="none")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in (tmp_path / "tests.log").read_text()
     kernels = (tmp_path / "kernels.log").read_text()
@@ -151,8 +150,7 @@ def test_all_stages_of_gpu_sh_with_engine_gpu_and_kernels(tmp_path: Path) -> Non
     engine = (tmp_path / "engine.log").read_text()
     for name in ("llama-3.2-1b  lora", "llama-3.2-1b  full", "qwen3-0.6b    lora", "qwen3-0.6b    full"):
         rows(engine, f"{name}  alignkit")
-    contenders = 3 if find_spec("trl") else 1  # alignkit, and TRL in two ways
-    assert len(json.loads((tmp_path / "engine.json").read_text())["runs"]) == 4 * contenders
+    assert len(json.loads((tmp_path / "engine.json").read_text())["runs"]) == 4
     assert json.loads((tmp_path / "kernels.json").read_text())["rows"]
 
 
