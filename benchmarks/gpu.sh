@@ -12,8 +12,8 @@
 #   STAGES=engine benchmarks/gpu.sh OUT 9
 #
 # PYTHON: the interpreter (default python3). TRL_PYTHON: one that has TRL (default: PYTHON when it has it; without one, or
-# with "none", TRL does not take part). Without a GPU kernels and engine are skipped, unless TINY=1. Runs from a checkout, nothing of it
-# installed, and needs no network. A stage that fails does not stop the next; the exit code is 1 then.
+# with "none", TRL does not take part). Without a GPU kernels and engine are skipped, unless TINY=1. Runs from a checkout,
+# nothing of it installed, and needs no network. A stage that fails does not stop the next; the exit code is 1 then.
 set -uo pipefail
 out=${1:-${OUT:-}}
 [ -n "$out" ] || { echo "usage: gpu.sh OUT [MINUTES]" >&2 && exit 2; }
