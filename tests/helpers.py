@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 import re
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 WORDS = (
     "red", "blue", "green", "fox", "owl", "newt", "sees", "likes", "eats", "a", "the", "big", "small", "old", "moss",
@@ -99,3 +103,20 @@ def write_tiny(folder: Path, kind: Any = None, **changes: Any) -> None:
     made = (kind or LlamaConfig)(**{"vocab_size": len(tokenizer)} | sizes | ends | changes)
     AutoModelForCausalLM.from_config(made).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def killed_before(number: int) -> Iterator[None]:
+    """Inside of it, a run ends before the step of this number, counted from 0."""
+    from alignkit.engine.loop import Loop
+
+    step = Loop.step
+
+    def dies(loop: Loop, at: int, total: int) -> dict[str, float]:
+        if at >= number:
+            raise OSError
+        return step(loop, at, total)
+
+    with pytest.raises(OSError), pytest.MonkeyPatch.context() as patch:  # noqa: PT012
+        patch.setattr(Loop, "step", dies)
+        yield

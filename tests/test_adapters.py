@@ -23,7 +23,7 @@ from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
 from alignkit.runs.folder import read_metrics
 from alignkit.types import Layout
-from helpers import make_rows, write_tiny
+from helpers import killed_before, make_rows, write_tiny
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8]])
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -185,18 +185,11 @@ def test_a_dpo_run_starts_at_ln_2_learns_and_saves_an_adapter_of_the_original_ba
 
 
 @pytest.mark.parametrize("variant", ["dora", "biases", "fast pissa"])
-def test_a_resumed_run_equals_the_uninterrupted_one(
-    variant: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from alignkit.engine.loop import Loop
-
+def test_a_resumed_run_equals_the_uninterrupted_one(variant: str, settings: dict[str, Any]) -> None:
     settings |= {"data": make_rows("pairs", 12), "save_every": 1, "max_steps": 3, "lora": {"r": 4, **VARIANTS[variant]}}
     whole = alignkit.run("kto", name="whole", **settings)
-    step = Loop.step
-    monkeypatch.setattr(Loop, "step", lambda s, n, t: step(s, n, t) if n < 2 else (_ for _ in ()).throw(OSError()))
-    with pytest.raises(OSError):
+    with killed_before(2):
         alignkit.run("kto", name="halves", **settings)
-    monkeypatch.setattr(Loop, "step", step)
     halves = alignkit.run("kto", name="halves", resume=True, **settings)
     assert lines(halves.folder) == lines(whole.folder)
     assert same(halves.model, whole.model)
@@ -280,21 +273,16 @@ def test_an_initialisation_that_changes_the_base_is_refused_under_fsdp() -> None
 
 @pytest.mark.parametrize("method", ["sft", "reward"])
 def test_dropout_trains_methods_without_a_reference_and_is_off_in_evaluations(
-    method: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    method: str, settings: dict[str, Any]
 ) -> None:
-    from alignkit.engine.loop import Loop
-
     settings |= {"data": make_rows("pairs", 16), "eval_fraction": 0.25, "save_every": 1, "max_steps": 3}
     dry = alignkit.run(method, name="dry", lora=4, **settings)
     wet = alignkit.run(method, name="wet", lora={"r": 4, "dropout": 0.5}, **settings)
     first = [next(line["eval/loss"] for line in read_metrics(r.folder)) for r in (dry, wet)]
     assert first[0] == first[1]
     assert not same(dry.model, wet.model)
-    step = Loop.step
-    monkeypatch.setattr(Loop, "step", lambda s, n, t: step(s, n, t) if n < 2 else (_ for _ in ()).throw(OSError()))
-    with pytest.raises(OSError):
+    with killed_before(2):
         alignkit.run(method, name="halves", lora={"r": 4, "dropout": 0.5}, **settings)
-    monkeypatch.setattr(Loop, "step", step)
     torch.manual_seed(99)
     halves = alignkit.run(method, name="halves", resume=True, lora={"r": 4, "dropout": 0.5}, **settings)
     assert same(halves.model, wet.model)

@@ -14,7 +14,7 @@ import alignkit
 from alignkit.config import read_yaml
 from alignkit.errors import ConfigError, DataError
 from alignkit.runs.folder import read_metrics
-from helpers import make_rows
+from helpers import killed_before, make_rows
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
@@ -38,7 +38,6 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_killed_before_midnight_resumes_after_it(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from alignkit.engine.loop import Loop
 
     class Day(datetime.date):
         now = datetime.date(2026, 2, 3)
@@ -51,11 +50,8 @@ def test_a_run_killed_before_midnight_resumes_after_it(
     settings = with_template(settings, "{{ strftime_now('%d %b %Y') }}: " + PLAIN)
     settings |= {"data": conversations(12), "save_every": 2}
     whole = alignkit.run("dpo", name="whole", **settings)
-    step = Loop.step
-    monkeypatch.setattr(Loop, "step", lambda s, n, t: step(s, n, t) if n < 4 else (_ for _ in ()).throw(OSError()))
-    with pytest.raises(OSError):
+    with killed_before(4):
         alignkit.run("dpo", name="killed", **settings)
-    monkeypatch.setattr(Loop, "step", step)
     Day.now = datetime.date(2026, 2, 4)
     killed = alignkit.run("dpo", name="killed", resume=True, **settings)
     assert numbers(killed.folder) == numbers(whole.folder)

@@ -18,7 +18,7 @@ from alignkit.errors import ConfigError
 from alignkit.models.loading import load_model
 from alignkit.models.scoring import Scorer
 from alignkit.runs.folder import read_metrics
-from helpers import make_rows
+from helpers import killed_before, make_rows
 
 pytest.importorskip("bitsandbytes")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -158,18 +158,13 @@ def test_muon_takes_the_factors_of_adapters_and_no_head_of_one_row() -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("lora", [None, 16])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    name: str, lora: int | None, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, lora: int | None, settings: dict[str, Any]
 ) -> None:
-    from alignkit.engine.loop import Loop
-
     settings |= {"data": make_rows("pairs", 4), "save_every": 2, "max_steps": 4, "lora": lora, "learning_rate": 1e-3}
     settings |= asked(name)
     whole = alignkit.run("dpo", name="whole", **settings)
-    step = Loop.step
-    monkeypatch.setattr(Loop, "step", lambda s, n, t: step(s, n, t) if n < 3 else (_ for _ in ()).throw(OSError()))
-    with pytest.raises(OSError):
+    with killed_before(3):
         alignkit.run("dpo", name="halves", **settings)
-    monkeypatch.setattr(Loop, "step", step)
     halves = alignkit.run("dpo", name="halves", resume=True, **settings)
     assert lines(halves.folder) == lines(whole.folder)
     assert same(halves.model, whole.model)

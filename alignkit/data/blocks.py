@@ -45,62 +45,69 @@ def encoded(
     of all rows together, those of the template after those of the rows.
     """
     name, parts = lazy_parts(source)
-    made = Encoded()
-    faults, of_template = list[Fault](), list[Fault]()
-    order = Order(order_by) if order_by is not None else None
+    work = _Work(kind, columns, encode, Order(order_by) if order_by is not None else None)
     names = short_names([part.name for part in parts]) if len(parts) > 1 else [""]
     for part, short in zip(parts, names, strict=True):
-        dataset = _encode_part(part, short, kind, columns, encode, order, made, faults, of_template)
-        made.datasets.append(dataset)
+        work.read(part, short)
         if part.weight is not None:
-            made.weights[short] = part.weight
-    made.report.total = sum(dataset.report.total for dataset in made.datasets)
-    if faults:
-        raise FaultyRowsError(name, faults)
-    if of_template:
-        raise FaultyRowsError(f"{name}, in the chat template", of_template)
-    if not made.examples:
-        raise DataError(f"{name}: no usable row is left; {'; '.join(made.report.lines())}")
-    if order is not None:
-        order.check(name, made.datasets)
-    return made
+            work.made.weights[short] = part.weight
+    return work.checked(name)
 
 
-def _encode_part(
-    part: Lazy,
-    short: str,
-    kind: DataKind,
-    columns: Mapping[str, str] | None,
-    encode: Encode,
-    order: Order | None,
-    made: Encoded,
-    faults: list[Fault],
-    of_template: list[Fault],
-) -> Dataset:
-    reading = reading_of(_outline(part), kind, columns)
-    whole = reading.form.name == "rated" and kind == "pairs"  # joins rows that may be anywhere
-    total, before = 0, len(made.examples)
-    for raw in _blocks(part, whole):
-        total += len(raw)
+@dataclass
+class _Work:
+    """The parts of a source that were read so far. faults: of the rows. of_template: what the template refused."""
+
+    kind: DataKind
+    columns: Mapping[str, str] | None
+    encode: Encode
+    order: Order | None
+    made: Encoded = field(default_factory=Encoded)
+    faults: list[Fault] = field(default_factory=list)
+    of_template: list[Fault] = field(default_factory=list)
+
+    def read(self, part: Lazy, short: str) -> None:
+        """Add the examples of a part. short: its name in a mixture. Raises DataError where none is left."""
+        reading = reading_of(_outline(part), self.kind, self.columns)
+        whole = reading.form.name == "rated" and self.kind == "pairs"  # joins rows that may be anywhere
+        total, before = 0, len(self.made.examples)
+        for raw in _blocks(part, whole):
+            total += len(raw)
+            self._add(part, short, reading, raw)
+        self.made.datasets.append(_dataset(part, reading, [], Report(total)))
+        if len(self.made.examples) == before and not (self.faults or self.of_template):
+            raise DataError(f"{part.name}: no row is left; {'; '.join(self.made.report.lines())}")
+
+    def _add(self, part: Lazy, short: str, reading: Reading, raw: RawRows) -> None:
         rows, report, found = reading.converted(raw)
-        faults += found
-        made.report += report
-        if not rows or faults:
-            continue
+        self.faults += found
+        self.made.report += report
+        if not rows or self.faults:
+            return
         rows = [replace(row, source=short) for row in rows] if short else rows
         try:
-            examples, later = encode(_dataset(part, reading, rows, Report(len(raw))))
+            examples, later = self.encode(_dataset(part, reading, rows, Report(len(raw))))
         except FaultyRowsError as error:
-            of_template += error.faults
-            continue
-        made.report += later
-        orders = order.of(rows) if order is not None else {}
+            self.of_template += error.faults
+            return
+        self.made.report += later
+        orders = self.order.of(rows) if self.order is not None else {}
         for example in examples:
-            made.examples.append(replace(example, source=short, order=orders.get(example.row)))
-    dataset = _dataset(part, reading, [], Report(total))
-    if len(made.examples) == before and not (faults or of_template):
-        raise DataError(f"{part.name}: no row is left; {'; '.join(made.report.lines())}")
-    return dataset
+            self.made.examples.append(replace(example, source=short, order=orders.get(example.row)))
+
+    def checked(self, name: str) -> Encoded:
+        """Return what was read. Raises FaultyRowsError and DataError; name: the source's."""
+        made = self.made
+        made.report.total = sum(dataset.report.total for dataset in made.datasets)
+        if self.faults:
+            raise FaultyRowsError(name, self.faults)
+        if self.of_template:
+            raise FaultyRowsError(f"{name}, in the chat template", self.of_template)
+        if not made.examples:
+            raise DataError(f"{name}: no usable row is left; {'; '.join(made.report.lines())}")
+        if self.order is not None:
+            self.order.check(name, made.datasets)
+        return made
 
 
 def _dataset(part: Lazy, reading: Reading, rows: list[Row], report: Report) -> Dataset:

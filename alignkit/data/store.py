@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -17,9 +18,9 @@ from alignkit.types import Completion, Example
 class _View(Sequence[Example]):
     """Examples of other sequences, found when they are asked for."""
 
+    @abstractmethod
     def at(self, index: int) -> Example:
         """Return one example; index: from 0."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -46,10 +47,8 @@ class Examples(_View):
         self._starts, self._flags = array("q", [0]), array("q")
         self._parts = array("q", [0])  # of each example: its first part
         self._rows, self._orders = array("q"), array("d")
-        self._own, self._file = (
-            array("q"),
-            array("i"),
-        )  # the number in the row's own file, and which file; -1: the only one
+        # the row's number in its own file, and which file; -1: there is only one
+        self._own, self._file = array("q"), array("i")
         self._files: dict[str, int] = {}
         self._numbers: dict[str, array[float]] = {}
         self._sources: dict[str, int] = {}
@@ -90,18 +89,17 @@ class Examples(_View):
 
     def at(self, index: int) -> Example:
         """Build one example."""
-        i = index
-        prompt, *answers = range(self._parts[i], self._parts[i + 1])
-        asked, columns = self._given.get(i, ("", {}))
-        order = self._orders[i]
+        prompt, *answers = range(self._parts[index], self._parts[index + 1])
+        asked, columns = self._given.get(index, ("", {}))
+        order = self._orders[index]
         return Example(
             self._part(prompt),
             tuple(Completion(self._part(part), self._flags_of(part)) for part in answers),
-            {name: column[i] for name, column in self._numbers.items() if not math.isnan(column[i])},
-            self._row(i),
+            {name: column[index] for name, column in self._numbers.items() if not math.isnan(column[index])},
+            self._row(index),
             asked,
             columns,
-            [*self._sources][self._source_of[i]],
+            [*self._sources][self._source_of[index]],
             None if math.isnan(order) else order,
         )
 

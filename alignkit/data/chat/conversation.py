@@ -67,7 +67,7 @@ class Conversation:
         if key not in self._texts:
             text = self.template.render(self.messages[:n], self.arguments, answer_next)
             last = "" if answer_next or n == 0 else self.messages[n - 1].get("content")
-            if last in self.by_hand:  # the model writes it behind the opening of the turn
+            if last in self.by_hand and last in text:  # the model writes it behind the opening of the turn
                 text = self.text(n - 1, answer_next=True) + text[text.rfind(last) :]
             for character, written in self.by_hand.items():
                 text = text.replace(character, written)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from alignkit.data.cells import REASONING
 from alignkit.data.rows import Message
 
+_TRUTH = {"true": ("True",), "false": ("False",)}  # as Python writes them
 # templates cut contents at tags such as </think>, so what stands between tags is looked for one by one
-_TRUTH = {"true": ("True",), "false": ("False",)}
 _TAGS = re.compile(r"</?[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]")
 
 

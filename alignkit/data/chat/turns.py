@@ -4,8 +4,8 @@ At once: the whole conversation is rendered. A turn counts as located if the con
 rendered where it is the last one (or where the template itself marks it with {% generation %}).
 
 Turn by turn: templates of reasoning models render earlier turns otherwise than the last one (they leave out the
-reasoning, or a think block). Then each turn is rendered as the last one, and what follows it up to the next turn is
-taken from the rendering with that next turn.
+reasoning, or a think block). Then each turn is rendered as the last one, and what stands between two turns is what the
+model is given before the second one.
 """
 
 from __future__ import annotations
