@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError, RewardError
 from alignkit.insight.inspect import pair_of, pair_ratios, reward_prefixes, write_html, write_json
-from alignkit.insight.inspect.inspect_output import _coloured, tokens
+from alignkit.insight.inspect.inspect_output import _coloured, _show_table, tokens
 from alignkit.insight.inspect.prefixes import prefix_scores
 from alignkit.insight.inspect.token_texts import token_texts
 from alignkit.rewards.models import RewardModel
@@ -213,6 +213,31 @@ def test_an_adapter_brings_its_reference_and_a_run_its_model(models: Path) -> No
     assert found.chosen.reference == pytest.approx(by_hand(models / "base", PAIR["prompt"], PAIR["chosen"]), abs=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{"bias": "all"}, {"init_lora_weights": "pissa"}], ids=["bias", "pissa"])
+def test_the_reference_is_the_base_where_switching_the_adapter_off_is_not(
+    settings: dict[str, Any], models: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(models / "base")
+    for module in base.modules():
+        if isinstance(module, torch.nn.Linear) and settings.get("bias"):
+            module.bias = torch.nn.Parameter(torch.zeros(module.out_features))
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **settings))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    adapted.peft_config["default"].base_model_name_or_path = str(models / "base")
+    adapted.save_pretrained(tmp_path / "policy")
+    AutoTokenizer.from_pretrained(models / "base").save_pretrained(tmp_path / "policy")
+    found = pair_ratios(str(tmp_path / "policy"), pair_of([PAIR], 1))
+    for side, answer in ((found.chosen, PAIR["chosen"]), (found.rejected, PAIR["rejected"])):
+        assert side.reference == pytest.approx(by_hand(models / "base", PAIR["prompt"], answer), abs=1e-4)
+
+
 def test_turns_that_are_not_learned_do_not_count(models: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -276,6 +301,14 @@ def test_colours_of_the_terminal() -> None:
     assert made.plain == "a[b]c"
     styles = {made.plain[s.start : s.end]: str(s.style) for s in made.spans}
     assert styles == {"[b]": "black on #e08640", "c": "black on #9fcae2"}  # 75 % and 37.5 % of the way from white
+
+
+def test_tokens_that_the_table_leaves_out_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    values = [0.0, *(0.1 * n for n in range(1, 13))]
+    _show_table(tokens(list("abcdefghijklm"), values, values), ("n", "token", "change", "score"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == [str(n) for n in range(4, 14)]
+    assert lines[-1] == "3 of 13 tokens with smaller values are not listed"
 
 
 def test_html_is_inert_and_json_whole(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from zoo import (
     model_of,
 )
 
-from alignkit.errors import ModelError
+from alignkit.errors import ConfigError, ModelError
 from alignkit.lora_settings import LoraSettings
 from alignkit.models.adapters import add_lora
 from alignkit.models.loading import load_model, load_tokenizer
@@ -46,6 +46,11 @@ def test_dropout_is_off_in_training_mode(name: str, changes: dict[str, float]) -
         model.eval()
         evaluated = Scorer(model)(batch.rows, batch.targets).logps
     assert all(torch.equal(t, evaluated) for t in trained)
+
+
+def test_flex_attention_is_refused_on_a_cpu(tiny: str) -> None:
+    with pytest.raises(ConfigError, match="attention: flex_attention needs a GPU"):
+        load_model(config(model=tiny, attention="flex_attention"), CPU)
 
 
 def test_a_folder_is_loaded_with_dropout_off_and_the_dtype_that_was_asked_for(tiny: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from datetime import date
 from fractions import Fraction
 from typing import Any
 
@@ -71,6 +72,13 @@ def score(spec: Any, completions: list[Any], lengths: list[int] | None = None, *
         (r"\boxed{6", "6"),
         (r"\boxed{3} #### 4", "4"),
         (r"#### 4 \boxed{3} of 5", "3"),
+        (r"-\boxed{5}", "-5"),
+        (r"$x = -\boxed{5}$", "-5"),
+        (r"it is -$\boxed{5}$", "-5"),
+        (r"= - \boxed{-5}", "5"),
+        (r"the answer - \boxed{5}", "5"),
+        (r"8-\boxed{5}", "5"),
+        ("(1,000)", "1000"),
         ("10 apples #### none", None),
         (r"10 apples \boxed{x}", None),
         ("no number", None),
@@ -109,6 +117,8 @@ def test_decimals_survive_with_and_without_commas(digits: int, places: int, fram
         ("111," * 200_000 + "8", "8"),
         (r"\frac{" * 200_000, None),
         ("\\boxed{" + " " * 1_000_000, None),
+        ("- " * 500_000 + "\\boxed{8}", "-8"),
+        ("-" + " " * 1_000_000 + "x\\boxed{8}", "8"),
     ],
 )
 def test_no_text_takes_more_than_linear_time(text: str, number: str | None) -> None:
@@ -146,16 +156,56 @@ def test_numeric_reads_worked_answers_and_plain_numbers() -> None:
 def test_an_answer_without_a_number_is_an_error() -> None:
     with pytest.raises(RewardError, match=r"'numeric', row 2, prompt '\?': the answer 'many' has no number"):
         score("numeric", ["1", "1"], answer=["1", "many"])
+    with pytest.raises(RewardError, match=r"the answer datetime.date\(2024, 5, 1\) is neither text nor a number"):
+        score("numeric", ["1"], answer=[date(2024, 5, 1)])
     with pytest.raises(RewardError, match="needs the column 'answer'; the rows have gold"):
         score("numeric", ["1"], gold=["1"])
 
 
+EXPRESSIONS = {"use": "numeric", "verify": "math"}
+
+
 def test_expressions_by_math_verify() -> None:
     pytest.importorskip("math_verify")
-    spec = {"use": "numeric", "verify": "math"}
-    assert score(spec, [r"$\frac{\sqrt{8}}{2}$", r"$1.5$", "72"], answer=[r"$\sqrt{2}$"] * 2 + [GSM8K]) == [1, 0, 1]
-    with pytest.raises(RewardError, match="math-verify finds no expression in the answer 'many'"):
-        score(spec, ["1"], answer=["many"])
+    completions = [r"$\frac{\sqrt{8}}{2}$", r"$1.5$", "72"]
+    assert score(EXPRESSIONS, completions, answer=[r"$\sqrt{2}$"] * 2 + [GSM8K]) == [1, 0, 1]
+    with pytest.raises(RewardError, match="math-verify finds no expression in the answer ''"):
+        score(EXPRESSIONS, ["1"], answer=[""])
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("2x+1", [r"\boxed{2x+1}", "so $1+2x$", "2x+1"], [r"\boxed{2}", r"\boxed{2x}", "no idea"]),
+        ("2", [r"\boxed{2}", "It is 2."], ["2x+1", r"\boxed{2x+1}"]),
+        (r"1+\sqrt{3}", [r"\boxed{\sqrt3+1}"], [r"\boxed{1}"]),
+        ("2^{10}", [r"\boxed{1024}"], [r"\boxed{2}"]),
+        ("3,4", [r"\boxed{3, 4}"], [r"\boxed{3.4}"]),
+        (r"\sqrt{2}", [r"$\sqrt{2}$"], [r"\boxed{2}"]),
+        (r"2\sqrt{2}", [r"\boxed{\sqrt{8}}"], [r"\boxed{2}"]),
+        ("(1,0)", [r"\boxed{(1,0)}"], [r"\boxed{1}", r"\boxed{(0,1)}"]),
+        ("x^2+1", [r"\boxed{1+x^2}"], [r"\boxed{x^2}"]),
+        (r"\frac{1}{2}", ["1/2", r"\boxed{0.5}", r"= - \boxed{-\frac12}"], [r"\boxed{1}", r"-\boxed{\frac12}"]),
+        ("1,000", [r"\boxed{1000}"], [r"\boxed{1}"]),
+        ("(1,000)", [r"\boxed{1000}", r"\boxed{(1,000)}"], [r"\boxed{(1,0)}"]),
+        ("(100,200)", [r"\boxed{(100,200)}"], [r"\boxed{100200}"]),
+        ("[0,1)", [r"\boxed{[0,1)}"], [r"\boxed{(0,1)}"]),
+        (r"\{1,2\}", [r"\boxed{\{2,1\}}"], [r"\boxed{1}"]),
+        ("x=5", [r"\boxed{5}"], [r"\boxed{x}"]),
+        ("-5", [r"-\boxed{5}", r"\boxed{-5}"], [r"\boxed{5}"]),
+        ("5", [r"\boxed{3} then \boxed{5}"], [r"-\boxed{5}", r"\boxed{5} then \boxed{3}"]),
+        (r"10\text{ cm}", [r"\boxed{10}"], [r"\boxed{1}"]),
+        ("many", [r"\boxed{many}", "Many."], ["not many", r"\boxed{few}", r"\boxed{yman}"]),
+        (r"\text{Tuesday}", [r"\boxed{Tuesday}"], [r"\boxed{Monday}"]),
+        ("A", [r"\boxed{\text{A}}"], [r"\boxed{B}"]),
+        ("twice one\n#### 2x+1", [r"\boxed{2x+1}", "#### 2x+1"], ["#### 2"]),
+    ],
+)
+def test_a_bare_answer_is_read_whole(answer: str, right: list[str], wrong: list[str]) -> None:
+    pytest.importorskip("math_verify")
+    completions = [*right, *wrong]
+    expected = [1.0] * len(right) + [0.0] * len(wrong)
+    assert score(EXPRESSIONS, completions, answer=[answer] * len(completions)) == expected
 
 
 def test_math_verify_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +217,19 @@ def test_math_verify_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> No
 # ------------------------------------------------------------------------------------------------------------ texts
 
 
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [(1000.0, "1000.0 is no text (float)"), (date(2024, 5, 1), "datetime.date(2024, 5, 1) is no text (date)")],
+)
+def test_an_answer_that_has_several_spellings_is_refused(answer: object, shown: str) -> None:
+    with pytest.raises(RewardError, match=re.escape(f"'exact', row 2, prompt '?': the answer {shown}")):
+        score("exact", ["1000", "1000"], answer=["1000", answer])
+
+
 def test_exact() -> None:
     assert score("exact", ["Paris", " Paris\n", "paris", "Paris."], answer=["Paris"] * 4) == [1, 1, 0, 0]
     assert score("exact", ["4", ""], answer=[4, "none"]) == [1, 0]
+    assert score("exact", ["true", "True", "false"], answer=[True, True, False]) == [1, 0, 1]
     message = [{"role": "assistant", "content": "Paris"}]
     assert score({"use": "exact", "column": "capital"}, [message], capital=["Paris "]) == [1]
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from alignkit.config import RunConfig
-from alignkit.errors import ModelError, first_line
+from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.models.adapters import Kind, add_lora, check_mergeable, summary
 from alignkit.models.branches import attend_by_branches
 from alignkit.models.quantised import check_frozen, copy_marks, floating, layers_4bit, nf4, settle
@@ -81,6 +81,10 @@ def set_up(model: nn.Module, config: RunConfig, device: torch.device) -> None:
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lm.config.get_text_config().use_cache = False
+    if config.attention == "flex_attention" and device.type == "cpu":
+        raise ConfigError(
+            "attention: flex_attention needs a GPU: PyTorch computes no gradient of it on a CPU; use auto"
+        )
     if config.attention != "auto":
         lm.set_attn_implementation(config.attention)
     elif device.type == "cuda" and config.layout != "padded" and getattr(lm, "_supports_flex_attn", False):

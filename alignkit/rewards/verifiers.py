@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from alignkit.data.rows import Content, shown
 from alignkit.rewards.answers import text_of
+from alignkit.rewards.expressions import same_expression
 from alignkit.rewards.functions import RowError, present
 from alignkit.rewards.numeric import final_number
 
@@ -27,7 +28,10 @@ class Options(BaseModel):
 
 
 class Exact(Options):
-    """1 where the completion equals the row's answer, ignoring white space around both."""
+    """1 where the completion equals the row's answer, ignoring white space around both.
+
+    An answer that is true, false or an integer is spelled as in JSON.
+    """
 
     column: str = Field("answer", description="column of the rows that holds the answer")
 
@@ -38,8 +42,21 @@ class Exact(Options):
 
     def __call__(self, completions: Sequence[Content], **columns: list[Any]) -> list[float]:
         """Score each completion; a row without an answer is an error."""
-        answers = [str(present(a, i, self.column)).strip() for i, a in enumerate(columns[self.column])]
+        answers = [_spelled(present(a, i, self.column), i) for i, a in enumerate(columns[self.column])]
         return [float(text_of(c).strip() == a) for c, a in zip(completions, answers, strict=True)]
+
+
+def _spelled(answer: Any, index: int) -> str:
+    """Return a row's answer as text. Raises RowError for a value of several spellings, such as 1000.0 or a date."""
+    if isinstance(answer, str):
+        return answer.strip()
+    if isinstance(answer, int):
+        return json.dumps(answer)
+    raise RowError(
+        index,
+        f"the answer {shown(answer)} is no text ({type(answer).__name__}), and may be spelled in several ways: "
+        "store it as text, or use the reward `numeric`",
+    )
 
 
 class Numeric(Options):
@@ -68,12 +85,19 @@ class Numeric(Options):
 
     def __call__(self, completions: Sequence[Content], **columns: list[Any]) -> list[float]:
         """Score each completion; a row without an answer, or whose answer has no number, is an error."""
-        same = _same_expression if self.verify == "math" else _same_number
+        same = same_expression if self.verify == "math" else _same_number
         answers = columns[self.column]
         return [
-            float(same(text_of(c), str(present(a, i, self.column)), i))
+            float(same(text_of(c), _worked(present(a, i, self.column), i), i))
             for i, (c, a) in enumerate(zip(completions, answers, strict=True))
         ]
+
+
+def _worked(answer: Any, index: int) -> str:
+    """Return a row's answer, with its derivation, as text. Raises RowError for a value such as true or a date."""
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise RowError(index, f"the answer {shown(answer)} is neither text nor a number")
+    return str(answer)
 
 
 def _same_number(completion: str, answer: str, index: int) -> bool:
@@ -81,15 +105,6 @@ def _same_number(completion: str, answer: str, index: int) -> bool:
     if wanted is None:
         raise RowError(index, f"the answer {shown(answer)} has no number")
     return final_number(completion) == wanted
-
-
-def _same_expression(completion: str, answer: str, index: int) -> bool:
-    from math_verify import parse, verify
-
-    wanted = parse(answer.rpartition("####")[2])
-    if not wanted:
-        raise RowError(index, f"math-verify finds no expression in the answer {shown(answer)}")
-    return bool(verify(wanted, parse(completion.rpartition("####")[2])))
 
 
 class Format(Options):

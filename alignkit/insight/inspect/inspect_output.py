@@ -35,7 +35,7 @@ def print_prefixes(found: Prefixes) -> None:
     terminal.show(_coloured(listed))
     start = "" if found.start is None else f", {found.start:.4g} before it"
     terminal.show(f"\nscore {found.scores[-1]:.4g} of the answer{start}; blue raises it, orange lowers it")
-    terminal.show(_table(listed, ("n", found.unit.removesuffix("s"), "change", "score so far")))
+    _show_table(listed, ("n", found.unit.removesuffix("s"), "change", "score so far"))
 
 
 def print_pair(found: PairRatios, beta: float) -> None:
@@ -44,7 +44,8 @@ def print_pair(found: PairRatios, beta: float) -> None:
         listed = _side_tokens(side)
         terminal.show(f"{name}: h = {side.total:+.4f} nats over {sum(side.trained)} tokens")
         terminal.show(_coloured(listed))
-        terminal.show(_table(listed, ("n", "token", "policy - reference", "policy")), "")
+        _show_table(listed, ("n", "token", "policy - reference", "policy"))
+        terminal.show("")
     terminal.show(
         f"margin h(chosen) - h(rejected) = {found.margin:+.4f} nats; times beta {beta:g}: {beta * found.margin:+.4f}"
     )
@@ -100,6 +101,14 @@ def _style(strength: float) -> str:
     return f"black on #{tint[0]:02x}{tint[1]:02x}{tint[2]:02x}"
 
 
+def _show_table(listed: Sequence[Token], columns: Sequence[str]) -> None:
+    """Print the tokens of the largest values, and how many are left out."""
+    largest = sorted((t for t in listed if abs(t["strength"]) >= _FAINT), key=lambda t: -abs(t["value"]))[:LISTED]
+    terminal.show(_table(sorted(largest, key=lambda t: int(t["n"])), columns))
+    if left := len(listed) - len(largest):
+        terminal.show(f"{left} of {len(listed)} {columns[1]}s with smaller values are not listed")
+
+
 def _table(listed: Sequence[Token], columns: Sequence[str]) -> Any:
     from rich.markup import escape
     from rich.table import Table
@@ -107,9 +116,7 @@ def _table(listed: Sequence[Token], columns: Sequence[str]) -> Any:
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 1 else "right", no_wrap=True)
-    visible = [t for t in listed if abs(t["strength"]) >= _FAINT]
-    largest = sorted(visible, key=lambda t: -abs(t["value"]))[:LISTED]
-    for token in sorted(largest, key=lambda t: int(t["n"])):
+    for token in listed:
         table.add_row(str(token["n"]), escape(repr(token["text"])), f"{token['value']:+.4f}", f"{token['score']:+.4f}")
     return table
 

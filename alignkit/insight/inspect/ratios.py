@@ -96,19 +96,15 @@ def pair_ratios(policy: str, row: Row, reference: str | None = None) -> PairRati
     config = RunConfig(method="inspect", model=policy, data="-")
     tokenizer = load_tokenizer(config)
     example = _example(row, tokenizer)
-    model: Any = from_pretrained(policy, config).to(device()).eval()
-    policy_logps = _logps(model, example)
-    if reference is None and adapter.get("bias", "none") != "none":
-        reference = str(adapter["base_model_name_or_path"])  # its biases were trained, and switching off keeps them
+    policy_logps = _logps(policy, config, example)
     if reference is None:
+        # switching the adapter off is not the base: trained biases and the changed base of PiSSA and OLoRA would remain
         reference = str(adapter["base_model_name_or_path"])
-        with model.disable_adapter():
-            reference_logps = _logps(model, example)
     else:
         reference = model_folder(reference)
         other = config.model_copy(update={"model": reference})
         _check_same_tokens(tokenizer, load_tokenizer(other), policy, reference)
-        reference_logps = _logps(from_pretrained(reference, other).to(device()).eval(), example)
+    reference_logps = _logps(reference, config, example)
     answers = zip(example.completions, policy_logps, reference_logps, strict=True)
     sides = [_side(tokenizer, example, *answer) for answer in answers]
     return PairRatios(policy, reference, text_of(row.prompt), *sides)
@@ -122,11 +118,13 @@ def _example(row: Row, tokenizer: Any) -> Example:
 
 
 @torch.no_grad()
-def _logps(model: Any, example: Example) -> list[list[float]]:
-    model_device, n = next(model.parameters()).device, len(example.prompt)
+def _logps(name: str, config: RunConfig, example: Example) -> list[list[float]]:
+    """Load a model and return the log-probabilities of each answer's tokens; no two models are held at a time."""
+    model: Any = from_pretrained(name, config).to(device()).eval()
+    n = len(example.prompt)
     try:
         return [
-            plain_logps(model, torch.cat([example.prompt, c.tokens]).to(model_device), n).tolist()
+            plain_logps(model, torch.cat([example.prompt, c.tokens]).to(device()), n).tolist()
             for c in example.completions
         ]
     except (IndexError, RuntimeError) as error:  # more tokens than positions, ids outside of the vocabulary
