@@ -7,7 +7,7 @@ spec.py        specs -> functions that are not loaded yet
 functions.py   calling functions, async ones too
 combine.py     weighted sums and ensembles of rewards
 judges.py      judges, and rewards as a judge (Bradley-Terry)
-verifiers.py   rewards without a model; numeric.py numbers in answers
+verifiers.py   rewards without a model; numeric.py numbers in answers; expressions.py expressions and words
 models.py      reward models and pairwise preference models
 llm.py         language models as rewards and judges; endpoint.py their HTTP client; judgements.py its cache
 answers.py     the input and output of rewards; running.py the running mean of rewards
