@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zoo import CPU, FOREST, config, examples, fresh, one_at_a_time
 
+from alignkit.models import branches
 from alignkit.models.branches import BRANCHES, BranchMask, attend_by_branches, branch_attention, branch_mask
 from alignkit.models.layouts import choose_layout
 from alignkit.models.loading import readied
@@ -38,8 +39,11 @@ def test_a_model_says_what_it_says_of_one_sequence_at_a_time(name: str, row_toke
     assert_rounding_only(logps, own, exact)
 
 
+@pytest.mark.parametrize("long", [branches.LONG, 1])
 @pytest.mark.parametrize("name", SDPA)
-def test_gradients_are_those_of_one_sequence_at_a_time(name: str) -> None:
+def test_gradients_are_those_of_one_sequence_at_a_time(name: str, long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(branches, "LONG", long)
+    monkeypatch.setattr(branches, "PIECE", 3)
     batch = batch_of(examples(), Layout("forest", 4096))
     weights = torch.linspace(-1, 1, len(batch.targets))
     got = gradients(branching(name), lambda m: (Scorer(m)(batch.rows, batch.targets).logps * weights).sum())
@@ -56,10 +60,18 @@ def test_gradients_are_those_of_one_sequence_at_a_time(name: str) -> None:
     ),
     st.integers(1, 80),
     st.sampled_from([None, 1, 7]),
+    st.sampled_from([branches.LONG, 60, 0]),
 )
 def test_every_token_is_asked_once_and_sees_what_the_dense_mask_lets_it_see(
-    trees: list[tuple[int, list[int]]], row_tokens: int, window: int | None
+    trees: list[tuple[int, list[int]]], row_tokens: int, window: int | None, long: int
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branches, "LONG", long)
+        patch.setattr(branches, "PIECE", 4)
+        check_what_is_seen(trees, row_tokens, window)
+
+
+def check_what_is_seen(trees: list[tuple[int, list[int]]], row_tokens: int, window: int | None) -> None:
     made = [
         Example(torch.arange(p, dtype=torch.int32), tuple(Completion(torch.arange(n, dtype=torch.int32)) for n in ns))
         for p, ns in trees
@@ -70,13 +82,25 @@ def test_every_token_is_asked_once_and_sees_what_the_dense_mask_lets_it_see(
     width = rows.input_ids.shape[1]
     queries = torch.cat([b.queries.flatten() for b in mask.buckets])
     seen = [
-        b.keys[i][b.mask[i, 0, q]] for b in mask.buckets for i in range(len(b.keys)) for q in range(b.mask.shape[2])
+        b.keys[i, : q + 1] if b.mask is None else b.keys[i][b.mask[i, 0, q]]
+        for b in mask.buckets
+        for i in range(len(b.keys))
+        for q in range(b.queries.shape[1])
     ]
     for at in (rows.tree_ids.flatten() >= 0).nonzero().flatten().tolist():
         slot = int(mask.slots[at])
         row, column = divmod(at, width)
         assert int(queries[slot]) == at
         assert sorted(seen[slot].tolist()) == (row * width + dense[row, column].nonzero().flatten()).tolist()
+
+
+@pytest.mark.parametrize(("window", "cells"), [(None, 0), (64, 512 * (512 + 64))])
+def test_the_mask_of_a_long_branch_does_not_grow_with_the_square_of_its_length(window: int | None, cells: int) -> None:
+    n = 4096
+    long = Example(torch.zeros(2, dtype=torch.int32), (Completion(torch.zeros(n, dtype=torch.int32)),))
+    mask = branch_mask(pack([long], Layout("forest", n + 2)), window)
+    largest = max(b.mask.nelement() // len(b.mask) for b in mask.buckets if b.mask is not None)
+    assert largest <= max(cells, 4)
 
 
 def test_other_masks_go_to_sdpa_so_that_the_model_can_sample() -> None:

@@ -1,14 +1,17 @@
 """Attention of the packed forest branch by branch, for CPUs, where no kernel skips the empty blocks of a tree mask.
 
 A branch (a prompt, or a completion) attends to its own tokens and to those of its prompt, and nothing else is computed;
-under a dense mask every token attends to its whole row. Branches of similar sizes share one call of SDPA.
+under a dense mask every token attends to its whole row. Branches of similar sizes share one call of SDPA. A long branch
+has a call of its own without a mask, whose memory would grow with the square of its length: SDPA's causal kernel reads
+its whole sequence, prompt included; under a sliding window it is cut into pieces, which see little.
 B branches, Q their tokens, K the tokens they see.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,18 +21,29 @@ from torch.nn.utils.rnn import pad_sequence
 from alignkit.types import PackedRows
 
 BRANCHES = "alignkit_branches"  # the name registered with transformers
+LONG = 1 << 20  # cells of a branch's mask
+PIECE = 512  # tokens of a long branch under a sliding window
 
 
 @dataclass(frozen=True)
 class Bucket:
     """Branches of similar sizes.
 
-    queries, keys: int64 [B, Q] and [B, K], which of the R * T positions they are. mask: bool [B, 1, Q, K].
+    queries, keys: int64 [B, Q] and [B, K], which of the R * T positions they are. mask: bool [B, 1, Q, K]; None: one
+    whole sequence, each token of which sees those before it.
     """
 
     queries: Tensor
     keys: Tensor
-    mask: Tensor
+    mask: Tensor | None
+
+
+class _Part(NamedTuple):
+    """A branch or a piece of it. own, seen: its tokens and those it sees. causal: they are the same."""
+
+    own: Tensor
+    seen: Tensor
+    causal: bool = False
 
 
 class BranchMask(Tensor):
@@ -57,20 +71,29 @@ def branch_mask(rows: PackedRows, window: int | None = None) -> BranchMask:
     n_rows, width = rows.input_ids.shape
     device = rows.input_ids.device
     mask: BranchMask = torch.empty(n_rows, 1, width, width, device="meta").as_subclass(BranchMask)  # type: ignore[assignment]
-    mask.buckets = [_bucket(rows, some, window) for some in _alike(rows)]
+    mask.buckets = [_bucket(rows, some, window) for some in _alike(rows, window)]
     asked = torch.cat([bucket.queries.flatten() for bucket in mask.buckets])
-    # padding may read any slot; a token that was repeated to fill a bucket may read any of its copies
+    # padding may read any slot; a token that was repeated, as a prompt or to fill a bucket, may read any of its copies
     mask.slots = torch.zeros(n_rows * width, dtype=torch.int64, device=device)
     mask.slots[asked] = torch.arange(len(asked), device=device)
     return mask
 
 
-def _alike(rows: PackedRows) -> list[list[tuple[Tensor, Tensor]]]:
-    """Return (its tokens, the tokens they see) of each branch, in groups whose sizes differ by less than 2 times."""
+def _alike(rows: PackedRows, window: int | None) -> list[list[_Part]]:
+    """Return the parts of all branches, in groups whose sizes differ by less than 2 times."""
+    alike: dict[Any, list[_Part]] = {}
+    for own, seen in _branches(rows):
+        for part in _parts(own, seen, rows.position_ids.flatten().cpu(), window):
+            sizes = len(part.own).bit_length(), len(part.seen).bit_length()
+            alike.setdefault((int(own[0]), "causal") if part.causal else sizes, []).append(part)
+    return list(alike.values())
+
+
+def _branches(rows: PackedRows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (its tokens, the tokens they see) of each branch."""
     trees, branches = rows.tree_ids.flatten().cpu(), rows.branch_ids.flatten().cpu()
     # tree numbers are unique over all rows; only padding continues from one row to the next
     _, lengths = torch.stack([trees, branches]).unique_consecutive(dim=1, return_counts=True)
-    alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     prompt, start = torch.empty(0, dtype=torch.int64), 0
     for n in lengths.tolist():
         own = torch.arange(start, start + n)
@@ -79,22 +102,38 @@ def _alike(rows: PackedRows) -> list[list[tuple[Tensor, Tensor]]]:
                 prompt, seen = own, own
             else:
                 seen = torch.cat([prompt, own])
-            alike.setdefault((n.bit_length(), len(seen).bit_length()), []).append((own, seen))
+            yield own, seen
         start += n
-    return list(alike.values())
 
 
-def _bucket(rows: PackedRows, some: list[tuple[Tensor, Tensor]], window: int | None) -> Bucket:
+def _parts(own: Tensor, seen: Tensor, positions: Tensor, window: int | None) -> Iterator[_Part]:
+    """Yield a branch as it is computed: whole, with its prompt where that costs at most twice as much, or in pieces."""
+    n, before = len(own), len(seen) - len(own)
+    if n * len(seen) <= LONG:
+        yield _Part(own, seen)
+    elif window is None and 4 * n >= len(seen):
+        yield _Part(seen, seen, causal=True)
+    else:
+        for start in range(0, n, PIECE):
+            piece, visible = own[start : start + PIECE], seen[: before + start + PIECE]
+            if window is not None:
+                visible = visible[positions[visible] > positions[piece[0]] - window]
+            yield _Part(piece, visible)
+
+
+def _bucket(rows: PackedRows, some: list[_Part], window: int | None) -> Bucket:
     device = rows.input_ids.device
 
     def filled(parts: list[Tensor]) -> Tensor:  # padded with the first position of each
         whole = pad_sequence(parts, batch_first=True, padding_value=-1)
         return torch.where(whole < 0, whole[:, :1], whole).to(device)
 
-    queries, keys = filled([own for own, _ in some]), filled([seen for _, seen in some])
-    positions = rows.position_ids.flatten()
+    queries, keys = filled([part.own for part in some]), filled([part.seen for part in some])
+    if some[0].causal:
+        return Bucket(queries, keys, None)
+    positions = rows.position_ids.flatten().to(torch.int32)
     ahead = positions[queries][:, :, None] - positions[keys][:, None, :]
-    there = torch.arange(keys.shape[1])[None] < torch.tensor([len(seen) for _, seen in some])[:, None]
+    there = torch.arange(keys.shape[1])[None] < torch.tensor([len(part.seen) for part in some])[:, None]
     mask = (ahead >= 0) & there[:, None, :].to(device)
     if window is not None:
         mask &= ahead < window
@@ -118,7 +157,8 @@ def branch_attention(
     outs = [
         scaled_dot_product_attention(
             of(flat[0], b.queries), of(flat[1], b.keys), of(flat[2], b.keys), attn_mask=b.mask,
-            scale=options.get("scaling"), dropout_p=options.get("dropout", 0.0), enable_gqa=key.shape[1] != heads,
+            is_causal=b.mask is None, scale=options.get("scaling"), dropout_p=options.get("dropout", 0.0),
+            enable_gqa=key.shape[1] != heads,
         ).transpose(1, 2).flatten(0, 1)
         for b in attention_mask.buckets
     ]  # fmt: skip
