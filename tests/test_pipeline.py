@@ -58,7 +58,7 @@ def rlhf() -> Stages:
 
 
 def chain(stages: Stages, shared: dict[str, Any], **more: Any) -> PipelineResult:
-    return run_pipeline(Engine().run, stages, {**shared, **more})
+    return run_pipeline(Engine, stages, {**shared, **more})
 
 
 def configs(result: PipelineResult) -> list[dict[str, Any]]:
@@ -297,13 +297,13 @@ def test_the_file_in_the_folder_runs_and_an_edit_of_it_is_noticed(shared: dict[s
     written = read_pipeline(first.folder / FILE)
     assert [s["name"] for s in written["stages"]] == ["rm", "orpo"]
     assert written["stages"][1]["lambda_"] == 0.3
-    again = run_pipeline(Engine().run, written.pop("stages"), {**written, "name": "again"})
+    again = run_pipeline(Engine, written.pop("stages"), {**written, "name": "again"})
     same(again.folder, first.folder)
     edited = read_pipeline(first.folder / FILE)
     edited["stages"][1]["lambda_"] = 0.4
     (first.folder / FILE).write_text(yaml.safe_dump(edited))
     with pytest.raises(ConfigError, match=r"orpo: lambda_ was 0\.3, is 0\.4"):
-        run_pipeline(Engine().run, edited.pop("stages"), {**edited, "resume": True})
+        run_pipeline(Engine, edited.pop("stages"), {**edited, "resume": True})
 
 
 @pytest.mark.slow

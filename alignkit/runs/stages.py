@@ -13,12 +13,14 @@ from alignkit import data, registry
 from alignkit.config import RunConfig, gathered, split
 from alignkit.data.rows import shown
 from alignkit.errors import AlignkitError, ConfigError, ModelError, nearest
+from alignkit.hints import hint
 from alignkit.method import Method
 from alignkit.models.loading import load_tokenizer
 from alignkit.reference.choice import check_reference
 from alignkit.rewards import PAIRWISE
 from alignkit.rewards.models import ModelOptions
 from alignkit.rollout.checks import check_online
+from alignkit.unused import check_shared, check_used
 
 _EARLIER = re.compile(r"@([A-Za-z0-9_.+=-]+)")
 _OF_THE_PIPELINE = ("output", "resume")
@@ -26,12 +28,16 @@ _OF_THE_PIPELINE = ("output", "resume")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. config: the run's validated settings. settings: all of its settings, earlier models as "@name"."""
+    """One stage. config: the run's validated settings. settings: all of its settings, earlier models as "@name".
+
+    shared: names of settings that only stand next to `stages`; they may serve other stages.
+    """
 
     name: str
     method: Method[Any]
     config: RunConfig
     settings: dict[str, Any]
+    shared: frozenset[str]
 
     def written(self) -> dict[str, Any]:
         """Return name and settings as plain YAML values."""
@@ -64,7 +70,7 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
     common = [k for k in RunConfig.model_fields if k != "method"]
     if unknown := [k for k in shared if k not in common]:
         raise ConfigError(
-            f"unknown setting '{unknown[0]}' next to `stages`.{nearest(unknown[0], [*common, 'stages'])} "
+            f"unknown setting '{unknown[0]}' next to `stages`.{hint(unknown[0], [*common, 'stages'])} "
             f"Settings of a method belong in its stage"
         )
     resolved: list[Stage] = []
@@ -84,9 +90,11 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
 def check(stages: Sequence[Stage]) -> None:
     """Check rewards, data and models of all stages without loading any model. Raises AlignkitError."""
     by_name = {s.name: s for s in stages}
+    check_shared([(s.config, s.method) for s in stages], frozenset[str]().union(*(s.shared for s in stages)))
     placeholders = {s.name: type(s.settings["name"], (_Untrained,), {}) for s in stages}
     for stage in stages:
         with named(stage.name):
+            check_used(stage.config, stage.method, stage.shared)
             roles = {role: replaced(getattr(stage.config, role), placeholders) for role in ("reward", "judge")}
             check_online(stage.config.model_copy(update=roles), stage.method)
             check_reference(stage.config, stage.method)
@@ -144,7 +152,7 @@ def _resolved(name: str, number: int, own: dict[str, Any], shared: dict[str, Any
     if config.lora and not config.fsdp:  # the next stage starts from weights, not from an adapter on its base
         settings.setdefault("merge_adapter", True)
     config, _ = split(settings, cls.Config)
-    return Stage(name, method, config, settings)
+    return Stage(name, method, config, settings, frozenset(settings.keys() - gathered(own).keys()))
 
 
 def _trained(role: str, earlier: Sequence[Stage]) -> Any:
