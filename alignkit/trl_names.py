@@ -42,10 +42,14 @@ def table() -> Mapping[str, Entry]:
 
 @cache
 def trainers() -> Mapping[str, Mapping[str, Any]]:
-    """Return, by the name of TRL's configuration class, its method here and TRL's defaults of what is carried over."""
+    """Return, by the name of TRL's configuration class, its method here, its losses and its defaults.
+
+    losses: the settings that give each loss_type. defaults: those of TRL that a copy of a run must write out.
+    """
     found = _read()
     return {
-        name: {**one, "defaults": {**found["defaults"], **one["defaults"]}} for name, one in found["classes"].items()
+        name: {"losses": {}, **one, "defaults": {**found["defaults"], **one["defaults"]}}
+        for name, one in found["classes"].items()
     }
 
 

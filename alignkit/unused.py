@@ -32,10 +32,19 @@ def check_used(config: RunConfig, method: Method[Any], shared: Collection[str] =
 def check_shared(runs: Collection[tuple[RunConfig, Method[Any]]], shared: Collection[str]) -> None:
     """Raise ConfigError for a setting that several runs share and none of them can use."""
     for name in sorted(shared):
-        reasons = [reason for c, m in runs if (reason := _of_group(name, c, m))]
+        reasons = [f"'{m.name}' {reason}" for c, m in runs if (reason := _of_group(name, c, m))]
         if runs and len(reasons) == len(runs):
-            names = " nor ".join(dict.fromkeys(f"'{m.name}'" for _, m in runs))
-            raise ConfigError(f"neither {names} can use `{name}`, because each {reasons[0]}; remove it")
+            raise ConfigError(f"`{name}` has no effect: {', '.join(dict.fromkeys(reasons))}; remove it")
+
+
+def serving(config: RunConfig, others: Collection[tuple[RunConfig, Method[Any]]]) -> frozenset[str]:
+    """Return the names of settings whose value is the same in another run that can use it."""
+    return frozenset(
+        name
+        for name in {n.partition(".")[0] for n in given(config)}
+        for other, method in others
+        if name not in unused(other, method) and getattr(other, name) == getattr(config, name)
+    )
 
 
 def given(config: RunConfig) -> list[str]:

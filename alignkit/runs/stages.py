@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from alignkit.reference.choice import check_reference
 from alignkit.rewards import PAIRWISE
 from alignkit.rewards.models import ModelOptions
 from alignkit.rollout.checks import check_online
-from alignkit.unused import check_shared, check_used
+from alignkit.unused import check_used, serving
 
 _EARLIER = re.compile(r"@([A-Za-z0-9_.+=-]+)")
 _OF_THE_PIPELINE = ("output", "resume")
@@ -30,14 +30,14 @@ _OF_THE_PIPELINE = ("output", "resume")
 class Stage:
     """One stage. config: the run's validated settings. settings: all of its settings, earlier models as "@name".
 
-    shared: names of settings that only stand next to `stages`; they may serve other stages.
+    shared: names of settings that serve another stage too, so that this one need not use them.
     """
 
     name: str
     method: Method[Any]
     config: RunConfig
     settings: dict[str, Any]
-    shared: frozenset[str]
+    shared: frozenset[str] = frozenset()
 
     def written(self) -> dict[str, Any]:
         """Return name and settings as plain YAML values."""
@@ -84,13 +84,13 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
             stage = _resolved(name, number, {str(k): v for k, v in one.items()}, dict(shared), resolved)
         stage.filled({s.name: "" for s in resolved})  # refuses names that are not earlier stages
         resolved.append(stage)
-    return resolved
+    others = {s.name: [(o.config, o.method) for o in resolved if o is not s] for s in resolved}
+    return [replace(s, shared=serving(s.config, others[s.name])) for s in resolved]
 
 
 def check(stages: Sequence[Stage]) -> None:
     """Check rewards, data and models of all stages without loading any model. Raises AlignkitError."""
     by_name = {s.name: s for s in stages}
-    check_shared([(s.config, s.method) for s in stages], frozenset[str]().union(*(s.shared for s in stages)))
     placeholders = {s.name: type(s.settings["name"], (_Untrained,), {}) for s in stages}
     for stage in stages:
         with named(stage.name):
@@ -152,7 +152,7 @@ def _resolved(name: str, number: int, own: dict[str, Any], shared: dict[str, Any
     if config.lora and not config.fsdp:  # the next stage starts from weights, not from an adapter on its base
         settings.setdefault("merge_adapter", True)
     config, _ = split(settings, cls.Config)
-    return Stage(name, method, config, settings, frozenset(settings.keys() - gathered(own).keys()))
+    return Stage(name, method, config, settings)
 
 
 def _trained(role: str, earlier: Sequence[Stage]) -> Any:
