@@ -44,11 +44,12 @@ def table() -> Mapping[str, Entry]:
 def trainers() -> Mapping[str, Mapping[str, Any]]:
     """Return, by the name of TRL's configuration class, its method here, its losses and its defaults.
 
-    losses: the settings that give each loss_type. defaults: those of TRL that a copy of a run must write out.
+    losses: the settings that give each loss_type. added: losses next to another one, and the setting of their weight.
+    defaults: those of TRL that a copy of a run must write out.
     """
     found = _read()
     return {
-        name: {"losses": {}, **one, "defaults": {**found["defaults"], **one["defaults"]}}
+        name: {"losses": {}, "added": {}, **one, "defaults": {**found["defaults"], **one["defaults"]}}
         for name, one in found["classes"].items()
     }
 

@@ -37,13 +37,15 @@ def check_shared(runs: Collection[tuple[RunConfig, Method[Any]]], shared: Collec
             raise ConfigError(f"`{name}` has no effect: {', '.join(dict.fromkeys(reasons))}; remove it")
 
 
-def serving(config: RunConfig, others: Collection[tuple[RunConfig, Method[Any]]]) -> frozenset[str]:
-    """Return the names of settings whose value is the same in another run that can use it."""
+def serving(
+    config: RunConfig, method: Method[Any], others: Collection[tuple[RunConfig, Method[Any]]]
+) -> frozenset[str]:
+    """Return the names of settings that a run cannot use, and another run with the same value can."""
     return frozenset(
         name
-        for name in {n.partition(".")[0] for n in given(config)}
-        for other, method in others
-        if name not in unused(other, method) and getattr(other, name) == getattr(config, name)
+        for name in unused(config, method)
+        for other, its_method in others
+        if name not in unused(other, its_method) and getattr(other, name) == getattr(config, name)
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +254,20 @@ def test_every_field_of_trls_classes_can_be_given(cls: str, tmp_path: Path) -> N
     given |= {"reward_funcs": "rm"} if registry.get(trainers()[cls]["method"]).data == "prompts" else {}
     assert len(given) > 100
     converted(tmp_path, given, trainers()[cls]["method"])
+
+
+def test_the_script_on_the_page_becomes_the_run_next_to_it(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs/from-trl.md").read_text(encoding="utf-8")
+    theirs, ours = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    call = next(node for node in ast.walk(ast.parse(ours)) if isinstance(node, ast.Call))
+    given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    own, theirs_converted = (
+        split({"method": "dpo", **settings}, registry.get("dpo").Config)
+        for settings in (given, converted(tmp_path, theirs).settings)
+    )
+    both = [run.describe() | method.model_dump() for run, method in (own, theirs_converted)]
+    different = {k for k in both[0] if both[0][k] != both[1][k]}
+    assert different == {"gradient_checkpointing"}
 
 
 def test_the_rules_use_names_that_the_table_has() -> None:

@@ -137,6 +137,10 @@ def test_a_pipeline_may_share_what_one_stage_uses_and_refuses_what_none_does() -
     assert "sampling" in sft.shared
     assert "sampling" not in grpo.shared
     assert "max_completion_tokens" in grpo.shared
+    assert [s.shared for s in resolve([{"method": "sft"}, {"method": "sft", "name": "again"}], shared)] == [
+        frozenset(),
+        frozenset(),
+    ]
     check_used(sft.config, sft.method, sft.shared)
     check_used(grpo.config, grpo.method, grpo.shared)
     # pipeline.yaml repeats shared settings in each stage

@@ -85,7 +85,7 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
         stage.filled({s.name: "" for s in resolved})  # refuses names that are not earlier stages
         resolved.append(stage)
     others = {s.name: [(o.config, o.method) for o in resolved if o is not s] for s in resolved}
-    return [replace(s, shared=serving(s.config, others[s.name])) for s in resolved]
+    return [replace(s, shared=serving(s.config, s.method, others[s.name])) for s in resolved]
 
 
 def check(stages: Sequence[Stage]) -> None:

@@ -21,7 +21,7 @@ def loss_of(given: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, A
     types = given.get("loss_type") or trainer["defaults"].get("loss_type") or []
     types = [types] if isinstance(types, str) else list(types)
     weights = dict(zip(types, given.get("loss_weights") or [1.0] * len(types), strict=False))
-    losses = [t for t in types if t != "sft"]
+    losses = [t for t in types if t not in trainer["added"]]
     if len(losses) > 1 or any(t not in trainer["losses"] for t in losses) or (types and not losses):
         offered = ", ".join(trainer["losses"])
         raise ConfigError(
@@ -29,9 +29,7 @@ def loss_of(given: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, A
             "Change it in the file, or choose another method, see `alignkit methods`"
         )
     found = {"method": trainer["method"], **(trainer["losses"][losses[0]] if losses else {})}
-    if "sft" in types:
-        found["rpo_alpha"] = weights["sft"] / weights[losses[0]]
-    return found
+    return found | {ours: weights[t] / weights[losses[0]] for t, ours in trainer["added"].items() if t in types}
 
 
 def learning(work: Work) -> None:
