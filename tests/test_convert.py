@@ -166,6 +166,12 @@ def test_values_keep_their_meaning(given: dict[str, Any], method: str, wanted: d
     assert converted(tmp_path, given, method).settings.items() >= wanted.items()
 
 
+def test_a_rate_without_a_point_is_a_number_as_for_trl(tmp_path: Path) -> None:
+    (tmp_path / "trl.yaml").write_text("learning_rate: 5e-6\nwarmup_steps: 1e-1\nbeta: 2e-1\nloss_type: ipo\n")
+    found = convert(tmp_path / "trl.yaml", "dpo").settings
+    assert (found["learning_rate"], found["warmup_fraction"], found["tau"]) == (5e-6, 0.1, 0.2)
+
+
 def test_a_grpo_config_counts_prompts_and_updates(tmp_path: Path) -> None:
     # 8 devices of 16 completions, 4 passes a step, 8 passes a batch: 1024 completions are 128 groups of 8, and two
     # updates in each of 3 passes over them; 600 updates are 100 batches
@@ -207,6 +213,8 @@ def test_groups_that_are_not_whole_are_refused(tmp_path: Path) -> None:
         ({"learning_rate": -1.0}, "sft", "a value of the file is not possible here: learning_rate"),
         ({"beta": 0.1}, None, "does not say which trainer reads it; add --method"),
         ({"beta": 0.1}, "nash", "TRL has no configuration class for 'nash'"),
+        ({"num_train_epochs": [1]}, "sft", "trl.yaml has a value of another type than TRL's: float.. argument"),
+        ({"num_generations": 0}, "grpo", "trl.yaml has a value of another type than TRL's: .*division"),
         ("x = 1", None, "builds no configuration class of TRL"),
         ("DPOConfig(beta=0.1)\nDPOConfig(beta=0.2)", None, "DPOConfig in line 1, DPOConfig in line 2"),
         ("def f(:", None, "line 1 is not Python"),

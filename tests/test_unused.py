@@ -10,12 +10,12 @@ import pytest
 import alignkit
 from alignkit import registry
 from alignkit.compare.jobs import check_settings
-from alignkit.config import split
+from alignkit.config import RunConfig, split
 from alignkit.engine import Engine
 from alignkit.engine.phases import Run
 from alignkit.errors import ConfigError
 from alignkit.runs.stages import check, resolve
-from alignkit.unused import check_used, given
+from alignkit.unused import check_used, given, unused
 from helpers import make_rows
 
 NEEDED = {"model": "m", "data": "d.jsonl"}
@@ -96,6 +96,28 @@ def test_defaults_that_are_written_out_are_accepted(method: str) -> None:
 def test_rows_in_a_padded_layout_have_no_width_to_set() -> None:
     with pytest.raises(ConfigError, match="row_tokens has an effect with layout: auto or forest only; remove it"):
         checked("dpo", layout="padded", row_tokens=64)
+
+
+# settings that every method can use, that RunConfig checks itself, or that are places
+FREE = [
+    "method", "model", "data", "tokenizer", "eval_data", "eval_fraction", "columns", "order_by", "streaming",
+    "shuffle_buffer", "tools", "chat_template_kwargs", "special_tokens_in_text", "template_date", "output",
+    "name", "resume", "cache_file", "lora", "quantize", "merge_adapter", "epochs", "max_steps", "batch_size",
+    "epochs_per_batch", "minibatches", "learning_rate", "schedule", "warmup_fraction", "decay_fraction",
+    "optimizer", "weight_decay", "adam_betas", "momentum", "max_grad_norm", "max_skipped_steps",
+    "max_prompt_tokens", "max_tokens", "layout", "row_tokens", "attention", "device", "precision", "dtype",
+    "gradient_checkpointing", "fsdp", "timeout_minutes", "trust_remote_code", "seed", "log_every",
+    "save_every", "save_minutes", "keep_checkpoints", "trackers", "health", "stop_on",
+]  # fmt: skip
+
+
+def test_every_setting_of_a_run_is_ruled_or_free() -> None:
+    ruled = set()
+    for name in registry.names():
+        cls = registry.get(name)
+        config, own = split({**NEEDED, "method": name}, cls.Config)
+        ruled |= unused(config, cls(own)).keys()
+    assert sorted([*ruled, *FREE]) == sorted(RunConfig.model_fields)
 
 
 def test_a_run_refuses_before_it_loads_anything() -> None:

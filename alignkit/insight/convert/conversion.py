@@ -45,12 +45,14 @@ def convert(path: Path, method: str | None = None, processes: int = 1) -> Conver
     settings = learning.loss_of(given, trainer)
     cls = registry.get(settings["method"])
     work = Work(cls.name, cls.data == "prompts", given, trainer["defaults"], processes, settings=settings)
-    allows_dropout = cls(cls.Config()).allows_dropout()
-    for rule in (model.model, model.data, model.names, steps.batches, steps.steps, steps.rates, steps.logging):
-        rule(work)
-    learning.learning(work)
-    learning.lengths(work)
-    model.lora(work, source.adapters, allows_dropout)
+    try:
+        for rule in (model.model, model.data, model.names, steps.batches, steps.steps, steps.rates, steps.logging):
+            rule(work)
+        learning.learning(work)
+        learning.lengths(work)
+        model.lora(work, source.adapters, allows_dropout=cls(cls.Config()).allows_dropout())
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a list where TRL has a number
+        raise ConfigError(f"{path} has a value of another type than TRL's: {error}") from None
     _remaining(work)
     _checked(work.settings, cls)
     return Converted(work.settings, (*_left(work, source), *_missing(work)))

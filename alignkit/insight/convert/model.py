@@ -81,8 +81,8 @@ def names(work: Work) -> None:
     """Set the folder and the name of the run."""
     work.same(["output_dir"])
     name = work.get("run_name")
-    if name and re.fullmatch(r"[\w.+=-]{1,200}", name):
-        work.put("name", name)
+    if name and re.fullmatch(r"[\w.+=-]{1,200}", str(name), re.ASCII):
+        work.put("name", str(name))
     elif name:
         work.lose("run_name", "a name has only letters, digits and . _ + = -; set `name`")
     if work.get("trust_remote_code"):

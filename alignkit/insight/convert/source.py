@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,4 +75,10 @@ def _from_yaml(path: Path, text: str, method: str | None) -> Source:
         raise ConfigError(f"{path} must contain settings of TRL, found {type(given).__name__}")
     if method is None:
         raise ConfigError(f"{path} does not say which trainer reads it; add --method with the X of `trl X --config`")
-    return Source(class_of(method), {str(k): v for k, v in given.items()})
+    return Source(class_of(method), {str(k): _number(v) for k, v in given.items()})
+
+
+def _number(value: Any) -> Any:
+    """Return 5e-6, a text in YAML, as the number that TRL's command line reads."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value)
+    return float(value) if is_number else value
