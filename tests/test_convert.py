@@ -192,6 +192,26 @@ def test_a_grpo_config_counts_prompts_and_updates(tmp_path: Path) -> None:
     assert "use_vllm" in names(found)
 
 
+def test_a_script_with_a_reward_function_says_what_to_give(tmp_path: Path) -> None:
+    script = """
+def short(completions, **columns):
+    return [-len(c) for c in completions]
+trainer = GRPOTrainer("m", short, args=GRPOConfig("out", max_completion_length=32), train_dataset=load_dataset("a/b"))
+"""
+    found = converted(tmp_path, script)
+    assert (found.settings["model"], found.settings["output"], found.settings["data"]) == ("m", "out", "a/b")
+    assert found.settings["sampling"]["max_new_tokens"] == 32
+    assert dict(found.left)["reward_funcs (line 4)"].startswith("give `reward`: functions have other arguments here")
+    assert [name for name in names(found) if name == "reward_funcs"] == ["reward_funcs"]
+
+
+@pytest.mark.parametrize(("second", "listed"), [("ref", True), ("None", False), ("ref_model=ref", True)])
+def test_another_reference_is_listed(second: str, listed: bool, tmp_path: Path) -> None:
+    found = converted(tmp_path, f'ref = load("r")\nDPOTrainer("m", {second}, args=DPOConfig(beta=0.2))\n')
+    assert (found.settings["model"], found.settings["beta"]) == ("m", 0.2)
+    assert ("ref_model" in names(found)) == listed
+
+
 def test_cispo_clips_the_ratio_itself(tmp_path: Path) -> None:
     found = converted(tmp_path, {"loss_type": "cispo", "epsilon_high": 5.0, "reward_funcs": "rm"}, "grpo")
     assert found.settings["clip_high"] == 4.0

@@ -66,10 +66,10 @@ def _remaining(work: Work) -> None:
 
 
 def _left(work: Work, source: Source) -> list[tuple[str, str]]:
-    unread = {name for name, _ in source.unread}
     lines = {name: f" (line {line})" for name, line in source.lines.items()}
-    left = [(f"{name}{lines.get(name, '')}", why) for name, why in work.left if name not in unread]
-    return [*left, *source.unread]
+    left = [(f"{name}{lines.get(name, '')}", why) for name, why in work.left]
+    known = {name for name, _ in work.left}  # a rule says more than that a script computes it
+    return [*left, *(one for one in source.unread if one[0] not in known)]
 
 
 def _missing(work: Work) -> list[tuple[str, str]]:

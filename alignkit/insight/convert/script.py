@@ -13,6 +13,12 @@ from alignkit.trl_names import trainers
 
 _SPLITS = {"train_dataset": "dataset_train_split", "eval_dataset": "dataset_test_split"}
 _OF_MODEL = ("model_name_or_path", "dtype", "torch_dtype", "attn_implementation")
+_SECOND = {  # positional arguments after the model
+    "GRPOTrainer": "reward_funcs",
+    "RLOOTrainer": "reward_funcs",
+    "DPOTrainer": "ref_model",
+    "KTOTrainer": "ref_model",
+}
 _IGNORED = ("args", "processing_class", "tokenizer")
 
 
@@ -45,6 +51,12 @@ class Script:
         arguments = list(_arguments(config.node, "output_dir"))
         for name, node in [*arguments, *self._of_trainer(self.trainers.get(config.name))]:
             lines[name] = node.lineno
+            if name == "ref_model":
+                same = isinstance(node, ast.Constant) and node.value is None
+                unread += (
+                    [] if same else [(name, f"line {node.lineno}: the reference is the model that a run starts from")]
+                )
+                continue
             try:
                 given.update(self._read(name, node))
             except _Unread as error:
@@ -52,7 +64,7 @@ class Script:
         return given, lines, tuple(unread)
 
     def _of_trainer(self, trainer: ast.Call | None) -> Iterator[tuple[str, ast.expr]]:
-        for name, node in _arguments(trainer, "model") if trainer else ():
+        for name, node in _arguments(trainer, "model", _SECOND.get(_name(trainer), "args")) if trainer else ():
             found = self._resolved(node)
             if name == "peft_config" and isinstance(found, ast.Call) and _name(found) == "LoraConfig":
                 yield "use_peft", ast.copy_location(ast.Constant(True), found)
