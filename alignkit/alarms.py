@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alignkit.errors import nearest
+from alignkit.hints import hint
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Health(BaseModel):
         if not isinstance(given, Mapping):
             return given  # pydantic reports the type
         if unknown := next((k for k in given if k not in cls.model_fields), None):
-            raise ValueError(f"no limit '{unknown}'.{nearest(str(unknown), cls.model_fields)} See docs/health.md")
+            raise ValueError(f"no limit '{unknown}'.{hint(str(unknown), cls.model_fields)} See docs/health.md")
         on = next((k for k, v in given.items() if isinstance(v, bool) and k != "enabled"), None)
         if on is not None:
             raise ValueError(f"{on} is {str(given[on]).lower()}; give its limit as a number, or null to switch it off")

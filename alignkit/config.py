@@ -19,6 +19,7 @@ from alignkit.alarms import ALARMS, Health
 from alignkit.data_spec import plain, sources_of
 from alignkit.errors import ConfigError, nearest
 from alignkit.files import replace_text
+from alignkit.hints import hint, names_of
 from alignkit.lora_settings import LoraSettings
 from alignkit.method import MethodConfig
 
@@ -277,6 +278,7 @@ class RunConfig(BaseModel):
         for name, used, needs in (
             ("shuffle_buffer", self.streaming, "streaming: true"),
             ("decay_fraction", self.schedule == "wsd", "schedule: wsd"),
+            ("row_tokens", self.layout != "padded", "layout: auto or forest"),
             ("adam_betas", self.optimizer not in ("sgd", "adafactor"), "AdamW or Muon"),
         ):
             if not used and getattr(self, name) != type(self).model_fields[name].default:
@@ -337,7 +339,7 @@ M = TypeVar("M", bound=BaseModel)
 def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tuple[RunConfig, MethodConfig]:
     """Split flat settings into the run's and the method's, and validate both.
 
-    Raises ConfigError: an unknown key with the nearest known one, or all invalid values.
+    Raises ConfigError: an unknown key with what it is called here, or all invalid values.
     """
     known_run, known_method = RunConfig.model_fields, method_config.model_fields
     settings = gathered(settings)
@@ -345,11 +347,10 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
     settings = {f"{k}_" if f"{k}_" in known_method else k: v for k, v in settings.items()}
     unknown = [k for k in settings if k not in known_run and k not in known_method]
     if unknown:
-        hint = nearest(unknown[0], known_method) or nearest(unknown[0], known_run)
-        names = ", ".join(known_method) or "none"
+        method, names = settings.get("method"), ", ".join(known_method) or "none"
         raise ConfigError(
-            f"unknown setting '{unknown[0]}'.{hint} Settings of {settings.get('method')}: {names}; "
-            f"settings of every run: see `alignkit settings {settings.get('method')}`"
+            f"unknown setting '{unknown[0]}'.{hint(unknown[0], {*known_run, *known_method}, method)} Settings of "
+            f"{method}: {names}; settings of every run: see `alignkit settings {method}`"
         )
     run, wrong = _built(RunConfig, {k: v for k, v in settings.items() if k in known_run})
     own, also_wrong = _built(method_config, {k: v for k, v in settings.items() if k in known_method})
@@ -388,6 +389,9 @@ def _built(cls: type[M], values: Mapping[str, Any]) -> tuple[M | None, list[str]
         wrong = []
         for e in error.errors():
             where = ".".join(str(p) for p in e["loc"]) or "settings"
+            if e["type"] == "extra_forbidden":  # in a group: the names of a run are known before it is built
+                wrong.append(f"unknown setting '{where}'.{hint(where, names_of(cls), values.get('method'))}".rstrip())
+                continue
             # missing settings, and settings that are only invalid together, have no value to show
             given = f" (given: {e.get('input')!r:.80})" if e["loc"] and e["type"] != "missing" else ""
             wrong.append(f"{where}: {e['msg'].removeprefix('Value error, ')}{given}")

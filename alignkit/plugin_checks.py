@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from alignkit.advice import BEST, Advice, Choice, DataFacts
 from alignkit.config import RunConfig, gathered, validated
-from alignkit.errors import ConfigError, PluginError, nearest
+from alignkit.errors import ConfigError, PluginError
+from alignkit.hints import hint
 from alignkit.method import DataKind, Method, MethodConfig, Role
 
 _DEMO_OWN = ("method", "model", "data", "eval_data", "name", "output", "resume")  # set by `alignkit demo` itself
@@ -52,8 +53,8 @@ def _demo_problem(cls: type[Method[Any]], attribute: str) -> str | None:
         if name in _DEMO_OWN:
             return f"has {attribute} with '{key}', which the demo sets itself; remove it"
         if name not in own and name not in run and f"{name}_" not in own:
-            hint = nearest(str(name), own) or nearest(str(name), run)
-            return f"has {attribute} with {key!r}, which is not a setting of the method or of the run.{hint}"
+            close = hint(str(name), {*own, *run}, cls.name)
+            return f"has {attribute} with {key!r}, which is not a setting of the method or of the run.{close}"
     return None
 
 
@@ -138,8 +139,8 @@ def _checked_choice(author: type[Method[Any]], choice: Any) -> Choice:
         raise _Malformed(f"has {choice!r:.80} in its settings; each must be an alignkit.Choice")
     own = author.Config.model_fields
     if not isinstance(choice.name, str) or choice.name not in own:
-        hint = nearest(str(choice.name), own)
-        raise _Malformed(f"sets {choice.name!r:.80}, which is not a setting of the method ({', '.join(own)}).{hint}")
+        close = hint(str(choice.name), own)
+        raise _Malformed(f"sets {choice.name!r:.80}, which is not a setting of the method ({', '.join(own)}).{close}")
     if not _is_plain(choice.value):
         raise _Malformed(
             f"sets {choice.name} to {choice.value!r:.80} ({type(choice.value).__name__}); it must be a plain YAML "

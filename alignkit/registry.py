@@ -6,12 +6,15 @@ not affect the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 import pluggy
+import yaml
 
 from alignkit import hookspecs
 from alignkit.errors import PluginError, nearest
@@ -31,6 +34,13 @@ class Plugin:
     version: str
     method: type[Method[Any]] | None
     problem: str | None = None
+
+
+@cache
+def first_party() -> Mapping[str, str]:
+    """Return the methods that the project publishes, each with its distribution."""
+    text = Path(__file__).with_name("first_party.yaml").read_text(encoding="utf-8")
+    return {str(name): str(distribution) for name, distribution in yaml.safe_load(text).items()}
 
 
 def names(group: str = GROUP) -> list[str]:
@@ -87,9 +97,10 @@ def _guarded(group: str, name: str, load: Callable[[EntryPoint], Any]) -> Any:
     if not found:
         known = names(group)
         have = f"installed: {', '.join(known)}" if known else f"no {word} is installed"
-        addable = group == GROUP and name.isidentifier() and name.lower() not in known
-        add = f"To add one: pip install alignkit-{name}" if addable else ""
-        raise PluginError(f"no {word} is called '{name}'; {have}.{nearest(name, known)} {add}".rstrip())
+        # an invented name may belong to anyone, so only our own distributions are advised
+        ours = first_party().get(name) if group == GROUP else None
+        add = f" To add it: pip install {ours}" if ours else nearest(name, known)
+        raise PluginError(f"no {word} is called '{name}'; {have}.{add}")
     if len({_owner(e) for e in found}) > 1:
         owners = " and ".join(sorted({_owner(e)[0] for e in found}))
         raise PluginError(f"two distributions provide the {word} '{name}', {owners}; uninstall one of them")

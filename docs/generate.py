@@ -1,4 +1,4 @@
-"""Write the parts of the pages that come from the code: facts and settings of methods and runs, chat templates.
+"""Write the parts of the pages that come from the code: settings of methods and runs, chat templates, names of TRL.
 
     python docs/generate.py             rewrite the text between the markers
     python docs/generate.py --check     change nothing; exit 1 and name the pages that are out of date
@@ -66,6 +66,8 @@ def part(page: Path, name: str) -> str:
         return table(RunConfig)
     if name == "chat-templates":
         return _chat_table()
+    if name == "trl-names":
+        return _trl_tables()
     method = registry.get(page.stem)
     return {"facts": lambda: facts(method), "settings": lambda: table(method.Config)}[name]()
 
@@ -75,6 +77,13 @@ def _chat_table() -> str:
     import chat_table
 
     return str(chat_table.table())
+
+
+def _trl_tables() -> str:
+    sys.path.append(str(DOCS))
+    import trl_table
+
+    return str(trl_table.tables())
 
 
 def generated(page: Path) -> str:

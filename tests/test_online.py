@@ -233,7 +233,9 @@ def test_patience_watches_the_reward_of_a_method_that_samples(online: dict[str, 
     result = alignkit.run("grpo", **online | own)
     rewards = {x["step"]: x["eval/reward/mean"] for x in read_metrics(result.folder) if "eval/reward/mean" in x}
     assert result.metrics["eval/reward/mean"] == max(rewards.values())
-    with pytest.raises(ConfigError, match="patience needs held-out rows, but there are none"):
+    with pytest.raises(
+        ConfigError, match="has no held-out rows, which eval_data or eval_fraction would set; remove `patience`"
+    ):
         alignkit.run("grpo", **online | asks("grpo") | {"patience": 2})
 
 

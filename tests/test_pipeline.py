@@ -32,6 +32,7 @@ from alignkit.runs.pipeline import FILE, PipelineResult, read_pipeline, run_pipe
 from alignkit.runs.stages import check, resolve
 from helpers import make_rows
 
+SHORT: dict[str, Any] = {"sampling": {"max_new_tokens": 6}}
 TIMED = ("tokens_per_second", "seconds/")
 Stages = list[dict[str, Any]]
 SFT: dict[str, Any] = {"method": "sft"}
@@ -48,7 +49,7 @@ FAULTY = [{"prompt": "a", "chosen": None, "rejected": "b"}]
 @pytest.fixture
 def shared(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """What all stages of a short pipeline share."""
-    steps = {"max_steps": 3, "save_every": 1, "sampling": {"max_new_tokens": 6}}
+    steps = {"max_steps": 3, "save_every": 1}
     return {**settings, **steps, "learning_rate": 1e-3, "data": make_rows("pairs", 12), "name": "rlhf"}
 
 
@@ -58,7 +59,8 @@ def rlhf() -> Stages:
 
 
 def chain(stages: Stages, shared: dict[str, Any], **more: Any) -> PipelineResult:
-    return run_pipeline(Engine().run, stages, {**shared, **more})
+    sampled = any(isinstance(s, dict) and s.get("method") in ("ppo", "grpo", "nash") for s in stages)
+    return run_pipeline(Engine, stages, {**(SHORT if sampled else {}), **shared, **more})
 
 
 def configs(result: PipelineResult) -> list[dict[str, Any]]:
@@ -203,15 +205,15 @@ def test_a_shared_reward_goes_to_the_stages_that_need_one() -> None:
 
 
 def test_a_setting_of_a_mapping_can_be_named_alone(shared: dict[str, Any]) -> None:
-    given = {**shared, "sampling": {"max_new_tokens": 6}, "sampling.temperature": 0.7, "max_steps": 1}
-    stages: Stages = [{"method": "sft", "sampling.top_p": 0.9}, {"method": "dpo", "sampling.temperature": 0.5}]
+    given = {**shared, "lora": {"r": 6}, "lora.alpha": 0.7, "max_steps": 1}
+    stages: Stages = [{"method": "sft", "lora.rslora": True}, {"method": "dpo", "lora.alpha": 0.5}]
     result = chain(stages, given)
-    sampling = [config["sampling"] for config in configs(result)]
-    assert [(s["max_new_tokens"], s["temperature"], s["top_p"]) for s in sampling] == [(6, 0.7, 0.9), (6, 0.5, 1)]
+    lora = [config["lora"] for config in configs(result)]
+    assert [(a["r"], a["alpha"], a["rslora"]) for a in lora] == [(6, 0.7, True), (6, 0.5, False)]
     written = read_pipeline(result.folder / FILE)["stages"]
-    assert [stage["sampling"] for stage in written] == sampling
-    with pytest.raises(ConfigError, match=r"dpo: sampling was .*0\.5.*, is .*0\.6"):
-        chain([stages[0], {"method": "dpo", "sampling.temperature": 0.6}], given, resume=True)
+    assert [stage["lora"] for stage in written] == lora
+    with pytest.raises(ConfigError, match=r"dpo: lora was .*0\.5.*, is .*0\.6"):
+        chain([stages[0], {"method": "dpo", "lora.alpha": 0.6}], given, resume=True)
 
 
 def test_a_stages_own_mapping_wins_over_a_shared_name_in_it() -> None:
@@ -297,13 +299,13 @@ def test_the_file_in_the_folder_runs_and_an_edit_of_it_is_noticed(shared: dict[s
     written = read_pipeline(first.folder / FILE)
     assert [s["name"] for s in written["stages"]] == ["rm", "orpo"]
     assert written["stages"][1]["lambda_"] == 0.3
-    again = run_pipeline(Engine().run, written.pop("stages"), {**written, "name": "again"})
+    again = run_pipeline(Engine, written.pop("stages"), {**written, "name": "again"})
     same(again.folder, first.folder)
     edited = read_pipeline(first.folder / FILE)
     edited["stages"][1]["lambda_"] = 0.4
     (first.folder / FILE).write_text(yaml.safe_dump(edited))
     with pytest.raises(ConfigError, match=r"orpo: lambda_ was 0\.3, is 0\.4"):
-        run_pipeline(Engine().run, edited.pop("stages"), {**edited, "resume": True})
+        run_pipeline(Engine, edited.pop("stages"), {**edited, "resume": True})
 
 
 @pytest.mark.slow
@@ -312,7 +314,7 @@ def test_a_real_sigkill_in_the_second_stage_is_survived(
 ) -> None:
     output = shared.pop("output")
     values = {k: str(v) if isinstance(v, Path) else v for k, v in shared.items() if k != "name"}
-    values |= {"data": write_rows(shared["data"]), "max_steps": 16, "stages": rlhf, "save_every": 2}
+    values |= {"data": write_rows(shared["data"]), "max_steps": 16, "stages": rlhf, "save_every": 2} | SHORT
     values["stages"][2]["max_steps"] = 2
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(values))
     command = [
@@ -519,6 +521,6 @@ def test_the_python_on_the_page_runs(
 
 
 def test_an_engines_reward_goes_to_the_stages_that_need_one(shared: dict[str, Any]) -> None:
-    engine = Engine(**shared, reward={"use": "brevity", "limit": 3})
+    engine = Engine(**shared, **SHORT, reward={"use": "brevity", "limit": 3})
     result = engine.pipeline([SFT, {"method": "grpo", "group_size": 2}], max_steps=1)
     assert [config["reward"] for config in configs(result)] == [None, {"use": "brevity", "limit": 3}]

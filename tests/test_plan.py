@@ -54,8 +54,8 @@ def of(method: str, model: str, **changes: Any) -> dict[str, Any]:
     rows = make_rows(DATA.get(method, "pairs"), 12)
     if method in ASKED:
         rows = [{"prompt": r["prompt"]} for r in make_rows("text", 12)]
-    own = ASKED.get(method, {})
-    return {"method": method, "model": model, "data": rows, "sampling": SAMPLING, "batch_size": 4, **own, **changes}
+    own = {"sampling": SAMPLING, **ASKED[method]} if method in ASKED else {}
+    return {"method": method, "model": model, "data": rows, "batch_size": 4, **own, **changes}
 
 
 def tokens(n: int) -> torch.Tensor:
@@ -506,7 +506,7 @@ def test_the_command_prints_parts_phases_verdict_and_writes_json(
     monkeypatch.setattr(console, "show_log", lambda: None)
     file = tmp_path / "config.yaml"
     settings = of("dpo", tiny, data=write_rows(make_rows("pairs", 12)))
-    file.write_text(json.dumps({k: v for k, v in settings.items() if k != "sampling"}))
+    file.write_text(json.dumps(settings))
     told = CliRunner().invoke(app, ["plan", str(file), "--memory", "1MiB", "--json", str(tmp_path / "plan.json")])
     assert told.exit_code == 0, told.output
     for part in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from alignkit import registry
 from alignkit.errors import ConfigError, PluginError
 from alignkit.rewards import Answers, build_judge, build_rewards, check_judge, check_rewards
 from helpers import write_plugin
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SOUND = """
     from alignkit import Method, Term, hookimpl
@@ -208,3 +211,22 @@ def test_a_plugin_cannot_take_the_name_of_a_reward_that_ships(install: Install) 
     install("greedy-dist", "exact", SCORING.replace("weighted", "exact"), "alignkit.rewards")
     with pytest.raises(PluginError, match="'exact' is built in, but a plugin provides one of the same name"):
         check_rewards("exact")
+
+
+def test_first_party_methods_are_those_of_the_projects_own_distributions() -> None:
+    projects = [tomllib.loads(p.read_text()) for p in (ROOT / "plugins").glob("*/pyproject.toml")]
+    published = {m: p["project"]["name"] for p in projects for m in p["project"]["entry-points"]["alignkit"]}
+    assert registry.first_party() == published
+
+
+def test_an_install_line_is_given_for_the_projects_own_methods_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    # an invented name on a package index may belong to anyone
+    for invented in ("dpoo", "dto", "zzzz", "DPO", "kahneman"):
+        with pytest.raises(PluginError) as error:
+            registry.get(invented)
+        assert "pip install" not in str(error.value)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    with pytest.raises(PluginError, match=r"no method is called 'rloo'; .* To add it: pip install alignkit-grpo$"):
+        registry.get("rloo")
+    with pytest.raises(PluginError, match=r"no method is called 'dpoo'; no method is installed\.$"):
+        registry.get("dpoo")

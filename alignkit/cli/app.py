@@ -17,6 +17,7 @@ from alignkit.cli.commands import (
     best_of_n,
     cache,
     compare,
+    convert,
     data,
     demo,
     doctor,
@@ -83,6 +84,7 @@ app.command(no_args_is_help=True, epilog=audit.EXAMPLES)(audit.audit)
 app.command(no_args_is_help=True, epilog=best_of_n.EXAMPLES)(best_of_n.best_of_n)
 app.command(no_args_is_help=True, epilog=recommend.EXAMPLES)(recommend.recommend)
 app.command(no_args_is_help=True, epilog=init.EXAMPLES)(init.init)
+app.command(no_args_is_help=True, epilog=convert.EXAMPLES)(convert.convert)
 app.command(no_args_is_help=True, epilog=plan.EXAMPLES)(plan.plan)
 app.command(no_args_is_help=True, epilog=report.EXAMPLES)(report.report)
 app.command(no_args_is_help=True, epilog=health.EXAMPLES)(health.health)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from alignkit.data.sources import read_rows
 from alignkit.data.stream import hold_out
 from alignkit.demo import recipes, world
 from alignkit.engine import Engine
-from alignkit.errors import ConfigError, DataError, PluginError, nearest
+from alignkit.errors import ConfigError, DataError, PluginError
 from alignkit.files import replace_text
+from alignkit.hints import hint
 from alignkit.method import Method
 from alignkit.rewards import check_judge, check_rewards
 from alignkit.rollout.checks import check_online
+from alignkit.unused import check_shared
 
 HELD_OUT = 0.1
+_EVALUATION = {"sampling", "max_completion_tokens"}  # the samples and the pairs that every method is compared by
 _OWN = ("method", "name", "output", "resume", "reward", "judge", "eval_data", "model", "data")
 
 
@@ -147,19 +150,37 @@ def installed() -> dict[str, type[Method[Any]]]:
 
 
 def check_settings(settings: Mapping[str, Any], methods: Mapping[str, type[Method[Any]]]) -> None:
-    """Raise ConfigError for a setting that no method has, or that compare itself sets."""
+    """Raise ConfigError for a setting that no method has or can use, or that compare itself sets."""
     known = {k for cls in methods.values() for k in cls.Config.model_fields} | set(RunConfig.model_fields)
     for key in gathered(settings):
         if key in _OWN:
             raise ConfigError(f"--set {key}: compare sets this itself; see `alignkit compare --help`")
         if key not in known and f"{key}_" not in known:
-            raise ConfigError(f"unknown setting '{key}'.{nearest(key, known)} None of {', '.join(methods)} has it")
+            raise ConfigError(f"unknown setting '{key}'.{hint(key, known)} None of {', '.join(methods)} has it")
+    check_shared(list(_runs(settings, methods)), gathered(settings).keys() - _EVALUATION)
+
+
+def _runs(
+    settings: Mapping[str, Any], methods: Mapping[str, type[Method[Any]]]
+) -> Iterator[tuple[RunConfig, Method[Any]]]:
+    for name, cls in methods.items():
+        own = _known(settings, cls)
+        try:
+            config, method_config = split({**own, "method": name, "model": "-", "data": "-"}, cls.Config)
+        except ConfigError:
+            continue  # `jobs_of` says why
+        yield config, cls(method_config)
+
+
+def _known(settings: Mapping[str, Any], cls: type[Method[Any]]) -> dict[str, Any]:
+    """Return the settings that a run with the method has."""
+    own = {*RunConfig.model_fields, *cls.Config.model_fields}
+    return {k: v for k, v in gathered(settings).items() if k in own or f"{k}_" in own}
 
 
 def _settings(task: Task, name: str, cls: type[Method[Any]], seed: int) -> dict[str, Any]:
     """Return the run's settings, the method's own among the shared ones, and its reward or judge."""
-    own = {*RunConfig.model_fields, *cls.Config.model_fields}
-    shared = {k: v for k, v in task.settings.items() if k in own or f"{k}_" in own}
+    shared = _known(task.settings, cls)
     settings = {"model": task.model, "data": task.data, "seed": seed, **task.recipes.get(name, {}), **shared}
     if cls.data != "prompts":
         return settings

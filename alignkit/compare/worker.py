@@ -54,7 +54,7 @@ def run_job(job: Job) -> dict[str, float | None]:
     if job.method is not None:
         started = time.perf_counter()
         settings = {k: v for k, v in job.settings.items() if k != "eval_fraction"} | {"data": train}
-        model = Engine().run(job.method, **settings, output=job.folder, name=job.method).model
+        model = Engine(**settings).run(job.method, output=job.folder, name=job.method).model
         figures = {"seconds": time.perf_counter() - started, "peak_mib": peak_memory(torch.cuda.is_available()) / 2**20}
     base = base.to(next(model.parameters()).device).eval()
     return evaluated(job, model, base, tokenizer, held_out) | figures

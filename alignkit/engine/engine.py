@@ -25,7 +25,8 @@ class Result:
 class Engine:
     """Runs methods with shared settings: Engine(model="path", lora=8).run(method="dpo", data="prefs.jsonl", beta=0.2).
 
-    Settings are those of `RunConfig` and of the method; those of `run` override the engine's. Raises AlignkitError.
+    Settings are those of `RunConfig` and of the method; those of `run` override the engine's. One of `run` that the
+    method cannot use is refused; one of the engine may serve its other runs. Raises AlignkitError.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -33,7 +34,8 @@ class Engine:
 
     def run(self, method: str, **settings: Any) -> Result:
         """Train and return the Result; the folder holds metrics.jsonl, config.yaml and model/."""
-        one = Run(method, **{**self.settings, **settings})
+        shared = {name.partition(".")[0] for name in self.settings.keys() - settings.keys()}
+        one = Run(method, shared, **{**self.settings, **settings})
         with pinned(one.config.template_date):
             one.read()
             one.build()
@@ -42,9 +44,9 @@ class Engine:
 
     def pipeline(self, stages: Sequence[Mapping[str, Any]], **settings: Any) -> PipelineResult:
         """Run a chain of methods (docs/pipeline.md). stages: flat settings. settings: shared, like the engine's."""
-        return run_pipeline(Engine().run, stages, {**self.settings, **settings})
+        return run_pipeline(Engine, stages, {**self.settings, **settings})
 
 
 def run(method: str, **settings: Any) -> Result:
-    """Short for `Engine(**settings).run(method)`."""
-    return Engine(**settings).run(method)
+    """Short for `Engine().run(method, **settings)`."""
+    return Engine().run(method, **settings)

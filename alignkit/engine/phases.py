@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from alignkit import registry
@@ -17,6 +18,7 @@ from alignkit.reference.choice import check_reference
 from alignkit.rollout.checks import check_online
 from alignkit.runs import folder as run_folder
 from alignkit.runs.sessions import Session
+from alignkit.unused import check_used
 
 logger = logging.getLogger(__name__)
 
@@ -25,19 +27,21 @@ class Run:
     """One run. `Engine.run` calls the phases in their order: read(), build(), loop.train(), save().
 
     To measure a phase, call them one at a time, as benchmarks/engine.py does; `loop.step(i, total)` is one step.
-    splits: the rows, after `read`. state, loop: after `build`. Raises AlignkitError on invalid settings.
+    splits: the rows, after `read`. state, loop: after `build`. shared: names of settings that may be without effect,
+    because other runs have them too. Raises AlignkitError on invalid settings.
     """
 
     splits: Splits
     state: RunState
     loop: Loop
 
-    def __init__(self, method: str, **settings: Any) -> None:
+    def __init__(self, method: str, shared: Collection[str] = (), **settings: Any) -> None:
         self._session = Session()
         cls = registry.get(method)
         config, method_config = split({**settings, "method": method}, cls.Config)
         self.config = config.model_copy(update={"template_date": run_folder.start_date(config)})
         self.method = cls(method_config)
+        check_used(self.config, self.method, shared)
         check_reference(self.config, self.method)
         check_online(self.config, self.method)
         self.tokenizer = load_tokenizer(self.config)

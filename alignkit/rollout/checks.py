@@ -20,8 +20,6 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
                 f"'{method.name}' needs a {role}: set `{role}` to a function such as `my_module:my_{role}`, the folder "
                 f"of a reward model, or the name of a built-in {role}; see docs/rewards.md"
             )
-        if role not in needs and given is not None:
-            raise ConfigError(f"'{method.name}' does not use a {role}; remove `{role}`")
         if given is not None:
             check(given)
     if "judge" in needs and config.patience is not None:

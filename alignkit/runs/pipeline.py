@@ -67,11 +67,11 @@ def read_pipeline(path: str | os.PathLike[str]) -> dict[str, Any]:
     return settings
 
 
-def run_pipeline(run: Callable[..., Any], stages: Any, settings: Mapping[str, Any]) -> PipelineResult:
+def run_pipeline(engine: Callable[..., Any], stages: Any, settings: Mapping[str, Any]) -> PipelineResult:
     """Run all stages that are not finished yet, in order.
 
-    run: `Engine().run`. stages: flat settings, each with `method` and, optionally, a `name`. settings: shared by all
-    stages; `name` and `output` set the pipeline's folder, `resume` continues it. All settings are checked before
+    engine: the class Engine. stages: flat settings, each with `method` and, optionally, a `name`. settings: shared by
+    all stages; `name` and `output` set the pipeline's folder, `resume` continues it. All settings are checked before
     anything is trained. Raises AlignkitError naming the stage.
     """
     shared = dict(settings)
@@ -87,7 +87,7 @@ def run_pipeline(run: Callable[..., Any], stages: Any, settings: Mapping[str, An
             if not (place / "model").is_dir():
                 logger.info("stage %d of %d: %s", number, len(resolved), stage.name)
                 folders = {s.name: str(folder / f"{i}-{s.name}" / "model") for i, s in enumerate(resolved, 1)}
-                seconds[stage.name] = _run(run, stage, place, folders)
+                seconds[stage.name] = _run(engine, stage, place, folders)
             finished.append(_result(stage, place, seconds.get(stage.name)))
             if not int(os.environ.get("RANK", "0")):
                 _write_summary(folder, _summary(folder) | {"stages": [asdict(s) for s in finished]})
@@ -108,12 +108,13 @@ def table(result: PipelineResult) -> Any:
     return made
 
 
-def _run(run: Callable[..., Any], stage: Stage, place: Path, folders: Mapping[str, str]) -> float:
+def _run(engine: Callable[..., Any], stage: Stage, place: Path, folders: Mapping[str, str]) -> float:
     begun = (place / "config.yaml").is_file()
-    settings = stage.filled(folders)
+    settings = {**stage.filled(folders), "output": place.parent, "name": place.name, "resume": begun}
+    shared = {name: settings.pop(name) for name in stage.shared & settings.keys()}
     started = time.perf_counter()
     with named(stage.name):
-        run(**{**settings, "output": place.parent, "name": place.name, "resume": begun})
+        engine(**shared).run(**settings)
     return time.perf_counter() - started
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from alignkit import data, registry
 from alignkit.config import RunConfig, gathered, split
 from alignkit.data.rows import shown
 from alignkit.errors import AlignkitError, ConfigError, ModelError, nearest
+from alignkit.hints import hint
 from alignkit.method import Method
 from alignkit.models.loading import load_tokenizer
 from alignkit.reference.choice import check_reference
 from alignkit.rewards import PAIRWISE
 from alignkit.rewards.models import ModelOptions
 from alignkit.rollout.checks import check_online
+from alignkit.unused import check_used, serving
 
 _EARLIER = re.compile(r"@([A-Za-z0-9_.+=-]+)")
 _OF_THE_PIPELINE = ("output", "resume")
@@ -26,12 +28,16 @@ _OF_THE_PIPELINE = ("output", "resume")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. config: the run's validated settings. settings: all of its settings, earlier models as "@name"."""
+    """One stage. config: the run's validated settings. settings: all of its settings, earlier models as "@name".
+
+    shared: names of settings that serve another stage too, so that this one need not use them.
+    """
 
     name: str
     method: Method[Any]
     config: RunConfig
     settings: dict[str, Any]
+    shared: frozenset[str] = frozenset()
 
     def written(self) -> dict[str, Any]:
         """Return name and settings as plain YAML values."""
@@ -64,7 +70,7 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
     common = [k for k in RunConfig.model_fields if k != "method"]
     if unknown := [k for k in shared if k not in common]:
         raise ConfigError(
-            f"unknown setting '{unknown[0]}' next to `stages`.{nearest(unknown[0], [*common, 'stages'])} "
+            f"unknown setting '{unknown[0]}' next to `stages`.{hint(unknown[0], [*common, 'stages'])} "
             f"Settings of a method belong in its stage"
         )
     resolved: list[Stage] = []
@@ -78,7 +84,8 @@ def resolve(stages: Any, shared: Mapping[str, Any]) -> list[Stage]:
             stage = _resolved(name, number, {str(k): v for k, v in one.items()}, dict(shared), resolved)
         stage.filled({s.name: "" for s in resolved})  # refuses names that are not earlier stages
         resolved.append(stage)
-    return resolved
+    others = {s.name: [(o.config, o.method) for o in resolved if o is not s] for s in resolved}
+    return [replace(s, shared=serving(s.config, s.method, others[s.name])) for s in resolved]
 
 
 def check(stages: Sequence[Stage]) -> None:
@@ -87,6 +94,7 @@ def check(stages: Sequence[Stage]) -> None:
     placeholders = {s.name: type(s.settings["name"], (_Untrained,), {}) for s in stages}
     for stage in stages:
         with named(stage.name):
+            check_used(stage.config, stage.method, stage.shared)
             roles = {role: replaced(getattr(stage.config, role), placeholders) for role in ("reward", "judge")}
             check_online(stage.config.model_copy(update=roles), stage.method)
             check_reference(stage.config, stage.method)

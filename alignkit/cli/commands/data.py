@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from alignkit.cli import console
-from alignkit.errors import ConfigError, nearest
+from alignkit.errors import ConfigError
 
 app = typer.Typer(help="Look at rows as a run reads them.", no_args_is_help=True)
 
@@ -34,6 +34,7 @@ def show(
     """Show what one row becomes: its text, and which tokens are given, read, learned or cut."""
     from alignkit import registry
     from alignkit.config import RunConfig, gathered, validated
+    from alignkit.hints import hint
     from alignkit.insight import inspect as rows
     from alignkit.insight.model_paths import model_folder
     from alignkit.insight.output_files import check_targets
@@ -41,7 +42,7 @@ def show(
     check_targets({"--json": json, "--html": html})
     given = gathered(console.pairs_of(settings or []))
     if unknown := next((name for name in given if name not in RunConfig.model_fields), None):
-        raise ConfigError(f"--set {unknown}: no such setting of a run.{nearest(unknown, RunConfig.model_fields)}")
+        raise ConfigError(f"--set {unknown}: no such setting of a run.{hint(unknown, RunConfig.model_fields, method)}")
     kind = registry.get(method).data if method else None
     named = console.columns_of(columns)
     config = validated(

@@ -58,7 +58,9 @@ def validate(
     from alignkit.models import loading
     from alignkit.rewards import check_columns
     from alignkit.rollout.checks import check_online
+    from alignkit.unused import check_used
 
+    check_used(checked, method)
     check_online(checked, method)
     rows = reading.read(checked, method, loading.load_tokenizer(checked))
     assemble.least_examples(checked, method, rows, n_ranks=1)

@@ -14,7 +14,8 @@ from alignkit.data import Dataset, load
 from alignkit.data.chat import Chat
 from alignkit.data.rows import Content
 from alignkit.data.tokenise import tokenise
-from alignkit.errors import ConfigError, nearest
+from alignkit.errors import ConfigError
+from alignkit.hints import hint
 from alignkit.insight.best_of_n.curve import Point, curve
 from alignkit.insight.model_paths import device, model_folder
 from alignkit.models.loading import from_pretrained, load_tokenizer
@@ -128,7 +129,7 @@ def _config(model: str, settings: Mapping[str, Any]) -> RunConfig:
     for name in given:
         if name not in USED:
             raise ConfigError(
-                f"best-of-n has no setting '{name}'.{nearest(name, USED)} It has {', '.join(USED[1:])}, and those of "
+                f"best-of-n has no setting '{name}'.{hint(name, USED)} It has {', '.join(USED[1:])}, and those of "
                 f"{USED[0]}, such as sampling.temperature"
             )
     return validated(RunConfig, {**given, "method": "best-of-n", "model": model, "data": "-"})

@@ -76,7 +76,7 @@ def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
     halves = longest <= config.max_tokens // 2 < found.tokens
     if work.method.data != "prompts" and halves and large("activations", "head", "workspace"):
         yield {"max_tokens": config.max_tokens // 2}
-    if config.kept_logits_gib and "head" in parts and large("head", "workspace"):
+    if config.kept_logits_gib and "reward" not in work.method.trains and "head" in parts and large("head", "workspace"):
         yield {"kept_logits_gib": 0.0}
     if large("rollouts") and config.sampling.batch_size > 1:
         yield {"sampling.batch_size": config.sampling.batch_size // 2}

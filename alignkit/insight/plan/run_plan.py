@@ -30,6 +30,7 @@ from alignkit.reference.choice import check_reference
 from alignkit.reference.keys import fingerprint, key
 from alignkit.rollout.checks import check_online
 from alignkit.types import Example, Layout
+from alignkit.unused import check_used
 
 CPU = torch.device("cpu")
 
@@ -86,6 +87,7 @@ def plan(
         raise ConfigError(
             "a plan counts all rows, but streaming does not hold them; plan without it, on a part of them"
         )
+    check_used(config, method)
     check_reference(config, method)
     check_online(config, method)
     if config.fsdp and processes == 1:
