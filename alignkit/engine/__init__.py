@@ -14,7 +14,8 @@ evaluation.py  held-out rows; early stopping
 averages.py    terms -> a loss, a gradient's share, means
 balance.py     the load-balancing loss of mixtures of experts
 padding.py     the padding of a saved reward model
-saving.py      checkpoints, resumption, the saved model
+saving.py      checkpoints and resumption
+model_folder.py  the saved model
 """
 
 from alignkit.engine.engine import Engine, Result, run

@@ -9,7 +9,7 @@ from alignkit import registry
 from alignkit.config import RunConfig, split
 from alignkit.engine import assemble, reading
 from alignkit.engine.loop import Loop
-from alignkit.engine.saving import save_model
+from alignkit.engine.model_folder import check_space, save_model
 from alignkit.engine.state import RunState, Splits
 from alignkit.lora_settings import LoraSettings
 from alignkit.models.loading import load_tokenizer
@@ -58,7 +58,9 @@ class Run:
                 run_folder.write_config(folder, written, config.resume, self._defaults())
             logger.info("run: %s", folder)
             parts = assemble.build(config, self.method, self.splits, self.tokenizer, accelerator)
-        self.state = RunState(config, self.method, self.splits, parts, folder, written)
+            self.state = RunState(config, self.method, self.splits, parts, folder, written)
+            if accelerator.is_main_process:
+                check_space(self.state)
         self.loop = Loop(self.state, self._session)
         return self.state
 
@@ -70,4 +72,4 @@ class Run:
 
     def save(self) -> Any:
         """Write model/ into the run's folder and return the model in memory."""
-        return save_model(self.state.parts, self.config, self.tokenizer, self.state.folder / "model")
+        return save_model(self.state, self.tokenizer)

@@ -6,6 +6,7 @@ progress.py    the terminal: one line or a bar; Ctrl-C and SIGTERM
 sessions.py    what each session ran on and cost
 results.py     the headline metrics, before and after training
 checkpoint.py  checkpoints that are whole or absent
+space.py       space on the disk, and what is said where it runs out
 runstate.py    random generators and optimisers as tensors and JSON
 card.py        the model card; usage.py its code
 pipeline.py    chains of methods; stages.py what a stage takes from the earlier ones
