@@ -45,7 +45,7 @@ def leftovers(folder: Path, name: str) -> Iterator[Path]:
     """Yield what finished processes, or this one, left in a folder. name: a pattern whose last group is a process."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = re.fullmatch(name, path.name)
-        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+        if match and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
             yield path
 
 
@@ -77,7 +77,8 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Return whether a process of this machine is running."""
     try:
         os.kill(pid, 0)
     except (OSError, OverflowError) as error:

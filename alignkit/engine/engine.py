@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from alignkit.config import read_yaml
 from alignkit.data.chat import pinned
 from alignkit.engine.phases import Run
+from alignkit.runs import config_file
 from alignkit.runs.pipeline import PipelineResult, run_pipeline
 
 
@@ -34,11 +38,12 @@ class Engine:
     def run(self, method: str, **settings: Any) -> Result:
         """Train and return the Result; the folder holds metrics.jsonl, config.yaml and model/."""
         one = Run(method, **{**self.settings, **settings})
-        with pinned(one.config.template_date):
-            one.read()
-            one.build()
-            metrics = one.loop.train()
-        return Result(metrics, one.save(), one.tokenizer, one.state.folder)
+        with closing(one):
+            with pinned(one.config.template_date):
+                one.read()
+                one.build()
+                metrics = one.loop.train()
+            return Result(metrics, one.save(), one.tokenizer, one.state.folder)
 
     def pipeline(self, stages: Sequence[Mapping[str, Any]], **settings: Any) -> PipelineResult:
         """Run a chain of methods (docs/pipeline.md). stages: flat settings. settings: shared, like the engine's."""
@@ -48,3 +53,13 @@ class Engine:
 def run(method: str, **settings: Any) -> Result:
     """Short for `Engine(**settings).run(method)`."""
     return Engine(**settings).run(method)
+
+
+def resume(folder: str | PathLike[str], **settings: Any) -> Result:
+    """Continue the run in a folder, wherever that lies now, from its newest complete checkpoint.
+
+    settings: those that may change, and objects that config.yaml cannot hold (rows, functions). Raises AlignkitError.
+    """
+    file = Path(folder) / config_file.FILE
+    started = config_file.located(file, read_yaml(file))
+    return Engine().run(**{**started, **settings, "resume": True})

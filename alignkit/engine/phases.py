@@ -15,14 +15,16 @@ from alignkit.lora_settings import LoraSettings
 from alignkit.models.loading import load_tokenizer
 from alignkit.reference.choice import check_reference
 from alignkit.rollout.checks import check_online
+from alignkit.runs import config_file, fingerprints
 from alignkit.runs import folder as run_folder
+from alignkit.runs.lock import FolderLock
 from alignkit.runs.sessions import Session
 
 logger = logging.getLogger(__name__)
 
 
 class Run:
-    """One run. `Engine.run` calls the phases in their order: read(), build(), loop.train(), save().
+    """One run. `Engine.run` calls the phases in their order: read(), build(), loop.train(), save(), close().
 
     To measure a phase, call them one at a time, as benchmarks/engine.py does; `loop.step(i, total)` is one step.
     splits: the rows, after `read`. state, loop: after `build`. Raises AlignkitError on invalid settings.
@@ -31,12 +33,13 @@ class Run:
     splits: Splits
     state: RunState
     loop: Loop
+    _lock: FolderLock | None = None
 
     def __init__(self, method: str, **settings: Any) -> None:
         self._session = Session()
         cls = registry.get(method)
         config, method_config = split({**settings, "method": method}, cls.Config)
-        self.config = config.model_copy(update={"template_date": run_folder.start_date(config)})
+        self.config = config.model_copy(update={"template_date": config_file.start_date(config)})
         self.method = cls(method_config)
         check_reference(self.config, self.method)
         check_online(self.config, self.method)
@@ -53,9 +56,13 @@ class Run:
         folder = run_folder.create(self.config, accelerator)
         config = self.config.model_copy(update={"name": folder.name})
         written = {**config.describe(), **self.method.config.model_dump(mode="json")}
+        self._lock = FolderLock(folder)
         with run_folder.undone(folder, made=not config.resume):
             if accelerator.is_main_process:
-                run_folder.write_config(folder, written, config.resume, self._defaults())
+                self._lock.take()
+            if accelerator.is_main_process:
+                moved = fingerprints.check(folder, config)
+                config_file.write_config(folder, written, config.resume, self._defaults(), moved)
             logger.info("run: %s", folder)
             parts = assemble.build(config, self.method, self.splits, self.tokenizer, accelerator)
             self.state = RunState(config, self.method, self.splits, parts, folder, written)
@@ -73,3 +80,8 @@ class Run:
     def save(self) -> Any:
         """Write model/ into the run's folder and return the model in memory."""
         return save_model(self.state, self.tokenizer)
+
+    def close(self) -> None:
+        """Let other processes write in the run's folder."""
+        if self._lock:
+            self._lock.close()

@@ -1,6 +1,9 @@
 """The files and the display of a run, and chains of runs.
 
 folder.py      the folder: config.yaml, files of one JSON object a line, whole files
+config_file.py   config.yaml: written, compared on resume, found where the folder lies
+lock.py        one process in a folder
+fingerprints.py  models.json: what the run's models were
 log.py         metrics.jsonl, trackers, listeners and their alarms
 progress.py    the terminal: one line or a bar; Ctrl-C and SIGTERM
 sessions.py    what each session ran on and cost
