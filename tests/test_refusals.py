@@ -108,6 +108,6 @@ def test_code_of_a_model_names_our_flag_and_asks_nobody(
 def test_other_faults_keep_their_words_and_cause(tmp_path: Path) -> None:
     write_tiny(tmp_path / "m")
     (tmp_path / "m/model.safetensors").unlink()
-    with pytest.raises(ModelError, match="no file named model.safetensors") as caught:
+    with pytest.raises(ModelError, match=r"no file named model\.safetensors") as caught:
         from_pretrained(str(tmp_path / "m"), config(tmp_path / "m"))
     assert isinstance(caught.value.__cause__, OSError)

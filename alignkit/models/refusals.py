@@ -16,8 +16,8 @@ def reason(error: Exception, name: str | Path, code: bool = True) -> str:
     """
     if _of_pickle(error):
         return (
-            f"{_files(name)} cannot be read without running the code that a pickle may hold, or it is damaged, so it is "
-            f"refused. Use a copy of the model in safetensors, from its author or made by "
+            f"{_files(name)} cannot be read without running the code that a pickle may hold, or it is damaged, so it "
+            f"is refused. Use a copy of the model in safetensors, from its author or made by "
             f"https://huggingface.co/spaces/safetensors/convert, which reads it elsewhere"
         )
     if _of_code(error):
