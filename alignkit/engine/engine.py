@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -37,8 +36,7 @@ class Engine:
 
     def run(self, method: str, **settings: Any) -> Result:
         """Train and return the Result; the folder holds metrics.jsonl, config.yaml and model/."""
-        one = Run(method, **{**self.settings, **settings})
-        with closing(one):
+        with Run(method, **{**self.settings, **settings}) as one:
             with pinned(one.config.template_date):
                 one.read()
                 one.build()

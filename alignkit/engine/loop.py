@@ -59,6 +59,10 @@ class Loop:
                 return last
             except (RewardError, DataError) as error:  # of all ranks together
                 raise self._halted(done, error) from error
+            except RuntimeError as error:  # told before the signals that torchrun then sends are in force again
+                if (told := state.parts.ranks.explained(error)) is error:
+                    raise
+                raise told from error
 
     @contextlib.contextmanager
     def _opened(self, done: int, total: int) -> Iterator[RunLog]:
@@ -91,6 +95,7 @@ class Loop:
         """Do one step of the data stream: collect once, then its updates. Returns the metrics of the last update."""
         started, state, parts = time.perf_counter(), self.state, self.state.parts
         config, ranks = state.config, parts.ranks
+        ranks.step = step + 1
         if state.dropout:  # seeded by step and rank, so that no rank's generator has to be restored
             torch.manual_seed(seed_of(config.seed, 8, step * ranks.n + ranks.own))
         ctx = StepContext(state, step, parts.stream[step], seeded(config.seed, 2, step), number=step)

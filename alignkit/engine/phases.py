@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import TracebackType
 from typing import Any
 
 from alignkit import registry
@@ -13,6 +14,7 @@ from alignkit.engine.model_folder import check_space, save_model
 from alignkit.engine.state import RunState, Splits
 from alignkit.lora_settings import LoraSettings
 from alignkit.models.loading import load_tokenizer
+from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.reference.choice import check_reference
 from alignkit.rollout.checks import check_online
 from alignkit.runs import config_file, fingerprints
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """One run. `Engine.run` calls the phases in their order: read(), build(), loop.train(), save(), close().
+    """One run, to be used in a `with`. `Engine.run` calls its phases in order: read(), build(), loop.train(), save().
 
     To measure a phase, call them one at a time, as benchmarks/engine.py does; `loop.step(i, total)` is one step.
     splits: the rows, after `read`. state, loop: after `build`. Raises AlignkitError on invalid settings.
@@ -33,6 +35,7 @@ class Run:
     splits: Splits
     state: RunState
     loop: Loop
+    ranks: Ranks = SINGLE  # after `build`, those of the run
     _lock: FolderLock | None = None
 
     def __init__(self, method: str, **settings: Any) -> None:
@@ -53,6 +56,7 @@ class Run:
     def build(self) -> RunState:
         """Create the run's folder, load the models and fill the reference's cache. Raises AlignkitError."""
         accelerator = assemble.accelerator_for(self.config, self.method)
+        self.ranks = Ranks(accelerator, self.config.timeout_minutes)
         folder = run_folder.create(self.config, accelerator)
         config = self.config.model_copy(update={"name": folder.name})
         written = {**config.describe(), **self.method.config.model_dump(mode="json")}
@@ -64,7 +68,7 @@ class Run:
                 moved = fingerprints.check(folder, config)
                 config_file.write_config(folder, written, config.resume, self._defaults(), moved)
             logger.info("run: %s", folder)
-            parts = assemble.build(config, self.method, self.splits, self.tokenizer, accelerator)
+            parts = assemble.build(config, self.method, self.splits, self.tokenizer, self.ranks)
             self.state = RunState(config, self.method, self.splits, parts, folder, written)
             if accelerator.is_main_process:
                 check_space(self.state)
@@ -81,7 +85,15 @@ class Run:
         """Write model/ into the run's folder and return the model in memory."""
         return save_model(self.state, self.tokenizer)
 
-    def close(self) -> None:
-        """Let other processes write in the run's folder."""
-        if self._lock:
-            self._lock.close()
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Let other processes write in the run's folder. Raises TrainingError naming ranks that do not answer."""
+        try:
+            if isinstance(error, Exception) and (told := self.ranks.explained(error)) is not error:
+                raise told from error
+        finally:
+            self.ranks.close()
+            if self._lock:
+                self._lock.close()

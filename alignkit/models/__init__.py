@@ -16,5 +16,6 @@ branches.py    attention branch by branch on a CPU
 layouts.py     forest or padded rows, decided by a probe
 passes.py      batches of any size in parts that fit into memory
 ranks.py       communication between the processes of a run
+heartbeat.py   which of them does not answer
 sharding.py    FSDP2
 """

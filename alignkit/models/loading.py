@@ -37,9 +37,8 @@ def load_tokenizer(config: RunConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(given), trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises many types here
-        raise ModelError(f"cannot load a tokenizer from '{given}'{_where(given)}: {reason(error, given)}") from cause(
-            error
-        )
+        why = reason(error, given)
+        raise ModelError(f"cannot load a tokenizer from '{given}'{_where(given)}: {why}") from cause(error)
 
 
 def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -> tuple[nn.Module, bool]:
