@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alignkit.advice import Advice, Choice, DataFacts
     from alignkit.alarms import Alarm, RunView
-    from alignkit.engine import Engine, Result, run
+    from alignkit.engine import Engine, Result, resume, run
     from alignkit.errors import AlignkitError
     from alignkit.hookspecs import hookimpl
     from alignkit.method import Context, Method, MethodConfig, Models
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "alignkit.advice": ("Advice", "Choice", "DataFacts"),
     "alignkit.alarms": ("Alarm", "RunView"),
-    "alignkit.engine": ("Engine", "Result", "run"),
+    "alignkit.engine": ("Engine", "Result", "resume", "run"),
     "alignkit.errors": ("AlignkitError",),
     "alignkit.hookspecs": ("hookimpl",),
     "alignkit.method": ("Context", "Method", "MethodConfig", "Models"),
@@ -60,6 +60,7 @@ __all__ = [
     "metric",
     "pair_metrics",
     "pairwise_ids",
+    "resume",
     "rollout_metrics",
     "run",
     "wins",

@@ -161,6 +161,8 @@ class RunConfig(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model; never from a YAML file")
 
+    allow_changed_models: bool = Field(False, description="resume although a model changed; never from a YAML file")
+
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the data's order and of everything random")
     log_every: int = Field(1, ge=1, description="steps between log lines")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: start and end")
@@ -333,6 +335,9 @@ def _named(value: Any) -> Any:
     return f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__name__)}"
 
 
+# what lets a stranger's file run code, or lose what a run was compared with
+NEVER_IN_A_FILE = ("trust_remote_code", "allow_changed_models")
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -403,7 +408,7 @@ def _refusal(wrong: list[str]) -> ConfigError:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read flat settings from a YAML file. Raises ConfigError: missing, not a mapping, or has trust_remote_code."""
+    """Read flat settings from a YAML file. Raises ConfigError: missing, not a mapping, NEVER_IN_A_FILE."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -412,14 +417,18 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must contain settings such as 'method: dpo', found {type(values).__name__}")
-    if values.get("trust_remote_code"):
-        raise ConfigError(
-            f"{path} sets trust_remote_code, which only the command line or a Python call may set; remove it"
-        )
+    check_file(path, values)
     return {str(k): v for k, v in values.items()}
 
 
+def check_file(path: object, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError where settings from a file hold one of NEVER_IN_A_FILE."""
+    for name in NEVER_IN_A_FILE:
+        if settings.get(name):
+            raise ConfigError(f"{path} sets {name}, which only the command line or a Python call may set; remove it")
+
+
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    """Write settings for `read_yaml`, without trust_remote_code."""
-    kept = {k: v for k, v in values.items() if k != "trust_remote_code"}
+    """Write settings for `read_yaml`, without NEVER_IN_A_FILE."""
+    kept = {k: v for k, v in values.items() if k not in NEVER_IN_A_FILE}
     replace_text(path, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))

@@ -1,8 +1,12 @@
-"""Writing text files atomically."""
+"""Writing files and folders completely or not at all, and what is left of those that were not."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,3 +39,48 @@ def write_text(path: Path, text: str) -> None:
             replace_text(path, text)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file") from error
+
+
+def leftovers(folder: Path, name: str) -> Iterator[Path]:
+    """Yield what finished processes, or this one, left in a folder. name: a pattern whose last group is a process."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = re.fullmatch(name, path.name)
+        if match and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
+            yield path
+
+
+def share(folder: Path) -> None:
+    """Give every file in a folder the mode that its other new files have: safetensors lets only the owner read."""
+    probe = folder / ".mode"
+    probe.touch()  # 0o666 without the process's umask, which cannot be read without changing it for other threads
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process of this machine is running."""
+    try:
+        os.kill(pid, 0)
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # it belongs to another user
+    return True

@@ -11,7 +11,8 @@ import pytest
 
 from alignkit.config import RunConfig, read_yaml
 from alignkit.errors import ConfigError
-from alignkit.runs.folder import StepLines, create, read_metrics, undone, write_config
+from alignkit.runs.config_file import write_config
+from alignkit.runs.folder import StepLines, create, read_metrics, undone
 
 ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
 

@@ -103,9 +103,14 @@ def settings_of(what: str, given: dict[str, Any], pairs: list[str], only_file: b
             f"'{what}' is not a {'config' if only_file else 'method'}; a file of settings must end in .yaml or .yml"
         )
     settings = read_yaml(what) if from_file else {"method": what}
+    options = given | pairs_of(pairs)
+    if from_file and options.get("resume", settings.get("resume")):
+        from alignkit.runs.config_file import located
+
+        settings = located(what, settings)
     if "stages" in settings:
         raise ConfigError(f"{what} has `stages`, so it is a pipeline; try: alignkit pipeline {what}")
-    return settings | given | pairs_of(pairs)
+    return settings | options
 
 
 def checked(settings: dict[str, Any]) -> tuple[RunConfig, Any]:

@@ -1,6 +1,6 @@
 """The engine: THE loop, and everything it needs.
 
-engine.py      Engine, run(): from settings to a Result
+engine.py      Engine, run(), resume(): from settings to a Result
 phases.py      Run: the phases of a run, one after the other
 loop.py        THE loop: steps, updates, checkpoints
 state.py       the state of a run, as plain data
@@ -14,9 +14,10 @@ evaluation.py  held-out rows; early stopping
 averages.py    terms -> a loss, a gradient's share, means
 balance.py     the load-balancing loss of mixtures of experts
 padding.py     the padding of a saved reward model
-saving.py      checkpoints, resumption, the saved model
+saving.py      checkpoints and resumption
+model_folder.py  the saved model
 """
 
-from alignkit.engine.engine import Engine, Result, run
+from alignkit.engine.engine import Engine, Result, resume, run
 
-__all__ = ["Engine", "Result", "run"]
+__all__ = ["Engine", "Result", "resume", "run"]

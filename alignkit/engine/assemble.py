@@ -84,9 +84,10 @@ def forget_precision() -> None:
     AcceleratorState._reset_state()  # Accelerate has no public function for this
 
 
-def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any, accelerator: Accelerator) -> Parts:
+def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any, ranks: Ranks) -> Parts:
     """Load the models, prepare the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
-    ranks, device = Ranks(accelerator), accelerator.device
+    accelerator: Accelerator = ranks.accelerator
+    device = accelerator.device
     least = least_examples(config, method, splits, ranks.n)
     stream = splits.streamed or Stream(splits.train, config.batch_size, config.seed, least, splits.weights)
     for line in stream.lines():
@@ -95,7 +96,7 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     scorers = Scorers.of_run(config, method, splits.both, device)
     plain, came_with_adapter = _trained_model(config, method, device)
     known, layout = _layout(config, method, splits, plain, accelerator)
-    reference = _reference(config, method, plain, layout, accelerator, known) if isinstance(plain, Scorer) else None
+    reference = _reference(config, method, plain, layout, ranks, known) if isinstance(plain, Scorer) else None
     drop_dropout(plain.model, method.dropout())
     if config.lora:
         set_adapter_dropout(plain.model, config.lora.dropout)
@@ -178,9 +179,10 @@ def _reference(
     method: Method[Any],
     plain: Scorer,
     layout: Layout,
-    accelerator: Accelerator,
+    ranks: Ranks,
     examples: Sequence[Example],
 ) -> Reference | None:
+    accelerator: Accelerator = ranks.accelerator
     n_bytes = sum(p.nbytes for p in plain.parameters())
     mode = resolve_reference(config, method, accelerator.device, n_bytes)
     if mode is None:
@@ -201,6 +203,6 @@ def _reference(
     )
     logger.info("reference: %s%s", mode, f", cache {reference.cache.path}" if reference.cache else "")
     reference.prepare(examples, accelerator.process_index, accelerator.num_processes)
-    accelerator.wait_for_everyone()
+    ranks.wait()
     reference.release()
     return reference

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from alignkit.config import read_yaml
 from alignkit.data.chat import pinned
 from alignkit.engine.phases import Run
+from alignkit.runs import config_file
 from alignkit.runs.pipeline import PipelineResult, run_pipeline
 
 
@@ -35,12 +38,12 @@ class Engine:
     def run(self, method: str, **settings: Any) -> Result:
         """Train and return the Result; the folder holds metrics.jsonl, config.yaml and model/."""
         shared = {name.partition(".")[0] for name in self.settings.keys() - settings.keys()}
-        one = Run(method, shared, **{**self.settings, **settings})
-        with pinned(one.config.template_date):
-            one.read()
-            one.build()
-            metrics = one.loop.train()
-        return Result(metrics, one.save(), one.tokenizer, one.state.folder)
+        with Run(method, shared, **{**self.settings, **settings}) as one:
+            with pinned(one.config.template_date):
+                one.read()
+                one.build()
+                metrics = one.loop.train()
+            return Result(metrics, one.save(), one.tokenizer, one.state.folder)
 
     def pipeline(self, stages: Sequence[Mapping[str, Any]], **settings: Any) -> PipelineResult:
         """Run a chain of methods (docs/pipeline.md). stages: flat settings. settings: shared, like the engine's."""
@@ -50,3 +53,13 @@ class Engine:
 def run(method: str, **settings: Any) -> Result:
     """Short for `Engine().run(method, **settings)`."""
     return Engine().run(method, **settings)
+
+
+def resume(folder: str | PathLike[str], **settings: Any) -> Result:
+    """Continue the run in a folder, wherever that lies now, from its newest complete checkpoint.
+
+    settings: those that may change, and objects that config.yaml cannot hold (rows, functions). Raises AlignkitError.
+    """
+    file = Path(folder) / config_file.FILE
+    started = config_file.located(file, read_yaml(file))
+    return Engine().run(**{**started, **settings, "resume": True})

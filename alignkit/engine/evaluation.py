@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from alignkit.data.stream import chunks, seeded
 from alignkit.engine.averages import Averages, counts, term_sums
@@ -86,14 +84,20 @@ def watch(state: RunState, step: int, values: Mapping[str, float]) -> None:
 
 
 def take_best(state: RunState, step: int) -> bool:
-    """Load the best weights where they are not those of `step`; return whether they were loaded."""
+    """Load the best weights where they are not those of `step`; return whether they were loaded.
+
+    Raises CheckpointError where they are damaged.
+    """
     state.parts.ranks.wait()
     if state.config.patience is None or state.early.best_step in (-1, step):
         return False
-    found = checkpoint.load(state.folder / "best", logger.warning)
+
+    def take(found: checkpoint.Loaded) -> None:
+        checkpoint.set_model_state(state.parts.policy, found.tensors["model"])
+
+    found = checkpoint.load(state.folder / "best", logger.warning, take)
     if found is None:
         return False
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(state.parts.policy, dict[str, Any](found.tensors["model"]), options=options)
     logger.info("restored the weights of step %d, which had the best evaluation", found.step)
+    state.early.best_step = step  # the weights after this step are now the best ones
     return True

@@ -15,7 +15,7 @@ from alignkit.data.stream import learning_rate, seed_of, seeded
 from alignkit.engine.averages import Averages, counts, term_sums
 from alignkit.engine.balance import Balance
 from alignkit.engine.evaluation import evaluate, patience_ended, take_best, watch
-from alignkit.engine.saving import restore, save
+from alignkit.engine.saving import restore, save, save_last
 from alignkit.engine.state import RunState
 from alignkit.engine.step import StepContext
 from alignkit.errors import AlarmError, AlignkitError, DataError, RewardError, TrainingError
@@ -24,6 +24,7 @@ from alignkit.runs.folder import resume_command
 from alignkit.runs.log import RunLog
 from alignkit.runs.progress import Progress, StopSignals
 from alignkit.runs.sessions import Session, environment, facts
+from alignkit.runs.space import logging_to
 from alignkit.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Loop:
         state, total = self.state, self.state.total_steps
         done = restore(state) if state.config.resume else 0
         last: dict[str, float] = {}
-        with self._opened(done, total) as log, StopSignals() as stop:
+        with logging_to(state.folder), self._opened(done, total) as log, StopSignals() as stop:
             try:
                 last |= self._evaluate_if_due(done, total, log)
                 while done < total and not patience_ended(state):
@@ -49,11 +50,19 @@ class Loop:
                         last |= log.write(done, values)
                     last |= self._evaluate_if_due(done, total, log)
                     self._checkpoint(done, stop, log)
-                if take_best(state, done) or state.evaluated != done:
+                changed = take_best(state, done)
+                if changed or state.evaluated != done:
                     last |= log.write(done, evaluate(state, done))
+                    state.evaluated = done
+                if changed or state.saved != done:
+                    save_last(state, done)
                 return last
             except (RewardError, DataError) as error:  # of all ranks together
                 raise self._halted(done, error) from error
+            except RuntimeError as error:  # told before the signals that torchrun then sends are in force again
+                if (told := state.parts.ranks.explained(error)) is error:
+                    raise
+                raise told from error
 
     @contextlib.contextmanager
     def _opened(self, done: int, total: int) -> Iterator[RunLog]:
@@ -86,6 +95,7 @@ class Loop:
         """Do one step of the data stream: collect once, then its updates. Returns the metrics of the last update."""
         started, state, parts = time.perf_counter(), self.state, self.state.parts
         config, ranks = state.config, parts.ranks
+        ranks.step = step + 1
         if state.dropout:  # seeded by step and rank, so that no rank's generator has to be restored
             torch.manual_seed(seed_of(config.seed, 8, step * ranks.n + ranks.own))
         ctx = StepContext(state, step, parts.stream[step], seeded(config.seed, 2, step), number=step)
@@ -193,7 +203,6 @@ class Loop:
         flags = state.parts.ranks.sum(torch.tensor(asked))  # ranks decide together
         if flags.sum() or (config.save_every and step % config.save_every == 0):
             save(state, step)
-            state.saved_at = time.monotonic()
         if flags[1]:
             if state.parts.ranks.is_main:
                 logger.warning("stopped after step %d; continue with: %s", step, resume_command(state.folder))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from types import TracebackType
 from typing import Any
 
 from alignkit import registry
 from alignkit.config import RunConfig, split
 from alignkit.engine import assemble, reading
 from alignkit.engine.loop import Loop
-from alignkit.engine.saving import save_model
+from alignkit.engine.model_folder import check_space, save_model
 from alignkit.engine.state import RunState, Splits
 from alignkit.lora_settings import LoraSettings
 from alignkit.models.loading import load_tokenizer
+from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.reference.choice import check_reference
 from alignkit.rollout.checks import check_online
+from alignkit.runs import config_file, fingerprints
 from alignkit.runs import folder as run_folder
+from alignkit.runs.lock import FolderLock
 from alignkit.runs.sessions import Session
 from alignkit.unused import check_used
 
@@ -24,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """One run. `Engine.run` calls the phases in their order: read(), build(), loop.train(), save().
+    """One run, to be used in a `with`. `Engine.run` calls its phases in order: read(), build(), loop.train(), save().
 
     To measure a phase, call them one at a time, as benchmarks/engine.py does; `loop.step(i, total)` is one step.
     splits: the rows, after `read`. state, loop: after `build`. shared: names of settings that may be without effect,
@@ -34,12 +38,14 @@ class Run:
     splits: Splits
     state: RunState
     loop: Loop
+    ranks: Ranks = SINGLE  # after `build`, those of the run
+    _lock: FolderLock | None = None
 
     def __init__(self, method: str, shared: Collection[str] = (), **settings: Any) -> None:
         self._session = Session()
         cls = registry.get(method)
         config, method_config = split({**settings, "method": method}, cls.Config)
-        self.config = config.model_copy(update={"template_date": run_folder.start_date(config)})
+        self.config = config.model_copy(update={"template_date": config_file.start_date(config)})
         self.method = cls(method_config)
         check_used(self.config, self.method, shared)
         check_reference(self.config, self.method)
@@ -54,15 +60,22 @@ class Run:
     def build(self) -> RunState:
         """Create the run's folder, load the models and fill the reference's cache. Raises AlignkitError."""
         accelerator = assemble.accelerator_for(self.config, self.method)
+        self.ranks = Ranks(accelerator, self.config.timeout_minutes)
         folder = run_folder.create(self.config, accelerator)
         config = self.config.model_copy(update={"name": folder.name})
         written = {**config.describe(), **self.method.config.model_dump(mode="json")}
+        self._lock = FolderLock(folder)
         with run_folder.undone(folder, made=not config.resume):
             if accelerator.is_main_process:
-                run_folder.write_config(folder, written, config.resume, self._defaults())
+                self._lock.take()
+            if accelerator.is_main_process:
+                moved = fingerprints.check(folder, config)
+                config_file.write_config(folder, written, config.resume, self._defaults(), moved)
             logger.info("run: %s", folder)
-            parts = assemble.build(config, self.method, self.splits, self.tokenizer, accelerator)
-        self.state = RunState(config, self.method, self.splits, parts, folder, written)
+            parts = assemble.build(config, self.method, self.splits, self.tokenizer, self.ranks)
+            self.state = RunState(config, self.method, self.splits, parts, folder, written)
+            if accelerator.is_main_process:
+                check_space(self.state)
         self.loop = Loop(self.state, self._session)
         return self.state
 
@@ -74,4 +87,17 @@ class Run:
 
     def save(self) -> Any:
         """Write model/ into the run's folder and return the model in memory."""
-        return save_model(self.state.parts, self.config, self.tokenizer, self.state.folder / "model")
+        return save_model(self.state, self.tokenizer)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Let other processes write in the run's folder. Raises TrainingError naming ranks that do not answer."""
+        try:
+            if isinstance(error, Exception) and (told := self.ranks.explained(error)) is not error:
+                raise told from error
+        finally:
+            self.ranks.close()
+            if self._lock:
+                self._lock.close()

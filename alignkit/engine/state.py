@@ -95,7 +95,8 @@ class RunState:
     """One run: its settings, what was built for it, and its progress.
 
     written: the settings as in config.yaml. skipped: updates that were not finite. evaluated: the step of the last
-    evaluation, -1 before the first. saved_at: time.monotonic() of the last checkpoint.
+    evaluation, -1 before the first. saved, saved_at: step and time.monotonic() of the last checkpoint, -1 without one.
+    only_for_model: that checkpoint was written in case that saving the model fails, and goes once it is saved.
     """
 
     config: RunConfig
@@ -107,6 +108,8 @@ class RunState:
     skipped: int = 0
     evaluated: int = -1
     early: EarlyStop = field(default_factory=EarlyStop)
+    saved: int = -1
+    only_for_model: bool = False
     saved_at: float = field(default_factory=time.monotonic)
 
     @property

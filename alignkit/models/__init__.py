@@ -1,6 +1,7 @@
 """Models: loading them, packing rows for them, and computing log-probabilities and scalar values with them.
 
 loading.py     tokenizer, model, dropout
+refusals.py    what is said where a model cannot be loaded safely
 adapters/      low-rank adapters, and the model before they were trained; what they leave out
 quantised.py   a frozen base in 4 bits
 towers.py      the language model of a multimodal one, and the rest of it, which is frozen
@@ -15,5 +16,6 @@ branches.py    attention branch by branch on a CPU
 layouts.py     forest or padded rows, decided by a probe
 passes.py      batches of any size in parts that fit into memory
 ranks.py       communication between the processes of a run
+heartbeat.py   which of them does not answer
 sharding.py    FSDP2
 """

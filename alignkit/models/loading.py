@@ -17,6 +17,7 @@ from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.models.adapters import Kind, add_lora, check_mergeable, summary
 from alignkit.models.branches import attend_by_branches
 from alignkit.models.quantised import check_frozen, copy_marks, floating, layers_4bit, nf4, settle
+from alignkit.models.refusals import cause, reason
 from alignkit.models.towers import auto_class, freeze_towers, towers
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ def load_tokenizer(config: RunConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(given), trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises many types here
-        raise ModelError(f"cannot load a tokenizer from '{given}'{_where(given)}: {first_line(error)}") from error
+        why = reason(error, given)
+        raise ModelError(f"cannot load a tokenizer from '{given}'{_where(given)}: {why}") from cause(error)
 
 
 def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -> tuple[nn.Module, bool]:
@@ -123,7 +125,7 @@ def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights
     except ModelError:
         raise
     except Exception as error:  # transformers raises many types here
-        raise ModelError(f"cannot load a {what} from '{name}'{_where(name)}: {first_line(error)}") from error
+        raise ModelError(f"cannot load a {what} from '{name}'{_where(name)}: {reason(error, name)}") from cause(error)
 
 
 def on_cpu(config: RunConfig) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from alignkit.models.heartbeat import Heartbeat
 
 T = TypeVar("T")
 
@@ -20,21 +23,37 @@ class Ranks:
     """The ranks (processes) of a run, seen from one of them; every method must be called by all ranks or by none.
 
     n: the number of ranks. own: the number of this one, from 0. accelerator: Accelerate's, None for a single process.
+    minutes: the time-out of the communication; where it is given, the ranks tell each other that they live. step: where
+    the run is, for that.
     """
 
-    def __init__(self, accelerator: Any = None) -> None:
+    def __init__(self, accelerator: Any = None, minutes: float | None = None) -> None:
         self.accelerator = accelerator
         self.n = 1 if accelerator is None else int(accelerator.num_processes)
         self.own = 0 if accelerator is None else int(accelerator.process_index)
+        self.step = self._calls = 0
+        self._heartbeat: Heartbeat | None = None
+        if minutes is not None and self.n > 1 and "MASTER_ADDR" in os.environ:
+            self._heartbeat = Heartbeat(self.own, self.n, minutes, lambda: (self._calls, self.step))
 
     @property
     def is_main(self) -> bool:
         """True for the rank that writes the files."""
         return self.own == 0
 
+    def explained(self, error: Exception) -> Exception:
+        """Return a TrainingError naming the ranks that do not answer, where `error` comes from that, else `error`."""
+        return self._heartbeat.explained(error) if self._heartbeat else error
+
+    def close(self) -> None:
+        """Stop telling the other ranks that this one lives."""
+        if self._heartbeat:
+            self._heartbeat.close()
+
     def wait(self) -> None:
         """Wait for all ranks."""
         if self.n > 1:
+            self._calls += 1
             self.accelerator.wait_for_everyone()
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
@@ -45,12 +64,14 @@ class Ranks:
         """Sum over the ranks."""
         if self.n == 1:
             return value
+        self._calls += 1
         return self.accelerator.reduce(value.to(self.accelerator.device), "sum")  # type: ignore[no-any-return]
 
     def largest(self, value: Tensor) -> Tensor:
         """Return the largest entries over the ranks, [k] -> [k]."""
         if self.n == 1:
             return value
+        self._calls += 1
         gathered = self.accelerator.gather(value[None].to(self.accelerator.device))
         return gathered.amax(0)  # type: ignore[no-any-return]
 
@@ -63,6 +84,7 @@ class Ranks:
         most = self.most(len(numbers))
         if self.n == 1 or most == 0:
             return numbers
+        self._calls += 1
         padded = torch.tensor(numbers + [-1] * (most - len(numbers)), device=self.accelerator.device)
         return [int(r) for r in self.accelerator.gather(padded) if r >= 0]
 

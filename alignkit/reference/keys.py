@@ -23,7 +23,7 @@ from alignkit.models.rope import switch_of
 from alignkit.reference.cache import LogpCache, default_path
 from alignkit.types import Example
 
-__all__ = ["LogpCache", "cached_logps", "default_path", "fill", "fingerprint", "key"]
+__all__ = ["LogpCache", "cached_logps", "default_path", "fill", "fingerprint", "key", "weights_digest"]
 
 Score = Callable[[list[Example]], Tensor]
 """Examples -> log-probabilities of their trained tokens, float32 [C], examples x completions x tokens in order."""
@@ -68,6 +68,14 @@ def fingerprint(
         if same not in digests:
             digests[same] = _digest(t)
         whole.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode() + digests[same])
+    return whole.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return the sha256 (64 hex digits) of a model's weights; without adapters where they are new ones."""
+    whole = hashlib.sha256()
+    for name, t in sorted(_named_tensors(model, adapters=hasattr(model, "peft_config")).items()):
+        whole.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode() + _digest(t))
     return whole.hexdigest()
 
 

@@ -21,6 +21,7 @@ from alignkit.data.chat import Chat
 from alignkit.data.rows import Content, Report, Row
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, ModelError
+from alignkit.models.refusals import cause, reason
 from alignkit.models.rope import forget_lengths, switch_of
 from alignkit.rewards.answers import text_of
 from alignkit.rewards.functions import RowError
@@ -77,13 +78,14 @@ class Classifier:
     def __init__(self, folder: str, device: torch.device | str, max_tokens: int) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:  # without trust_remote_code=False, transformers asks on the terminal
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True
+                folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
         except Exception as error:  # transformers raises many types here
-            raise ModelError(f"cannot load a reward model from '{folder}': {type(error).__name__}: {error}") from error
+            why = reason(error, folder, code=False)
+            raise ModelError(f"cannot load a reward model from '{folder}': {why}") from cause(error)
         if missing := sorted(loading["missing_keys"]):  # transformers initialises them at random and only warns
             raise ModelError(f"the reward model in '{folder}' lacks weights: {', '.join(missing[:4])}")
         self.folder, self.device, self.max_tokens = folder, torch.device(device), max_tokens

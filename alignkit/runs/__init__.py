@@ -1,11 +1,15 @@
 """The files and the display of a run, and chains of runs.
 
 folder.py      the folder: config.yaml, files of one JSON object a line, whole files
+config_file.py   config.yaml: written, compared on resume, found where the folder lies
+lock.py        one process in a folder
+fingerprints.py  models.json: what the run's models were
 log.py         metrics.jsonl, trackers, listeners and their alarms
 progress.py    the terminal: one line or a bar; Ctrl-C and SIGTERM
 sessions.py    what each session ran on and cost
 results.py     the headline metrics, before and after training
 checkpoint.py  checkpoints that are whole or absent
+space.py       space on the disk, and what is said where it runs out
 runstate.py    random generators and optimisers as tensors and JSON
 card.py        the model card; usage.py its code
 pipeline.py    chains of methods; stages.py what a stage takes from the earlier ones

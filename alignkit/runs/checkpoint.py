@@ -14,35 +14,45 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignkit.errors import CheckpointError
+from alignkit.errors import CheckpointError, first_line
+from alignkit.files import leftovers, remove, share, sync
 from alignkit.runs.runstate import (
+    check_finite,
     flatten_optimizer,
     model_state,
     optimizer_state,
     packed,
     rng_state,
+    set_model_state,
     set_optimizer_state,
     set_rng_state,
     unflatten_optimizer,
     without_aliases,
 )
+from alignkit.runs.space import ROOM, and_resume, saving
 
 __all__ = [
     "Loaded",
+    "OtherRows",
+    "check_finite",
     "flatten_optimizer",
     "load",
     "model_state",
     "optimizer_state",
+    "remove_step",
     "rng_state",
     "save",
+    "set_model_state",
     "set_optimizer_state",
     "set_rng_state",
     "unflatten_optimizer",
@@ -50,8 +60,7 @@ __all__ = [
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})(\.new)?")
-_TEMPORARY = re.compile(r"\.tmp-step-\d+-(\d+)")
-_HEADER_ROOM = 1 << 20  # for file headers, the manifest, and the file system's metadata
+_TEMPORARY = r"\.tmp-step-\d+-(\d+)"
 
 
 @dataclass(frozen=True)
@@ -76,38 +85,47 @@ def save(
     unique = {group: without_aliases(named) for group, named in tensors.items()}
     aliases = {group: pair[1] for group, pair in unique.items()}
     text = json.dumps({"step": step, "aliases": aliases, "state": dict(state)})
-    needed = sum(t.nbytes for kept, _ in unique.values() for t in kept.values()) + len(text.encode()) + _HEADER_ROOM
+    needed = sum(t.nbytes for kept, _ in unique.values() for t in kept.values()) + len(text.encode()) + ROOM
     temporary = folder / f".tmp-step-{step:08d}-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        if shutil.disk_usage(folder).free < needed:
-            raise OSError("not enough space")
-        temporary.mkdir()
-        for group, (kept, _) in unique.items():
-            save_file(packed(kept), temporary / f"{group}.safetensors")
-        (temporary / "state.json").write_text(text, encoding="utf-8")
-        _seal(temporary)
-        final = _publish(temporary, folder / f"step-{step:08d}")
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(_full_message(folder, step, needed, error)) from error
-        raise
+    for left in leftovers(folder, _TEMPORARY):
+        remove(left)
+    then = f"Older checkpoints are whole. {and_resume(folder.parent)}"
+    with saving(f"the checkpoint of step {step}", folder, needed, then):
+        try:
+            temporary.mkdir()
+            for group, (kept, _) in unique.items():
+                save_file(packed(kept), temporary / f"{group}.safetensors")
+            (temporary / "state.json").write_text(text, encoding="utf-8")
+            _seal(temporary)
+            final = _publish(temporary, folder / f"step-{step:08d}")
+        except BaseException:
+            remove(temporary)
+            raise
     _prune(folder, step, keep)
     return final
 
 
-def load(folder: Path, log: Callable[[str], object] = print) -> Loaded | None:
+class OtherRows(CheckpointError):
+    """The rows of a run are not those of its checkpoints, of which then none is tried."""
+
+
+def load(
+    folder: Path, log: Callable[[str], object] = print, take: Callable[[Loaded], object] = lambda one: None
+) -> Loaded | None:
     """Return the newest complete checkpoint in `folder`, or None without any checkpoint.
 
-    Every file's sha256 is verified. A damaged checkpoint is reported through `log`, and the one before it is used.
-    Raises CheckpointError where all checkpoints are damaged.
+    Every file's sha256 is verified. take: uses the contents, and fails where they do not fit. A damaged checkpoint, or
+    one with wrong contents, is reported through `log`, and the one before it is used.
+    Raises CheckpointError where no checkpoint can be used.
     """
     problems = []
     for path in _checkpoints(folder):
         try:
-            return _read(path)
+            found = _read(path)
+            _taken(found, take)
+            return found
+        except OtherRows:
+            raise
         except CheckpointError as error:
             problems.append(str(error))
             log(f"checkpoint {path} is damaged ({error}); trying the one before it")
@@ -119,19 +137,27 @@ def load(folder: Path, log: Callable[[str], object] = print) -> Loaded | None:
     return None
 
 
+def remove_step(folder: Path, step: int) -> None:
+    """Remove the checkpoint of a step, and `folder` with the last one."""
+    for path in _checkpoints(folder):
+        if path.name.removesuffix(".new") == f"step-{step:08d}":
+            remove(path)
+    with suppress(OSError):  # it holds others
+        folder.rmdir()
+
+
 def _seal(temporary: Path) -> None:
     """Sync all files to the disk and write the manifest, which makes the folder a checkpoint."""
     files = {}
+    share(temporary)
     for path in sorted(temporary.iterdir()):
-        os.chmod(path, 0o644)  # safetensors creates files that only their owner can read
-        _sync(path)
+        sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    _sync(temporary)
+    sync(temporary)
     manifest = temporary / "manifest.json"
     manifest.write_text(json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8")
-    os.chmod(manifest, 0o644)
-    _sync(manifest)
-    _sync(temporary)
+    sync(manifest)
+    sync(temporary)
 
 
 def _publish(temporary: Path, final: Path) -> Path:
@@ -140,11 +166,11 @@ def _publish(temporary: Path, final: Path) -> Path:
         spare = final.with_name(final.name + ".new")
         shutil.rmtree(spare, ignore_errors=True)
         os.rename(temporary, spare)
-        _sync(final.parent)
+        sync(final.parent)
         shutil.rmtree(final)
         temporary = spare
     os.rename(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
     return final
 
 
@@ -164,9 +190,24 @@ def _read(path: Path) -> Loaded:
         for group, aliases in head["aliases"].items():
             named = load_file(path / f"{group}.safetensors")
             tensors[group] = named | {name: named[first] for name, first in aliases.items()}
-        return Loaded(head["step"], tensors, head["state"], path)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        step, state = head["step"], head["state"]
+        if type(step) is not int or f"step-{step:08d}" != path.name.removesuffix(".new"):
+            raise CheckpointError(f"state.json has step {step!r:.40}, which is not that of the folder's name")
+        if not isinstance(state, dict):
+            raise CheckpointError(f"state.json has no object as its state: {state!r:.40}")
+        return Loaded(step, tensors, state, path)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"it cannot be read: {error!r}") from error
+
+
+def _taken(found: Loaded, take: Callable[[Loaded], object]) -> None:
+    """Call `take`; its errors about the contents become CheckpointErrors."""
+    try:
+        take(found)
+    except (torch.OutOfMemoryError, torch.distributed.DistError):  # not the checkpoint's fault
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"its contents do not fit this run: {first_line(error)}") from error
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
@@ -176,7 +217,7 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         files = {str(n): {"size": int(e["size"]), "sha256": str(e["sha256"])} for n, e in manifest["files"].items()}
     except FileNotFoundError:
         raise CheckpointError("manifest.json is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"manifest.json is damaged: {error!r}") from error
     if version != VERSION:
         raise CheckpointError(f"manifest.json has format version {version}, but this alignkit reads version {VERSION}")
@@ -198,39 +239,6 @@ def _prune(folder: Path, step: int, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the temporary folders of finished processes, and of this one."""
-    for path in folder.iterdir():
-        match = _TEMPORARY.fullmatch(path.name)
-        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # it may be alive and belong to another user
-    return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _full_message(folder: Path, step: int, needed: int, error: Exception) -> str:
-    place = next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path("/"))
-    free = shutil.disk_usage(place).free
-    return (
-        f"the checkpoint of step {step} cannot be written to {folder}: {error}. It needs {needed / 1e6:.1f} MB, "
-        f"{free / 1e6:.1f} MB are free. Older checkpoints are intact. Free some space, or choose another output folder."
-    )

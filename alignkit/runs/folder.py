@@ -7,23 +7,16 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignkit.config import RunConfig, read_yaml, write_yaml
+from alignkit.config import RunConfig
 from alignkit.errors import ConfigError, DataError
+from alignkit.runs import lock
 
 EVAL = "eval/"  # in front of the metrics of an evaluation
-
-# settings that may change when a run is resumed, because they do not change its results
-FREE = {
-    "resume", "name", "output", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_tokens",
-    "trackers", "device", "timeout_minutes", "trust_remote_code", "cache_file", "reference_cache", "kept_logits_gib",
-    "health", "stop_on",
-}  # fmt: skip
 
 
 def create(config: RunConfig, accelerator: Any) -> Path:
@@ -61,7 +54,7 @@ def _find_or_make(config: RunConfig, file: str) -> Path:
             raise ConfigError(f"{folder} has no run to resume; runs in {config.output}: {_runs(config.output, file)}")
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file; choose another --name")
-        if not config.resume and folder.exists() and any(folder.iterdir()):
+        if not config.resume and folder.exists() and any(p.name != lock.FILE for p in folder.iterdir()):
             raise ConfigError(f"{folder} exists; continue it with --resume, or choose another --name")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -78,15 +71,19 @@ def _find_or_make(config: RunConfig, file: str) -> Path:
     raise ConfigError(f"{config.output} has no free run number; choose another --output")
 
 
+_FIRST = {"config.yaml", "models.json", lock.FILE}
+
+
 @contextmanager
 def undone(folder: Path, made: bool) -> Iterator[None]:
-    """Remove a new folder where preparing the run fails, as long as it holds config.yaml only."""
+    """Remove a new folder where preparing the run fails, as long as it holds config.yaml and models.json only."""
     try:
         yield
     except BaseException:
         with suppress(OSError):  # another rank may have removed it
-            if made and {p.name for p in folder.iterdir()} <= {"config.yaml"}:
-                (folder / "config.yaml").unlink(missing_ok=True)
+            if made and {p.name for p in folder.iterdir()} <= _FIRST:
+                for name in _FIRST:
+                    (folder / name).unlink(missing_ok=True)
                 folder.rmdir()
         raise
 
@@ -96,55 +93,9 @@ def _runs(output: Path, file: str) -> str:
     return ", ".join(names[-8:]) or "none"
 
 
-def write_config(
-    folder: Path, settings: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None
-) -> None:
-    """Write config.yaml; where the run is resumed, compare it instead. Raises ConfigError naming changed settings.
-
-    defaults: of settings that did not exist when the run was started.
-    """
-    path = folder / "config.yaml"
-    if resume:
-        started = _filled(read_yaml(path), defaults or {})
-        before, now = ({k: v for k, v in s.items() if k not in FREE} for s in (started, settings))
-        check_same(folder, before, now)
-        return
-    write_yaml(path, {k: v for k, v in settings.items() if k != "resume"})
-
-
-def _filled(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run with the defaults of those that it lacks, also inside of mappings."""
-    inner = {
-        k: {**defaults[k], **v} for k, v in saved.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)
-    }
-    return {**defaults, **saved, **inner}
-
-
-def start_date(config: RunConfig) -> date:
-    """Return the date that chat templates write in a run: the setting, or the day on which the run was started."""
-    if config.template_date is not None:
-        return config.template_date
-    path = config.output / (config.name or "") / "config.yaml"
-    if not config.resume or not path.is_file():
-        return date.today()
-    pinned = read_yaml(path).get("template_date")
-    return date.fromisoformat(str(pinned)) if pinned else date.fromtimestamp(path.stat().st_mtime)
-
-
 def resume_command(folder: Path) -> str:
     """Return what to type to continue the run in `folder`."""
     return f"alignkit run {folder / 'config.yaml'} --resume"
-
-
-def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ConfigError naming the settings that differ between a folder's start and now."""
-    now = json.loads(json.dumps(now))
-    changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-    if changed:
-        was = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed[:3])
-        raise ConfigError(
-            f"{folder} was started with other settings: {was}. Resume with the same settings, or start a new run"
-        )
 
 
 class StepLines:

@@ -16,15 +16,17 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.config import RunConfig, read_yaml, write_yaml
+from alignkit.config import RunConfig, check_file, read_yaml, write_yaml
 from alignkit.errors import ConfigError
 from alignkit.files import replace_text
 from alignkit.runs import folder as run_folder
+from alignkit.runs.config_file import FREE, check_same
+from alignkit.runs.lock import FolderLock
 from alignkit.runs.results import HEADLINE
 from alignkit.runs.stages import Stage, check, named, resolve
 
@@ -60,10 +62,9 @@ def read_pipeline(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read settings and stages from a YAML file. Raises ConfigError as `read_yaml` does, for every stage too."""
     settings = read_yaml(path)
     stages = settings.get("stages")
-    if any(isinstance(s, Mapping) and s.get("trust_remote_code") for s in (stages if isinstance(stages, list) else ())):
-        raise ConfigError(
-            f"{path} sets trust_remote_code, which only the command line or a Python call may set; remove it"
-        )
+    for stage in stages if isinstance(stages, list) else ():
+        if isinstance(stage, Mapping):
+            check_file(path, stage)
     return settings
 
 
@@ -78,10 +79,10 @@ def run_pipeline(engine: Callable[..., Any], stages: Any, settings: Mapping[str,
     given: dict[str, Any] = {k: shared.pop(k) for k in ("name", "output", "resume") if k in shared}
     resolved = resolve(stages, shared)
     check(resolved)
-    folder = _folder(resolved, given)
+    folder, lock = _folder(resolved, given)
     seconds = _known_seconds(folder)
     finished: list[StageResult] = []
-    with _how_to_resume(folder):
+    with closing(lock), _how_to_resume(folder):
         for number, stage in enumerate(resolved, 1):
             place = folder / f"{number}-{stage.name}"
             if not (place / "model").is_dir():
@@ -118,22 +119,33 @@ def _run(engine: Callable[..., Any], stage: Stage, place: Path, folders: Mapping
     return time.perf_counter() - started
 
 
-def _folder(stages: Sequence[Stage], given: Mapping[str, Any]) -> Path:
-    """Return the pipeline's folder: a new one, or the existing one with the same stages."""
+def _folder(stages: Sequence[Stage], given: Mapping[str, Any]) -> tuple[Path, FolderLock]:
+    """Return the pipeline's folder, a new one or the existing one with the same stages, and its lock."""
     config = RunConfig(**{"method": "pipeline", "model": "-", "data": "-", **given})
     if config.name is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes need one folder: set the pipeline's `name`")
     if int(os.environ.get("RANK", "0")):
         # the first process creates it; a stage starts when all processes are there
-        return config.output / str(config.name)
+        folder = config.output / str(config.name)
+        return folder, FolderLock(folder)
     folder = run_folder.find_or_make(config, FILE)
-    written = [s.written() for s in stages]
+    lock = FolderLock(folder)
+    lock.take()
+    try:
+        _begin(folder, config, [s.written() for s in stages])
+    except BaseException:
+        lock.close()
+        raise
+    return folder, lock
+
+
+def _begin(folder: Path, config: RunConfig, written: list[dict[str, Any]]) -> None:
+    """Write pipeline.yaml; where the pipeline is resumed, compare its stages instead. Raises ConfigError."""
     if config.resume:  # pipeline.yaml itself may have been edited
-        run_folder.check_same(folder, *_comparable(_summary(folder)["begun_with"], written))
+        check_same(folder, *_comparable(_summary(folder)["begun_with"], written))
     else:
         _write_summary(folder, {"begun_with": written, "stages": []})
         write_yaml(folder / FILE, {"output": str(config.output), "name": folder.name, "stages": written})
-    return folder
 
 
 def _comparable(before: Any, now: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -141,10 +153,7 @@ def _comparable(before: Any, now: list[dict[str, Any]]) -> tuple[dict[str, Any],
     names = [[stage["name"] for stage in stages] for stages in (before, now)]
     if names[0] != names[1]:
         return {"stages": ", ".join(names[0])}, {"stages": ", ".join(names[1])}
-    flat = [
-        {f"{s['name']}: {k}": v for s in stages for k, v in s.items() if k not in run_folder.FREE}
-        for stages in (before, now)
-    ]
+    flat = [{f"{s['name']}: {k}": v for s in stages for k, v in s.items() if k not in FREE} for stages in (before, now)]
     return flat[0], flat[1]
 
 

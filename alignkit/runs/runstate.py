@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 
@@ -62,10 +63,51 @@ def set_rng_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> No
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained weights and the buffers, whole where they are sharded; every rank must call it."""
+    """Return the trained weights and the buffers, whole where they are sharded; every rank must call it.
+
+    Tied weights are one tensor under several names.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state: dict[str, Any] = dict(get_model_state_dict(model, options=options))
+    first: dict[int, str] = {}
+    for name, parameter in _parameters(model).items():
+        if not parameter.requires_grad:  # torch leaves out only the first name of a frozen tied weight
+            state.pop(name, None)
+        elif name in state:
+            state[name] = state[first.setdefault(id(parameter), name)]
     return {name: t for name, t in state.items() if not _STATISTICS.search(name)}
+
+
+def set_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load what `model_state` returned; every rank must call it with the whole state.
+
+    Raises CheckpointError naming a weight that is missing, unknown, of another shape, or not finite.
+    """
+    trained = {n: p for n, p in _parameters(model).items() if p.requires_grad}
+    buffers = {_WRAPPERS.sub("", n): b for n, b in model.named_buffers(remove_duplicate=False)}
+    there = {**_parameters(model), **buffers}
+    if missing := sorted(trained.keys() - tensors.keys()):
+        raise CheckpointError(f"it lacks {len(missing)} trained weights, such as '{missing[0]}'")
+    if unknown := sorted(tensors.keys() - there.keys()):
+        raise CheckpointError(f"it holds {len(unknown)} weights that the model does not have, such as '{unknown[0]}'")
+    for name, t in tensors.items():
+        if t.shape != there[name].shape:
+            raise CheckpointError(f"'{name}' has shape {list(t.shape)}, but the model's has {list(there[name].shape)}")
+    check_finite({name: tensors[name] for name in trained})
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, dict[str, Any](tensors), options=options)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a number is not finite: such a state is never saved."""
+    for name, t in tensors.items():
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise CheckpointError(f"'{name}' has numbers that are not finite")
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by their names without wrappers, tied ones under each name."""
+    return {_WRAPPERS.sub("", n): p for n, p in model.named_parameters(remove_duplicate=False)}
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
@@ -85,11 +127,13 @@ def set_optimizer_state(
 
     Raises CheckpointError where the state belongs to other parameters.
     """
+    check_finite(tensors)
     saved = unflatten_optimizer(tensors, layout)
     if "groups" in saved:
         for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
             group.update(values)
         return
+    _check_shapes(model, saved["state"])
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_optimizer_state_dict(model, optimizer, saved, options=options)
     names: dict[Tensor, set[str]] = {}
@@ -104,6 +148,16 @@ def set_optimizer_state(
             f"the checkpoint holds optimiser state of {len(lost)} parameters that are not trained here, such as "
             f"'{min(lost)}'. Resume with the settings that the run was started with"
         )
+
+
+def _check_shapes(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a moment has another shape than its weight, which torch would load."""
+    own = _parameters(model)
+    for name, values in state.items():
+        for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            t, weight = values.get(kind), own.get(_WRAPPERS.sub("", name))
+            if isinstance(t, Tensor) and weight is not None and t.shape != weight.shape:
+                raise CheckpointError(f"{kind} of '{name}' has shape {list(t.shape)}, not {list(weight.shape)}")
 
 
 def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:

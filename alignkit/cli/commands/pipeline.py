@@ -21,14 +21,19 @@ def pipeline(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model")
     ] = False,
+    allow_changed_models: Annotated[
+        bool, typer.Option("--allow-changed-models", help="Resume although a model changed since the start")
+    ] = False,
 ) -> None:
     """Run a chain of methods, such as SFT, reward model, PPO: each starts from earlier models."""
     given = {k: v for k, v in locals().items() if k != "file" and v is not None and v is not False}
     console.show_log()
     from alignkit.engine import Engine
+    from alignkit.runs.config_file import located
     from alignkit.runs.pipeline import read_pipeline, table
 
-    settings = read_pipeline(file) | given
+    settings = read_pipeline(file)
+    settings = (located(file, settings) if resume else settings) | given
     result = Engine().pipeline(settings.pop("stages", None), **settings)
     if console.rank() == 0:
         terminal.show(table(result))

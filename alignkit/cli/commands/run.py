@@ -40,6 +40,9 @@ def run(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model")
     ] = False,
+    allow_changed_models: Annotated[
+        bool, typer.Option("--allow-changed-models", help="Resume although a model changed since the start")
+    ] = False,
     more: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; see `alignkit settings METHOD`"),
