@@ -52,7 +52,9 @@ class LoraSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     r: int = Field(16, ge=1, description="rank")
-    alpha: float = Field(32.0, gt=0, description="scale; the update is multiplied by alpha / r")
+    alpha: float = Field(
+        0.0, gt=0, description="scale; the update is multiplied by alpha / r; default: so that it is by 2"
+    )
     rslora: bool = Field(False, description="multiply the update by alpha / sqrt(r) instead (2312.03732)")
     dora: bool = Field(False, description="also learn the length of each row of the weights (2402.09353)")
     target_modules: str | list[str] = Field("all-linear", description="module names, a pattern, or all-linear")

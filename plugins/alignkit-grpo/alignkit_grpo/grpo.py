@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from alignkit import Advice, Batch, Context, DataFacts, Method, MethodConfig, Models, Term, rollout_metrics
+from alignkit import Advice, Batch, Context, DataFacts, Method, MethodConfig, Models, Term, rollout_metrics, wins
 from alignkit_kernels import PolicyLoss, policy_loss, sequence_sum
 
 EPSILON = 1e-4
@@ -67,15 +67,18 @@ class GRPO(Method["GRPO.Config"]):
         rewards, scored = (batch[name].view(len(batch), -1) for name in ("rewards", "scored"))
         n_scored, infinite = scored.sum(1, keepdim=True), float("inf")
         highest, lowest = (torch.where(scored, rewards, fill) for fill in (-infinite, infinite))
-        spread = highest.amax(1, keepdim=True) > lowest.amin(1, keepdim=True)
+        # rewards that differ by rounding only are equal, or dividing by their deviation would make noise of it
+        spread = wins(highest.amax(1, keepdim=True), lowest.amin(1, keepdim=True)) == 1
         scale = self.config.scale or ("none" if self.config.variant == "dr_grpo" else "group")
         centred = (rewards - rewards.sum(1, keepdim=True) / n_scored.clamp(min=1)) * scored
         if scale == "group":
             variance = centred.square().sum(1, keepdim=True) / (n_scored - 1).clamp(min=1)
             centred = centred / (variance.sqrt() + EPSILON)
         elif scale == "batch":
-            squares = (rewards - ctx.mean(rewards, scored)).square()
-            centred = centred / (ctx.mean(squares, scored).sqrt() + EPSILON)
+            n_all = ctx.sum(n_scored.sum())
+            squares = (rewards - ctx.mean(rewards.double(), scored)).square()
+            variance = ctx.mean(squares, scored) * n_all / (n_all - 1).clamp(min=1)
+            centred = centred / (variance.sqrt() + EPSILON).to(centred.dtype)
         # equal rewards may differ from their mean by rounding
         advantages = torch.where(spread & scored, centred, 0.0).flatten()
         learned = (n_scored > 0).expand_as(scored).flatten()  # a group that no reward applies to teaches nothing
