@@ -138,10 +138,11 @@ def resume_command(folder: Path) -> str:
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError naming the settings that differ between a folder's start and now."""
-    before, now = dict(before), json.loads(json.dumps(now))
+    before, now = dict(before), dict(json.loads(json.dumps(now)))
     for group in ("lora", "sampling"):  # their settings are named one by one
-        if all(isinstance(values.get(group), Mapping) for values in (before, now)):
-            for values in (before, now):
+        both: list[dict[str, Any]] = [before, now]
+        if all(isinstance(values.get(group), dict) for values in both):
+            for values in both:
                 values |= {f"{group}.{key}": value for key, value in values.pop(group).items()}
     changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
     if changed:

@@ -75,11 +75,8 @@ def summary(model: nn.Module) -> str:
 
 def _scales(model: nn.Module) -> str:
     """Return rank, alpha and scale of the adapters, those of most modules first."""
-    found = Counter(
-        (adapter.r[name], adapter.lora_alpha[name], adapter.scaling[name])
-        for _, adapter in _adapters(model)
-        for name in adapter.r
-    )
+    adapters: list[Any] = [module for _, module in _adapters(model)]
+    found = Counter((a.r[name], a.lora_alpha[name], a.scaling[name]) for a in adapters for name in a.r)
     shown = [f"r {r}, alpha {alpha:g}, scale {scale:.3g}" for (r, alpha, scale), _ in found.most_common(3)]
     return "; ".join([*shown, "..."] if len(found) > len(shown) else shown)
 
