@@ -59,17 +59,25 @@ class TestGRPO(Conformance):
 
 class TestRLOO(Conformance):
     method = RLOO
-    configs = ({}, {"group_size": 2, "beta": 0.0}, {"group_size": 3, "beta": 0.5})
+    configs = (
+        {},
+        {"group_size": 2, "beta": 0.0},
+        {"group_size": 3, "beta": 0.5},
+        {"group_size": 3, "normalise_advantages": True},
+    )
 
     def expected_step(self, config, rows, bench):
         """At ratio 1 the surrogate's value is -A a token, summed over a completion."""
-        losses = []
+        advantages, lengths = [], [a.n for row in rows for a in row.answers]
         for row in rows:
             scores = [a.reward - config.beta * a.h for a in row.answers]
-            for i, (score, answer) in enumerate(zip(scores, row.answers, strict=True)):
+            for i, score in enumerate(scores):
                 others = scores[:i] + scores[i + 1 :]
-                losses.append(-(score - sum(others) / len(others)) * answer.n)
-        return sum(losses) / len(losses)
+                advantages.append(score - sum(others) / len(others))
+        if config.normalise_advantages:
+            mean = sum(advantages) / len(advantages)
+            advantages = [(a - mean) / (deviation(advantages, mean) + 1e-4) for a in advantages]
+        return sum(-a * n for a, n in zip(advantages, lengths, strict=True)) / len(lengths)
 
 
 def group(*lengths):
@@ -167,6 +175,13 @@ def test_leave_one_out_leaves_out_what_no_reward_applies_to():
     advantages = torch.tensor([0.0, -3.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0])
     assert terms["policy"].value.tolist() == pytest.approx((-advantages * batch.lengths).tolist(), abs=1e-5)
     assert terms["policy"].over == "scored"
+
+
+def test_what_has_nobody_to_compare_with_is_not_in_the_normal_advantages():
+    """Advantages -3, 0 and 3: the standard deviation of the sample is 3."""
+    _, _, batch = scored(RLOO, [[None, 1.0, 3.0, 5.0], [None, None, None, 4.0]], normalise_advantages=True)
+    want = [0, -3 / 3.0001, 0, 3 / 3.0001, 0, 0, 0, 0]
+    assert batch["advantages"].tolist() == pytest.approx(want, abs=1e-6)
 
 
 def test_without_a_kl_no_reference_is_needed():
