@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from alignkit.errors import AlignkitError
     from alignkit.hookspecs import hookimpl
     from alignkit.method import Context, Method, MethodConfig, Models
-    from alignkit.metrics import kl_metric, log_ratios, pair_metrics, rollout_metrics, wins
+    from alignkit.metrics import kl_metric, log_ratios, pair_metrics, rollout_metrics, rounding, wins
     from alignkit.rewards import RunningStats, pairwise_ids
     from alignkit.types import Batch, Completion, Example, Outputs, Term, metric
 
@@ -29,7 +29,7 @@ _HOMES = {
     "alignkit.errors": ("AlignkitError",),
     "alignkit.hookspecs": ("hookimpl",),
     "alignkit.method": ("Context", "Method", "MethodConfig", "Models"),
-    "alignkit.metrics": ("kl_metric", "log_ratios", "pair_metrics", "rollout_metrics", "wins"),
+    "alignkit.metrics": ("kl_metric", "log_ratios", "pair_metrics", "rollout_metrics", "rounding", "wins"),
     "alignkit.rewards": ("RunningStats", "pairwise_ids"),
     "alignkit.types": ("Batch", "Completion", "Example", "Outputs", "Term", "metric"),
 }
@@ -62,6 +62,7 @@ __all__ = [
     "pairwise_ids",
     "resume",
     "rollout_metrics",
+    "rounding",
     "run",
     "wins",
 ]  # fmt: skip

@@ -137,8 +137,9 @@ class RunConfig(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (sgd: L2), applied to matrices only")
     adam_betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon, added to the root of the second moment")
     momentum: Decay | None = Field(None, description="of muon (default 0.95) and sgd (default 0)")
-    max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
+    max_grad_norm: float = Field(1.0, ge=0, description="global norm to which gradients are clipped; 0: not clipped")
     max_skipped_steps: int = Field(10, ge=0, description="non-finite steps skipped before the run stops")
 
     max_prompt_tokens: int | None = Field(1024, ge=1, description="longer prompts are cut at their beginning")
@@ -282,6 +283,7 @@ class RunConfig(BaseModel):
             ("decay_fraction", self.schedule == "wsd", "schedule: wsd"),
             ("row_tokens", self.layout != "padded", "layout: auto or forest"),
             ("adam_betas", self.optimizer not in ("sgd", "adafactor"), "AdamW or Muon"),
+            ("adam_epsilon", self.optimizer not in ("sgd", "adafactor"), "AdamW or Muon"),
         ):
             if not used and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has an effect with {needs} only; remove it")

@@ -46,14 +46,33 @@ PEFT_INITS = {
 }
 
 
+def _alpha(given: Mapping[str, Any]) -> float:
+    """Return the default of alpha: the scale is 2 at every rank, so that a sweep of ranks is no sweep of scales.
+
+    rsLoRA's scale falls with the root of the rank, at the same alpha for all.
+    """
+    return 8.0 if given.get("rslora") else 2.0 * given.get("r", 16)
+
+
+def _alphas(given: Mapping[str, Any]) -> dict[str, float]:
+    """Return the default of alpha_pattern: where alpha has its default, the modules of rank_pattern have this scale."""
+    if given.get("rslora") or given.get("alpha") != _alpha(given):
+        return {}
+    return {pattern: 2.0 * rank for pattern, rank in given.get("rank_pattern", {}).items()}
+
+
 class LoraSettings(BaseModel):
     """Low-rank adapters on the policy (peft)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     r: int = Field(16, ge=1, description="rank")
-    alpha: float = Field(32.0, gt=0, description="scale; the update is multiplied by alpha / r")
     rslora: bool = Field(False, description="multiply the update by alpha / sqrt(r) instead (2312.03732)")
+    alpha: float = Field(
+        default_factory=_alpha,
+        gt=0,
+        description="scale; the update is multiplied by alpha / r; default: 2 r, with rslora 8, the same at r 16",
+    )
     dora: bool = Field(False, description="also learn the length of each row of the weights (2402.09353)")
     target_modules: str | list[str] = Field("all-linear", description="module names, a pattern, or all-linear")
     target_parameters: list[str] | None = Field(
@@ -62,7 +81,10 @@ class LoraSettings(BaseModel):
     exclude_modules: str | list[str] | None = Field(None, description="module names, or a pattern, without adapters")
     layers_to_transform: list[int] | None = Field(None, description="numbers of the layers with adapters; default: all")
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({}, description="module name or pattern: its rank")
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="module name or pattern: its alpha")
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=_alphas,
+        description="module name or pattern: its alpha; default: so that rank_pattern does not change the scale",
+    )
     modules_to_save: list[str] | None = Field(None, description="modules trained in full, such as lm_head")
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases trained too: all, or of adapted layers"

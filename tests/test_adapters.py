@@ -18,7 +18,7 @@ from zoo import config, examples, fresh, model_of
 import alignkit
 from alignkit.errors import ConfigError, ModelError
 from alignkit.lora_settings import PEFT_INITS, PEFT_SETTINGS, LoraSettings
-from alignkit.models.adapters import add_lora, before_training, has_start
+from alignkit.models.adapters import add_lora, before_training, has_start, summary
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
 from alignkit.runs.folder import read_metrics
@@ -69,6 +69,21 @@ def test_rslora_multiplies_the_update_by_alpha_over_the_root_of_r() -> None:
     want = x.double() @ (layer.base_layer.weight.double() + 8 / math.sqrt(4) * b @ a).T
     torch.testing.assert_close(layer(x).double(), want, rtol=0, atol=1e-4)
     assert float((x.double() @ (8 / 4 * b @ a - 8 / 2 * b @ a).T).abs().max().detach()) > 0.1  # alpha / r would differ
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"r": 2}, "r 2, alpha 4, scale 2)"), ({"r": 9, "rslora": True}, "r 9, alpha 8, scale 2.67)"),
+        ({"r": 4, "rank_pattern": {"q_proj": 6}}, "r 4, alpha 8, scale 2; r 6, alpha 12, scale 2)"),
+        ({"r": 4, "alpha": 8, "alpha_pattern": {"q_proj": 6}}, "r 4, alpha 8, scale 2; r 4, alpha 6, scale 1.5)"),
+    ],
+)  # fmt: skip
+def test_the_log_says_the_scale_that_the_layers_have(settings: dict[str, Any], said: str) -> None:
+    model = add_lora(fresh("llama"), LoraSettings(**settings))
+    assert said in summary(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert f"scale {layer.scaling['default']:.3g}" in said  # type: ignore[index]
 
 
 def test_dora_scales_each_row_to_its_learned_length() -> None:

@@ -232,6 +232,23 @@ def test_lora_is_a_flag_a_rank_or_a_mapping(given_: Any, want: LoraSettings | No
 
 
 @pytest.mark.parametrize(
+    ("given_", "alpha", "alphas"),
+    [
+        (True, 32, {}), (8, 16, {}), (256, 512, {}), ({"alpha": 5, "r": 8}, 5, {}), ({"rslora": True, "r": 64}, 8, {}),
+        ({"r": 8, "rank_pattern": {"q_proj": 32}}, 16, {"q_proj": 64}),
+        ({"r": 8, "alpha": 20, "rank_pattern": {"q_proj": 32}}, 20, {}),
+        ({"rslora": True, "rank_pattern": {"q_proj": 32}}, 8, {}),
+        ({"r": 8, "rank_pattern": {"q_proj": 32}, "alpha_pattern": {"q_proj": 3}}, 16, {"q_proj": 3}),
+    ],
+)  # fmt: skip
+def test_the_scale_of_lora_is_2_at_every_rank(given_: Any, alpha: float, alphas: dict[str, float]) -> None:
+    lora = run_config(lora=given_).lora
+    assert lora is not None
+    assert (lora.alpha, lora.alpha_pattern) == (alpha, alphas)
+    assert LoraSettings(**lora.model_dump()) == lora  # what a run's config.yaml holds is what it trained with
+
+
+@pytest.mark.parametrize(
     ("given_", "message"),
     [(0, r"lora\.r: .*greater than or equal to 1.*given: 0"), ("many", r"lora\.r: .*given: 'many'"),
      ({"rank": 4}, r"unknown setting 'lora\.rank'"), (1.5, "lora: ")],

@@ -83,7 +83,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(
     a, b = read_metrics(one.folder), read_metrics(folder)
     assert [line["step"] for line in a] == [line["step"] for line in b]
     for x, y in zip(a, b, strict=True):
-        for name in set(x) - {"tokens_per_second", "rewards/accuracy", "eval/rewards/accuracy"}:
+        for name in set(x) - {"tokens_per_second"}:
             assert x[name] == pytest.approx(y[name], abs=1e-5, rel=1e-5), name
     file = "adapter_model.safetensors" if lora else "model.safetensors"
     ours, theirs = load_file(one.folder / "model" / file), load_file(folder / "model" / file)

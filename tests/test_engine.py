@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import alignkit
 from alignkit.errors import CheckpointError, ConfigError, TrainingError
 from alignkit.runs.folder import read_metrics
 from alignkit_kernels import linear_logps
-from helpers import killed_before, make_rows
+from helpers import killed_before, make_rows, sentence, write_tiny
 
 METHODS = ["sft", "dpo", "ipo", "kto", "orpo", "simpo", "cpo"]
 TIMED = {"tokens_per_second"}
@@ -69,8 +70,37 @@ def test_the_result_does_not_depend_on_micro_batches_or_layout(
     whole = alignkit.run(method, data=rows, **settings)
     cut = alignkit.run(method, data=rows, **settings | changed)
     for a, b in zip(lines(whole.folder), lines(cut.folder), strict=True):
-        for name in set(a) - {"rewards/accuracy"}:  # ties at the start are broken by rounding
+        for name in a:
             assert a[name] == pytest.approx(b[name], abs=2e-5, rel=2e-5), name
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("dpo", {}), ("dpo", {"divergence": "forward_kl", "ld_alpha": 0.5}), ("dpo", {"length_normalised": True}),
+        ("ipo", {}), ("kto", {"reference": "full"}),
+    ],
+)  # fmt: skip
+def test_a_policy_that_is_its_reference_has_an_accuracy_of_one_half(
+    method: str, own: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """In each of these cuts, the passes of the reference round otherwise than those of the policy."""
+    write_tiny(tmp_path / "wider", hidden_size=128, intermediate_size=192, num_hidden_layers=3)
+    words = random.Random(0)
+    rows = [
+        {"prompt": f"{i} {sentence(words)}:", **{k: f" {sentence(words, 1, 40)}" for k in ("chosen", "rejected")}}
+        for i in range(40)
+    ]
+    settings |= {"model": str(tmp_path / "wider"), "data": rows, "eval_fraction": 0.3, "max_steps": 1}
+    settings |= {"batch_size": 12, "reference": "cached"} | own
+    margins = set()
+    for i, cut in enumerate([{}, {"max_tokens": 300}, {"layout": "padded", "max_tokens": 200}]):
+        run = alignkit.run(method, **settings | cut | {"cache_file": tmp_path / f"{i}.sqlite"})
+        before, step, after = lines(run.folder)
+        assert (before["eval/rewards/accuracy"], step["rewards/accuracy"]) == (0.5, 0.5)
+        assert abs(after["eval/rewards/margin"]) > 1e-3  # the step itself is far beyond the tolerance
+        margins.add(step["rewards/margin"])
+    assert len(margins) > 1
 
 
 @pytest.mark.parametrize("method", METHODS)

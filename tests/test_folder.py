@@ -97,11 +97,20 @@ def test_a_setting_that_an_earlier_build_did_not_have_had_its_default(tmp_path: 
         write_config(tmp_path, settings | {"shuffle_buffer": 7}, resume=True, defaults=settings)
 
 
+def test_a_setting_inside_of_another_is_named_where_it_differs(tmp_path: Path) -> None:
+    """An older version had alpha 32 at every rank."""
+    settings = config(tmp_path, lora={"r": 8, "alpha": 32.0}).describe()
+    write_config(tmp_path, settings, resume=False)
+    write_config(tmp_path, settings, resume=True)
+    with pytest.raises(ConfigError, match=r"other settings: lora\.alpha was 32\.0, is 16\.0\. Resume"):
+        write_config(tmp_path, config(tmp_path, lora=8).describe(), resume=True)
+
+
 def test_a_setting_inside_of_another_had_its_default_too(tmp_path: Path) -> None:
     write_config(tmp_path, {"lora": {"r": 2}}, resume=False)
     defaults = {"lora": {"r": 16, "dora": False}}
     write_config(tmp_path, {"lora": {"r": 2, "dora": False}}, resume=True, defaults=defaults)
-    with pytest.raises(ConfigError, match="lora was"):
+    with pytest.raises(ConfigError, match=r"lora\.dora was False, is True"):
         write_config(tmp_path, {"lora": {"r": 2, "dora": True}}, resume=True, defaults=defaults)
 
 

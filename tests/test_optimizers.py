@@ -9,11 +9,12 @@ import pytest
 import torch
 from test_engine import lines, same
 from torch import nn
+from transformers import AutoModelForCausalLM
 from zoo import config, fresh
 
 import alignkit
 from alignkit.data.stream import learning_rate
-from alignkit.engine.optimizers import build_optimizer, matrices, state_bytes
+from alignkit.engine.optimizers import SMALL, build_optimizer, matrices, state_bytes
 from alignkit.errors import ConfigError
 from alignkit.models.loading import load_model
 from alignkit.models.scoring import Scorer
@@ -48,6 +49,39 @@ def stepped(name: str, steps: int = 1, **settings: Any) -> tuple[Any, dict[str, 
         optimizer.step()
     scorer.optimizer = optimizer
     return scorer, before, gradients
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "muon"])
+def test_adams_epsilon_is_added_to_the_root_of_the_second_moment(name: str) -> None:
+    """In the first step both moments are those of one gradient: the update is rate g / (|g| + epsilon)."""
+    scorer, before, (gradients,) = stepped(name, adam_epsilon=0.5)
+    inside = matrices(scorer) if name == "muon" else set()
+    of_adam = {n: p for n, p in scorer.named_parameters() if id(p) not in inside}
+    assert of_adam
+    for n, p in of_adam.items():
+        g = gradients[n].double()
+        want = -1e-2 * g / (g.abs() + 0.5)
+        coarse = name.endswith("8bit") and p.numel() >= SMALL
+        torch.testing.assert_close(
+            p.detach().double() - before[n].double(), want, rtol=0, atol=3e-4 if coarse else 1e-6
+        )
+
+
+def test_gradients_are_clipped_unless_the_norm_is_0(settings: dict[str, Any]) -> None:
+    settings |= {"data": make_rows("pairs", 8), "max_steps": 1, "optimizer": "sgd", "learning_rate": 1e-2}
+    clipped, free, far = (alignkit.run("simpo", **settings, max_grad_norm=norm) for norm in (1e-3, 0, 1e9))
+    norms = [lines(r.folder)[0]["grad_norm"] for r in (clipped, free, far)]
+    assert norms[0] == norms[1] == norms[2] > 1e-2
+    assert same(free.model, far.model)
+    start = Scorer(AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)).model.state_dict()
+
+    def moved(result: Any) -> float:
+        """The length of the update."""
+        now = result.model.state_dict()
+        return math.sqrt(sum(float((now[n] - start[n]).double().square().sum()) for n in start))
+
+    assert moved(free) == pytest.approx(1e-2 * norms[1], rel=1e-3)
+    assert moved(clipped) == pytest.approx(1e-2 * 1e-3, rel=1e-2)
 
 
 # -------------------------------------------------------------------------------------------------------- schedules

@@ -26,7 +26,7 @@ def described(cls: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     from pydantic import BaseModel
 
     for name, field in cls.model_fields.items():
-        default = field.get_default(call_default_factory=True)
+        default = field.get_default(call_default_factory=True, validated_data={})
         if isinstance(default, PurePath | str):
             shown = str(default)
         elif isinstance(default, BaseModel):

@@ -160,7 +160,8 @@ class Loop:
                 # times the number of ranks: data parallelism averages gradients over ranks, here they must be summed
                 accelerator.backward(loss * (counted * weight * ranks.n))
             averages.add(summed, counted * weight)
-        norm = accelerator.clip_grad_norm_(parts.policy.parameters(), state.config.max_grad_norm)
+        limit = state.config.max_grad_norm or math.inf  # at infinity the gradients stay, and the norm is measured
+        norm = accelerator.clip_grad_norm_(parts.policy.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return balance.added(averages.means(ranks.sum, ranks.largest)), float(norm), micros
 

@@ -48,15 +48,16 @@ def build_optimizer(module: nn.Module, config: RunConfig, rate: float) -> torch.
 
     Raises ConfigError where it needs a GPU or bitsandbytes.
     """
-    groups, betas = _groups(module, config, rate), config.adam_betas
+    groups = _groups(module, config, rate)
+    adam: dict[str, Any] = {"lr": rate, "betas": config.adam_betas, "eps": config.adam_epsilon}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+        return torch.optim.AdamW(groups, **adam, fused=True)
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=rate)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=config.momentum or 0.0)
     if config.optimizer == "muon":
-        return _muon(module, groups, config, rate)
+        return _muon(module, groups, config, adam)
     paged = config.optimizer.startswith("paged")
     if paged and not all(p.is_cuda for group in groups for p in group["params"]):
         raise ConfigError(
@@ -64,11 +65,11 @@ def build_optimizer(module: nn.Module, config: RunConfig, rate: float) -> torch.
             "use adamw-8bit"
         )
     optim = bitsandbytes(f"optimizer: {config.optimizer}").optim
-    made: torch.optim.Optimizer = (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, lr=rate, betas=betas)
+    made: torch.optim.Optimizer = (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **adam)
     return made
 
 
-def _muon(module: nn.Module, groups: Groups, config: RunConfig, rate: float) -> torch.optim.Optimizer:
+def _muon(module: nn.Module, groups: Groups, config: RunConfig, adam: dict[str, Any]) -> torch.optim.Optimizer:
     """Return Muon for the matrices inside the model, AdamW for all others: embeddings, heads, norms and biases."""
     inside = matrices(module)
     ours = _cut(groups, lambda p: id(p) in inside)
@@ -77,9 +78,9 @@ def _muon(module: nn.Module, groups: Groups, config: RunConfig, rate: float) -> 
     if ours:
         momentum = 0.95 if config.momentum is None else config.momentum
         # scaled so that its updates are as large as AdamW's: the same rates fit both
-        parts.append(torch.optim.Muon(ours, lr=rate, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
+        parts.append(torch.optim.Muon(ours, lr=adam["lr"], momentum=momentum, adjust_lr_fn="match_rms_adamw"))
     if others:
-        parts.append(torch.optim.AdamW(others, lr=rate, betas=config.adam_betas, fused=True))
+        parts.append(torch.optim.AdamW(others, **adam, fused=True))
     return Several(parts)
 
 

@@ -25,8 +25,8 @@ from alignkit.runs.results import in_training, outcomes
 
 _SHOWN = (
     "epochs", "max_steps", "batch_size", "epochs_per_batch", "minibatches", "learning_rate", "schedule", "optimizer",
-    "warmup_fraction", "weight_decay", "adam_betas", "max_grad_norm", "reference", "lora", "quantize", "sampling",
-    "reward", "judge", "critic", "max_prompt_tokens", "max_completion_tokens", "precision", "dtype", "seed",
+    "warmup_fraction", "weight_decay", "adam_betas", "adam_epsilon", "max_grad_norm", "reference", "lora", "quantize",
+    "sampling", "reward", "judge", "critic", "max_prompt_tokens", "max_completion_tokens", "precision", "dtype", "seed",
 )  # fmt: skip
 _PRIVATE = ("url", "key_env", "cache_file", "body")  # of a reward's or a judge's endpoint
 _ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")

@@ -86,7 +86,12 @@ def located(file: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError naming the settings that differ between a folder's start and now."""
-    now = json.loads(json.dumps(now))
+    before, now = dict(before), dict(json.loads(json.dumps(now)))
+    for group in ("lora", "sampling"):  # their settings are named one by one
+        both: list[dict[str, Any]] = [before, now]
+        if all(isinstance(values.get(group), dict) for values in both):
+            for values in both:
+                values |= {f"{group}.{key}": value for key, value in values.pop(group).items()}
     changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
     if changed:
         was = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed[:3])

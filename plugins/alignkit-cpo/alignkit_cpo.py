@@ -43,7 +43,7 @@ class CPO(Method["CPO.Config"]):
         return {
             "cpo": Term(out.losses),
             "nll/chosen": Term(nll_E, coef=c.alpha),
-            **pair_metrics(batch, logps_C, out.rewards),
+            **pair_metrics(batch, logps_C, out.rewards, c.beta),
         }
 
 

@@ -102,7 +102,8 @@ class DPO(Method["DPO.Config"]):
             ratios_C = self._derivative(sequence_sum(ratios_C, cu_seqlens))
             cu_seqlens = torch.arange(len(ratios_C) + 1, device=ratios_C.device)
         out = preference_loss(ratios_C, None, cu_seqlens, c.loss_type, beta=c.beta, label_smoothing=c.label_smoothing)
-        terms = {c.loss_type: Term(out.losses), **pair_metrics(batch, logps_C, out.rewards)}
+        per_nat = c.beta / (batch.lengths.clamp(min=1) if c.length_normalised else 1.0)
+        terms = {c.loss_type: Term(out.losses), **pair_metrics(batch, logps_C, out.rewards, per_nat)}
         if c.rpo_alpha:
             nll_E, _ = batch.pairs(-sequence_sum(logps_C, batch.cu_seqlens, mean=True))
             terms["nll/chosen"] = Term(nll_E, coef=c.rpo_alpha)

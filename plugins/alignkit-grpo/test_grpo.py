@@ -34,7 +34,7 @@ class TestGRPO(Conformance):
         """At ratio 1: -A + beta KL a token, then the variant's average."""
         every = [a.reward for row in rows for a in row.answers]
         batch_mean = sum(every) / len(every)
-        batch_std = math.sqrt(sum((r - batch_mean) ** 2 for r in every) / len(every))
+        batch_std = math.sqrt(sum((r - batch_mean) ** 2 for r in every) / (len(every) - 1))
         by_completion, by_token, n_completions = [], [], 0
         for row in rows:
             rewards = [a.reward for a in row.answers]
@@ -59,17 +59,25 @@ class TestGRPO(Conformance):
 
 class TestRLOO(Conformance):
     method = RLOO
-    configs = ({}, {"group_size": 2, "beta": 0.0}, {"group_size": 3, "beta": 0.5})
+    configs = (
+        {},
+        {"group_size": 2, "beta": 0.0},
+        {"group_size": 3, "beta": 0.5},
+        {"group_size": 3, "normalise_advantages": True},
+    )
 
     def expected_step(self, config, rows, bench):
         """At ratio 1 the surrogate's value is -A a token, summed over a completion."""
-        losses = []
+        advantages, lengths = [], [a.n for row in rows for a in row.answers]
         for row in rows:
             scores = [a.reward - config.beta * a.h for a in row.answers]
-            for i, (score, answer) in enumerate(zip(scores, row.answers, strict=True)):
+            for i, score in enumerate(scores):
                 others = scores[:i] + scores[i + 1 :]
-                losses.append(-(score - sum(others) / len(others)) * answer.n)
-        return sum(losses) / len(losses)
+                advantages.append(score - sum(others) / len(others))
+        if config.normalise_advantages:
+            mean = sum(advantages) / len(advantages)
+            advantages = [(a - mean) / (deviation(advantages, mean) + 1e-4) for a in advantages]
+        return sum(-a * n for a, n in zip(advantages, lengths, strict=True)) / len(lengths)
 
 
 def group(*lengths):
@@ -109,10 +117,10 @@ def test_equal_rewards_teach_nothing_and_are_counted():
     assert all(not g.any() for g in measured.gradients.values())
 
 
-def scored(method, rewards):
+def scored(method, rewards, **config):
     """Collect and compute a step whose groups have these rewards, None where no reward applies."""
     size = len(rewards[0])
-    bench = Bench(method(method.Config(group_size=size, beta=0.0)))
+    bench = Bench(method(method.Config(group_size=size, **{"beta": 0.0} | config)))
     examples = TestGRPO().examples()[: len(rewards)]
     ctx = bench.context(examples)
     rollouts = ctx.rollouts
@@ -139,6 +147,27 @@ def test_a_completion_that_no_reward_applies_to_is_left_out_of_its_group():
     assert ctx.logged["advantage/zero_variance_groups"] == 1
 
 
+def test_both_scales_divide_by_the_deviation_of_the_sample():
+    """By hand: the group's rewards are 1, 2 and 6, 7; the batch has mean 4 and the squares 9, 4, 4, 9."""
+    rewards = [[1.0, 2.0], [6.0, 7.0]]
+    by_group = [-0.5 / (math.sqrt(0.5) + 1e-4), 0.5 / (math.sqrt(0.5) + 1e-4)] * 2
+    by_batch = [-0.5 / (math.sqrt(26 / 3) + 1e-4), 0.5 / (math.sqrt(26 / 3) + 1e-4)] * 2
+    assert scored(GRPO, rewards)[2]["advantages"].tolist() == pytest.approx(by_group, rel=1e-6)
+    assert scored(GRPO, rewards, scale="batch")[2]["advantages"].tolist() == pytest.approx(by_batch, rel=1e-6)
+    assert scored(GRPO, [[5.0, None]], scale="batch")[2]["advantages"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_rewards_that_differ_by_rounding_are_equal(scale):
+    above = torch.nextafter(torch.tensor(0.3), torch.tensor(1.0)).item()
+    assert torch.tensor(above) > 0.3
+    third = 1000.0 * (1 / 3)
+    _, ctx, batch = scored(GRPO, [[0.3, above, 0.3], [third, third + 1e-4, third], [0.0, 1e-6, 0.0]], scale=scale)
+    assert batch["advantages"][:6].tolist() == [0.0] * 6
+    assert batch["advantages"][6:].abs().min() > 0  # next to 0, nothing else is rounding
+    assert ctx.logged["advantage/zero_variance_groups"] == 2
+
+
 def test_leave_one_out_leaves_out_what_no_reward_applies_to():
     bench, _, batch = scored(RLOO, [[None, 1.0, 3.0, 5.0], [None, None, None, 4.0]])
     terms = bench.method.loss(batch, bench.models)
@@ -146,6 +175,13 @@ def test_leave_one_out_leaves_out_what_no_reward_applies_to():
     advantages = torch.tensor([0.0, -3.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0])
     assert terms["policy"].value.tolist() == pytest.approx((-advantages * batch.lengths).tolist(), abs=1e-5)
     assert terms["policy"].over == "scored"
+
+
+def test_what_has_nobody_to_compare_with_is_not_in_the_normal_advantages():
+    """Advantages -3, 0 and 3: the standard deviation of the sample is 3."""
+    _, _, batch = scored(RLOO, [[None, 1.0, 3.0, 5.0], [None, None, None, 4.0]], normalise_advantages=True)
+    want = [0, -3 / 3.0001, 0, 3 / 3.0001, 0, 0, 0, 0]
+    assert batch["advantages"].tolist() == pytest.approx(want, abs=1e-6)
 
 
 def test_without_a_kl_no_reference_is_needed():

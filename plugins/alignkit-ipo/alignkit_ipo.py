@@ -46,7 +46,8 @@ class IPO(Method["IPO.Config"]):
             ratios = sequence_sum(ratios, cu_seqlens)
             cu_seqlens = torch.arange(len(ratios) + 1, device=ratios.device)
         out = preference_loss(ratios, None, cu_seqlens, "ipo", beta=self.config.tau)
-        return {"ipo": Term(out.losses), **pair_metrics(batch, logps_C, out.rewards)}
+        per_nat = self.config.tau / (1.0 if self.config.sum else batch.lengths.clamp(min=1))
+        return {"ipo": Term(out.losses), **pair_metrics(batch, logps_C, out.rewards, per_nat)}
 
 
 @hookimpl

@@ -18,23 +18,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from alignkit import (
-    Advice,
-    Batch,
-    Choice,
-    Context,
-    DataFacts,
-    Example,
-    Method,
-    MethodConfig,
-    Models,
-    Term,
-    hookimpl,
-    kl_metric,
-    log_ratios,
-    metric,
-    wins,
-)
+from alignkit import Advice, Batch, Choice, Context, DataFacts, Example, Method, MethodConfig, Models, Term
+
+# isort: split
+from alignkit import hookimpl, kl_metric, log_ratios, metric, rounding, wins
 from alignkit_kernels import preference_loss, sequence_sum
 
 MAX_WEIGHT = 10.0  # largest weight that is advised; a rule of thumb
@@ -80,12 +67,16 @@ class KTO(Method["KTO.Config"]):
     def collect(self, batch: Batch, ctx: Context) -> Batch:
         """Attach the baseline z, the same for every example of the step."""
         other = ctx.shard(mismatched(ctx.step_examples, ctx.generator))
-        ratios_C = ctx.models.policy(other).logps - other.reference_logps
-        z = ctx.mean(sequence_sum(ratios_C, other.cu_seqlens)).clamp(min=0)
+        logps_C = ctx.models.policy(other).logps
+        z = ctx.mean(sequence_sum(logps_C - other.reference_logps, other.cu_seqlens)).clamp(min=0)
+        inexact = ctx.mean(rounding(other.cu_seqlens, logps_C, other.reference_logps))  # at most that of the mean
         desirable = torch.tensor([bool(e.numbers["desirable"]) for e in batch.examples], device=batch.device)
         return batch.attach(
-            per_completion={"baseline": z.expand(len(batch)), "desirable": desirable, "undesirable": ~desirable}
-        )
+            per_completion={
+                "baseline": z.expand(len(batch)), "inexact": inexact.expand(len(batch)),
+                "desirable": desirable, "undesirable": ~desirable,
+            }
+        )  # fmt: skip
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
         """Return one loss per example, and separate metrics of the desirable and the undesirable ones."""
@@ -97,11 +88,13 @@ class KTO(Method["KTO.Config"]):
         )  # fmt: skip
         # distance to the baseline, positive on the right side
         margin = torch.where(batch["desirable"], 1.0, -1.0) * (out.rewards - c.beta * batch["baseline"])
+        inexact = batch["inexact"] + rounding(batch.cu_seqlens, logps_C, batch.reference_logps)
+        right = wins(margin, torch.zeros_like(margin), c.beta * inexact)
         ratios = log_ratios(batch, logps_C)
         return {
             "kto": Term(out.losses),
             "rewards/margin": metric(margin, over="completions"),
-            "rewards/accuracy": metric(wins(margin, torch.zeros_like(margin)), over="completions"),
+            "rewards/accuracy": metric(right, over="completions"),
             "rewards/chosen": metric(out.rewards, over="desirable"),
             "rewards/rejected": metric(out.rewards, over="undesirable"),
             "logps/chosen": metric(out.logps, over="desirable"),

@@ -43,7 +43,7 @@ class ORPO(Method["ORPO.Config"]):
         return {
             "nll/chosen": Term(nll_E),
             "odds_ratio": Term(out.losses, coef=self.config.lambda_),
-            **pair_metrics(batch, logps_C, out.rewards),
+            **pair_metrics(batch, logps_C, out.rewards, self.config.lambda_ / batch.lengths.clamp(min=1)),
         }
 
 

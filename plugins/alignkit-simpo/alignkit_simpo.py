@@ -41,7 +41,8 @@ class SimPO(Method["SimPO.Config"]):
         c = self.config
         logps_C = models.policy(batch).logps
         out = preference_loss(logps_C, None, batch.cu_seqlens, "simpo", beta=c.beta, gamma=c.gamma_ratio * c.beta)
-        terms = {"simpo": Term(out.losses), **pair_metrics(batch, logps_C, out.rewards)}
+        per_nat = c.beta / batch.lengths.clamp(min=1)
+        terms = {"simpo": Term(out.losses), **pair_metrics(batch, logps_C, out.rewards, per_nat)}
         if c.sft_weight:
             nll_E, _ = batch.pairs(-sequence_sum(logps_C, batch.cu_seqlens, mean=True))
             terms["nll/chosen"] = Term(nll_E, coef=c.sft_weight)

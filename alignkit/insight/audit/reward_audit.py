@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from alignkit.data.rows import Content, Row
 from alignkit.errors import DataError
 from alignkit.insight.audit.bias import Bias, biases
 from alignkit.insight.audit.features import FEATURES
 from alignkit.insight.intervals import mean_interval, strict, wilson
+from alignkit.metrics import wins
 from alignkit.rewards import Answers, Rewards
 from alignkit.rewards.answers import text_of
 
@@ -102,9 +104,9 @@ def audit_reward(scorer: Scorer, rows: Sequence[Row], counts: dict[str, np.ndarr
     if counts is None:
         none: Any = {"ties": 0, "accuracy": None, "low": None, "high": None, "biases": ()}
         return RewardAudit(**fields, **none, effects=effects)
-    margins = np.subtract(scores[0::2], scores[1::2])
-    ties = int((margins == 0).sum())
-    right = float((margins > 0).sum() + ties / 2)
+    better = wins(*torch.tensor(scores, dtype=torch.float64).view(-1, 2).unbind(1)).numpy()
+    margins = better - 0.5  # 0 for a tie
+    ties, right = int((margins == 0).sum()), float(better.sum())
     low, high = wilson(right, len(chosen))
     found = biases({feature: values[at] for feature, values in counts.items()}, margins)
     return RewardAudit(

@@ -8,11 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alignkit.compare import check_matplotlib
 from alignkit.errors import ConfigError
 from alignkit.files import write_text
 from alignkit.insight.best_of_n.curve import Mean, Point
 from alignkit.insight.best_of_n.selection import BestOfN
+from alignkit.metrics import wins
 
 
 def write_best(found: BestOfN, path: Path) -> None:
@@ -35,7 +38,8 @@ def write_pairs(found: BestOfN, path: Path) -> dict[str, int]:
     rows, counts = [], {"written": 0, "equal": 0, "cut": 0}
     for a in found.asked:
         best, worst = a.best, a.worst
-        outcome = "equal" if a.rewards[best] == a.rewards[worst] else "written" if a.ended[best] else "cut"
+        equal = float(wins(*torch.tensor([a.rewards[best], a.rewards[worst]], dtype=torch.float64))) == 0.5
+        outcome = "equal" if equal else "written" if a.ended[best] else "cut"
         counts[outcome] += 1
         if outcome == "written":
             row = {"row": a.row, "prompt": a.prompt, "chosen": a.completions[best], "rejected": a.completions[worst]}

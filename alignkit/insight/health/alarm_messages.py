@@ -110,7 +110,8 @@ DETECTORS = (
     ),
     Detector(
         d.grad_spike, "the gradient's norm is {value:.3g} times its running median, above {limit:g}",
-        (("data", "check this step's rows of {}"), ("max_grad_norm", "lower {}"), SLOWER), evaluations=False,
+        (("data", "check this step's rows of {}"), ("max_grad_norm", "set a lower {} above 0"), SLOWER),
+        evaluations=False,
     ),
     Detector(
         d.truncation, "{value:.0%} of the completions were cut, above {limit:.0%}",

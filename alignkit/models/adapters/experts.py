@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,9 +60,9 @@ def check_parameters(model: nn.Module, wanted: Sequence[str]) -> None:
 
 
 def summary(model: nn.Module) -> str:
-    """Return what LoRA adapts in one line, and which fused experts it does not, with what to set."""
+    """Return what LoRA adapts in one line, at which scale, and which fused experts it does not, with what to set."""
     there = adapted(model)
-    line = f"LoRA adapts {', '.join(there)} ({sum(there.values()):,} trained weights)"
+    line = f"LoRA adapts {', '.join(there)} ({sum(there.values()):,} trained weights; {_scales(model)})"
     left = {name: n for name, n in fused(model).items() if name not in there}
     if not left:
         return line
@@ -70,6 +71,14 @@ def summary(model: nn.Module) -> str:
         f"{line}; the fused experts {', '.join(left)} are not adapted ({share:.0%} of all weights): to adapt them too, "
         f"set lora.target_parameters to [{', '.join(left)}]"
     )
+
+
+def _scales(model: nn.Module) -> str:
+    """Return rank, alpha and scale of the adapters, those of most modules first."""
+    adapters: list[Any] = [module for _, module in _adapters(model)]
+    found = Counter((a.r[name], a.lora_alpha[name], a.scaling[name]) for a in adapters for name in a.r)
+    shown = [f"r {r}, alpha {alpha:g}, scale {scale:.3g}" for (r, alpha, scale), _ in found.most_common(3)]
+    return "; ".join([*shown, "..."] if len(found) > len(shown) else shown)
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -37,7 +37,7 @@ class DPOP(Method["DPOP.Config"]):
         h_S = sequence_sum(logps_C - batch.reference_logps, batch.cu_seqlens)
         chosen_E, rejected_E = batch.pairs(h_S)
         margin_E = chosen_E - rejected_E - lambda_ * relu(-chosen_E)
-        return {"dpop": Term(-logsigmoid(beta * margin_E)), **pair_metrics(batch, logps_C, beta * h_S.detach())}
+        return {"dpop": Term(-logsigmoid(beta * margin_E)), **pair_metrics(batch, logps_C, beta * h_S.detach(), beta)}
 
 
 @hookimpl

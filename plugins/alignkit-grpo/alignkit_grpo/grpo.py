@@ -7,16 +7,17 @@ A group is a prompt with G completions: one tree. Unlike in the paper, the KL is
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from alignkit import Advice, Batch, Context, DataFacts, Method, MethodConfig, Models, Term, rollout_metrics
+from alignkit_grpo.shaping import beyond, group_advantages, highest, unbiased_kl
 from alignkit_kernels import PolicyLoss, policy_loss, sequence_sum
 
-EPSILON = 1e-4
+BOUNDLESS = 1e30  # a ratio that no log-ratio of float32 log-probabilities reaches
 CLIP_HIGH = {"dapo": 0.28, "cispo": 4.0}  # 2503.14476; 2506.13585 clips only the upper side, far from 1
 
 
@@ -35,10 +36,15 @@ class GRPO(Method["GRPO.Config"]):
 
         group_size: int = Field(8, ge=2, description="completions sampled per prompt")
         beta: float = Field(0.04, ge=0, description="weight of the KL to the reference; at 0 no reference is loaded")
-        kl: Literal["k1", "k2", "k3"] = Field("k2", description="estimator of the KL; the paper's is k3")
+        kl: Literal["k1", "k2", "k3", "unbiased"] = Field(
+            "k2", description="estimator of the KL; the paper's is k3; unbiased: for several updates on a batch"
+        )
         clip: float = Field(0.2, gt=0, le=1, description="how far a ratio may fall below 1")
         clip_high: float | None = Field(
             None, gt=0, description="how far a ratio may rise above 1; default: clip, dapo 0.28, cispo 4"
+        )
+        delta: float | None = Field(
+            None, gt=1, description="ratio that is clipped where the advantage is negative, too"
         )
         variant: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = Field(
             "grpo", description="how tokens are averaged and clipped; see the docs"
@@ -48,6 +54,23 @@ class GRPO(Method["GRPO.Config"]):
             None, description="standard deviation that rewards are divided by; default: group, dr_grpo none"
         )
         mask_truncated: bool = Field(False, description="exclude truncated completions from the loss")
+        entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus, a mean over tokens")
+        top_entropy: float = Field(
+            1.0, ge=0, le=1, description="fraction of tokens, those of the highest entropy, with a policy gradient"
+        )
+
+        @model_validator(mode="after")
+        def _delta_is_beyond_the_clip(self) -> Any:
+            if self.delta is not None and self.variant == "cispo":
+                raise ValueError("delta has no effect on variant: cispo, which clips every ratio; remove it")
+            if self.delta is not None and self.delta <= 1 + self.high:
+                raise ValueError(f"delta is {self.delta:g}, not above 1 + clip_high = {1 + self.high:g}; raise it")
+            return self
+
+        @property
+        def high(self) -> float:
+            """How far a ratio may rise above 1."""
+            return self.clip_high or CLIP_HIGH.get(self.variant, self.clip)
 
     @classmethod
     def advice(cls, facts: DataFacts) -> Advice:
@@ -65,19 +88,9 @@ class GRPO(Method["GRPO.Config"]):
         """Sample and score the groups; attach the advantages, and each completion's weight in the average."""
         batch = ctx.rollouts(batch, self.config.group_size)
         rewards, scored = (batch[name].view(len(batch), -1) for name in ("rewards", "scored"))
-        n_scored, infinite = scored.sum(1, keepdim=True), float("inf")
-        highest, lowest = (torch.where(scored, rewards, fill) for fill in (-infinite, infinite))
-        spread = highest.amax(1, keepdim=True) > lowest.amin(1, keepdim=True)
-        scale = self.config.scale or ("none" if self.config.variant == "dr_grpo" else "group")
-        centred = (rewards - rewards.sum(1, keepdim=True) / n_scored.clamp(min=1)) * scored
-        if scale == "group":
-            variance = centred.square().sum(1, keepdim=True) / (n_scored - 1).clamp(min=1)
-            centred = centred / (variance.sqrt() + EPSILON)
-        elif scale == "batch":
-            squares = (rewards - ctx.mean(rewards, scored)).square()
-            centred = centred / (ctx.mean(squares, scored).sqrt() + EPSILON)
-        # equal rewards may differ from their mean by rounding
-        advantages = torch.where(spread & scored, centred, 0.0).flatten()
+        n_scored = scored.sum(1, keepdim=True)
+        default = "none" if self.config.variant == "dr_grpo" else "group"
+        advantages, spread = group_advantages(rewards, scored, self.config.scale or default, ctx)
         learned = (n_scored > 0).expand_as(scored).flatten()  # a group that no reward applies to teaches nothing
         if self.config.mask_truncated:
             learned = learned & batch["ended"]
@@ -89,16 +102,21 @@ class GRPO(Method["GRPO.Config"]):
         of_step = n_learned / max(n_tokens, 1.0)  # a mean over all tokens of the step, however it is split
         constant = {"dr_grpo": 1 / ctx.max_new_tokens, "dapo": of_step, "cispo": of_step}.get(self.config.variant)
         share = 1 / batch.lengths if constant is None else torch.full_like(advantages, constant)
-        return batch.attach(
-            per_completion={"advantages": advantages, "learned": learned, "share": share},
-            per_token={"learned_tokens": learned.repeat_interleave(batch.lengths)},
-        )
+        tokens = {"learned_tokens": learned.repeat_interleave(batch.lengths)}
+        if self.config.top_entropy < 1:
+            entropy = ctx.models.policy(batch, entropy=True).entropy
+            tokens["acted"] = highest(entropy, tokens["learned_tokens"], self.config.top_entropy, ctx.sum)
+        numbers = {"advantages": advantages, "learned": learned, "share": share}
+        return batch.attach(per_completion=numbers, per_token=tokens)
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
         """Return the surrogate with its KL, averaged as the variant defines."""
         outputs = models.policy(batch, entropy=True)
         out = self._surrogate(batch, outputs.logps)
         terms = rollout_metrics(batch, outputs, out)
+        if self.config.entropy_coef:
+            over = "acted" if "acted" in batch else "learned_tokens"
+            terms["entropy_bonus"] = Term(-outputs.entropy, over=over, coef=self.config.entropy_coef)
         if self.config.variant == "bnpo":
             return {"policy": Term(out.losses, over="learned_tokens"), **terms}
         sums = sequence_sum(out.losses, batch.cu_seqlens)
@@ -106,17 +124,24 @@ class GRPO(Method["GRPO.Config"]):
 
     def _surrogate(self, batch: Batch, logps: Tensor) -> PolicyLoss:
         c = self.config
-        high = c.clip_high or CLIP_HIGH.get(c.variant, c.clip)
         old = batch["old_logps"] if "old_logps" in batch else logps.detach()
-        cispo = c.variant == "cispo"
-        # CISPO has no clipped surrogate: with advantages of 0, the kernel returns the ratios and the KL only
-        advantages = torch.zeros_like(batch["advantages"]) if cispo else batch["advantages"]
+        advantages = batch["advantages"].repeat_interleave(batch.lengths)
+        if "acted" in batch:
+            advantages = advantages * batch["acted"]
+        delta = c.delta or BOUNDLESS
+        far = beyond(logps, old, advantages, batch.cu_seqlens, c.ratio, delta)
+        cispo, in_kernel = c.variant == "cispo", c.beta > 0 and c.kl != "unbiased"
+        # without an advantage the kernel returns the ratios and the KL only. CISPO has no clipped surrogate
         out = policy_loss(
-            logps, old, advantages, batch.cu_seqlens, ratio=c.ratio, clip=(c.clip, high),
-            reference_logps=batch.reference_logps if c.beta else None, kl=c.kl, kl_coef=c.beta,
+            logps, old, advantages.masked_fill(far | cispo, 0.0), batch.cu_seqlens, ratio=c.ratio,
+            clip=(c.clip, c.high), reference_logps=batch.reference_logps if in_kernel else None,
+            kl=c.kl if in_kernel else "k2", kl_coef=c.beta if in_kernel else 0.0,
         )  # fmt: skip
+        losses = out.losses - torch.where(far, delta * advantages, 0.0).to(out.losses.dtype)
+        if c.beta and not in_kernel:
+            losses = losses + c.beta * unbiased_kl(logps, old, batch.reference_logps)
         if not cispo:
-            return out
+            return out._replace(losses=losses, clipped=out.clipped | far)
         # the clipped ratio is a weight without a gradient, so every token contributes (2506.13585 eq. 4)
-        weight = out.ratios.clamp(max=1 + high) * batch["advantages"].repeat_interleave(batch.lengths)
-        return out._replace(losses=out.losses - weight * logps, clipped=out.ratios > 1 + high)
+        weight = out.ratios.clamp(max=1 + c.high) * advantages
+        return out._replace(losses=losses - weight * logps, clipped=out.ratios > 1 + c.high)

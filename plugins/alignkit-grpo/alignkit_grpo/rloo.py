@@ -8,8 +8,10 @@ A group is a prompt with G completions: one tree.
 from __future__ import annotations
 
 from pydantic import Field
+from torch import Tensor
 
 from alignkit import Advice, Batch, Context, DataFacts, Method, MethodConfig, Models, Term, rollout_metrics
+from alignkit_grpo.shaping import EPSILON
 from alignkit_kernels import policy_loss, sequence_sum
 
 
@@ -28,6 +30,7 @@ class RLOO(Method["RLOO.Config"]):
 
         group_size: int = Field(4, ge=2, description="completions sampled per prompt")
         beta: float = Field(0.05, ge=0, description="weight of the KL in the reward; at 0 no reference is loaded")
+        normalise_advantages: bool = Field(False, description="to mean 0 and standard deviation 1 over the step")
         clip: float = Field(0.2, gt=0, le=1, description="clip range of the ratio in further updates on a batch")
 
     @classmethod
@@ -43,13 +46,30 @@ class RLOO(Method["RLOO.Config"]):
         return self.uses if self.config.beta else self.uses - {"reference"}
 
     def collect(self, batch: Batch, ctx: Context) -> Batch:
-        """Sample and score the groups."""
-        return ctx.rollouts(batch, self.config.group_size)
+        """Sample and score the groups; normalise their advantages over the step where that is set."""
+        batch = ctx.rollouts(batch, self.config.group_size)
+        if not self.config.normalise_advantages:
+            return batch
+        old = batch["old_logps"] if "old_logps" in batch else ctx.models.policy(batch).logps
+        advantages, counted = self._advantages(batch, old)
+        n = ctx.sum(counted.sum())
+        centred = advantages - ctx.mean(advantages.double(), counted)
+        deviation = (ctx.mean(centred.square(), counted) * n / (n - 1).clamp(min=1)).sqrt()
+        normal = (centred / (deviation + EPSILON) * counted).to(advantages.dtype)
+        return batch.attach(per_completion={"advantages": normal})
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
         """Return -A log policy(y) per completion; groups are never split, so their baselines can be computed here."""
         outputs = models.policy(batch, entropy=True)
         old = batch["old_logps"] if "old_logps" in batch else outputs.logps.detach()
+        advantages = batch["advantages"] if "advantages" in batch else self._advantages(batch, old)[0]
+        clip = (self.config.clip, self.config.clip)
+        out = policy_loss(outputs.logps, old, advantages, batch.cu_seqlens, clip=clip)
+        losses = sequence_sum(out.losses, batch.cu_seqlens)
+        return {"policy": Term(losses, over="scored"), **rollout_metrics(batch, outputs, out)}
+
+    def _advantages(self, batch: Batch, old: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each completion's advantage, 0 where it has nobody to compare with, and whether it has, [S] each."""
         rewards = batch["rewards"]
         if self.config.beta:
             rewards = rewards - self.config.beta * sequence_sum(old - batch.reference_logps, batch.cu_seqlens)
@@ -57,8 +77,5 @@ class RLOO(Method["RLOO.Config"]):
         groups = rewards.view(len(batch), -1) * scored
         n_others = scored.sum(1, keepdim=True) - 1
         others = (groups.sum(1, keepdim=True) - groups) / n_others.clamp(min=1)
-        advantages = ((groups - others) * (scored & (n_others > 0))).flatten()
-        clip = (self.config.clip, self.config.clip)
-        out = policy_loss(outputs.logps, old, advantages, batch.cu_seqlens, clip=clip)
-        losses = sequence_sum(out.losses, batch.cu_seqlens)
-        return {"policy": Term(losses, over="scored"), **rollout_metrics(batch, outputs, out)}
+        counted = scored & (n_others > 0)
+        return ((groups - others) * counted).flatten(), counted.flatten()
