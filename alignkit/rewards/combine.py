@@ -65,7 +65,7 @@ class Rewards:
         total: Values = [None] * len(answers)
         parts: dict[str, Values] = {}
         for part in self._parts:
-            values = [next(results) for _ in _leaves(part)]
+            values = [one.clipped(next(results)) for one in _leaves(part)]
             whole = part.combined(values) if isinstance(part, Ensemble) else values[0]
             parts[part.name] = whole
             total = [t if v is None else (t or 0.0) + part.weight * v for t, v in zip(total, whole, strict=True)]

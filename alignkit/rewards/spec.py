@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ from alignkit import registry
 from alignkit.config import validated
 from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, PluginError, nearest
-from alignkit.rewards.functions import Function
+from alignkit.rewards.functions import Function, Values
 from alignkit.rewards.llm import LlmJudge, LlmScore
 from alignkit.rewards.models import Classifier, ModelOptions, PairwiseModel, RewardModel, check_folder
 from alignkit.rewards.verifiers import Brevity, Exact, Format, Json, Length, Numeric, Options
@@ -67,7 +67,7 @@ JUDGE = Kind("judge", {"llm": LlmJudge}, ("prompts", "first", "second"), Pairwis
 class Leaf:
     """One function that is not loaded yet.
 
-    folder: of a model, else None. ready: the function where it can be checked without building it: None for a model,
+    clip: the least and the largest value that counts. folder: of a model, else None. ready: the function where it can be checked without building it: None for a model,
     and for a user's class, whose constructor may do anything.
     """
 
@@ -76,6 +76,12 @@ class Leaf:
     build: Callable[[Device], Function]
     folder: str | None = None
     ready: Function | None = None
+    clip: tuple[float, float] | None = None
+
+    def clipped(self, values: Values) -> Values:
+        """Return the values inside of `clip`."""
+        low, high = self.clip or (-math.inf, math.inf)
+        return [None if v is None else min(max(v, low), high) for v in values]
 
     def check_columns(self, there: Collection[str]) -> None:
         """See `Function.check_columns`; does nothing unless the function is ready."""
@@ -89,6 +95,11 @@ def leaf(spec: Any, kind: Kind) -> Leaf:
     if "use" not in given:
         close = nearest(str(next(iter(given), "")), ["use", "ensemble", "bradley_terry"])
         raise ConfigError(f"{kind.word}: {shown(spec)} has no `use`; write {{use: ..., weight: 1.0}}.{close}")
+    clip = _range(given.pop("clip")) if "clip" in given and kind is REWARD else None
+    return replace(_leaf(given, kind), clip=clip)
+
+
+def _leaf(given: dict[str, Any], kind: Kind) -> Leaf:
     use = given.pop("use")
     weight = number(given.pop("weight", 1.0), f"{kind.word}: weight")
     target, name = _target(use, kind)
@@ -111,6 +122,13 @@ def number(value: Any, what: str) -> float:
     if not math.isfinite(found):
         raise ConfigError(f"{what} is {shown(value)}; give a finite number")
     return found
+
+
+def _range(value: Any) -> tuple[float, float]:
+    ends = [number(v, "reward: clip") for v in value] if isinstance(value, list | tuple) else []
+    if len(ends) == 2 and ends[0] < ends[1]:
+        return ends[0], ends[1]
+    raise ConfigError(f"reward: clip is {shown(value)}; give [low, high], the range of values that count")
 
 
 def _of_folder(folder: str, name: str, weight: float, options: Mapping[str, Any], kind: Kind) -> Leaf:
