@@ -189,7 +189,8 @@ def test_a_grpo_config_counts_prompts_and_updates(tmp_path: Path) -> None:
     found = converted(tmp_path, given, "grpo", processes=8)
     wanted = {
         "batch_size": 128, "group_size": 8, "minibatches": 2, "epochs_per_batch": 3, "max_steps": 100, "save_every": 10,
-        "sampling": {"temperature": 0.9, "top_p": 1.0, "top_k": 0, "max_new_tokens": 128}, "beta": 0.04, "kl": "unbiased",
+        "sampling": {"temperature": 0.9, "top_p": 1.0, "top_k": 0, "max_new_tokens": 128},
+        "beta": 0.04, "kl": "unbiased",
         "variant": "dapo", "clip": 0.2, "clip_high": 0.28, "scale": "group", "reward": "my/reward",
         "max_prompt_tokens": None,
     }  # fmt: skip

@@ -16,7 +16,7 @@ from alignkit.errors import PluginError
 from alignkit.plugin_checks import advice_of, demo_settings_of
 
 LENGTH = Sampling(max_new_tokens=40)  # twice the longest answer
-SHARED: dict[str, Any] = {"batch_size": 16, "epochs": 2, "max_prompt_tokens": 64, "max_completion_tokens": 64}
+SHARED: dict[str, Any] = {"batch_size": 16, "epochs": 2, "max_prompt_tokens": 64}
 VERDICTS = {"reward": "alignkit.demo.verdict:reward", "judge": "alignkit.demo.verdict:judge"}
 
 

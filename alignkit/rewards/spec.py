@@ -67,8 +67,8 @@ JUDGE = Kind("judge", {"llm": LlmJudge}, ("prompts", "first", "second"), Pairwis
 class Leaf:
     """One function that is not loaded yet.
 
-    clip: the least and the largest value that counts. folder: of a model, else None. ready: the function where it can be checked without building it: None for a model,
-    and for a user's class, whose constructor may do anything.
+    folder: of a model, else None. ready: the function where it can be checked without building it: None for a model,
+    and for a user's class, whose constructor may do anything. clip: the least and the largest value that counts.
     """
 
     name: str
