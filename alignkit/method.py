@@ -155,7 +155,7 @@ class Method(Generic[C]):
     lora_learning_rate: ClassVar[float] = 5e-6
     min_batch: ClassVar[int] = 1
     epochs_per_batch: ClassVar[int] = 1
-    demo_settings: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4}
+    demo_settings: ClassVar[Mapping[str, Any]] = {"learning_rate": 1.2e-4}
     demo_base: ClassVar[Mapping[str, Any] | None] = None
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
