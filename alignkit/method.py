@@ -113,7 +113,17 @@ class Context(Protocol):
         """False while held-out rows are evaluated: then no state may change."""
         ...
 
-    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
+    def rollouts(
+        self,
+        batch: Batch,
+        n: int = 1,
+        mixture: float | None = None,
+        *,
+        greedy: bool = False,
+        sampling: Mapping[str, Any] | None = None,
+        name: str = "",
+        logps: bool = True,
+    ) -> Batch:
         """Sample n completions per prompt with the policy.
 
         The new batch holds, per completion, "ended" (False where it was cut) and, where the method uses a reward,
@@ -122,6 +132,11 @@ class Context(Protocol):
         single update, which starts at ratio 1 by construction.
         mixture: also sample one completion per prompt from policy^(1 - mixture) * reference^mixture, token by token,
         and query the judge: "wins" (per completion) is P(the policy's beats the mixture's). n must be 1.
+        greedy: the most likely token each time; n must be 1. sampling: changes of the run's settings for this call, of
+        max_new_tokens (at most the run's), min_new_tokens, temperature, top_p, top_k and stop; the new batch is scored
+        at its own temperature, a greedy one at the run's. logps: False leaves out the scores of tokens, for completions
+        whose reward is all that is needed. name: of the call, which its metrics begin with ("NAME/reward/mean"); calls
+        of one step need different names, and draw different noise. Raises PluginError where these contradict.
         """
         ...
 

@@ -162,6 +162,7 @@ class Batch:
     packer: lays examples out in rows (`alignkit.models.packing.pack`).
     per_example, per_completion, per_token: tensors whose first dimension is E, S or C. They follow the examples
     through `select`, `minibatches` and `micro_batches`, so that a method does not see how a step was cut.
+    temperature: of the completions' sampling, at which they are scored; None: the run's.
     The order of E, S and C is that of `examples`, independent of the rows.
     """
 
@@ -172,6 +173,7 @@ class Batch:
     per_example: Mapping[str, Tensor] = field(default_factory=dict)
     per_completion: Mapping[str, Tensor] = field(default_factory=dict)
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    temperature: float | None = None
 
     def __len__(self) -> int:
         return len(self.examples)

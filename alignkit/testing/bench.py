@@ -9,16 +9,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alignkit.config import Sampling
 from alignkit.engine import averages
 from alignkit.method import Method
 from alignkit.models.packing import batch_of
 from alignkit.models.values import ActorCritic
+from alignkit.rollout.draws import checked
 from alignkit.testing.byhand import ScoredRow, score_of, score_rows
 from alignkit.testing.models import TinyModels
 from alignkit.testing.world import EOS, with_completions
@@ -48,6 +51,7 @@ class Measured:
 
 
 Scripted = Callable[[Example, int], Example]
+SAMPLING = Sampling()
 
 
 class _Ranks:
@@ -101,17 +105,24 @@ class BenchContext:
     scripted: Scripted | None = None
     logged: dict[str, float] = field(default_factory=dict)
     eos: int = EOS
-    max_new_tokens: int = 256
+    max_new_tokens: int = SAMPLING.max_new_tokens
+    drawn: list[str] = field(default_factory=list)
 
-    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
-        """Return artificial completions, rewards and verdicts, which depend only on the example."""
-        make = self.scripted or with_completions
+    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None, **options: Any) -> Batch:
+        """Return artificial completions, rewards and verdicts, which depend only on the example and the call."""
+        draw = checked(SAMPLING, self.drawn, n, mixture, **options)
+        self.drawn.append(draw.name)
+        make = self.scripted or partial(with_completions, call=-1 if draw.greedy else draw.number)
         made = batch_of([make(e, n) for e in batch.examples], self.layout)
+        if draw.sampling.temperature != SAMPLING.temperature:
+            made = replace(made, temperature=draw.sampling.temperature)
         scores = torch.tensor([score_of(c) for e in made.examples for c in e.completions], dtype=torch.float64)
         ended = torch.tensor([int(c.tokens[-1]) == EOS for e in made.examples for c in e.completions])
         numbers = {"ended": ended, "rewards": scores, "scored": torch.ones_like(ended)}
         if mixture is not None:
             numbers["wins"] = scores.sigmoid()
+        if not draw.logps:
+            return made.attach(per_completion=numbers)
         with torch.no_grad():
             outputs = self.models.policy(made, values=self.uses_critic)
             old = outputs.logps - self.stale * made.targets.double().sin()
@@ -208,13 +219,16 @@ class Bench:
         means = metrics.means(lambda t: t)
         return Measured(means["loss"], means, gradients)
 
-    def score(self, examples: Sequence[Example]) -> list[ScoredRow]:
+    def score(self, examples: Sequence[Example], temperature: float = 1.0) -> list[ScoredRow]:
         """Score each answer separately, with the rewards of sampled ones; return plain numbers."""
         models = self.models
         critic = models.trained.critic.model if isinstance(models.trained, ActorCritic) else None
         policy, reference = models.policy_scorer.model, models.reference_scorer.model
-        reward = score_of if self.method.data == "prompts" else lambda _: 0.0
-        return score_rows(policy, reference, examples, critic, reward)
+        if self.method.data != "prompts":
+            return score_rows(policy, reference, examples, critic, temperature=temperature)
+        rows = score_rows(policy, reference, examples, critic, score_of, temperature)
+        greedy = self.scripted or partial(with_completions, call=-1)
+        return [replace(row, greedy=score_of(greedy(row.example, 1).completions[0])) for row in rows]
 
 
 def assert_same(a: Measured, b: Measured, what: str, tolerance: float = 1e-6) -> None:

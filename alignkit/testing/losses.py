@@ -32,7 +32,7 @@ class LossChecks(Suite):
         examples = self.examples()
         (batch,) = bench.collect(examples)  # with the completions of a method that samples
         answered = examples if self.method.data != "prompts" else batch.examples
-        want = self.expected_step(self.method.Config(**config), bench.score(answered), bench)
+        want = self.expected_step(self.method.Config(**config), bench.score(answered, batch.temperature or 1.0), bench)
         for layout in (Layout("forest", 64), Layout("padded")):
             got = bench.step(examples, Cut(layout)).loss
             assert math.isclose(got, want, rel_tol=TOLERANCE, abs_tol=TOLERANCE), f"loss {got!r}, by hand {want!r}"

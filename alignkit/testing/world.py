@@ -125,10 +125,11 @@ def tiny_examples(kind: DataKind, n: int = 7, seed: int = 0) -> list[Example]:
     return examples
 
 
-def with_completions(example: Example, n: int) -> Example:
+def with_completions(example: Example, n: int, call: int = 0) -> Example:
     """Return the prompt with n random completions, which depend on its tokens: one of a single token, some cut, all of
-    them equal where its row is a multiple of 4."""
-    draw = torch.Generator().manual_seed(int(example.prompt.long().sum()) * 1009 + len(example.prompt))
+    them equal where its row is a multiple of 4. call: other completions for each number; -1 stands for greedy."""
+    seed = int(example.prompt.long().sum()) * 1009 + len(example.prompt)
+    draw = torch.Generator().manual_seed(seed + (call % 1000) * 1_000_003)
     completions = []
     for k in range(n):
         length = 1 if k == 1 else int(torch.randint(1, 9, (1,), generator=draw))
