@@ -19,7 +19,8 @@ baseline, a normalisation) belongs in `collect`, or the gradient would depend on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
@@ -27,11 +28,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from alignkit.advice import Advice, DataFacts
-from alignkit.errors import PluginError
+from alignkit.errors import AlignkitError, PluginError, at_place
 from alignkit.types import Batch, Example, Outputs, Term
 
 DataKind = Literal["text", "pairs", "unpaired", "prompts"]
 ReferenceNeed = Literal["rows", "live", "moving"]
+ColumnType = type[float] | type[int] | type[bool] | type[str] | type[list[Any]] | type[dict[str, Any]]
+COLUMN_TYPES: tuple[type, ...] = (float, int, bool, str, list, dict)
 Role = Literal["policy", "reference", "critic", "reward", "judge"]
 
 
@@ -156,6 +159,7 @@ class Method(Generic[C]):
     """An alignment method: what data and roles it needs, and its loss.
 
     name: what users type. data: the kind of rows it reads. uses: the roles it may use. trains: those it trains.
+    columns: further columns that every row must have, such as {"weight": float}, found in `batch.columns`.
     learning_rate, lora_learning_rate: defaults of a full and a LoRA run. min_batch: the fewest examples of a step.
     epochs_per_batch: default number of passes over a collected batch. demo_settings: settings of its run in
     `alignkit demo`, the run's own or the method's; the demo's small model needs high learning rates. demo_base:
@@ -165,6 +169,7 @@ class Method(Generic[C]):
     name: ClassVar[str]
     data: ClassVar[DataKind]
     uses: ClassVar[frozenset[str]] = frozenset({"policy"})
+    columns: ClassVar[Mapping[str, ColumnType]] = {}
     trains: ClassVar[tuple[str, ...]] = ("policy",)
     learning_rate: ClassVar[float] = 1e-6
     lora_learning_rate: ClassVar[float] = 5e-6
@@ -177,6 +182,12 @@ class Method(Generic[C]):
 
     def __init__(self, config: C) -> None:
         self.config = config
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for call in _CALLS:  # an author's error names the author's line, whoever calls
+            if call in vars(cls):
+                setattr(cls, call, _guarded(vars(cls)[call], call))
 
     @classmethod
     def advice(cls, facts: DataFacts) -> Advice:
@@ -237,6 +248,35 @@ class Method(Generic[C]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+_CALLS = (
+    "__init__", "roles", "reference_need", "longest", "dropout", "allows_dropout", "collect", "loss", "model_settings",
+    "enough", "schedule", "after_update", "state_dict", "load_state_dict",
+)  # fmt: skip
+
+
+def _guarded(function: Callable[..., Any], call: str) -> Callable[..., Any]:
+    """Return the author's function; what it raises becomes a PluginError that names the method, the call and the line.
+
+    Our own errors stay what they are, and memory that runs out is the engine's to handle.
+    """
+
+    @functools.wraps(function)
+    def guarded(self: Method[Any], *args: Any, **options: Any) -> Any:
+        try:
+            return function(self, *args, **options)
+        except PluginError as error:
+            if " (at " not in str(error):
+                error.args = (f"{error}{at_place(error)}",)
+            raise
+        except (AlignkitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise PluginError(f"method '{self.name}' failed in {call}: {what}{at_place(error)}") from error
+
+    return guarded
 
 
 class PluginContractError(PluginError):

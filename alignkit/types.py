@@ -52,6 +52,7 @@ class Example:
     asked, columns: for rows that are only a prompt, the prompt as it was given (text or messages) and the row's other
         columns, for the rewards of its sampled completions.
     source: the name of the row's source, where there are several. order: the row's number in the column `order_by`.
+    declared: the row's values of the columns that the method declares.
     """
 
     prompt: Tensor
@@ -62,6 +63,7 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     order: float | None = None
+    declared: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def n_tokens(self) -> int:
@@ -204,6 +206,17 @@ class Batch:
         """Trained tokens of each completion, int64 [S]."""
         return self.cu_seqlens.diff()
 
+    @cached_property
+    def columns(self) -> Columns:
+        """The columns that the method declares: numbers as a tensor [E] (float32, int64 or bool), others as a list."""
+        names = self.examples[0].declared if self.examples else ()
+        return Columns({name: self._column(name) for name in names})
+
+    def _column(self, name: str) -> Tensor | list[Any]:
+        values = [e.declared[name] for e in self.examples]
+        number = isinstance(values[0], float | int)
+        return torch.tensor(values, device=self.device) if number else values
+
     @property
     def n_tokens(self) -> int:
         """Tokens of all trees; prompts count once, padding does not count."""
@@ -336,6 +349,14 @@ class Term:
 def metric(value: Tensor, over: str = "examples", largest: bool = False) -> Term:
     """Return a Term that is logged, not differentiated: its mean, or its largest value."""
     return Term(value.detach(), over, coef=0.0, largest=largest)
+
+
+class Columns(dict[str, Any]):
+    """A batch's columns by name; an unknown one is a KeyError that lists those that the method declares."""
+
+    def __missing__(self, name: str) -> Any:
+        have = ", ".join(self) or "none"
+        raise KeyError(f"the batch has no column '{name}'; the method's `columns` declares: {have}")
 
 
 class Outputs(NamedTuple):

@@ -62,7 +62,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_greedy_completion_has_the_most_likely_token_each_time() -> None:
     model, prompts = tiny_model(), ["hello? what", "a"]
-    (one,), (two,) = sample(model, TOKENIZER, prompts, Sampling(max_new_tokens=9, temperature=3.0, top_k=2), greedy=True)
+    (one,), (two,) = sample(
+        model, TOKENIZER, prompts, Sampling(max_new_tokens=9, temperature=3.0, top_k=2), greedy=True
+    )
     for prompt, made in zip(prompts, (one, two), strict=True):
         ids = TOKENIZER(prompt)["input_ids"]
         for token in made.tokens:

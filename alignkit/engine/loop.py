@@ -18,7 +18,7 @@ from alignkit.engine.evaluation import evaluate, patience_ended, take_best, watc
 from alignkit.engine.saving import restore, save
 from alignkit.engine.state import RunState
 from alignkit.engine.step import StepContext
-from alignkit.errors import AlarmError, AlignkitError, DataError, RewardError, TrainingError
+from alignkit.errors import AlarmError, AlignkitError, DataError, PluginError, RewardError, TrainingError
 from alignkit.models.passes import halved, in_step, least_tokens
 from alignkit.runs.folder import resume_command
 from alignkit.runs.log import RunLog
@@ -34,6 +34,7 @@ class Loop:
 
     def __init__(self, state: RunState, session: Session) -> None:
         self.state, self.session = state, session
+        self._moved = False  # by an update of a step that is not done
 
     def train(self) -> dict[str, float]:
         """Run all steps that are not done yet; return the last metrics, evaluation included."""
@@ -52,8 +53,8 @@ class Loop:
                 if take_best(state, done) or state.evaluated != done:
                     last |= log.write(done, evaluate(state, done))
                 return last
-            except (RewardError, DataError) as error:  # of all ranks together
-                raise self._halted(done, error) from error
+            except (RewardError, DataError, PluginError) as error:
+                raise self._halted(done, error) from error.__cause__
 
     @contextlib.contextmanager
     def _opened(self, done: int, total: int) -> Iterator[RunLog]:
@@ -100,6 +101,7 @@ class Loop:
             if stop:
                 break
         state.method.after_update(ctx, values)
+        self._moved = False
         values |= {"lr": rate, "skipped": state.skipped, **parts.stream.metrics(step, ctx.step_examples)}
         return values | ctx.logged | self._speed(batch.n_tokens, started)
 
@@ -126,6 +128,7 @@ class Loop:
         if not finite:
             self._skip(step, micros, values["loss"], norm)
         elif not stop:
+            self._moved = True
             parts.optimizer.step()
         parts.optimizer.zero_grad()
         return {**values, "grad_norm": norm}, stop
@@ -202,10 +205,19 @@ class Loop:
             raise self._alarmed(step, log)
 
     def _halted(self, done: int, error: AlignkitError) -> AlignkitError:
-        """Save the state before a step whose rows or scores failed, so that nothing is lost; return its error."""
-        if done:
+        """Save the state before a step whose rows, scores or method failed, so that nothing is lost; return its error.
+
+        Rows and scores fail on all ranks together, a method may fail on one; after an update there is nothing to save.
+        """
+        together = not isinstance(error, PluginError) or self.state.parts.ranks.n == 1
+        if done and together and not self._moved:
             save(self.state, done)
-        error.args = (f"{error}\nStopped after step {done}; continue with: {resume_command(self.state.folder)}",)
+        command = resume_command(self.state.folder)
+        if self._moved or not together:
+            kept = f"continue from the newest checkpoint in {self.state.folder}, if there is one, with: {command}"
+            error.args = (f"{error}\nStopped in step {done + 1}; {kept}",)
+            return error
+        error.args = (f"{error}\nStopped after step {done}; continue with: {command}",)
         return error
 
     def _alarmed(self, done: int, log: RunLog) -> AlarmError:

@@ -22,7 +22,7 @@ import torch
 from alignkit import registry
 from alignkit.config import validated
 from alignkit.data.rows import shown
-from alignkit.errors import ConfigError, PluginError, nearest
+from alignkit.errors import ConfigError, PluginError, at_place, nearest
 from alignkit.rewards.functions import Function
 from alignkit.rewards.llm import LlmJudge, LlmScore
 from alignkit.rewards.models import Classifier, ModelOptions, PairwiseModel, RewardModel, check_folder
@@ -76,6 +76,12 @@ class Leaf:
     build: Callable[[Device], Function]
     folder: str | None = None
     ready: Function | None = None
+
+    def reads(self, there: Collection[str]) -> frozenset[str]:
+        """See `Function.reads`; a model reads none, and a class that is not built yet may read all."""
+        if self.ready is None:
+            return frozenset() if self.folder else frozenset(there)
+        return self.ready.reads(there)
 
     def check_columns(self, there: Collection[str]) -> None:
         """See `Function.check_columns`; does nothing unless the function is ready."""
@@ -211,7 +217,7 @@ def _imported(module: str, name: str, kind: Kind) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         raise ConfigError(
             f"{kind.word}: the module '{module}' of '{module}:{name}' cannot be imported: {type(error).__name__}: "
-            f"{error}. It must be installed, or be in {os.getcwd()}"
+            f"{error}{at_place(error)}. It must be installed, or be in {os.getcwd()}"
         ) from error
     if (inspect.isroutine(found) or inspect.isclass(found)) and _ships_with_python(getattr(found, "__module__", None)):
         raise _refused(f"{module}:{name}", kind)  # imported there from the standard library

@@ -12,6 +12,7 @@ from typing import Any
 
 from alignkit import registry
 from alignkit.alarms import Alarm, RunView
+from alignkit.errors import at_place
 from alignkit.runs.folder import StepLines, of_training, read_lines
 from alignkit.runs.progress import Progress
 
@@ -114,7 +115,11 @@ class Listeners:
                 yield from [_checked(alarm) for alarms in returned for alarm in alarms]
             except (Exception, SystemExit) as error:  # a plugin may raise anything
                 logger.warning(
-                    "listener '%s' failed and is not called again: %s: %s", name, type(error).__name__, error
+                    "listener '%s' failed and is not called again: %s: %s%s",
+                    name,
+                    type(error).__name__,
+                    error,
+                    at_place(error),
                 )
                 del self._hooks[name]
 

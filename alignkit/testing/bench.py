@@ -6,9 +6,7 @@ The step is the engine's: collect once, count over all ranks, then a backward fo
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,6 +22,7 @@ from alignkit.models.values import ActorCritic
 from alignkit.rollout.draws import checked
 from alignkit.testing.byhand import ScoredRow, score_of, score_rows
 from alignkit.testing.models import TinyModels
+from alignkit.testing.ranks import SimulatedRanks
 from alignkit.testing.world import EOS, with_completions
 from alignkit.types import Batch, Example, Layout
 
@@ -54,38 +53,6 @@ Scripted = Callable[[Example, int], Example]
 SAMPLING = Sampling()
 
 
-class _Ranks:
-    """Sums over simulated ranks, each a thread."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self._barrier, self._values = n, threading.Barrier(n), [torch.empty(0)] * n
-
-    def sum(self, rank: int, value: Tensor) -> Tensor:
-        self._values[rank] = value
-        self._barrier.wait()
-        total = torch.stack(self._values).sum(0)
-        self._barrier.wait()
-        return total
-
-    def collect(self, work: Any) -> list[Batch]:
-        """Run work(rank) for all ranks concurrently; raise the original error, not a broken barrier."""
-
-        def guarded(rank: int) -> Batch:
-            try:
-                with torch.no_grad():
-                    return work(rank)  # type: ignore[no-any-return]
-            except BaseException:
-                self._barrier.abort()  # else the other ranks would wait forever
-                raise
-
-        with ThreadPoolExecutor(self.n) as pool:
-            futures = [pool.submit(guarded, rank) for rank in range(self.n)]
-        errors = [e for f in futures if (e := f.exception()) is not None]
-        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
-            raise error
-        return [f.result() for f in futures]
-
-
 @dataclass
 class BenchContext:
     """The bench's `alignkit.method.Context`. moved: the alphas that `update_reference` was called with."""
@@ -98,7 +65,7 @@ class BenchContext:
     uses_critic: bool = False
     layout: Layout = Layout()
     rank: int = 0
-    ranks: _Ranks = field(default_factory=lambda: _Ranks(1))
+    ranks: SimulatedRanks = field(default_factory=lambda: SimulatedRanks(1))
     moved: list[float] = field(default_factory=list)
     training: bool = True
     stale: float = 0.0
@@ -184,12 +151,12 @@ class Bench:
             uses_critic="critic" in self.method.roles(),
             layout=cut.layout,
             rank=rank,
-            ranks=ranks or _Ranks(1),
+            ranks=ranks or SimulatedRanks(1),
         )
 
     def collect(self, examples: Sequence[Example], cut: Cut = Cut()) -> list[Batch]:
         """Return each rank's batch after `collect`, in the order of `cut`."""
-        ranks = _Ranks(cut.ranks)
+        ranks = SimulatedRanks(cut.ranks)
 
         def work(rank: int) -> Batch:
             ctx = self.context(examples, cut, rank, ranks)

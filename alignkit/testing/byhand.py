@@ -85,8 +85,8 @@ def score_rows(
 
     def answer(e: Example, c: Completion) -> Answer:
         values = _values(critic, e, c) if critic is not None else ()
-        scored = [_logps(model, e, c, temperature) for model in (policy, reference)]
-        return Answer(*scored, reward(c), values)
+        ours, theirs = (_logps(model, e, c, temperature) for model in (policy, reference))
+        return Answer(ours, theirs, reward(c), values)
 
     return [ScoredRow(e, tuple(answer(e, c) for c in e.completions)) for e in examples]
 
