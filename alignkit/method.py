@@ -239,8 +239,18 @@ class Method(Generic[C]):
         """Return whether to skip the remaining updates of this batch. metrics: those of the last update."""
         return False
 
+    def schedule(self, step: int, total: int) -> float | None:
+        """Return the factor of the peak learning rate at a step, from 0 to total - 1.
+
+        None, with the method's settings, leaves it to the run's `schedule`, at all steps; this is the default.
+        """
+        return None
+
     def after_update(self, ctx: Context, metrics: Mapping[str, float]) -> None:
-        """Adapt coefficients or the reference after a step's updates. Default: nothing."""
+        """Adapt coefficients or the reference after a step's updates. Default: nothing.
+
+        metrics: those of the last update: its loss and terms, grad_norm, and what `ctx.log` was given in this step.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the weights, as JSON values. Default: nothing."""

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch.distributed.tensor import DTensor
 
-from alignkit.data.stream import learning_rate, seed_of, seeded
+from alignkit.data.stream import seed_of, seeded
 from alignkit.engine.averages import Averages, counts, term_sums
 from alignkit.engine.balance import Balance
 from alignkit.engine.evaluation import evaluate, patience_ended, take_best, watch
+from alignkit.engine.optimizers import rate_factor
 from alignkit.engine.saving import restore, save
 from alignkit.engine.state import RunState
 from alignkit.engine.step import StepContext
@@ -62,7 +63,8 @@ class Loop:
         state, parts = self.state, self.state.parts
         with contextlib.ExitStack() as stack:
             shown = stack.enter_context(Progress.of_run(total, done, parts.ranks.is_main))
-            log = RunLog(state.folder, state.written, parts.accelerator, done, total, state.evaluated, shown)
+            place, at = (state.folder, state.written, parts.accelerator), (done, total, state.evaluated)
+            log = RunLog(*place, *at, shown, state.callbacks)
             if parts.online:
                 parts.online.open(state.folder, done, state.evaluated)
                 stack.callback(parts.online.close)
@@ -91,16 +93,14 @@ class Loop:
             torch.manual_seed(seed_of(config.seed, 8, step * ranks.n + ranks.own))
         ctx = StepContext(state, step, parts.stream[step], seeded(config.seed, 2, step), number=step)
         batch = ctx.collect()
-        rate = parts.peak_rate * learning_rate(
-            config.schedule, config.warmup_fraction, step, total, config.decay_fraction
-        )
+        rate = parts.peak_rate * rate_factor(config, state.method, step, total)
         for group in parts.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
         for minibatch, weight in self._minibatches(batch, ctx):
             values, stop = self._update(minibatch, weight, step)
             if stop:
                 break
-        state.method.after_update(ctx, values)
+        state.method.after_update(ctx, values | ctx.logged)
         self._moved = False
         values |= {"lr": rate, "skipped": state.skipped, **parts.stream.metrics(step, ctx.step_examples)}
         return values | ctx.logged | self._speed(batch.n_tokens, started)

@@ -17,6 +17,7 @@ from alignkit.models.loading import load_tokenizer
 from alignkit.reference.choice import check_reference
 from alignkit.rollout.checks import check_online
 from alignkit.runs import folder as run_folder
+from alignkit.runs.callbacks import load_callbacks
 from alignkit.runs.sessions import Session
 from alignkit.unused import check_used
 
@@ -44,6 +45,7 @@ class Run:
         check_used(self.config, self.method, shared)
         check_reference(self.config, self.method)
         check_online(self.config, self.method)
+        self._callbacks = load_callbacks(self.config.callbacks)
         self.tokenizer = load_tokenizer(self.config)
 
     def read(self) -> Splits:
@@ -62,7 +64,7 @@ class Run:
                 run_folder.write_config(folder, written, config.resume, self._defaults())
             logger.info("run: %s", folder)
             parts = assemble.build(config, self.method, self.splits, self.tokenizer, accelerator)
-        self.state = RunState(config, self.method, self.splits, parts, folder, written)
+        self.state = RunState(config, self.method, self.splits, parts, folder, written, callbacks=self._callbacks)
         self.loop = Loop(self.state, self._session)
         return self.state
 

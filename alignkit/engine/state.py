@@ -95,7 +95,8 @@ class RunState:
     """One run: its settings, what was built for it, and its progress.
 
     written: the settings as in config.yaml. skipped: updates that were not finite. evaluated: the step of the last
-    evaluation, -1 before the first. saved_at: time.monotonic() of the last checkpoint.
+    evaluation, -1 before the first. saved_at: time.monotonic() of the last checkpoint. callbacks: the run's
+    own listeners.
     """
 
     config: RunConfig
@@ -108,6 +109,7 @@ class RunState:
     evaluated: int = -1
     early: EarlyStop = field(default_factory=EarlyStop)
     saved_at: float = field(default_factory=time.monotonic)
+    callbacks: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dropout(self) -> bool:

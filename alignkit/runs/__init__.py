@@ -2,6 +2,7 @@
 
 folder.py      the folder: config.yaml, files of one JSON object a line, whole files
 log.py         metrics.jsonl, trackers, listeners and their alarms
+callbacks.py   listeners of one run, by the setting `callbacks`
 progress.py    the terminal: one line or a bar; Ctrl-C and SIGTERM
 sessions.py    what each session ran on and cost
 results.py     the headline metrics, before and after training

@@ -22,7 +22,7 @@ EVAL = "eval/"  # in front of the metrics of an evaluation
 FREE = {
     "resume", "name", "output", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_tokens",
     "trackers", "device", "timeout_minutes", "trust_remote_code", "cache_file", "reference_cache", "kept_logits_gib",
-    "health", "stop_on",
+    "health", "stop_on", "callbacks",
 }  # fmt: skip
 
 
