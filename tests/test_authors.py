@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from alignkit.runs.folder import read_lines, read_metrics
 from alignkit.testing import Conformance, train
 from alignkit.unused import check_used
 from alignkit_kernels import sequence_sum
+
+PAGE = Path(__file__).parents[1] / "docs/authors.md"
 
 
 class Plain(Method[Any]):
@@ -180,6 +185,29 @@ def test_what_is_no_callback_is_refused_before_anything_is_loaded(given: Any, sa
 def test_the_setting_is_written_by_names() -> None:
     config = RunConfig(method="plain", model="m", data="d", callbacks=[long_loss, "a.py"])
     assert config.describe()["callbacks"] == [f"{__name__}:long_loss", "a.py"]
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+
+def test_the_pages_tables_name_every_attribute_and_call() -> None:
+    text = PAGE.read_text().split("## Every attribute and call")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)[`(]", text))
+    annotated = {n for n in Method.__annotations__ if not n.startswith("_")}
+    calls = {n for n, value in vars(Method).items() if not n.startswith("_") and n != "Config" and callable(value)}
+    assert named >= annotated | calls | {"advice"}
+    assert named >= {n for n in vars(Context) if not n.startswith("_")} - {"is_protocol"}
+    parameters = inspect.signature(Context.rollouts).parameters.keys() - {"self"}
+    assert set(re.search(r"`rollouts\(([^)]*)\)`", text)[1].split(", ")) == parameters  # type: ignore[index]
+
+
+def test_the_pages_method_with_columns_passes_the_kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = PAGE.read_text().split("## Columns of the rows")[1]
+    (tmp_path / "weighted_of_the_page.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
+    monkeypatch.syspath_prepend(tmp_path)
+    method = importlib.import_module("weighted_of_the_page").Weighted
+    for name in ("test_declaration", "test_micro_batches", "test_loss_is_pure", "test_ranks"):
+        check(method, name)
 
 
 # ------------------------------------------------------------------------------------------------------- the kit
