@@ -20,7 +20,7 @@ from alignkit.rewards import build_judge, build_rewards
 from alignkit.rewards.answers import Answers
 from alignkit.testing import train
 from alignkit_kernels import sequence_sum
-from helpers import write_plugin
+from helpers import make_rows, write_plugin
 
 HERE = re.escape(__file__)
 
@@ -99,6 +99,21 @@ def test_before_an_update_the_state_is_saved_and_the_run_goes_on(call: str, tmp_
     There.where = ""
     parts = train(There, tmp_path, name="run", save_every=None, max_steps=3, resume=True).model.state_dict()
     whole = train(There, tmp_path, name="whole", save_every=None, max_steps=3).model.state_dict()
+    assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
+
+
+@pytest.mark.parametrize("call", ["collect", "loss"])
+def test_a_stream_goes_on_where_the_method_failed(call: str, tmp_path: Path, write_rows: Any) -> None:
+    class There(Broken):
+        where = call
+
+    streamed = {"data": write_rows(make_rows("text", 20)), "streaming": True, "shuffle_buffer": 4}
+    settings = {"save_every": None, "max_steps": 3, **streamed}
+    with pytest.raises(PluginError, match="Stopped after step 1; continue with"):
+        train(There, tmp_path, name="run", **settings)
+    There.where = ""
+    parts = train(There, tmp_path, name="run", resume=True, **settings).model.state_dict()
+    whole = train(There, tmp_path, name="whole", **settings).model.state_dict()
     assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
 
 

@@ -87,7 +87,7 @@ class Stream:
         rows = {f"rows/{name}": found[name] for name in self._members if name}
         return {"epoch": (step + 1) / self.steps_per_epoch, **rows}
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self, step: int | None = None) -> dict[str, int]:
         """Return nothing: a step's examples follow from its number."""
         return {}
 

@@ -65,7 +65,7 @@ class Streamed:
     def _start(self) -> None:
         self._passes = self._blocks = self._step = self._dropped = 0
         self._left: list[Example] = []
-        self._position = self._now()
+        self._before = self._position = self._now()
         self._rows = self._endless()
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
@@ -85,7 +85,7 @@ class Streamed:
             self._dropped += report.n_dropped
         taken, self._left = self._left[: self._batch_size], self._left[self._batch_size :]
         self._step += 1
-        self._position = self._now()
+        self._before, self._position = self._position, self._now()
         return tuple(taken)
 
     def metrics(self, step: int, examples: Sequence[Example]) -> dict[str, float]:
@@ -97,9 +97,12 @@ class Streamed:
         form, kind = self._reading.form.name, self._reading.kind
         return [f"{self._source.name}: rows of the form '{form}', read as {kind} while the run goes on"]
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the position after the last step that was read whole, as JSON values."""
-        return dict(self._position)
+    def state_dict(self, step: int | None = None) -> dict[str, int]:
+        """Return the position after the last step that was read whole, as JSON values.
+
+        step: the steps that are done; one less than were read where the last one failed, and is repeated.
+        """
+        return dict(self._before if self._before["step"] == step else self._position)
 
     def _now(self) -> dict[str, int]:
         return {"step": self._step, "blocks": self._blocks, "left": len(self._left), "dropped": self._dropped}
@@ -113,7 +116,7 @@ class Streamed:
         if state["left"] and raw is not None:
             self._left = self._examples(raw)[0][-state["left"] :]
         self._step, self._dropped = state["step"], state["dropped"]
-        self._position = self._now()
+        self._before = self._position = self._now()
 
     def _block(self) -> RawRows:
         self._blocks += 1

@@ -43,7 +43,7 @@ def save(state: RunState, step: int) -> None:
         "rows": state.splits.digest,
         "early": state.early.state_dict(),
         "evaluated": state.evaluated,
-        "stream": parts.stream.state_dict(),
+        "stream": parts.stream.state_dict(step),
     }
     if parts.ranks.is_main:
         path = checkpoint.save(state.folder / "checkpoints", step, tensors, kept, state.config.keep_checkpoints)
