@@ -14,6 +14,7 @@ from alignkit import Batch, Context, Method, Models, Term, registry
 from alignkit.config import RunConfig
 from alignkit.data.blocks import encoded
 from alignkit.data.tokenise import tokenise
+from alignkit.engine import Engine
 from alignkit.engine.reading import read
 from alignkit.errors import DataError, PluginError
 from alignkit.plugin_checks import check_class
@@ -209,3 +210,15 @@ def test_a_declaration_that_cannot_be_read_is_a_broken_plugin(given: Any, said: 
 
     with pytest.raises(PluginError, match=said):
         check_class(Wrong)
+
+
+def test_a_pipeline_checks_columns_before_its_first_stage(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "get", lambda name: Weighted)
+    stage = {"method": "weighted", "data": make_rows("text", 8)}
+    with pytest.raises(DataError, match="no row has the column 'weight', which the method reads"):
+        Engine(model=tiny, output=tmp_path).pipeline([stage])
+    mapped = [{**row, "importance": 1.0, "topic": "owls"} for row in make_rows("text", 8)]
+    stage |= {"data": mapped, "columns": {"weight": "importance"}, "max_steps": 1, "device": "cpu", "batch_size": 2}
+    assert Engine(model=tiny, output=tmp_path / "good").pipeline([stage]).stages

@@ -232,3 +232,19 @@ print(installed_method.placed(errors.place_of))
     (tmp_path / "other_library.py").write_text("def work():\n    raise ValueError\n")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == f"{tmp_path / 'installed_method.py'}:5, in placed"
+
+
+def test_the_command_line_keeps_the_whole_traceback(
+    command: Any, tiny: str, write_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class There(Broken):
+        where = "collect"
+
+    monkeypatch.setattr(registry, "get", lambda name: There)
+    write_rows(make_rows("text", 8))
+    given = ("--model", tiny, "--data", "rows.jsonl", "--set", "device=cpu", "--set", "batch_size=2")
+    code, _, said = command("run", "broken", *given)
+    assert code == 2
+    assert "error: method 'broken' failed in collect: KeyError: 'missing' (at " in said
+    (file,) = re.findall(r"The whole traceback: (\S+)", said)
+    assert 'return numbers["missing"]' in Path(file).read_text()

@@ -75,12 +75,17 @@ class Dataset:
 
 
 def load(
-    source: object, kind: DataKind, columns: Mapping[str, str] | None = None, may_be_empty: bool = False
+    source: object,
+    kind: DataKind,
+    columns: Mapping[str, str] | None = None,
+    may_be_empty: bool = False,
+    wanted: Wanted | None = None,
 ) -> Dataset:
     """Read, check and convert all rows of `source` to what a method with `data = kind` needs.
 
     source: as for `read_rows`; each of several sources has its own form. columns: {our column: the source's} where
-    names differ; "form" sets the form's name. may_be_empty: return a data set whose rows were all dropped. Raises
+    names differ; "form" sets the form's name. may_be_empty: return a data set whose rows were all dropped. wanted:
+    columns that the method reads besides those of the form. Raises
     ConfigError for an unknown kind, column name or form; DataError where the form does not provide the kind or no row
     is left; FaultyRowsError (a DataError) with all faults of the rows.
     """
@@ -88,11 +93,11 @@ def load(
         raise ConfigError(f"unknown kind of data '{kind}'.{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}")
     raw = read_rows(source)
     if not raw.parts:
-        return _converted(raw, kind, columns, may_be_empty)
+        return _converted(raw, kind, columns, may_be_empty, wanted)
     parts, faults = list[Dataset](), list[Fault]()
     for part in raw.parts:
         try:
-            parts.append(_converted(part, kind, columns, may_be_empty))
+            parts.append(_converted(part, kind, columns, may_be_empty, wanted))
         except FaultyRowsError as error:
             faults += error.faults
     if faults:
@@ -112,6 +117,11 @@ def _together(raw: RawRows, kind: DataKind, parts: Sequence[Dataset]) -> Dataset
     kinds = tuple(k for k in KINDS if all(k in part.kinds for part in parts))
     weights = {name: part.weight for name, part in zip(names, raw.parts, strict=True) if part.weight is not None}
     return Dataset(rows, kind, ", ".join(forms), raw.source, report, kinds, tuple(parts), weights)
+
+
+def of_forms(columns: Mapping[str, str] | None) -> dict[str, str] | None:
+    """Return the names of columns without those that a method declares, to read rows without the method."""
+    return None if columns is None else {k: v for k, v in columns.items() if k in (*OUR_COLUMNS, "form")}
 
 
 class Reading(NamedTuple):
@@ -157,9 +167,11 @@ def reading_of(
     return Reading(form, kind, names, margins, wanted)
 
 
-def _converted(raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None, may_be_empty: bool) -> Dataset:
+def _converted(
+    raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None, may_be_empty: bool, wanted: Wanted | None
+) -> Dataset:
     """Check and convert the rows of one source."""
-    reading = reading_of(raw, kind, columns)
+    reading = reading_of(raw, kind, columns, wanted)
     rows, report = reading.rows(raw)
     if not rows and not may_be_empty:
         raise DataError(f"{raw.source}: no row is left; {'; '.join(report.lines())}")
