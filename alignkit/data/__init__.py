@@ -8,6 +8,7 @@ forms.py      which columns make which form (pairs, ranked, conversations, ...)
 published.py  ShareGPT's, Alpaca's and similar rows, rewritten to our forms
 scored.py     UltraFeedback's, HelpSteer's and similar rows, rewritten to our forms
 cells.py      checks of a single cell
+columns.py    columns that a method reads besides those of a form
 convert.py    parsed rows -> rows of a kind
 dataset.py    load(): rows of any form -> rows of a kind
 chat/         chat templates: messages -> text, where each turn begins and ends

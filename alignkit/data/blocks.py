@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from alignkit.data.convert import Wanted
 from alignkit.data.dataset import Dataset, Reading, reading_of
 from alignkit.data.order import Order
 from alignkit.data.rows import Fault, FaultyRowsError, RawRows, Report, Row
@@ -37,15 +38,20 @@ class Encoded:
 
 
 def encoded(
-    source: object, kind: DataKind, columns: Mapping[str, str] | None, encode: Encode, order_by: str | None = None
+    source: object,
+    kind: DataKind,
+    columns: Mapping[str, str] | None,
+    encode: Encode,
+    order_by: str | None = None,
+    wanted: Wanted | None = None,
 ) -> Encoded:
     """Read, check, convert and tokenise all rows of a source, as `load` and `encode` do for all of them at once.
 
-    order_by: a column whose number each example gets as its `order`. Raises what `load` and `encode` raise; the faults
-    of all rows together, those of the template after those of the rows.
+    order_by: a column whose number each example gets as its `order`. wanted: columns that the method reads. Raises what
+    `load` and `encode` raise; the faults of all rows together, those of the template after those of the rows.
     """
     name, parts = lazy_parts(source)
-    work = _Work(kind, columns, encode, Order(order_by) if order_by is not None else None)
+    work = _Work(kind, columns, encode, Order(order_by) if order_by is not None else None, wanted)
     names = short_names([part.name for part in parts]) if len(parts) > 1 else [""]
     for part, short in zip(parts, names, strict=True):
         work.read(part, short)
@@ -62,13 +68,14 @@ class _Work:
     columns: Mapping[str, str] | None
     encode: Encode
     order: Order | None
+    wanted: Wanted | None
     made: Encoded = field(default_factory=Encoded)
     faults: list[Fault] = field(default_factory=list)
     of_template: list[Fault] = field(default_factory=list)
 
     def read(self, part: Lazy, short: str) -> None:
         """Add the examples of a part. short: its name in a mixture. Raises DataError where none is left."""
-        reading = reading_of(_outline(part), self.kind, self.columns)
+        reading = reading_of(_outline(part), self.kind, self.columns, self.wanted)
         whole = reading.form.name == "rated" and self.kind == "pairs"  # joins rows that may be anywhere
         total, before = 0, len(self.made.examples)
         for raw in _blocks(part, whole):

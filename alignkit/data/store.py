@@ -38,7 +38,8 @@ class Examples(_View):
     """Examples that are built when they are asked for, from arrays.
 
     A token takes 4 bytes, an answer with tokens that are only read a byte more for each of its tokens, an example about
-    50 bytes. Prompts of methods that sample keep what they were given, and their rows' columns, as Python objects.
+    50 bytes. Python objects are kept of what prompts of methods that sample were given, with their rows' columns, and
+    of the columns that a method declares.
     """
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
@@ -54,6 +55,7 @@ class Examples(_View):
         self._sources: dict[str, int] = {}
         self._source_of = array("i")
         self._given: dict[int, tuple[Any, Mapping[str, Any]]] = {}
+        self._declared: dict[int, Mapping[str, Any]] = {}
         for example in examples:
             self.append(example)
 
@@ -79,6 +81,8 @@ class Examples(_View):
         self._source_of.append(self._sources.setdefault(example.source, len(self._sources)))
         if not example.completions:
             self._given[n] = (example.asked, example.columns)
+        if example.declared:
+            self._declared[n] = example.declared
 
     def _add(self, tokens: Tensor) -> None:
         self._tokens.frombytes(tokens.to(torch.int32).numpy().tobytes())
@@ -101,6 +105,7 @@ class Examples(_View):
             columns,
             [*self._sources][self._source_of[index]],
             None if math.isnan(order) else order,
+            self._declared.get(index, {}),
         )
 
     def _part(self, part: int) -> Tensor:

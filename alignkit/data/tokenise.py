@@ -127,8 +127,9 @@ def _example(draft: Draft, encoded: list[Encoded], encoder: Encoder, limits: _Li
     completions = tuple(_completion(answer) for answer in answers)
     prompt_ids = torch.tensor(context, dtype=torch.int32)
     if completions:
-        return Example(prompt_ids, completions, draft.row.numbers, number)
-    return Example(prompt_ids, (), draft.row.numbers, number, draft.row.prompt, draft.row.extra)
+        return Example(prompt_ids, completions, draft.row.numbers, number, declared=draft.row.declared)
+    row = draft.row
+    return Example(prompt_ids, (), row.numbers, number, row.prompt, row.extra, declared=row.declared)
 
 
 def _context(ids: list[int], head: list[int], encoder: Encoder, limit: int | None) -> tuple[list[int], bool]:

@@ -97,6 +97,7 @@ class RunState:
     written: the settings as in config.yaml. skipped: updates that were not finite. evaluated: the step of the last
     evaluation, -1 before the first. saved, saved_at: step and time.monotonic() of the last checkpoint, -1 without one.
     only_for_model: that checkpoint was written in case that saving the model fails, and goes once it is saved.
+    callbacks: the run's own listeners.
     """
 
     config: RunConfig
@@ -111,6 +112,7 @@ class RunState:
     saved: int = -1
     only_for_model: bool = False
     saved_at: float = field(default_factory=time.monotonic)
+    callbacks: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dropout(self) -> bool:

@@ -95,6 +95,11 @@ def check_reward_columns(spec: Any, there: Collection[str]) -> None:
             one.check_columns(there)
 
 
+def reward_columns(spec: Any, there: Collection[str]) -> frozenset[str]:
+    """Return the columns, of those that are there, that the rewards of a spec may read. Raises as `check_rewards`."""
+    return frozenset(name for part in _parts(spec) for one in _leaves(part) for name in one.reads(there))
+
+
 def reward_folders(spec: Any) -> list[str]:
     """Return the folders of a spec's models without loading them. Raises as `check_rewards`."""
     return [f.folder for part in _parts(spec) for f in _leaves(part) if f.folder]

@@ -6,12 +6,10 @@ with options it is a mapping {use: <one of these>, ...}.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +25,9 @@ from alignkit.rewards.functions import Function, Values
 from alignkit.rewards.llm import LlmJudge, LlmScore
 from alignkit.rewards.models import Classifier, ModelOptions, PairwiseModel, RewardModel, check_folder
 from alignkit.rewards.verifiers import Brevity, Exact, Format, Json, Length, Numeric, Options
+from alignkit.user_code import NAMED, imported
 
 Device: TypeAlias = torch.device | str
-_FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,12 @@ class Leaf:
         """Return the values inside of `clip`."""
         low, high = self.clip or (-math.inf, math.inf)
         return [None if v is None else min(max(v, low), high) for v in values]
+
+    def reads(self, there: Collection[str]) -> frozenset[str]:
+        """See `Function.reads`; a model reads none, and a class that is not built yet may read all."""
+        if self.ready is None:
+            return frozenset() if self.folder else frozenset(there)
+        return self.ready.reads(there)
 
     def check_columns(self, there: Collection[str]) -> None:
         """See `Function.check_columns`; does nothing unless the function is ready."""
@@ -184,7 +188,7 @@ def _target(use: Any, kind: Kind) -> tuple[Any, str]:
         return kind.built_in[use], use
     if use in installed:
         return kind.registered(use), use
-    if match := _FUNCTION.fullmatch(use):
+    if match := NAMED.fullmatch(use):
         return _imported(match[1], match[2], kind), name_of(use)
     use = os.path.expanduser(use) if os.sep in use else use
     if os.sep not in use and not Path(use).is_dir():
@@ -211,40 +215,7 @@ def name_of(use: Any) -> str:
 
 
 def _imported(module: str, name: str, kind: Kind) -> Callable[..., Any]:
-    if _ships_with_python(module):
-        raise _refused(f"{module}:{name}", kind)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that no local file shadows an installed module
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except AttributeError:
-        loaded = sys.modules.get(module)
-        if loaded is None:
-            raise
-        there = [n for n, value in vars(loaded).items() if callable(value) and not n.startswith("_")]
-        where = getattr(loaded, "__file__", None) or "built in"
-        raise ConfigError(
-            f"{kind.word}: the module '{module}' ({where}) has no '{name}'.{nearest(name, there)}"
-        ) from None
-    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
-        raise ConfigError(
-            f"{kind.word}: the module '{module}' of '{module}:{name}' cannot be imported: {type(error).__name__}: "
-            f"{error}. It must be installed, or be in {os.getcwd()}"
-        ) from error
-    if (inspect.isroutine(found) or inspect.isclass(found)) and _ships_with_python(getattr(found, "__module__", None)):
-        raise _refused(f"{module}:{name}", kind)  # imported there from the standard library
+    found = imported(module, name, kind.word)
     if not callable(found):
         raise ConfigError(f"{kind.word}: '{module}:{name}' must be a function or a class, got {shown(found)}")
     return found  # type: ignore[no-any-return]
-
-
-def _ships_with_python(module: str | None) -> bool:
-    return (module or "builtins").partition(".")[0] in sys.stdlib_module_names
-
-
-def _refused(what: str, kind: Kind) -> ConfigError:
-    # nothing in it is a reward, and os:system with an option would run a command
-    return ConfigError(
-        f"{kind.word}: '{what}' belongs to Python's standard library, which has no {kind.word}; write a function in "
-        f"your own module, with a name that the standard library does not use"
-    )
