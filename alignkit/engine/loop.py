@@ -35,8 +35,7 @@ class Loop:
     """The training loop of a run whose state is built; `train` runs all steps, `step` one."""
 
     def __init__(self, state: RunState, session: Session) -> None:
-        self.state, self.session = state, session
-        self._moved = False  # by an update of a step that is not done
+        self.state, self.session, self._moved = state, session, False  # _moved: by an update of a step not done
 
     def train(self) -> dict[str, float]:
         """Run all steps that are not done yet; return the last metrics, evaluation included."""
@@ -59,12 +58,13 @@ class Loop:
                 if changed or state.saved != done:
                     save_last(state, done)
                 return last
-            except (RewardError, DataError, PluginError) as error:  # of all ranks together
-                raise self._halted(done, error) from error.__cause__
-            except RuntimeError as error:  # told before the signals that torchrun then sends are in force again
-                if (told := state.parts.ranks.explained(error)) is error:
+            except (RewardError, DataError, PluginError, RuntimeError) as error:
+                # before the signals that torchrun then sends are in force again
+                if (told := state.parts.ranks.explained(error)) is not error:
+                    raise told from error
+                if isinstance(error, RuntimeError):
                     raise
-                raise told from error
+                raise self._halted(done, error) from error.__cause__
 
     @contextlib.contextmanager
     def _opened(self, done: int, total: int) -> Iterator[RunLog]:
@@ -224,8 +224,8 @@ class Loop:
             save(self.state, done)
         command = resume_command(self.state.folder)
         if self._moved or not together:
-            kept = f"continue from the newest checkpoint in {self.state.folder}, if there is one, with: {command}"
-            error.args = (f"{error}\nStopped in step {done + 1}; {kept}",)
+            newest = f"continue from the newest checkpoint in {self.state.folder}, if there is one, with: {command}"
+            error.args = (f"{error}\nStopped in step {done + 1}; {newest}",)
             return error
         error.args = (f"{error}\nStopped after step {done}; continue with: {command}",)
         return error
