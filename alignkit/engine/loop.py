@@ -18,7 +18,7 @@ from alignkit.engine.evaluation import evaluate, patience_ended, take_best, watc
 from alignkit.engine.saving import restore, save, save_last
 from alignkit.engine.state import RunState
 from alignkit.engine.step import StepContext
-from alignkit.errors import AlarmError, AlignkitError, DataError, RewardError, TrainingError
+from alignkit.errors import AlarmError, AlignkitError, CacheError, DataError, RewardError, TrainingError
 from alignkit.models.passes import halved, in_step, least_tokens
 from alignkit.runs.folder import resume_command
 from alignkit.runs.log import RunLog
@@ -57,7 +57,9 @@ class Loop:
                 if changed or state.saved != done:
                     save_last(state, done)
                 return last
-            except (RewardError, DataError) as error:  # of all ranks together
+            except (RewardError, DataError, CacheError) as error:
+                if isinstance(error, CacheError) and state.parts.ranks.n > 1:  # the others are of all ranks together
+                    raise
                 raise self._halted(done, error) from error
             except RuntimeError as error:  # told before the signals that torchrun then sends are in force again
                 if (told := state.parts.ranks.explained(error)) is error:

@@ -124,7 +124,7 @@ class Endpoint(Options):
             if attempt == self.retries or wait > _LONGEST_WAIT:
                 break
             await asyncio.sleep(wait)
-        kept = self._judgements.path if self._judgements else ""
+        kept = self._judgements.place if self._judgements else ""
         attempts = f"{attempt + 1} attempt{'s' * (attempt > 0)}"
         raise RewardError(
             f"the language model at {self.url} is not available: {failed.problem} (after {attempts}). Restart it and "
