@@ -20,6 +20,7 @@ from alignkit.engine.state import RunState
 from alignkit.engine.step import StepContext
 from alignkit.errors import AlarmError, AlignkitError, CacheError, DataError, RewardError, TrainingError
 from alignkit.models.passes import halved, in_step, least_tokens
+from alignkit.rewards.limits import STOP
 from alignkit.runs.folder import resume_command
 from alignkit.runs.log import RunLog
 from alignkit.runs.progress import Progress, StopSignals
@@ -40,8 +41,9 @@ class Loop:
         """Run all steps that are not done yet; return the last metrics, evaluation included."""
         state, total = self.state, self.state.total_steps
         done = restore(state) if state.config.resume else 0
+        STOP.forget()
         last: dict[str, float] = {}
-        with logging_to(state.folder), self._opened(done, total) as log, StopSignals() as stop:
+        with logging_to(state.folder), self._opened(done, total) as log, StopSignals(STOP.now) as stop:
             try:
                 last |= self._evaluate_if_due(done, total, log)
                 while done < total and not patience_ended(state):
@@ -60,7 +62,7 @@ class Loop:
             except (RewardError, DataError, CacheError) as error:
                 if isinstance(error, CacheError) and state.parts.ranks.n > 1:  # the others are of all ranks together
                     raise
-                raise self._halted(done, error) from error
+                raise self._halted(done, stop, error) from error
             except RuntimeError as error:  # told before the signals that torchrun then sends are in force again
                 if (told := state.parts.ranks.explained(error)) is error:
                     raise
@@ -213,10 +215,17 @@ class Loop:
         if flags[2]:
             raise self._alarmed(step, log)
 
-    def _halted(self, done: int, error: AlignkitError) -> AlignkitError:
-        """Save the state before a step whose rows or scores failed, so that nothing is lost; return its error."""
+    def _halted(self, done: int, stop: StopSignals, error: AlignkitError) -> BaseException:
+        """Save the state before a step whose rows or scores failed, so that nothing is lost; return its error.
+
+        After a signal the run stops as it was asked to, and the error is a warning.
+        """
         if done:
             save(self.state, done)
+        if stop.received:
+            command = resume_command(self.state.folder)
+            logger.warning("%s\nstopped after step %d; continue with: %s", error, done, command)
+            return SystemExit(128 + stop.received)
         error.args = (f"{error}\nStopped after step {done}; continue with: {resume_command(self.state.folder)}",)
         return error
 

@@ -34,7 +34,8 @@ class RunCache:
         wanted = list(dict.fromkeys(keys))
         found = {k: self._kept[k] for k in wanted if k in self._kept}
         elsewhere = [k for k in wanted if k not in found]
-        found |= self._file.read(lambda file: file.get(elsewhere), {})
+        nothing: dict[bytes, Tensor] = {}
+        found |= self._file.read(lambda file: file.get(elsewhere), nothing)
         self.hits += len(found)
         self.misses += len(wanted) - len(found)
         return found

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import httpx2
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -27,6 +27,7 @@ _LONGEST_WAIT = 300.0  # seconds
 class Endpoint(Options):
     """Options of rewards and judges that call a language model through an OpenAI-compatible endpoint."""
 
+    limits_itself: ClassVar[bool] = True  # by `timeout` and `retries`
     url: str = Field(description="base of the endpoint, such as http://localhost:8000/v1")
     model: str = Field(description="the model's name there")
     key_env: str | None = Field(None, description="NAME of the environment variable that holds the key")

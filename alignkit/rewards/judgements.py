@@ -88,6 +88,6 @@ class _File:
 
     def _failed(self, what: str, error: Exception) -> CacheError:
         return (DamagedError if is_damage(error) else CacheError)(
-            f"cannot {what} the judgements {self._path}: {error}. Set another file by cache_file, or by the environment "
-            f"variable ALIGNKIT_JUDGEMENTS"
+            f"cannot {what} the judgements {self._path}: {error}. Set another file by cache_file, or by the "
+            f"environment variable ALIGNKIT_JUDGEMENTS"
         )
