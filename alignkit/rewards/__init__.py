@@ -10,7 +10,8 @@ combine.py     weighted sums and ensembles of rewards
 judges.py      judges, and rewards as a judge (Bradley-Terry)
 verifiers.py   rewards without a model; numeric.py numbers in answers; expressions.py expressions and words
 models.py      reward models and pairwise preference models
-llm.py         language models as rewards and judges; endpoint.py their HTTP client; judgements.py its cache
+llm.py         language models as rewards and judges; endpoint.py their HTTP client; judgements.py its cache;
+               secrecy.py what it does not print
 answers.py     the input and output of rewards; running.py the running mean of rewards
 """
 
