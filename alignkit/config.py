@@ -115,6 +115,7 @@ class RunConfig(BaseModel):
     sampling: Sampling = Field(Sampling(), description="how completions are sampled, for methods that sample")
     reward: Any = Field(None, description="reward that scores sampled completions, see docs/rewards.md")
     judge: Any = Field(None, description="judge that compares two sampled completions, see docs/rewards.md")
+    reward_timeout: float | None = Field(600.0, gt=0, description="seconds for one call of a reward or judge function")
     critic: str = Field(
         "auto", description="starts from policy, reward (its model) or a folder; shared: on the policy's trunk"
     )

@@ -14,13 +14,15 @@ from torch.distributed.tensor import DTensor
 from alignkit.data.stream import seed_of, seeded
 from alignkit.engine.averages import Averages, counts, term_sums
 from alignkit.engine.balance import Balance
+from alignkit.engine.ending import alarmed, halted
 from alignkit.engine.evaluation import evaluate, patience_ended, take_best, watch
 from alignkit.engine.optimizers import rate_factor
 from alignkit.engine.saving import restore, save, save_last
 from alignkit.engine.state import RunState
 from alignkit.engine.step import StepContext
-from alignkit.errors import AlarmError, AlignkitError, DataError, PluginError, RewardError, TrainingError
+from alignkit.errors import CacheError, DataError, PluginError, RewardError, TrainingError
 from alignkit.models.passes import halved, in_step, least_tokens
+from alignkit.rewards.limits import STOP
 from alignkit.runs.folder import resume_command
 from alignkit.runs.log import RunLog
 from alignkit.runs.progress import Progress, StopSignals
@@ -41,8 +43,9 @@ class Loop:
         """Run all steps that are not done yet; return the last metrics, evaluation included."""
         state, total = self.state, self.state.total_steps
         done = restore(state) if state.config.resume else 0
+        STOP.forget()
         last: dict[str, float] = {}
-        with logging_to(state.folder), self._opened(done, total) as log, StopSignals() as stop:
+        with logging_to(state.folder), self._opened(done, total) as log, StopSignals(STOP.now) as stop:
             try:
                 last |= self._evaluate_if_due(done, total, log)
                 while done < total and not patience_ended(state):
@@ -58,13 +61,13 @@ class Loop:
                 if changed or state.saved != done:
                     save_last(state, done)
                 return last
-            except (RewardError, DataError, PluginError, RuntimeError) as error:
+            except (RewardError, DataError, CacheError, PluginError, RuntimeError) as error:
                 # before the signals that torchrun then sends are in force again
                 if (told := state.parts.ranks.explained(error)) is not error:
                     raise told from error
-                if isinstance(error, RuntimeError):
+                if isinstance(error, RuntimeError) or (isinstance(error, CacheError) and state.parts.ranks.n > 1):
                     raise
-                raise self._halted(done, error) from error.__cause__
+                raise halted(state, done, error, self._moved, stop) from error.__cause__
 
     @contextlib.contextmanager
     def _opened(self, done: int, total: int) -> Iterator[RunLog]:
@@ -212,31 +215,7 @@ class Loop:
                 logger.warning("stopped after step %d; continue with: %s", step, resume_command(state.folder))
             raise SystemExit(128 + (stop.received or 15))
         if flags[2]:
-            raise self._alarmed(step, log)
-
-    def _halted(self, done: int, error: AlignkitError) -> AlignkitError:
-        """Save the state before a step whose rows, scores or method failed, so that nothing is lost; return its error.
-
-        Rows and scores fail on all ranks together, a method may fail on one; after an update there is nothing to save.
-        """
-        together = not isinstance(error, PluginError) or self.state.parts.ranks.n == 1
-        if done and together and not self._moved:
-            save(self.state, done)
-        command = resume_command(self.state.folder)
-        if self._moved or not together:
-            newest = f"continue from the newest checkpoint in {self.state.folder}, if there is one, with: {command}"
-            error.args = (f"{error}\nStopped in step {done + 1}; {newest}",)
-            return error
-        error.args = (f"{error}\nStopped after step {done}; continue with: {command}",)
-        return error
-
-    def _alarmed(self, done: int, log: RunLog) -> AlarmError:
-        """Return the error that ends a run for an alarm of `stop_on`; its checkpoint is written."""
-        reason = "an alarm of stop_on ended the run; see the error of rank 0"
-        if alarm := log.alarm:
-            reason = f"alarm {alarm.name} ended the run (stop_on): {alarm.message}. {alarm.remedy}"
-        command = resume_command(self.state.folder)
-        return AlarmError(f"{reason}\nStopped after step {done}; to continue anyway: {command}")
+            raise alarmed(self.state, step, log)
 
     def _facts(self) -> dict[str, object]:
         state, parts = self.state, self.state.parts

@@ -21,12 +21,15 @@ from alignkit.data.store import Selected
 from alignkit.models.loading import causal_lm
 from alignkit.models.rope import switch_of
 from alignkit.reference.cache import LogpCache, default_path
+from alignkit.reference.run_cache import RunCache
 from alignkit.types import Example
 
 __all__ = ["LogpCache", "cached_logps", "default_path", "fill", "fingerprint", "key", "weights_digest"]
 
 Score = Callable[[list[Example]], Tensor]
 """Examples -> log-probabilities of their trained tokens, float32 [C], examples x completions x tokens in order."""
+
+Cache = LogpCache | RunCache
 
 _CHUNK = 512  # examples looked up at a time, so that a fill never holds all values in memory
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
@@ -88,7 +91,7 @@ def key(fingerprint: str, prompt: Tensor, completion: Tensor, trained_at: Tensor
     return digest.digest()
 
 
-def cached_logps(examples: Sequence[Example], cache: LogpCache, fingerprint: str, score: Score) -> Tensor:
+def cached_logps(examples: Sequence[Example], cache: Cache, fingerprint: str, score: Score) -> Tensor:
     """Return the reference's log-probabilities of all trained tokens, float32 [C]; `score` computes missing ones."""
     keys = [_keys(e, fingerprint) for e in examples]
     found = cache.get([k for ks in keys for k in ks])
@@ -101,7 +104,7 @@ def cached_logps(examples: Sequence[Example], cache: LogpCache, fingerprint: str
 
 def fill(
     examples: Sequence[Example],
-    cache: LogpCache,
+    cache: Cache,
     fingerprint: str,
     score: Score,
     batch_tokens: int,
@@ -132,7 +135,7 @@ def _keys(example: Example, fingerprint: str) -> list[bytes]:
     return [key(fingerprint, example.prompt, c.tokens, c.trained_at) for c in example.completions]
 
 
-def _missing(examples: Sequence[Example], cache: LogpCache, fingerprint: str) -> Iterator[int]:
+def _missing(examples: Sequence[Example], cache: Cache, fingerprint: str) -> Iterator[int]:
     """Yield the indices of examples with missing values; only the first of several with the same tokens."""
     claimed: set[bytes] = set()
     for start in range(0, len(examples), _CHUNK):
@@ -158,7 +161,7 @@ def _cut(examples: Sequence[Example], batch_tokens: int) -> Iterator[list[Exampl
         yield batch
 
 
-def _compute(examples: list[Example], cache: LogpCache, fingerprint: str, score: Score) -> dict[bytes, Tensor]:
+def _compute(examples: list[Example], cache: Cache, fingerprint: str, score: Score) -> dict[bytes, Tensor]:
     """Score the examples and store the values in one transaction; values that are not finite are never stored."""
     logps_C = score(examples).detach().to("cpu", torch.float32)
     keys = [k for e in examples for k in _keys(e, fingerprint)]

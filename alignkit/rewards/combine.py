@@ -11,7 +11,8 @@ from typing import Any
 from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, nearest
 from alignkit.rewards.answers import Answers, Scores
-from alignkit.rewards.functions import Functions, Values
+from alignkit.rewards.calls import TIMEOUT, Functions
+from alignkit.rewards.functions import Values
 from alignkit.rewards.spec import REWARD, Device, Leaf, leaf, number
 
 _COMBINE: dict[str, Callable[[Sequence[float], float], float]] = {
@@ -44,9 +45,9 @@ class Ensemble:
 class Rewards:
     """All rewards of a run; `build_rewards` creates it."""
 
-    def __init__(self, parts: Sequence[Leaf | Ensemble], device: Device) -> None:
+    def __init__(self, parts: Sequence[Leaf | Ensemble], device: Device, timeout: float | None = TIMEOUT) -> None:
         self._parts = list(parts)
-        self._functions = Functions([f.build(device) for part in parts for f in _leaves(part)])
+        self._functions = Functions([f.build(device) for part in parts for f in _leaves(part)], timeout)
         self.names = [part.name for part in parts]
 
     @property
@@ -78,9 +79,12 @@ class Rewards:
         self._functions.close()
 
 
-def build_rewards(spec: Any, device: Device = "cpu") -> Rewards:
-    """Load the rewards of a spec (docs/rewards.md), models onto `device`. Raises as `check_rewards`, and ModelError."""
-    return Rewards(_parts(spec), device)
+def build_rewards(spec: Any, device: Device = "cpu", timeout: float | None = TIMEOUT) -> Rewards:
+    """Load the rewards of a spec (docs/rewards.md), models onto `device`. Raises as `check_rewards`, and ModelError.
+
+    timeout: seconds for a call of one function, None for no limit.
+    """
+    return Rewards(_parts(spec), device, timeout)
 
 
 def check_rewards(spec: Any) -> None:

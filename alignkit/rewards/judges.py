@@ -10,6 +10,7 @@ import torch
 from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, RewardError, nearest
 from alignkit.rewards.answers import Answers
+from alignkit.rewards.calls import TIMEOUT, Functions
 from alignkit.rewards.combine import (
     Rewards,
     build_rewards,
@@ -18,7 +19,7 @@ from alignkit.rewards.combine import (
     reward_columns,
     reward_folders,
 )
-from alignkit.rewards.functions import Function, Functions, known_of
+from alignkit.rewards.functions import Function, known_of
 from alignkit.rewards.spec import JUDGE, Device, leaf, number
 
 
@@ -41,8 +42,8 @@ class Judge(Protocol):
 class FunctionJudge:
     """A judge that is a function `judge(prompts, first, second, **columns)`."""
 
-    def __init__(self, function: Function) -> None:
-        self._name, self._functions = function.name, Functions([function])
+    def __init__(self, function: Function, timeout: float | None = TIMEOUT) -> None:
+        self._name, self._functions = function.name, Functions([function], timeout)
 
     def wins(self, first: Answers, second: Answers) -> list[float]:
         """See `Judge.wins`."""
@@ -92,12 +93,15 @@ class BradleyTerry:
         self._rewards.close()
 
 
-def build_judge(spec: Any, device: Device = "cpu") -> Judge:
-    """Load the judge of a spec (see docs/rewards.md), models onto `device`. Raises as `check_judge`, and ModelError."""
+def build_judge(spec: Any, device: Device = "cpu", timeout: float | None = TIMEOUT) -> Judge:
+    """Load the judge of a spec (see docs/rewards.md), models onto `device`. Raises as `check_judge`, and ModelError.
+
+    timeout: seconds for a call of one function, None for no limit.
+    """
     if (found := _bradley_terry(spec)) is not None:
         rewards, scale = found
-        return BradleyTerry(build_rewards(rewards, device), scale)
-    return FunctionJudge(leaf(spec, JUDGE).build(device))
+        return BradleyTerry(build_rewards(rewards, device, timeout), scale)
+    return FunctionJudge(leaf(spec, JUDGE).build(device), timeout)
 
 
 def check_judge(spec: Any) -> None:

@@ -75,6 +75,8 @@ class Classifier:
     Raises ModelError where the folder cannot be loaded, or lacks weights.
     """
 
+    limits_itself = True  # a large model may be slow, but it does end
+
     def __init__(self, folder: str, device: torch.device | str, max_tokens: int) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
