@@ -24,7 +24,7 @@ from alignkit.models.ranks import Ranks
 from alignkit.reference.reference import Reference
 from alignkit.rewards import Answers, Judge, Rewards, Scores, build_judge, build_rewards
 from alignkit.rollout import Mixture, Sampled, sample
-from alignkit.rollout.completions import answers_of, distinct, with_completions
+from alignkit.rollout.completions import answers_of, distinct, unanswered, with_completions
 from alignkit.runs.folder import StepLines
 from alignkit.types import Batch, Example
 from alignkit_kernels import sequence_sum
@@ -64,9 +64,11 @@ class Scorers:
         rewards = build_rewards(config.reward, device) if config.reward is not None else None
         judge = build_judge(config.judge, device) if config.judge is not None else None
         columns = tuple(dict.fromkeys(name for e in examples for name in e.columns))
+        asked = unanswered(examples[:64], columns)
         for one in (rewards, judge):
             if one is not None:
                 one.check_columns(columns)
+                one.probe(asked)
         return cls(rewards, judge, columns)
 
 

@@ -4,7 +4,8 @@ A spec (the setting `reward` or `judge`, see docs/rewards.md) is checked by `che
 anything is loaded, and built by `build_rewards` or `build_judge`.
 
 spec.py        specs -> functions that are not loaded yet
-functions.py   calling functions, async ones too
+functions.py   one function and its arguments; calls.py calling several, async ones too
+probing.py     whether a function reads completions as text or as messages
 combine.py     weighted sums and ensembles of rewards
 judges.py      judges, and rewards as a judge (Bradley-Terry)
 verifiers.py   rewards without a model; numeric.py numbers in answers; expressions.py expressions and words

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -95,9 +95,15 @@ def leaf(spec: Any, kind: Kind) -> Leaf:
     name = str(given.pop("name", name))
     if isinstance(target, str):
         return _of_folder(target, name, weight, given, kind)
+    if isinstance(target, type) and issubclass(target, Options):
+        ready = Function(kind.word, name, _optioned(target, name, given, kind), kind.given)
+        return Leaf(name, weight, lambda _: ready, ready=ready)
+    probe = given.pop("probe", True)
+    if not isinstance(probe, bool):
+        raise ConfigError(f"{kind.word} '{name}': probe is {shown(probe)}; give true or false")
     if isinstance(target, type):
-        return _of_class(target, name, weight, given, kind)
-    function = Function(kind.word, name, target, kind.given, given)
+        return _of_class(target, name, weight, given, kind, probe)
+    function = _of_user(Function(kind.word, name, target, kind.given, given), probe)
     _ = function.parameters  # checks them
     return Leaf(name, weight, lambda _: function, ready=function)
 
@@ -117,20 +123,23 @@ def _of_folder(folder: str, name: str, weight: float, options: Mapping[str, Any]
     checked = _optioned(ModelOptions, name, options, kind)
 
     def build(device: Device) -> Function:
-        return Function(kind.word, name, kind.model(folder, device, checked.max_tokens), kind.given)  # type: ignore[arg-type]
+        model: Any = kind.model(folder, device, checked.max_tokens)
+        return Function(kind.word, name, model, kind.given, reads="messages")
 
     return Leaf(name, weight, build, folder)
 
 
-def _of_class(cls: type[Any], name: str, weight: float, options: Mapping[str, Any], kind: Kind) -> Leaf:
-    if issubclass(cls, Options):
-        ready = Function(kind.word, name, _optioned(cls, name, options, kind), kind.given)
-        return Leaf(name, weight, lambda _: ready, ready=ready)
+def _of_user(function: Function, probe: bool) -> Function:
+    """Return a user's function, to be probed unless it is async: such a one probably asks a server."""
+    return replace(function, reads=None) if probe and not function.is_async else function
+
+
+def _of_class(cls: type[Any], name: str, weight: float, options: Mapping[str, Any], kind: Kind, probe: bool) -> Leaf:
     try:
         inspect.signature(cls).bind(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{kind.word} '{name}': {error}; its options go to {cls.__qualname__}(...)") from None
-    return Leaf(name, weight, lambda _: Function(kind.word, name, cls(**options), kind.given))
+    return Leaf(name, weight, lambda _: _of_user(Function(kind.word, name, cls(**options), kind.given), probe))
 
 
 def _optioned(cls: Any, name: str, options: Mapping[str, Any], kind: Kind) -> Any:
