@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.runs.progress import PlainHandler
+from alignkit.runs.terminal import rank
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
@@ -140,11 +143,6 @@ def columns_of(text: str | None) -> dict[str, str] | None:
     return names
 
 
-def rank() -> int:
-    """Return this process's rank, 0 for a single process."""
-    return int(os.environ.get("RANK", "0"))  # set by torchrun
-
-
 def complain(message: str) -> None:
     """Print an error; other ranks, whose error is most likely that of rank 0, print one line."""
     start = "error: "
@@ -183,8 +181,9 @@ def show_log() -> None:
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils import logging as transformers_log
 
-    from alignkit.runs.progress import PlainHandler
+    from alignkit.runs.terminal import silence
 
+    silence()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logger = logging.getLogger("alignkit")
     if not logger.handlers and rank() == 0:

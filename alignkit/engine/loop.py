@@ -69,7 +69,7 @@ class Loop:
         """Open the files that are written while the loop runs: the log, the completions, this session's entry."""
         state, parts = self.state, self.state.parts
         with contextlib.ExitStack() as stack:
-            shown = stack.enter_context(Progress.of_run(total, done, parts.ranks.is_main))
+            shown = stack.enter_context(Progress.of_run(total, done, parts.ranks.is_main and not state.config.quiet))
             log = RunLog(state.folder, state.written, parts.accelerator, done, total, state.evaluated, shown)
             if parts.online:
                 parts.online.open(state.folder, done, state.evaluated)

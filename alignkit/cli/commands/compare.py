@@ -43,6 +43,8 @@ def compare(
     names = None if methods == "all" else [m.strip() for m in methods.split(",") if m.strip()]
     found = package.compare(given, console.pairs_of(more or []), names, output, seed)
     terminal.show(package.table(found))
+    for note in package.notes(found):
+        typer.echo(note)
     for name, reason in found.left_out.items():
         typer.echo(f"left out: {name}: {reason}")
     if json:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from alignkit.cli import console
+from alignkit.runs.terminal import rank
 
 Text = str | None
 EXAMPLES = """\b
@@ -57,5 +58,5 @@ def run(
     from alignkit.engine import Engine
 
     result = Engine().run(**settings)
-    if console.rank() == 0:
+    if rank() == 0:
         typer.echo(f"model: {result.folder / 'model'}")
