@@ -419,7 +419,7 @@ def test_the_command(command: Callable[..., Any], write_rows: Callable[..., str]
     ("arguments", "problem"),
     [
         (["none.jsonl"], "no such file: none.jsonl"),
-        (["prefs.jsonl", "--columns", "prompt"], "--columns needs a mapping"),
+        (["prefs.jsonl", "--columns", "prompt"], "--columns needs names such as prompt=question"),
         (["prefs.jsonl", "--html", "no/a.html"], "there is no folder 'no'"),
         (["prefs.jsonl", "--json", "/proc/a.json"], "--json '/proc/a.json': cannot be written"),
         (["prefs.jsonl", "--max-completion-tokens", "2"], "--max-completion-tokens counts tokens"),
