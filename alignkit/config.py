@@ -105,6 +105,7 @@ class RunConfig(BaseModel):
 
     output: Path = Field(Path("runs"), description="folder of the runs")
     name: str | None = Field(None, description="folder of this run in `output`; default: method and a number")
+    quiet: bool = Field(False, description="show warnings and errors only")
     resume: bool = Field(False, description="continue from the newest complete checkpoint of the run `name`")
 
     reference: ReferenceMode = Field("auto", description="form of the reference; auto decides by method and model")

@@ -74,7 +74,7 @@ class Loop:
         """Open the files that are written while the loop runs: the log, the completions, this session's entry."""
         state, parts = self.state, self.state.parts
         with contextlib.ExitStack() as stack:
-            shown = stack.enter_context(Progress.of_run(total, done, parts.ranks.is_main))
+            shown = stack.enter_context(Progress.of_run(total, done, parts.ranks.is_main and not state.config.quiet))
             place, at = (state.folder, state.written, parts.accelerator), (done, total, state.evaluated)
             log = RunLog(*place, *at, shown, state.callbacks)
             if parts.online:

@@ -6,6 +6,7 @@ anything is loaded, and built by `build_rewards` or `build_judge`.
 spec.py        specs -> functions that are not loaded yet
 functions.py   rewards and judges as functions
 calls.py       calling them; event_loop.py async ones; limits.py when a call must end
+probing.py     whether a function reads completions as text or as messages
 combine.py     weighted sums and ensembles of rewards
 judges.py      judges, and rewards as a judge (Bradley-Terry)
 verifiers.py   rewards without a model; numeric.py numbers in answers; expressions.py expressions and words

@@ -10,6 +10,7 @@ from alignkit.rewards.answers import Answers
 from alignkit.rewards.event_loop import EventLoop
 from alignkit.rewards.functions import Function, Values
 from alignkit.rewards.limits import Deadline, LateError, interrupted, place_of
+from alignkit.rewards.probing import Given, made_up, probed
 
 TIMEOUT = 600.0  # seconds; the default of `reward_timeout`
 
@@ -29,6 +30,15 @@ class Functions:
         """Raise RewardError where rows with these columns lack one that a function requires."""
         for function in self._functions:
             function.check_columns(there)
+
+    def probe(self, answers: Answers, given: Given) -> None:
+        """Find out how functions read completions, where prompts are messages and it is not known yet.
+
+        answers: those of the prompts to probe with; their completions are not read. given: the arguments besides the
+        columns, for made-up answers. Raises RewardError where a function cannot read these.
+        """
+        if any(function.reads is None for function in self._functions) and (made := made_up(answers)):
+            self._functions = [f if f.reads else probed(f, made, given(made)) for f in self._functions]
 
     def call(self, answers: Answers, given: Mapping[str, Any]) -> list[Values]:
         """Call every function, the async ones concurrently.

@@ -59,10 +59,14 @@ class Rewards:
         """Raise RewardError where rows with these columns lack one that a reward requires."""
         self._functions.check_columns(there)
 
+    def probe(self, answers: Answers) -> None:
+        """See `Functions.probe`; `score` does the same with its own answers."""
+        self._functions.probe(answers, _given)
+
     def score(self, answers: Answers) -> Scores:
         """Score S completions. Raises RewardError naming the reward, the row and what it returned."""
-        given = {"prompts": answers.prompts, "completions": answers.completions}
-        results: Iterator[Values] = iter(self._functions.call(answers, given)) if len(answers) else repeat([])
+        self.probe(answers)
+        results: Iterator[Values] = iter(self._functions.call(answers, _given(answers))) if len(answers) else repeat([])
         total: Values = [None] * len(answers)
         parts: dict[str, Values] = {}
         for part in self._parts:
@@ -147,6 +151,10 @@ def _differ(parts: Sequence[Leaf | Ensemble], what: str) -> None:
     names = [part.name for part in parts]
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise ConfigError(f"reward: two {what} have the name '{twice}'; name them: {{use: ..., name: ...}}")
+
+
+def _given(answers: Answers) -> dict[str, Any]:
+    return {"prompts": answers.prompts, "completions": answers.completions}
 
 
 def _leaves(part: Leaf | Ensemble) -> tuple[Leaf, ...]:

@@ -4,8 +4,11 @@
     def judge(prompts, first, second, **columns) -> list[float]
 
 A function is passed what its parameters name: the arguments above, the rows' columns, and what is known of the
-completions: `lengths`, `ended`, `completion_ids`, `raw_completions`, `tool_calls` (see `Answers`; for judges, of the
-first, and the second's with `second_` in front). With `**columns` it is passed every column.
+completions: `lengths`, `ended`, `completion_ids`, `raw_completions`, `tool_calls`, `completion_messages` (see
+`Answers`; for judges, of the first, and the second's with `second_` in front). With `**columns` it is passed every
+column.
+
+Completions are text. A reward model, and a function written for messages (see `probing.py`), reads them as they are.
 """
 
 from __future__ import annotations
@@ -15,15 +18,17 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from alignkit.data.rows import shown
 from alignkit.errors import AlignkitError, ConfigError, RewardError, at_place, nearest
-from alignkit.rewards.answers import Answers
+from alignkit.rewards.answers import Answers, text_of
 from alignkit.rewards.limits import LateError
 
 Values = list[float | None]
-KNOWN = ("lengths", "ended", "completion_ids", "raw_completions", "tool_calls")  # fields of Answers
+Reads = Literal["text", "messages"]
+KNOWN = ("lengths", "ended", "completion_ids", "raw_completions", "tool_calls", "completion_messages")  # of Answers
+COMPLETIONS = ("completions", "first", "second")  # arguments that are text, or messages where a function reads those
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -46,7 +51,8 @@ def present(value: Any, index: int, column: str) -> Any:
 class Function:
     """A reward or a judge with its name and the options of every call.
 
-    kind: "reward" or "judge". given: the arguments that every call has ("prompts", "completions", ...).
+    kind: "reward" or "judge". given: the arguments that every call has ("prompts", "completions", ...). reads: how it
+    reads completions to prompts of messages; None until a probe finds out, and text until then.
     """
 
     kind: str
@@ -54,6 +60,7 @@ class Function:
     call: Callable[..., Any]
     given: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    reads: Reads | None = "text"
 
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -83,7 +90,7 @@ class Function:
         named = {n for n, p in self.parameters.items() if p.kind in _NAMED and p.default is p.empty}
         return frozenset({*(named - known), *getattr(self.call, "needs", ())})
 
-    def reads(self, there: Collection[str]) -> frozenset[str]:
+    def columns_read(self, there: Collection[str]) -> frozenset[str]:
         """Return the columns, of those that are there, that a call is passed and may read."""
         if hasattr(self.call, "needs"):  # a built-in one takes any, and reads those that its options name
             return self.columns & {*there}
@@ -106,6 +113,8 @@ class Function:
         there = answers.columns
         self.check_columns(there)
         offered = {**there, **known_of(answers), **given}
+        if self.reads != "messages":
+            offered |= {name: list(map(text_of, given[name])) for name in COMPLETIONS if name in given}
         wanted = {name for name, p in self.parameters.items() if p.kind in _NAMED}
         for name in KNOWN:
             if name in wanted and name not in offered and self.parameters[name].default is inspect.Parameter.empty:

@@ -34,6 +34,10 @@ class Judge(Protocol):
         """Raise RewardError where rows with these columns lack one that the judge requires."""
         ...
 
+    def probe(self, answers: Answers) -> None:
+        """See `Functions.probe`; `wins` does the same with its own answers."""
+        ...
+
     def close(self) -> None:
         """Close the judge's files and connections."""
         ...
@@ -49,14 +53,17 @@ class FunctionJudge:
         """See `Judge.wins`."""
         if not len(first):
             return []
-        given = {"prompts": first.prompts, "first": first.completions, "second": second.completions}
-        given |= known_of(second, "second_")
-        (values,) = self._functions.call(first, given)
+        self.probe(first)
+        (values,) = self._functions.call(first, _given(first, second))
         return [self._probability(first, i, p) for i, p in enumerate(values)]
 
     def check_columns(self, there: Collection[str]) -> None:
         """See `Judge.check_columns`."""
         self._functions.check_columns(there)
+
+    def probe(self, answers: Answers) -> None:
+        """See `Judge.probe`."""
+        self._functions.probe(answers, lambda made: _given(made, made))
 
     def close(self) -> None:
         """See `Judge.close`."""
@@ -87,6 +94,10 @@ class BradleyTerry:
     def check_columns(self, there: Collection[str]) -> None:
         """See `Judge.check_columns`."""
         self._rewards.check_columns(there)
+
+    def probe(self, answers: Answers) -> None:
+        """See `Judge.probe`."""
+        self._rewards.probe(answers)
 
     def close(self) -> None:
         """See `Judge.close`."""
@@ -140,6 +151,11 @@ def judge_folders(spec: Any) -> list[str]:
     if (found := _bradley_terry(spec)) is not None:
         return reward_folders(found[0])
     return [folder] if (folder := leaf(spec, JUDGE).folder) else []
+
+
+def _given(first: Answers, second: Answers) -> dict[str, Any]:
+    given = {"prompts": first.prompts, "first": first.completions, "second": second.completions}
+    return given | known_of(second, "second_")
 
 
 def _bradley_terry(spec: Any) -> tuple[Any, float] | None:
