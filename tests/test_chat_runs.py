@@ -46,7 +46,7 @@ def test_a_run_killed_before_midnight_resumes_after_it(
         def today(cls) -> datetime.date:
             return cls.now
 
-    monkeypatch.setattr("alignkit.runs.folder.date", Day)
+    monkeypatch.setattr("alignkit.runs.config_file.date", Day)
     settings = with_template(settings, "{{ strftime_now('%d %b %Y') }}: " + PLAIN)
     settings |= {"data": conversations(12), "save_every": 2}
     whole = alignkit.run("dpo", name="whole", **settings)

@@ -78,9 +78,7 @@ def test_tokens_that_the_model_does_not_embed_are_named_with_their_row() -> None
     check_fit(model, examples())
 
 
-def test_rows_longer_than_learned_positions_are_an_error_and_than_rotary_ones_a_warning(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_rows_longer_than_the_models_positions_are_an_error() -> None:
     gpt2 = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=99, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     prompt = torch.tensor([1, 2, 3, 4, 5])
     fits, long = (Example(prompt, (Completion(torch.arange(n)),), row=n) for n in (3, 4))
@@ -95,10 +93,27 @@ def test_rows_longer_than_learned_positions_are_an_error_and_than_rotary_ones_a_
     check_fit(gpt2, [fits, lends])
     with pytest.raises(ModelError, match=r"1 of 2 sequences are longer .* the longest 9 tokens .row 9."):
         check_fit(gpt2, [fits, lends], mixes=True)
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({"rope_type": "default"}, 8),
+        ({"rope_type": "linear", "factor": 2.0}, 16),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}, 32),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2}, 8),
+    ],
+)
+def test_rotary_positions_end_where_the_configuration_ends_them(rope: dict[str, Any], positions: int) -> None:
     llama = tf.LlamaConfig(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                           num_attention_heads=1, max_position_embeddings=8)  # fmt: skip
-    check_fit(tf.LlamaForCausalLM(llama), [fits, long])
-    assert "1 of 2 sequences are longer than the model's 8 positions" in caplog.text
+                           num_attention_heads=1, max_position_embeddings=8, rope_parameters=rope)  # fmt: skip
+    model = tf.LlamaForCausalLM(llama)
+    prompt = torch.tensor([1, 2, 3, 4, 5])
+    fits, long = (Example(prompt, (Completion(torch.arange(n)),), row=n) for n in (positions - 5, positions - 4))
+    check_fit(model, [fits])
+    what = f"longer than the model's {positions} positions, the longest {positions + 1} tokens .*rope_parameters"
+    with pytest.raises(ModelError, match=what):
+        check_fit(model, [fits, long])
 
 
 class Doubled(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -34,12 +34,12 @@ def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None
     """Raise ModelError where the examples hold tokens or positions that the model has no weights for.
 
     longest: tokens of the longest completion that may be sampled. mixes: any completion may follow any prompt, so the
-    longest prompt counts. Rotary positions have no limit: positions that were never trained are a warning.
+    longest prompt counts. Rotary positions end where the model was trained, or where its rope_parameters extend them.
     """
     lm = causal_lm(model)
     known = lm.get_input_embeddings().weight.shape[0]
     config = lm.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = _positions(config)
     longest_prompt = max(len(e.prompt) for e in examples) if mixes else 0
     n_sequences, beyond, most = 0, 0, (0, 0)
     for example in examples:
@@ -52,15 +52,25 @@ def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None
             n_tokens = max(len(example.prompt), longest_prompt) + (longest or len(completion.tokens))
             n_sequences, beyond = n_sequences + 1, beyond + bool(limit and n_tokens > limit)
             most = max(most, (n_tokens, example.row))
-    if not beyond:
-        return
-    what = (
-        f"{beyond} of {n_sequences} sequences are longer than the model's {limit} positions, the longest {most[0]} "
-        f"tokens (row {most[1]}); lower max_prompt_tokens and max_completion_tokens to {limit} in total"
-    )
-    if getattr(config, "rope_parameters", None) is None:
-        raise ModelError(what)
-    logger.warning("%s", what)
+    if beyond:
+        rotary = getattr(config, "rope_parameters", None) is not None
+        extend = ", or extend the positions by rope_parameters in its config.json, if it was made for that"
+        raise ModelError(
+            f"{beyond} of {n_sequences} sequences are longer than the model's {limit} positions, the longest {most[0]} "
+            f"tokens (row {most[1]}); lower max_prompt_tokens and max_completion_tokens to {limit} in "
+            f"total{extend if rotary else ''}"
+        )
+
+
+def _positions(config: Any) -> int | None:
+    """Return the number of positions of a model, with those by which its rope_parameters extend them."""
+    limit = getattr(config, "max_position_embeddings", None)
+    given = getattr(config, "rope_parameters", None) or {}
+    for one in given.values() if all(isinstance(v, dict) for v in given.values()) else [given]:
+        if limit and one.get("rope_type", "default") != "default":
+            original = one.get("original_max_position_embeddings") or limit
+            limit = max(limit, int(original * float(one.get("factor") or 1.0)))
+    return limit
 
 
 class Probed(Protocol):
