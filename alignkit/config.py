@@ -122,6 +122,10 @@ class RunConfig(BaseModel):
     )
     critic_learning_rate: float | None = Field(None, gt=0, description="peak rate of the critic; default: the policy's")
     merge_adapter: bool = Field(False, description="merge the adapter into the saved model")
+    push_to_hub: str | None = Field(None, description="repository to which the model is uploaded; a new one is private")
+    neftune_alpha: float | None = Field(
+        None, gt=0, description="scale of noise in the embeddings (NEFTune), for methods that compute no ratio"
+    )
 
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides `epochs`")

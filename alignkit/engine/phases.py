@@ -25,6 +25,7 @@ from alignkit.runs.folder import read_metrics
 from alignkit.runs.lock import FolderLock
 from alignkit.runs.results import unlearned
 from alignkit.runs.sessions import Session
+from alignkit.runs.upload import check_upload, upload
 from alignkit.unused import check_used
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Run:
         check_used(self.config, self.method, shared)
         check_reference(self.config, self.method)
         check_online(self.config, self.method)
+        check_upload(self.config.push_to_hub)
         self._callbacks = load_callbacks(self.config.callbacks)
         self.tokenizer = load_tokenizer(self.config)
 
@@ -102,7 +104,10 @@ class Run:
 
     def save(self) -> Any:
         """Write model/ into the run's folder and return the model in memory."""
-        return save_model(self.state, self.tokenizer)
+        model = save_model(self.state, self.tokenizer)
+        if self.config.push_to_hub is not None and self.ranks.is_main:
+            upload(self.state.folder / "model", self.config.push_to_hub)
+        return model
 
     def __enter__(self) -> Run:
         return self

@@ -17,6 +17,7 @@ from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.hub import is_path
 from alignkit.models.adapters import Kind, add_lora, check_mergeable, summary
 from alignkit.models.branches import attend_by_branches
+from alignkit.models.embedding_noise import ALPHA
 from alignkit.models.places import look, where
 from alignkit.models.quantised import check_frozen, copy_marks, floating, layers_4bit, nf4, settle
 from alignkit.models.refusals import cause, reason
@@ -82,6 +83,7 @@ def set_up(model: nn.Module, config: RunConfig, device: torch.device) -> None:
     drop_dropout(model)
     lm = causal_lm(model)
     freeze_towers(lm)
+    setattr(lm.get_input_embeddings(), ALPHA, config.neftune_alpha)
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lm.config.get_text_config().use_cache = False

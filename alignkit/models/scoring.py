@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alignkit.errors import ModelError, first_line
 from alignkit.models.attention import attention_mask
+from alignkit.models.embedding_noise import noisy
 from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
 from alignkit.models.quantised import floating
@@ -76,7 +77,7 @@ def trunk(model: nn.Module, rows: PackedRows, at: Tensor | None = None, router: 
     inputs = {"input_ids": rows.input_ids, "attention_mask": mask, "position_ids": rows.position_ids}
     if router is not None:
         inputs["output_router_logits"] = router.on
-    with each_as_alone(lm, rows):
+    with each_as_alone(lm, rows), noisy(lm, rows):
         out = trunk_of(lm)(**inputs, use_cache=False)
     if router is not None and router.on:
         router.read(out.router_logits, rows)

@@ -48,11 +48,13 @@ def check_reference(config: RunConfig, method: Method[Any]) -> None:
 
 
 def _check_dropout(config: RunConfig, method: Method[Any]) -> None:
-    if config.lora and config.lora.dropout and not method.allows_dropout():
+    given = {"lora.dropout": config.lora.dropout if config.lora else None, "neftune_alpha": config.neftune_alpha}
+    name = next((name for name, value in given.items() if value), None)
+    if name and not method.allows_dropout():
         other = "the policy that sampled" if method.data == "prompts" else "the reference"
         raise ConfigError(
-            f"lora.dropout is {config.lora.dropout}, but '{method.name}' compares the policy with {other}, and dropout "
-            "would make them different functions: remove it"
+            f"{name} is {given[name]}, but '{method.name}' compares the policy with {other}, and "
+            f"{'noise' if name == 'neftune_alpha' else 'dropout'} would make them different functions: remove it"
         )
 
 

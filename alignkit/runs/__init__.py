@@ -9,6 +9,7 @@ callbacks.py   listeners of one run, by the setting `callbacks`
 terminal.py    what the terminal shows, in Python as on the command line
 progress.py    the steps on it: one line or a bar; Ctrl-C and SIGTERM
 sessions.py    what each session ran on and cost
+upload.py      the saved model on the hub
 results.py     the headline metrics, before and after training
 checkpoint.py  checkpoints that are whole or absent
 space.py       space on the disk, and what is said where it runs out

@@ -65,7 +65,7 @@ def steps(work: Work) -> None:
 
 def rates(work: Work) -> None:
     """Set the optimiser, its rate, and how it changes."""
-    work.same(["learning_rate", "weight_decay", "seed"])
+    work.same(["learning_rate", "weight_decay", "seed", "neftune_noise_alpha"])
     if (norm := work.get("max_grad_norm")) != 1:
         work.put("max_grad_norm", norm or 0)
     scheduler = str(work.get("lr_scheduler_type"))
@@ -120,6 +120,11 @@ def logging(work: Work) -> None:
         work.done.add("save_steps")
     if limit := work.get("save_total_limit"):
         work.put("keep_checkpoints", limit)
+    repository = work.get("hub_model_id")
+    if work.get("push_to_hub") and repository:
+        work.put("push_to_hub", repository)
+    elif work.get("push_to_hub"):
+        work.lose("push_to_hub", "set push_to_hub to the name of the repository, my-name/my-model")
     trackers: Any = work.get("report_to")
     if trackers == "all":
         work.lose("report_to")

@@ -5,6 +5,7 @@ h = log policy(y) - log reference(y), D = h_chosen - h_rejected, s the logistic 
     loss_type sigmoid   -(1 - e) log s(b D) - e log s(-b D)              2305.18290; e > 0 is conservative DPO
     loss_type robust    (-(1 - e) log s(b D) + e log s(-b D)) / (1 - 2e)  2403.00409: unbiased under flipped labels
     loss_type hinge     max(0, 1 - b D)                                   2305.10425 (SLiC)
+    loss_weights        a weighted sum of these, instead of one           2411.10442 (MPO)
     length_normalised   h averaged over the completion's tokens           use a b that is 10 to 100 times larger
     ld_alpha            weight of the tokens past the shorter answer's length, 2409.06411 (LD-DPO)
     divergence          f'(policy / reference) instead of h, 2309.16240 (f-DPO)
@@ -17,12 +18,10 @@ For forward KL and alpha-divergences f' grows without bound as the ratio falls, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from alignkit import (
     Advice,
@@ -34,9 +33,9 @@ from alignkit import (
     MethodConfig,
     Models,
     Term,
-    hookimpl,
     pair_metrics,
 )
+from alignkit_dpo.ratios import derivative, token_weights
 from alignkit_kernels import preference_loss, sequence_sum
 
 
@@ -54,6 +53,9 @@ class DPO(Method["DPO.Config"]):
 
         beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
         loss_type: Literal["sigmoid", "robust", "hinge"] = Field("sigmoid", description="loss of a pair's margin")
+        loss_weights: dict[Literal["sigmoid", "robust", "hinge"], Annotated[float, Field(gt=0)]] = Field(
+            {}, description="loss types and their weights, instead of loss_type"
+        )
         label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed fraction of flipped labels")
         length_normalised: bool = Field(False, description="average log-ratios over tokens instead of summing them")
         ld_alpha: float = Field(1.0, ge=0, le=1, description="weight of tokens past the shorter answer's length")
@@ -67,9 +69,21 @@ class DPO(Method["DPO.Config"]):
 
         @model_validator(mode="after")
         def _smoothing_fits(self) -> Any:
-            if self.label_smoothing and self.loss_type == "hinge":
+            if self.loss_weights and self.loss_type != "sigmoid":
+                raise ValueError("loss_weights takes the place of loss_type; remove loss_type")
+            if self.label_smoothing and self.weights.keys() == {"hinge"}:
                 raise ValueError("label_smoothing has no effect on loss_type: hinge; use sigmoid or robust")
             return self
+
+        @property
+        def weights(self) -> dict[Any, float]:
+            """The weight of each loss type."""
+            return self.loss_weights or {self.loss_type: 1.0}
+
+        @property
+        def smoothings(self) -> dict[Any, float]:
+            """The label smoothing of each loss type; hinge has none."""
+            return {kind: 0.0 if kind == "hinge" else self.label_smoothing for kind in self.weights}
 
     @classmethod
     def advice(cls, facts: DataFacts) -> Advice:
@@ -96,14 +110,20 @@ class DPO(Method["DPO.Config"]):
         """Return the preference term, the SFT term where it has a weight, and the pair metrics."""
         c = self.config
         logps_C = models.policy(batch).logps
-        ratios_C, cu_seqlens = self._weights(batch) * (logps_C - batch.reference_logps), batch.cu_seqlens
+        weights_C = token_weights(batch, c.ld_alpha, c.length_normalised)
+        ratios_C, cu_seqlens = weights_C * (logps_C - batch.reference_logps), batch.cu_seqlens
         if c.divergence != "reverse_kl":
             # one value per completion: the kernel then sums segments of length one
-            ratios_C = self._derivative(sequence_sum(ratios_C, cu_seqlens))
+            ratios_C = derivative(sequence_sum(ratios_C, cu_seqlens), c.divergence, c.divergence_alpha)
             cu_seqlens = torch.arange(len(ratios_C) + 1, device=ratios_C.device)
-        out = preference_loss(ratios_C, None, cu_seqlens, c.loss_type, beta=c.beta, label_smoothing=c.label_smoothing)
+        outs = {
+            kind: preference_loss(ratios_C, None, cu_seqlens, kind, beta=c.beta, label_smoothing=smoothing)
+            for kind, smoothing in c.smoothings.items()
+        }
+        rewards = next(iter(outs.values())).rewards
         per_nat = c.beta / (batch.lengths.clamp(min=1) if c.length_normalised else 1.0)
-        terms = {c.loss_type: Term(out.losses), **pair_metrics(batch, logps_C, out.rewards, per_nat)}
+        terms = {kind: Term(out.losses, coef=c.weights[kind]) for kind, out in outs.items()}
+        terms |= pair_metrics(batch, logps_C, rewards, per_nat)
         if c.rpo_alpha:
             nll_E, _ = batch.pairs(-sequence_sum(logps_C, batch.cu_seqlens, mean=True))
             terms["nll/chosen"] = Term(nll_E, coef=c.rpo_alpha)
@@ -113,32 +133,3 @@ class DPO(Method["DPO.Config"]):
         """Move the reference every `sync_every` steps (TR-DPO)."""
         if self.config.sync_every and (ctx.step + 1) % self.config.sync_every == 0:
             ctx.update_reference(self.config.sync_alpha)
-
-    def _weights(self, batch: Batch) -> Tensor:
-        """Return the weight of each token's log-ratio, [C]."""
-        lengths_S = batch.lengths
-        per_token = torch.ones(len(batch.targets), device=lengths_S.device)
-        if self.config.ld_alpha != 1.0:
-            shorter_S = lengths_S.view(-1, 2).amin(1).repeat_interleave(2)
-            offset_C = torch.arange(len(per_token), device=lengths_S.device)
-            offset_C = offset_C - batch.cu_seqlens[:-1].repeat_interleave(lengths_S)
-            per_token[offset_C >= shorter_S.repeat_interleave(lengths_S)] = self.config.ld_alpha
-        if self.config.length_normalised:
-            per_token = per_token / lengths_S.clamp(min=1).repeat_interleave(lengths_S)
-        return per_token
-
-    def _derivative(self, h_S: Tensor) -> Tensor:
-        """Return f'(ratio) up to a constant, from the log-ratio h [S]."""
-        if self.config.divergence == "js":
-            return logsigmoid(h_S)
-        h_S = h_S.clamp(min=-20.0)
-        if self.config.divergence == "forward_kl":
-            return -torch.exp(-h_S)
-        alpha = self.config.divergence_alpha
-        return -torch.expm1(-alpha * h_S) / alpha
-
-
-@hookimpl
-def register_methods() -> list[type[Method]]:
-    """Register "dpo"."""
-    return [DPO]
