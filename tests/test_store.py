@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tracemalloc
 from pathlib import Path
@@ -18,8 +19,9 @@ from alignkit.data import FaultyRowsError, load
 from alignkit.data import blocks as blocks_module
 from alignkit.data.blocks import encoded
 from alignkit.data.rows import RowNumber
-from alignkit.data.store import Examples, Selected
-from alignkit.data.tokenise import tokenise
+from alignkit.data.store import Examples, Joined, Selected, raws
+from alignkit.data.tokenise import tokenise, tokenised
+from alignkit.engine.reading import digest
 from alignkit.errors import DataError
 from alignkit.types import Completion, Example
 from helpers import make_rows
@@ -63,6 +65,34 @@ def test_what_goes_in_comes_out(given_examples: list[Example]) -> None:
     assert {e.prompt.dtype for e in stored} <= {torch.int32}
 
 
+def by_tensors(examples: list[Example], weights: dict[str, float]) -> str:
+    """The digest as it was defined first: over tensors, part by part."""
+    whole = hashlib.sha256()
+    for e in examples:
+        for part in (e.prompt, *(t for c in e.completions for t in (c.tokens, c.trained_at))):
+            whole.update(len(part).to_bytes(4, "little") + part.numpy().tobytes())
+        whole.update(json.dumps(sorted(e.numbers.items())).encode())
+        whole.update(json.dumps(e.columns, sort_keys=True, default=str).encode())
+        if e.order is not None or weights:
+            whole.update(json.dumps([e.source, e.order]).encode())
+    if weights:
+        whole.update(json.dumps(weights).encode())
+    return whole.hexdigest()
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(examples(), max_size=6), st.sampled_from([{}, {"x": 0.5, "y": 2.0}]), st.integers(0, 6))
+def test_the_digest_of_arrays_is_that_of_tensors(
+    given_examples: list[Example], weights: dict[str, float], n: int
+) -> None:
+    stored, expected = Examples(given_examples), by_tensors(given_examples, weights)
+    assert digest(stored, [], weights) == expected
+    assert digest(stored[:n], Selected(stored, range(n, len(stored))), weights) == expected
+    assert digest(Joined(stored, given_examples), [], weights) == by_tensors(given_examples * 2, weights)
+    assert digest(given_examples[:n], stored[n:], weights) == expected
+    assert [raw.n_tokens for raw in raws(stored)] == [e.n_tokens for e in given_examples]
+
+
 def test_some_of_them_are_chosen_and_changed_when_they_are_asked_for() -> None:
     stored = Examples(Example(torch.tensor([i], dtype=torch.int32), (), row=i) for i in range(5))
     chosen = Selected(stored, [4, 1, 3], lambda e: Example(e.prompt + 10, (), row=e.row))
@@ -80,7 +110,7 @@ def test_blocks_give_the_examples_of_all_rows_at_once(kind: Any, tiny: str, monk
     dataset = load(rows, kind)
     whole, report = tokenise(dataset, tokenizer, 5, 4)
     monkeypatch.setattr(blocks_module, "BLOCK", 4)
-    found = encoded(rows, kind, None, lambda part: tokenise(part, tokenizer, 5, 4))
+    found = encoded(rows, kind, None, lambda part: tokenised(part, tokenizer, 5, 4))
     assert [shown(e) for e in found.examples] == [shown(e) for e in whole]
     assert found.lines() == [*dataset.found(), *(dataset.report + report).lines()]
 
@@ -90,13 +120,13 @@ def test_columns_and_forms_are_those_of_the_whole_source(tiny: str, monkeypatch:
     monkeypatch.setattr(blocks_module, "BLOCK", 2)
     rows = [{"question": f"q{i}", "chosen": "red", "rejected": "blue", "margin": i} for i in range(6)]
     named = {"prompt": "question"}
-    found = encoded(rows, "pairs", named, lambda part: tokenise(part, tokenizer))
+    found = encoded(rows, "pairs", named, lambda part: tokenised(part, tokenizer))
     assert [e.numbers["margin"] for e in found.examples] == list(range(6))
     del rows[4]["margin"]  # in a later block than the first ones that have it
     with pytest.raises(FaultyRowsError, match="row 5, column 'margin': found None"):
-        encoded(rows, "pairs", named, lambda part: tokenise(part, tokenizer))
+        encoded(rows, "pairs", named, lambda part: tokenised(part, tokenizer))
     with pytest.raises(DataError, match="no column 'questions', which `columns` names for prompt"):
-        encoded(rows, "pairs", {"prompt": "questions"}, lambda part: tokenise(part, tokenizer))
+        encoded(rows, "pairs", {"prompt": "questions"}, lambda part: tokenised(part, tokenizer))
 
 
 def test_the_faults_of_all_blocks_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,12 +137,12 @@ def test_the_faults_of_all_blocks_come_together(monkeypatch: pytest.MonkeyPatch)
     rows: list[Any] = [{"messages": good} for _ in range(7)]
     rows[0], rows[4], rows[6] = ({"messages": cut} for _ in range(3))
     with pytest.raises(FaultyRowsError, match="the list of rows, in the chat template: 3 faults") as error:
-        encoded(rows, "text", None, lambda part: tokenise(part, tokenizer))
+        encoded(rows, "text", None, lambda part: tokenised(part, tokenizer))
     assert [fault.row for fault in error.value.faults] == [1, 5, 7]
     rows[1] = {"messages": 5}
     rows[5] = "text"
     with pytest.raises(FaultyRowsError, match="the list of rows: 2 faults") as error:
-        encoded(rows, "text", None, lambda part: tokenise(part, tokenizer))
+        encoded(rows, "text", None, lambda part: tokenised(part, tokenizer))
     assert [fault.row for fault in error.value.faults] == [2, 6]
 
 
@@ -124,7 +154,7 @@ def test_memory_grows_by_the_tokens_alone(tiny: str, tmp_path: Path) -> None:
         lines = ({"prompt": f"red blue {i} " * 9, "chosen": " green" * 12, "rejected": " yes" * 12} for i in range(n))
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         tracemalloc.start()
-        found = encoded(path, "pairs", None, lambda part: tokenise(part, tokenizer))
+        found = encoded(path, "pairs", None, lambda part: tokenised(part, tokenizer))
         sizes.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
         tokens.append(sum(e.n_tokens for e in found.examples))

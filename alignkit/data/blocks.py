@@ -9,17 +9,17 @@ from typing import TypeAlias
 
 from alignkit.data.dataset import Dataset, Reading, reading_of
 from alignkit.data.order import Order
+from alignkit.data.plain import Tokenised
 from alignkit.data.rows import Fault, FaultyRowsError, RawRows, Report, Row
 from alignkit.data.sources import Lazy, lazy_parts
 from alignkit.data.store import Examples
 from alignkit.data_spec import short_names
 from alignkit.errors import DataError
 from alignkit.method import DataKind
-from alignkit.types import Example
 
 BLOCK = 1024  # rows
 
-Encode: TypeAlias = Callable[[Dataset], tuple[list[Example], Report]]
+Encode: TypeAlias = Callable[[Dataset], tuple[list[Tokenised], Report]]
 
 
 @dataclass
@@ -93,7 +93,7 @@ class _Work:
         self.made.report += later
         orders = self.order.of(rows) if self.order is not None else {}
         for example in examples:
-            self.made.examples.append(replace(example, source=short, order=orders.get(example.row)))
+            self.made.examples.add(example, short, orders.get(example.row))
 
     def checked(self, name: str) -> Encoded:
         """Return what was read. Raises FaultyRowsError and DataError; name: the source's."""

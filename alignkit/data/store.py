@@ -6,13 +6,17 @@ import math
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from alignkit.data.plain import Answer, Raw, Tokenised
 from alignkit.data.rows import RowNumber
 from alignkit.types import Completion, Example
+
+Values: TypeAlias = "array[Any] | np.ndarray[Any, Any]"
 
 
 class _View(Sequence[Example]):
@@ -21,6 +25,10 @@ class _View(Sequence[Example]):
     @abstractmethod
     def at(self, index: int) -> Example:
         """Return one example; index: from 0."""
+
+    @abstractmethod
+    def raw(self, index: int) -> Raw:
+        """Return one example as bytes; index: from 0."""
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -59,29 +67,39 @@ class Examples(_View):
 
     def append(self, example: Example) -> None:
         """Add an example."""
+        answers = tuple(
+            Answer(c.tokens.tolist(), None if c.trained is None else c.trained.tolist()) for c in example.completions
+        )
+        made = Tokenised(example.prompt.tolist(), answers, example.numbers, example.row, example.asked, example.columns)
+        self.add(made, example.source, example.order)
+
+    def add(self, made: Tokenised, source: str = "", order: float | None = None) -> None:
+        """Add an example from its lists."""
         n = len(self)
-        self._add(example.prompt)
+        self._add(made.prompt)
         self._flags.append(-1)
-        for completion in example.completions:
-            self._add(completion.tokens)
-            self._flags.append(-1 if completion.trained is None else len(self._trained))
-            if completion.trained is not None:
-                self._trained.frombytes(completion.trained.to(torch.uint8).numpy().tobytes())
+        for ids, trained in made.answers:
+            self._add(ids)
+            self._flags.append(-1 if trained is None else len(self._trained))
+            if trained is not None:
+                self._trained.extend(trained)
         self._parts.append(len(self._starts) - 1)
-        self._rows.append(int(example.row))
-        place = example.row if isinstance(example.row, RowNumber) else None
+        self._rows.append(int(made.row))
+        place = made.row if isinstance(made.row, RowNumber) else None
         self._own.append(place.own if place else 0)
         self._file.append(self._files.setdefault(place.file, len(self._files)) if place else -1)
-        self._orders.append(math.nan if example.order is None else example.order)
-        for name in dict.fromkeys((*self._numbers, *example.numbers)):
-            column = self._numbers.setdefault(name, array("d", [math.nan]) * n)
-            column.append(example.numbers.get(name, math.nan))
-        self._source_of.append(self._sources.setdefault(example.source, len(self._sources)))
-        if not example.completions:
-            self._given[n] = (example.asked, example.columns)
+        self._orders.append(math.nan if order is None else order)
+        for name in made.numbers:
+            if name not in self._numbers:
+                self._numbers[name] = array("d", [math.nan]) * n
+        for name, column in self._numbers.items():
+            column.append(made.numbers.get(name, math.nan))
+        self._source_of.append(self._sources.setdefault(source, len(self._sources)))
+        if not made.answers:
+            self._given[n] = (made.asked, made.columns)
 
-    def _add(self, tokens: Tensor) -> None:
-        self._tokens.frombytes(tokens.to(torch.int32).numpy().tobytes())
+    def _add(self, ids: Sequence[int]) -> None:
+        self._tokens.extend(ids)
         self._starts.append(len(self._tokens))
 
     def __len__(self) -> int:
@@ -91,33 +109,63 @@ class Examples(_View):
         """Build one example."""
         prompt, *answers = range(self._parts[index], self._parts[index + 1])
         asked, columns = self._given.get(index, ("", {}))
-        order = self._orders[index]
         return Example(
-            self._part(prompt),
-            tuple(Completion(self._part(part), self._flags_of(part)) for part in answers),
-            {name: column[index] for name, column in self._numbers.items() if not math.isnan(column[index])},
+            _tensor(self._part(prompt)),
+            tuple(Completion(_tensor(self._part(part)), self._trained_of(part)) for part in answers),
+            self._numbers_of(index),
             self._row(index),
             asked,
             columns,
-            [*self._sources][self._source_of[index]],
-            None if math.isnan(order) else order,
+            self._source(index),
+            self._order(index),
         )
 
-    def _part(self, part: int) -> Tensor:
-        # a copy: the array may move while it grows
-        return _tensor(self._tokens[self._starts[part] : self._starts[part + 1]], torch.int32)
+    def raw(self, index: int) -> Raw:
+        """Return one example as bytes."""
+        prompt, *answers = range(self._parts[index], self._parts[index + 1])
+        found = []
+        for part in answers:
+            flags = self._flags_of(part)
+            found.append((self._part(part).tobytes(), None if flags is None else flags.tobytes()))
+        columns = self._given[index][1] if index in self._given else {}
+        numbers, source, order = self._numbers_of(index), self._source(index), self._order(index)
+        return Raw(self._part(prompt).tobytes(), tuple(found), numbers, columns, source, order)
 
-    def _flags_of(self, part: int) -> Tensor | None:
+    def _part(self, part: int) -> Values:
+        return self._tokens[self._starts[part] : self._starts[part + 1]]
+
+    def _flags_of(self, part: int) -> Values | None:
         begin, n = self._flags[part], self._starts[part + 1] - self._starts[part]
-        return None if begin < 0 else _tensor(self._trained[begin : begin + n], torch.uint8).bool()
+        return None if begin < 0 else self._trained[begin : begin + n]
+
+    def _trained_of(self, part: int) -> Tensor | None:
+        flags = self._flags_of(part)
+        return None if flags is None else _tensor(flags).bool()
+
+    def _numbers_of(self, i: int) -> dict[str, float]:
+        return {name: float(column[i]) for name, column in self._numbers.items() if not math.isnan(column[i])}
+
+    def _source(self, i: int) -> str:
+        return [*self._sources][self._source_of[i]]
+
+    def _order(self, i: int) -> float | None:
+        order = float(self._orders[i])
+        return None if math.isnan(order) else order
 
     def _row(self, i: int) -> int:
-        row = self._rows[i]
-        return row if self._file[i] < 0 else RowNumber(row, self._own[i], [*self._files][self._file[i]])
+        row = int(self._rows[i])
+        return row if self._file[i] < 0 else RowNumber(row, int(self._own[i]), [*self._files][self._file[i]])
 
 
-def _tensor(values: array[int], dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+def _tensor(values: Values) -> Tensor:
+    return torch.from_numpy(np.array(values))  # a copy: an array may move while it grows, a file may be read-only
+
+
+def raws(examples: Sequence[Example]) -> Iterator[Raw]:
+    """Yield examples as bytes, without building those of a store."""
+    if isinstance(examples, _View):
+        return (examples.raw(i) for i in range(len(examples)))
+    return (Raw.of(example) for example in examples)
 
 
 class Selected(_View):
@@ -136,6 +184,12 @@ class Selected(_View):
         example = self._examples[self._indices[index]]
         return example if self._change is None else self._change(example)
 
+    def raw(self, index: int) -> Raw:
+        """Return one example as bytes."""
+        if self._change is None and isinstance(self._examples, _View):
+            return self._examples.raw(self._indices[index])
+        return Raw.of(self.at(index))
+
 
 class Joined(_View):
     """The examples of two sequences, one after the other."""
@@ -148,5 +202,14 @@ class Joined(_View):
 
     def at(self, index: int) -> Example:
         """Return one example."""
+        side, own = self._place(index)
+        return side[own]
+
+    def raw(self, index: int) -> Raw:
+        """Return one example as bytes."""
+        side, own = self._place(index)
+        return side.raw(own) if isinstance(side, _View) else Raw.of(side[own])
+
+    def _place(self, index: int) -> tuple[Sequence[Example], int]:
         n = len(self._first)
-        return self._first[index] if index < n else self._second[index - n]
+        return (self._first, index) if index < n else (self._second, index - n)

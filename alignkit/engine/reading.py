@@ -13,10 +13,12 @@ from typing import Any
 from alignkit.config import RunConfig
 from alignkit.data import Dataset, Report
 from alignkit.data.blocks import encoded
+from alignkit.data.plain import Tokenised
 from alignkit.data.sources import open_rows
+from alignkit.data.store import raws
 from alignkit.data.stream import hold_out
 from alignkit.data.streaming import Streamed
-from alignkit.data.tokenise import tokenise_as
+from alignkit.data.tokenise import tokenise_as, tokenised_as
 from alignkit.engine.state import Splits
 from alignkit.method import Method
 from alignkit.types import Example
@@ -35,19 +37,19 @@ def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Splits:
         held_out, _ = _examples(config.eval_data, config, method, tokenizer)
     else:
         train, held_out = hold_out(train, config.eval_fraction, config.seed)
-    digest = hashlib.sha256()
-    for e in chain(train, held_out):
-        for part in (e.prompt, *(t for c in e.completions for t in (c.tokens, c.trained_at))):
-            digest.update(len(part).to_bytes(4, "little") + part.numpy().tobytes())
-        digest.update(json.dumps(sorted(e.numbers.items())).encode())
-        digest.update(json.dumps(e.columns, sort_keys=True, default=str).encode())
-        if e.order is not None or weights:
-            digest.update(json.dumps([e.source, e.order]).encode())
-    if weights:
-        digest.update(json.dumps(weights).encode())
     if streamed is None:
         logger.info("%d rows to train on, %d held out", len(train), len(held_out))
-    return Splits(train, held_out, digest.hexdigest(), weights, streamed)
+    return Splits(train, held_out, digest(train, held_out, weights), weights, streamed)
+
+
+def digest(train: Sequence[Example], held_out: Sequence[Example], weights: Mapping[str, float]) -> str:
+    """Return the sha256 of all examples, which a resumed run compares."""
+    whole = hashlib.sha256()
+    for raw in chain(raws(train), raws(held_out)):
+        whole.update(raw.digested(placed=bool(weights)))
+    if weights:
+        whole.update(json.dumps(weights).encode())
+    return whole.hexdigest()
 
 
 def _streamed(config: RunConfig, method: Method[Any], tokenizer: Any) -> Streamed:
@@ -59,11 +61,15 @@ def _encode(config: RunConfig, tokenizer: Any, dataset: Dataset) -> tuple[list[E
     return tokenise_as(config, dataset, tokenizer)
 
 
+def _tokenised(config: RunConfig, tokenizer: Any, dataset: Dataset) -> tuple[list[Tokenised], Report]:
+    return tokenised_as(config, dataset, tokenizer)
+
+
 def _examples(
     source: Any, config: RunConfig, method: Method[Any], tokenizer: Any, order_by: str | None = None
 ) -> tuple[Sequence[Example], Mapping[str, float]]:
     """Return the examples of a source, and the weights of its parts."""
-    found = encoded(source, method.data, config.columns, partial(_encode, config, tokenizer), order_by)
+    found = encoded(source, method.data, config.columns, partial(_tokenised, config, tokenizer), order_by)
     for line in found.lines():
         logger.info(line)
     return found.examples, found.weights
