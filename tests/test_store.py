@@ -17,12 +17,13 @@ from transformers import AutoTokenizer
 
 from alignkit.data import FaultyRowsError, load
 from alignkit.data import blocks as blocks_module
+from alignkit.data import sources as sources_module
 from alignkit.data.blocks import encoded
 from alignkit.data.rows import RowNumber
 from alignkit.data.store import Examples, Joined, Selected, raws
 from alignkit.data.tokenise import tokenise, tokenised
 from alignkit.engine.reading import digest
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
 from alignkit.types import Completion, Example
 from helpers import make_rows
 
@@ -127,6 +128,49 @@ def test_columns_and_forms_are_those_of_the_whole_source(tiny: str, monkeypatch:
         encoded(rows, "pairs", named, lambda part: tokenised(part, tokenizer))
     with pytest.raises(DataError, match="no column 'questions', which `columns` names for prompt"):
         encoded(rows, "pairs", {"prompt": "questions"}, lambda part: tokenised(part, tokenizer))
+
+
+def once(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the rows that are read of files."""
+    read, items_of = [0], sources_module.items_of
+
+    def counted(path: Path) -> Any:
+        for item in items_of(path):
+            read[0] += 1
+            yield item
+
+    monkeypatch.setattr(sources_module, "items_of", counted)
+    return read
+
+
+def test_rows_are_read_once_unless_later_ones_change_how(
+    tiny: str, write_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    monkeypatch.setattr(blocks_module, "BLOCK", 4)
+    read, rows = once(Path(), monkeypatch), make_rows("pairs", 11)
+    seen: list[int] = []
+    found = encoded(write_rows(rows), "pairs", None, lambda part: tokenised(part, tokenizer), progress=seen.append)
+    assert (len(found.examples), read[0], seen) == (11, 11, [4, 8, 11])
+    # in the first block the rows are pairs, in most rows they are ranked
+    ranked = [{"prompt": row["prompt"], "completions": [" a", " b"], "scores": [1, 2]} for row in rows]
+    mixed = [*({**row, **one} for row, one in zip(rows[:4], ranked, strict=False)), *ranked[4:]]
+    whole = load(mixed, "pairs")
+    assert whole.form == "ranked"
+    read[0] = 0
+    found = encoded(write_rows(mixed), "pairs", None, lambda part: tokenised(part, tokenizer))
+    assert [shown(e) for e in found.examples] == [shown(e) for e in tokenise(whole, tokenizer)[0]]
+    assert read[0] > 11
+    # rows that could not be read at all, and then others: the form is known from all of them
+    with pytest.raises(FaultyRowsError, match="5 faults"):
+        encoded([5] * 5 + rows, "pairs", None, lambda part: tokenised(part, tokenizer))
+    # an error of the first block counts where the whole source is read like it
+    chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 4
+    with pytest.raises(ConfigError, match="has no chat template"):
+        encoded(chats + chats, "text", None, lambda part: tokenised(part, tokenizer))
+    texts = [{"prompt": "q", "completion": " a"}] * 12
+    with pytest.raises(FaultyRowsError, match="8 faults"):
+        encoded(chats + texts, "text", None, lambda part: tokenised(part, tokenizer))
 
 
 def test_the_faults_of_all_blocks_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
