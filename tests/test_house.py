@@ -29,7 +29,7 @@ SOURCES = [*CORE, *KERNELS, *PLUGINS]
 
 # budgets that are exceeded on purpose: "file" or "file::function" -> (lines allowed, why)
 EXCEPTIONS: dict[str, tuple[int, str]] = {
-    "alignkit/config.py": (430, "a line for every setting of a run, and the functions that split and read them"),
+    "alignkit/config.py": (440, "a line for every setting of a run, and the functions that split and read them"),
     "alignkit/types.py": (370, "the batch, its rows and its terms are one contract"),
 }
 

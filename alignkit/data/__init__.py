@@ -15,7 +15,11 @@ encoder.py    text -> token ids, control tokens kept apart from text that spells
 tokenise.py   rows -> examples of token ids, cut to the budgets
 order.py      the places of rows in a curriculum
 blocks.py     the rows of a source -> examples, block by block
+plain.py      examples as lists and as bytes
 store.py      examples in flat arrays
+origin.py     what identifies the rows of a source
+kept.py       examples in a folder
+shelf.py      tokenised rows on disk, for other ranks and runs
 streaming.py  rows that are read while the run goes on
 stream.py     which examples a step reads; held-out rows; seeds
 """

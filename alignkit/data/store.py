@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias, cast, overload
 
 import numpy as np
 import torch
@@ -42,6 +42,21 @@ class _View(Sequence[Example]):
         return (self.at(i) for i in range(len(self)))
 
 
+class Arrays(NamedTuple):
+    """The arrays of a store, by name; the files, sources and columns of numbers that they count in.
+
+    numbers: float64, nan where an example has none.
+    """
+
+    values: Mapping[str, Values]
+    files: Sequence[str]
+    sources: Sequence[str]
+    numbers: Mapping[str, Values]
+
+
+_ARRAYS = ("tokens", "trained", "starts", "flags", "parts", "rows", "orders", "own", "file", "source_of")
+
+
 class Examples(_View):
     """Examples that are built when they are asked for, from arrays.
 
@@ -61,9 +76,25 @@ class Examples(_View):
         self._numbers: dict[str, array[float]] = {}
         self._sources: dict[str, int] = {}
         self._source_of = array("i")
-        self._given: dict[int, tuple[Any, Mapping[str, Any]]] = {}
+        self.given: dict[int, tuple[Any, Mapping[str, Any]]] = {}
         for example in examples:
             self.append(example)
+
+    @classmethod
+    def of(cls, arrays: Arrays, given: Mapping[int, tuple[Any, Mapping[str, Any]]]) -> Examples:
+        """Return the examples in arrays that were filled before; none can be added."""
+        made: Any = cls()
+        for name in _ARRAYS:
+            setattr(made, f"_{name}", arrays.values[name])
+        for name, known in (("files", arrays.files), ("sources", arrays.sources)):
+            setattr(made, f"_{name}", {one: number for number, one in enumerate(known)})
+        made._numbers, made.given = arrays.numbers, given
+        return cast(Examples, made)
+
+    def arrays(self) -> Arrays:
+        """Return the arrays, to be kept."""
+        values = {name: getattr(self, f"_{name}") for name in _ARRAYS}
+        return Arrays(values, [*self._files], [*self._sources], self._numbers)
 
     def append(self, example: Example) -> None:
         """Add an example."""
@@ -96,7 +127,7 @@ class Examples(_View):
             column.append(made.numbers.get(name, math.nan))
         self._source_of.append(self._sources.setdefault(source, len(self._sources)))
         if not made.answers:
-            self._given[n] = (made.asked, made.columns)
+            self.given[n] = (made.asked, made.columns)
 
     def _add(self, ids: Sequence[int]) -> None:
         self._tokens.extend(ids)
@@ -108,7 +139,7 @@ class Examples(_View):
     def at(self, index: int) -> Example:
         """Build one example."""
         prompt, *answers = range(self._parts[index], self._parts[index + 1])
-        asked, columns = self._given.get(index, ("", {}))
+        asked, columns = self.given.get(index, ("", {}))
         return Example(
             _tensor(self._part(prompt)),
             tuple(Completion(_tensor(self._part(part)), self._trained_of(part)) for part in answers),
@@ -127,7 +158,7 @@ class Examples(_View):
         for part in answers:
             flags = self._flags_of(part)
             found.append((self._part(part).tobytes(), None if flags is None else flags.tobytes()))
-        columns = self._given[index][1] if index in self._given else {}
+        columns = self.given[index][1] if index in self.given else {}
         numbers, source, order = self._numbers_of(index), self._source(index), self._order(index)
         return Raw(self._part(prompt).tobytes(), tuple(found), numbers, columns, source, order)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -14,7 +15,8 @@ from alignkit.config import RunConfig
 from alignkit.data import Dataset, Report
 from alignkit.data.blocks import encoded
 from alignkit.data.plain import Tokenised
-from alignkit.data.sources import open_rows
+from alignkit.data.shelf import FOLDER, key_of, shelved
+from alignkit.data.sources import lazy_parts, open_rows
 from alignkit.data.store import raws
 from alignkit.data.stream import hold_out
 from alignkit.data.streaming import Streamed
@@ -26,15 +28,18 @@ from alignkit.types import Example
 logger = logging.getLogger(__name__)
 
 
-def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Splits:
-    """Read, check and tokenise the rows. Raises DataError with every fault; logs what was dropped."""
+def read(config: RunConfig, method: Method[Any], tokenizer: Any, keep: bool = False) -> Splits:
+    """Read, check and tokenise the rows. Raises DataError with every fault; logs what was dropped.
+
+    keep: use the rows that are kept beside the runs, and keep them there.
+    """
     streamed = _streamed(config, method, tokenizer) if config.streaming else None
     if streamed is None:
-        train, weights = _examples(config.data, config, method, tokenizer, config.order_by)
+        train, weights = _examples(config.data, config, method, tokenizer, keep, config.order_by)
     else:
         train, weights = streamed.first, {}
     if config.eval_data is not None:
-        held_out, _ = _examples(config.eval_data, config, method, tokenizer)
+        held_out, _ = _examples(config.eval_data, config, method, tokenizer, keep)
     else:
         train, held_out = hold_out(train, config.eval_fraction, config.seed)
     if streamed is None:
@@ -66,10 +71,30 @@ def _tokenised(config: RunConfig, tokenizer: Any, dataset: Dataset) -> tuple[lis
 
 
 def _examples(
-    source: Any, config: RunConfig, method: Method[Any], tokenizer: Any, order_by: str | None = None
+    source: Any, config: RunConfig, method: Method[Any], tokenizer: Any, keep: bool, order_by: str | None = None
 ) -> tuple[Sequence[Example], Mapping[str, float]]:
     """Return the examples of a source, and the weights of its parts."""
-    found = encoded(source, method.data, config.columns, partial(_tokenised, config, tokenizer), order_by)
+    opened = lazy_parts(source)
+    make = partial(
+        encoded, opened, method.data, config.columns, partial(_tokenised, config, tokenizer), order_by, _Counter()
+    )
+    key = key_of(opened, method.data, config, tokenizer, order_by) if keep else None
+    found = make() if key is None else shelved(config.output / FOLDER, key, make)
     for line in found.lines():
         logger.info(line)
     return found.examples, found.weights
+
+
+class _Counter:
+    """Logs how many rows were read, at most every few seconds."""
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= self.SECONDS:
+            self._last = now
+            logger.info("%s rows read and tokenised so far", f"{rows:,}")
