@@ -46,8 +46,7 @@ def write(folder: Path, made: Encoded) -> None:
         for name, values in every.items():
             file.write(b"\0" * (-file.tell() % _ALIGNED))
             places[name] = [np.asarray(values).dtype.str, file.tell(), len(values)]
-            if len(values):  # an empty view has no bytes to cast to
-                file.write(memoryview(np.asarray(values)).cast("B"))
+            file.write(np.asarray(values).data)
     text = json.dumps({**about, "arrays": places, "sha256": _sha256(folder / _ROWS)})
     (folder / _ABOUT).write_text(text, encoding="utf-8")
 
