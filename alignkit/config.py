@@ -173,6 +173,9 @@ class RunConfig(BaseModel):
     save_minutes: float = Field(30.0, gt=0, description="minutes between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
     trackers: list[str] = Field([], description="tensorboard, wandb, mlflow, trackio, ...: Accelerate's names")
+    callbacks: list[Any] = Field(
+        [], description="listeners of this run: functions or objects, module:name, file.py, see docs/health.md"
+    )
     health: Health = Field(Health(), description="limits of the health alarms, see docs/health.md")
     stop_on: list[str] = Field([], description="names of alarms that end the run, after a checkpoint")
 
@@ -201,7 +204,7 @@ class RunConfig(BaseModel):
             raise ValueError("held-out rows are scored once each, so their sources have no weight; remove it")
         return value
 
-    @field_validator("trackers", "stop_on", mode="before")
+    @field_validator("trackers", "stop_on", "callbacks", mode="before")
     @classmethod
     def _names_in_one_text(cls, value: Any) -> Any:
         if value is None:  # `--set stop_on=` has no value
@@ -322,7 +325,7 @@ class RunConfig(BaseModel):
                 value = value.model_dump()
             elif isinstance(value, tuple):
                 value = list(value)
-            values[name] = _named(value) if name in ("reward", "judge") else value
+            values[name] = _named(value) if name in ("reward", "judge", "callbacks") else value
         return values
 
 

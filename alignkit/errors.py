@@ -7,7 +7,17 @@ traceback and exits with 2.
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+
+_OURS = (str(Path(__file__).parent), "alignkit_kernels")
+_LIBRARIES = (
+    "accelerate", "bitsandbytes", "datasets", "importlib", "numpy", "peft", "pluggy", "pydantic", "pydantic_core",
+    "tokenizers", "torch", "transformers", "triton",
+)  # fmt: skip
+_INSTALLED = tuple(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib", "platlib"))
 
 
 class AlignkitError(Exception):
@@ -53,6 +63,31 @@ class AlarmError(AlignkitError):
 def first_line(error: Exception) -> str:
     """Return an error's kind and first line, of 300 characters at most."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def place_of(error: BaseException) -> str:
+    """Return "FILE:LINE, in FUNCTION" of the last line of a plugin's or a user's own code that raised; "" without one.
+
+    Ours, Python's and other libraries' lines are left out, before and after it.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    last, package = "", ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file, module = frame.f_code.co_filename, str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if file.startswith((_OURS[0], "<frozen")) or module == _OURS[1] or module in _LIBRARIES:
+            continue
+        # a plugin may be installed among the libraries: the package that was called is its own
+        if not file.startswith(_INSTALLED) or module == (package or module):
+            names = [n for n in frame.f_code.co_qualname.split(".") if not n.startswith("<")]  # without <listcomp>
+            last, package = f"{file}:{line}, in {names[-1] if names else '<module>'}", package or module
+    return last
+
+
+def at_place(error: BaseException) -> str:
+    """Return " (at FILE:LINE, in FUNCTION)" for the end of a message, see `place_of`, or ""."""
+    place = place_of(error)
+    return f" (at {place})" if place else ""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

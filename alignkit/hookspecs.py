@@ -9,7 +9,8 @@
     [project.entry-points."alignkit.listeners"]
     watch = "my_module"             # a listener of every run
 
-and the module implements the hooks below with `alignkit.hookimpl`.
+and the module implements the hooks below with `alignkit.hookimpl`. A listener of a single run needs no entry point:
+it is given by the setting `callbacks`.
 """
 
 from __future__ import annotations

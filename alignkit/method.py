@@ -19,7 +19,8 @@ baseline, a normalisation) belongs in `collect`, or the gradient would depend on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
@@ -27,11 +28,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from alignkit.advice import Advice, DataFacts
-from alignkit.errors import PluginError
+from alignkit.errors import AlignkitError, PluginError, at_place
 from alignkit.types import Batch, Example, Outputs, Term
 
 DataKind = Literal["text", "pairs", "unpaired", "prompts"]
 ReferenceNeed = Literal["rows", "live", "moving"]
+ColumnType = type[float] | type[int] | type[bool] | type[str] | type[list[Any]] | type[dict[str, Any]]
+COLUMN_TYPES: tuple[type, ...] = (float, int, bool, str, list, dict)
 Role = Literal["policy", "reference", "critic", "reward", "judge"]
 
 
@@ -113,7 +116,17 @@ class Context(Protocol):
         """False while held-out rows are evaluated: then no state may change."""
         ...
 
-    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
+    def rollouts(
+        self,
+        batch: Batch,
+        n: int = 1,
+        mixture: float | None = None,
+        *,
+        greedy: bool = False,
+        sampling: Mapping[str, Any] | None = None,
+        name: str = "",
+        logps: bool = True,
+    ) -> Batch:
         """Sample n completions per prompt with the policy.
 
         The new batch holds, per completion, "ended" (False where it was cut) and, where the method uses a reward,
@@ -122,6 +135,11 @@ class Context(Protocol):
         single update, which starts at ratio 1 by construction.
         mixture: also sample one completion per prompt from policy^(1 - mixture) * reference^mixture, token by token,
         and query the judge: "wins" (per completion) is P(the policy's beats the mixture's). n must be 1.
+        greedy: the most likely token each time; n must be 1. sampling: changes of the run's settings for this call, of
+        max_new_tokens (at most the run's), min_new_tokens, temperature, top_p, top_k and stop; the new batch is scored
+        at its own temperature, a greedy one at the run's. logps: False leaves out the scores of tokens, for completions
+        whose reward is all that is needed. name: of the call, which its metrics begin with ("NAME/reward/mean"); calls
+        of one step need different names, and draw different noise. Raises PluginError where these contradict.
         """
         ...
 
@@ -141,6 +159,7 @@ class Method(Generic[C]):
     """An alignment method: what data and roles it needs, and its loss.
 
     name: what users type. data: the kind of rows it reads. uses: the roles it may use. trains: those it trains.
+    columns: further columns that every row must have, such as {"weight": float}, found in `batch.columns`.
     learning_rate, lora_learning_rate: defaults of a full and a LoRA run. min_batch: the fewest examples of a step.
     epochs_per_batch: default number of passes over a collected batch. demo_settings: settings of its run in
     `alignkit demo`, the run's own or the method's; the demo's small model needs high learning rates. demo_base:
@@ -150,18 +169,25 @@ class Method(Generic[C]):
     name: ClassVar[str]
     data: ClassVar[DataKind]
     uses: ClassVar[frozenset[str]] = frozenset({"policy"})
+    columns: ClassVar[Mapping[str, ColumnType]] = {}
     trains: ClassVar[tuple[str, ...]] = ("policy",)
     learning_rate: ClassVar[float] = 1e-6
     lora_learning_rate: ClassVar[float] = 5e-6
     min_batch: ClassVar[int] = 1
     epochs_per_batch: ClassVar[int] = 1
-    demo_settings: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4}
+    demo_settings: ClassVar[Mapping[str, Any]] = {"learning_rate": 1.2e-4}
     demo_base: ClassVar[Mapping[str, Any] | None] = None
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(self, config: C) -> None:
         self.config = config
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for call in _CALLS:  # an author's error names the author's line, whoever calls
+            if call in vars(cls):
+                setattr(cls, call, _guarded(vars(cls)[call], call))
 
     @classmethod
     def advice(cls, facts: DataFacts) -> Advice:
@@ -213,8 +239,18 @@ class Method(Generic[C]):
         """Return whether to skip the remaining updates of this batch. metrics: those of the last update."""
         return False
 
+    def schedule(self, step: int, total: int) -> float | None:
+        """Return the factor of the peak learning rate at a step, from 0 to total - 1.
+
+        None, with the method's settings, leaves it to the run's `schedule`, at all steps; this is the default.
+        """
+        return None
+
     def after_update(self, ctx: Context, metrics: Mapping[str, float]) -> None:
-        """Adapt coefficients or the reference after a step's updates. Default: nothing."""
+        """Adapt coefficients or the reference after a step's updates. Default: nothing.
+
+        metrics: those of the last update: its loss and terms, grad_norm, and what `ctx.log` was given in this step.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the weights, as JSON values. Default: nothing."""
@@ -222,6 +258,35 @@ class Method(Generic[C]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+_CALLS = (
+    "__init__", "roles", "reference_need", "longest", "dropout", "allows_dropout", "collect", "loss", "model_settings",
+    "enough", "schedule", "after_update", "state_dict", "load_state_dict",
+)  # fmt: skip
+
+
+def _guarded(function: Callable[..., Any], call: str) -> Callable[..., Any]:
+    """Return the author's function; what it raises becomes a PluginError that names the method, the call and the line.
+
+    Our own errors stay what they are, and memory that runs out is the engine's to handle.
+    """
+
+    @functools.wraps(function)
+    def guarded(self: Method[Any], *args: Any, **options: Any) -> Any:
+        try:
+            return function(self, *args, **options)
+        except PluginError as error:
+            if " (at " not in str(error):
+                error.args = (f"{error}{at_place(error)}",)
+            raise
+        except (AlignkitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise PluginError(f"method '{self.name}' failed in {call}: {what}{at_place(error)}") from error
+
+    return guarded
 
 
 class PluginContractError(PluginError):

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from alignkit.advice import BEST, Advice, Choice, DataFacts
 from alignkit.config import RunConfig, gathered, validated
-from alignkit.errors import ConfigError, PluginError
+from alignkit.errors import ConfigError, PluginError, at_place
 from alignkit.hints import hint
-from alignkit.method import DataKind, Method, MethodConfig, Role
+from alignkit.method import COLUMN_TYPES, DataKind, Method, MethodConfig, Role
 
 _DEMO_OWN = ("method", "model", "data", "eval_data", "name", "output", "resume")  # set by `alignkit demo` itself
 
@@ -36,10 +36,21 @@ def _problem(cls: type[Method[Any]]) -> str | None:
         return f"uses unknown roles {unknown}; roles: {', '.join(get_args(Role))}"
     if not issubclass(cls.Config, MethodConfig):
         return "has a Config that is not a subclass of alignkit.MethodConfig"
+    if problem := _columns_problem(cls):
+        return problem
     if clash := sorted(set(cls.Config.model_fields) & set(RunConfig.model_fields)):
         return f"has settings that the run already has: {', '.join(clash)}; rename them"
     base_problem = None if cls.demo_base is None else _demo_problem(cls, "demo_base")
     return _demo_problem(cls, "demo_settings") or base_problem
+
+
+def _columns_problem(cls: type[Method[Any]]) -> str | None:
+    known = ", ".join(t.__name__ for t in COLUMN_TYPES)
+    given: Any = cls.columns
+    if not isinstance(given, Mapping):
+        return f"has columns = {given!r:.80}; it must be a mapping of names to types, such as {{'weight': float}}"
+    wrong = next((name for name, kind in given.items() if not isinstance(name, str) or kind not in COLUMN_TYPES), None)
+    return f"declares the column {wrong!r} as {given[wrong]!r:.80}; types: {known}" if wrong is not None else None
 
 
 def _demo_problem(cls: type[Method[Any]], attribute: str) -> str | None:
@@ -113,7 +124,9 @@ class _Malformed(Exception):
 
 
 def _text(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, PluginError) and error.__cause__ is not None:
+        error = error.__cause__  # of `alignkit.method`, whose words would be repeated
+    return " ".join(f"{type(error).__name__}: {error}{at_place(error)}".split())
 
 
 def _checked_advice(method: type[Method[Any]], advice: Any) -> Advice:

@@ -17,7 +17,7 @@ import pluggy
 import yaml
 
 from alignkit import hookspecs
-from alignkit.errors import PluginError, nearest
+from alignkit.errors import PluginError, at_place, nearest
 from alignkit.method import Method
 from alignkit.plugin_checks import check_class
 
@@ -109,9 +109,8 @@ def _guarded(group: str, name: str, load: Callable[[EntryPoint], Any]) -> Any:
     except PluginError:
         raise
     except (Exception, SystemExit) as error:  # importing a third party's module may raise anything
-        raise PluginError(
-            f"{word} '{name}' of {_owner(found[0])[0]} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+        what = f"{type(error).__name__}: {error}{at_place(error)}"
+        raise PluginError(f"{word} '{name}' of {_owner(found[0])[0]} cannot be loaded: {what}") from error
 
 
 def _hooks(entry: EntryPoint) -> Any:

@@ -52,6 +52,7 @@ class Example:
     asked, columns: for rows that are only a prompt, the prompt as it was given (text or messages) and the row's other
         columns, for the rewards of its sampled completions.
     source: the name of the row's source, where there are several. order: the row's number in the column `order_by`.
+    declared: the row's values of the columns that the method declares.
     """
 
     prompt: Tensor
@@ -62,6 +63,7 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     order: float | None = None
+    declared: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def n_tokens(self) -> int:
@@ -162,6 +164,7 @@ class Batch:
     packer: lays examples out in rows (`alignkit.models.packing.pack`).
     per_example, per_completion, per_token: tensors whose first dimension is E, S or C. They follow the examples
     through `select`, `minibatches` and `micro_batches`, so that a method does not see how a step was cut.
+    temperature: of the completions' sampling, at which they are scored; None: the run's.
     The order of E, S and C is that of `examples`, independent of the rows.
     """
 
@@ -172,6 +175,7 @@ class Batch:
     per_example: Mapping[str, Tensor] = field(default_factory=dict)
     per_completion: Mapping[str, Tensor] = field(default_factory=dict)
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    temperature: float | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -201,6 +205,17 @@ class Batch:
     def lengths(self) -> Tensor:
         """Trained tokens of each completion, int64 [S]."""
         return self.cu_seqlens.diff()
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The columns that the method declares: numbers as a tensor [E] (float32, int64 or bool), others as a list."""
+        names = self.examples[0].declared if self.examples else ()
+        return Columns({name: self._column(name) for name in names})
+
+    def _column(self, name: str) -> Tensor | list[Any]:
+        values = [e.declared[name] for e in self.examples]
+        number = isinstance(values[0], float | int)
+        return torch.tensor(values, device=self.device) if number else values
 
     @property
     def n_tokens(self) -> int:
@@ -334,6 +349,14 @@ class Term:
 def metric(value: Tensor, over: str = "examples", largest: bool = False) -> Term:
     """Return a Term that is logged, not differentiated: its mean, or its largest value."""
     return Term(value.detach(), over, coef=0.0, largest=largest)
+
+
+class Columns(dict[str, Any]):
+    """A batch's columns by name; an unknown one is a KeyError that lists those that the method declares."""
+
+    def __missing__(self, name: str) -> Any:
+        have = ", ".join(self) or "none"
+        raise KeyError(f"the batch has no column '{name}'; the method's `columns` declares: {have}")
 
 
 class Outputs(NamedTuple):

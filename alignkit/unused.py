@@ -74,6 +74,11 @@ def unused(config: RunConfig, method: Method[Any]) -> dict[str, str]:
         (("train_on", "on_dropped"), not samples, "learns from sampled completions, not from answers in the rows"),
         (("kept_logits_gib",), "reward" not in method.trains, "has a head with one output, and no logits"),
         (
+            ("schedule", "warmup_fraction", "decay_fraction"),
+            method.schedule(0, 1) is None,
+            "has a schedule of its own for the learning rate",
+        ),
+        (
             ("eval_every", "patience"),
             held_out,
             "has no held-out rows, which eval_data or eval_fraction would set",

@@ -115,6 +115,14 @@ def test_rollout() -> None:
 
 
 @pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    done = run("demo.py", "--tiny", "--json", tmp_path / "d.json")
+    assert done.returncode == 0, done.stderr
+    assert "dpo: smallest gain in style " in done.stdout
+    (one,) = json.loads((tmp_path / "d.json").read_text())["demos"]
+    assert (one["method"], one["seed"], one["threads"]) == ("dpo", 0, 1)
+
+
 def test_plan() -> None:
     done = run("plan.py", "--tiny")
     assert done.returncode == 0, done.stderr

@@ -154,6 +154,11 @@ def test_the_defaults_of_trl_are_written_out(tmp_path: Path) -> None:
         ({"desirable_weight": 1.33}, "kto", {"desirable_weight": 1.33, "beta": 0.1}),
         ({"optim": "paged_adamw_8bit"}, "sft", {"optimizer": "paged-adamw-8bit"}),
         ({"adam_beta1": 0.8}, "sft", {"adam_betas": [0.8, 0.999]}),
+        ({"adam_epsilon": 1e-6, "max_grad_norm": 0.0}, "sft", {"adam_epsilon": 1e-6, "max_grad_norm": 0}),
+        ({"delta": 2.0, "entropy_coef": 0.01}, "grpo", {"delta": 2.0, "entropy_coef": 0.01}),
+        ({"top_entropy_quantile": 0.2, "beta": 0.1, "use_bias_correction_kl": False}, "grpo",
+         {"top_entropy": 0.2, "kl": "k3"}),
+        ({"normalize_advantages": True}, "rloo", {"normalise_advantages": True}),
         ({"ddp_timeout": 600, "save_steps": 50}, "sft", {"timeout_minutes": 10.0, "save_every": 50}),
         ({"save_total_limit": 3}, "sft", {"keep_checkpoints": 3}),
         ({"use_peft": True}, "sft", {"lora": {"r": 16, "alpha": 32, "dropout": 0.05}}),
@@ -184,7 +189,8 @@ def test_a_grpo_config_counts_prompts_and_updates(tmp_path: Path) -> None:
     found = converted(tmp_path, given, "grpo", processes=8)
     wanted = {
         "batch_size": 128, "group_size": 8, "minibatches": 2, "epochs_per_batch": 3, "max_steps": 100, "save_every": 10,
-        "sampling": {"temperature": 0.9, "top_p": 1.0, "top_k": 0, "max_new_tokens": 128}, "beta": 0.04, "kl": "k2",
+        "sampling": {"temperature": 0.9, "top_p": 1.0, "top_k": 0, "max_new_tokens": 128},
+        "beta": 0.04, "kl": "unbiased",
         "variant": "dapo", "clip": 0.2, "clip_high": 0.28, "scale": "group", "reward": "my/reward",
         "max_prompt_tokens": None,
     }  # fmt: skip

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit import registry
 from alignkit.demo import before_after, recipes, verdict, world
+from alignkit.engine import Engine
 from alignkit.errors import ConfigError, PluginError
 from alignkit.runs.folder import read_metrics
 from helpers import ADVISED, write_plugin
@@ -98,7 +99,7 @@ def test_a_strangers_method_for_texts_does_not_train_the_base(
     monkeypatch.syspath_prepend(write_plugin(tmp_path, "stranger", code, "a-method"))
     assert registry.get("stranger").data == "text"
     assert (recipes.base_trainer(), recipes.best("pairs")) == ("sft", "dpo")
-    assert recipes.base_settings()["learning_rate"] == 2e-3
+    assert recipes.base_settings()["learning_rate"] == 3e-3
     assert recipes.offered() == sorted([*METHODS, "stranger"])
 
 
@@ -164,6 +165,17 @@ def test_a_methods_own_sampling_wins_over_the_demos(own: dict[str, Any], monkeyp
     assert (sampling["temperature"], sampling["max_new_tokens"]) == (0.5, recipes.LENGTH.max_new_tokens)
 
 
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the bases that the demos of this session share."""
+    return tmp_path_factory.mktemp("bases")
+
+
+@pytest.fixture(autouse=True)
+def _own_bases(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNKIT_DEMO", str(bases))
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A demo of few questions and steps."""
@@ -186,6 +198,37 @@ def test_a_strangers_method_runs_with_its_own_settings(
     assert (settings["learning_rate"], settings["tau"], settings["batch_size"]) == (5e-4, 0.3, 16)
     assert "eval/stranger" in read_metrics(run)[-1]
     assert (run / "model/model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_base_is_trained_once_and_again_where_it_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNKIT_DEMO", str(tmp_path / "bases"))
+    train, _ = world.questions(0)
+
+    def base(name: str) -> recipes.Base:
+        return recipes.train_base(Engine(output=tmp_path / name), tmp_path / name / "data", train, 0)
+
+    first, second = base("a"), base("b")
+    assert (second.folder.parent, (tmp_path / "b/sft").exists()) == (tmp_path / "bases", False)
+    weights = [one.model.state_dict()["model.embed_tokens.weight"] for one in (first, second)]
+    assert torch.equal(*weights)
+    (second.folder / "model.safetensors").write_bytes(b"damaged")
+    third = base("c")
+    assert third.folder == tmp_path / "c/sft/model"
+    assert torch.equal(third.model.state_dict()["model.embed_tokens.weight"], weights[0])
+    assert base("d").folder == second.folder
+    monkeypatch.setattr(registry.get("sft"), "demo_base", {"epochs": 1, "learning_rate": 1e-5})
+    assert base("e").folder == tmp_path / "e/sft/model"
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"), [([2, 2, 1, 0], "(75% -> 75%);"), ([2, 0, 0, 0], "(75% -> 25%, some are lost)")]
+)
+def test_a_loss_of_facts_is_said(facts: list[int], says: str) -> None:
+    before, after = (before_after.Evaluation([], scores, 0.5, 0.0, None) for scores in ([2, 1, 1, 0], facts))
+    line = before_after._meaning("dpo", before, after)
+    assert line.startswith(f"dpo was to make the preferred style more frequent (25% -> {after.rate(2):.0%})")
+    assert says in line
 
 
 @pytest.mark.slow

@@ -29,8 +29,9 @@ SOURCES = [*CORE, *KERNELS, *PLUGINS]
 
 # budgets that are exceeded on purpose: "file" or "file::function" -> (lines allowed, why)
 EXCEPTIONS: dict[str, tuple[int, str]] = {
-    "alignkit/config.py": (440, "a line for every setting of a run, and the functions that split and read them"),
-    "alignkit/types.py": (370, "the batch, its rows and its terms are one contract"),
+    "alignkit/config.py": (445, "a line for every setting of a run, and the functions that split and read them"),
+    "alignkit/method.py": (300, "the contract of a method, which its authors read as one page"),
+    "alignkit/types.py": (395, "the batch, its rows, columns and terms are one contract"),
 }
 
 

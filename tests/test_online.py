@@ -129,7 +129,7 @@ def test_the_first_update_has_a_ratio_of_one(method: str, online: dict[str, Any]
     assert line["clip_fraction"] == 0
 
 
-class _KilledError(Exception):
+class _KilledError(BaseException):
     """Stands for the end of the process."""
 
 

@@ -232,6 +232,15 @@ def test_ctrl_c_inside_of_a_reward_is_ctrl_c() -> None:
 
 # ------------------------------------------------------------------------------------------- weights and ensembles
 
+
+def test_values_are_clipped_before_they_are_weighted() -> None:
+    wild, member = constant(-7.0, 0.5, 9.0), {"use": constant(-7.0, None, 9.0), "name": "m", "clip": [-2, 3]}
+    scores = build_rewards([{"use": wild, "name": "a", "clip": [-1, 2], "weight": 10}]).score(answers())
+    assert (scores.total, scores.parts) == ([-10.0, 5.0, 20.0], {"a": [-1.0, 0.5, 2.0]})
+    mean = build_rewards({"ensemble": [member, {"use": wild, "name": "a"}]}).score(answers())
+    assert mean.total == [(-2 - 7) / 2, 0.5, (3 + 9) / 2]
+
+
 NUMBERS = st.floats(-100, 100, allow_nan=False)
 
 
@@ -405,6 +414,9 @@ def open_to_columns(completions: Sequence[str], scale: float = 1.0, **columns: A
         ({"weight": 2}, "has no `use`; write {use: "),
         ({"ues": "exact"}, "Did you mean 'use'"),
         ({"use": "exact", "weight": "heavy"}, "weight is 'heavy'; give a finite number"),
+        ({"use": "exact", "clip": 3}, r"clip is 3; give \[low, high\]"),
+        ({"use": "exact", "clip": [2, 1]}, r"clip is \[2, 1\]; give \[low, high\]"),
+        ({"use": "exact", "clip": [0, "many"]}, "clip is 'many'; give a finite number"),
         ({"use": "exact", "weight": math.nan}, "weight is nan; give a finite number"),
         ({"use": "exact", "weight": True}, "weight is True; give a finite number"),
         ({"use": "length"}, "'length': max: Field required"),

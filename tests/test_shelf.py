@@ -56,7 +56,7 @@ def entries(tmp_path: Path) -> list[Path]:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(examples(), max_size=5))
 def test_what_is_kept_comes_back(tmp_path_factory: pytest.TempPathFactory, made: list[Example]) -> None:
-    report = Report(9, {"ties": [2, RowNumber(7, 3, "b.jsonl")]}, {"cut": [1]})
+    report = Report(9, {"ties": [2, RowNumber(7, 3, "b.jsonl")]}, {"cut": [1]}, {"id": None})
     folder = tmp_path_factory.mktemp("kept") / "entry"
     kept.write(folder, Encoded(Examples(made), [], report, {"x": 0.5}))
     found = kept.read(folder)
@@ -115,10 +115,17 @@ def test_rows_that_json_would_change_are_not_kept(tiny: str, tmp_path: Path, cap
 def test_the_key_follows_everything_that_changes_examples(tiny: str, tmp_path: Path, write_rows: Any) -> None:
     tokenizer, path = AutoTokenizer.from_pretrained(tiny), write_rows(make_rows("pairs", 9))
 
-    def key(kind: Any = "pairs", tokenizer: Any = tokenizer, data: Any = path, order: Any = None, **more: Any) -> Any:
-        return shelf.key_of(lazy_parts(data), kind, config_of(tmp_path, data, **more), tokenizer, order)
+    def key(
+        kind: Any = "pairs",
+        tokenizer: Any = tokenizer,
+        data: Any = path,
+        order: Any = None,
+        wanted: Any = None,
+        **more: Any,
+    ) -> Any:
+        return shelf.key_of(lazy_parts(data), kind, config_of(tmp_path, data, **more), tokenizer, order, wanted)
 
-    first = key()
+    first = key(wanted={})
     tokenizer("a b c", truncation=True, max_length=2)
     assert key() == key(batch_size=3, seed=5, output=tmp_path, template_date="2020-01-01") == first
     added, templated = (AutoTokenizer.from_pretrained(tiny) for _ in range(2))
@@ -132,6 +139,8 @@ def test_the_key_follows_everything_that_changes_examples(tiny: str, tmp_path: P
         key(data=write_rows(make_rows("pairs", 9), "other.jsonl")), key(data=[path, path]),
         key(data=[{"path": path, "weight": 1}, {"path": path, "weight": 2}]), key(tools=[{"name": "f"}]),
         key(tokenizer=dated, template_date="2020-01-01"), key(tokenizer=dated, template_date="2020-01-02"),
+        key(wanted={"a": float}), key(wanted={"a": int}), key(wanted={"b": float}),
+        key(wanted={"a": float, "b": int}), key(wanted={"b": int, "a": float}),
     ]  # fmt: skip
     assert len({first, *others}) == 1 + len(others)
     write_rows(make_rows("pairs", 10))

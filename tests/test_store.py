@@ -20,8 +20,9 @@ from alignkit.data import blocks as blocks_module
 from alignkit.data import sources as sources_module
 from alignkit.data.blocks import encoded
 from alignkit.data.rows import RowNumber
-from alignkit.data.store import Examples, Joined, Selected, raws
+from alignkit.data.store import Examples
 from alignkit.data.tokenise import tokenise, tokenised
+from alignkit.data.views import Joined, Selected, raws
 from alignkit.engine.reading import digest
 from alignkit.errors import ConfigError, DataError
 from alignkit.types import Completion, Example
@@ -42,13 +43,15 @@ def examples(draw: st.DrawFn) -> Example:
     given_ = {} if completions else {"asked": draw(st.text()), "columns": {"answer": draw(st.integers())}}
     prompt = torch.tensor([1, *draw(TOKENS)], dtype=torch.int32)
     source, order = draw(st.sampled_from(["", "x", "y"])), draw(st.none() | st.floats(-9, 9))
-    return Example(prompt, tuple(completions), numbers, row, source=source, order=order, **given_)
+    declared = draw(st.fixed_dictionaries({}, optional={"weight": st.floats(0, 9), "tags": st.lists(st.text())}))
+    more = {"source": source, "order": order, "declared": declared}
+    return Example(prompt, tuple(completions), numbers, row, **more, **given_)
 
 
 def shown(example: Example) -> Any:
     """Everything of an example, to be compared."""
     completions = [(c.tokens.tolist(), None if c.trained is None else c.trained.tolist()) for c in example.completions]
-    about = (example.asked, example.columns, example.source, example.order)
+    about = (example.asked, example.columns, example.source, example.order, example.declared)
     return example.prompt.tolist(), completions, dict(example.numbers), str(example.row), int(example.row), *about
 
 
@@ -74,6 +77,8 @@ def by_tensors(examples: list[Example], weights: dict[str, float]) -> str:
             whole.update(len(part).to_bytes(4, "little") + part.numpy().tobytes())
         whole.update(json.dumps(sorted(e.numbers.items())).encode())
         whole.update(json.dumps(e.columns, sort_keys=True, default=str).encode())
+        if e.declared:
+            whole.update(json.dumps(e.declared, sort_keys=True, default=str).encode())
         if e.order is not None or weights:
             whole.update(json.dumps([e.source, e.order]).encode())
     if weights:

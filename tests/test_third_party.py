@@ -125,13 +125,15 @@ def test_its_tests_pass(fresh: Fresh) -> None:
 
 
 def test_the_guide_shows_the_example_as_it_is() -> None:
-    """Every code block of CONTRIBUTING.md that names a file is that file, to the letter."""
-    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    """Every code block of docs/authors.md that names a file is that file, to the letter."""
+    guide = (ROOT / "docs/authors.md").read_text()
     blocks = re.findall(r"<!-- (\S+) -->\n```\w*\n(.*?)```\n", guide, re.DOTALL)
     shown = {name for name, _ in blocks}
-    assert shown == {f"docs/examples/alignkit-dpop/{n}" for n in ("pyproject.toml", "alignkit_dpop.py", "test_dpop.py")}
+    dpop = {f"alignkit-dpop/{n}" for n in ("pyproject.toml", "alignkit_dpop.py", "test_dpop.py")}
+    remax = {f"alignkit-remax/{n}" for n in ("alignkit_remax.py", "test_remax.py")}
+    assert shown == {f"docs/examples/{n}" for n in dpop | remax}
     for name, text in blocks:
-        assert text == (ROOT / name).read_text(), f"CONTRIBUTING.md shows another {name}; copy the file's text"
+        assert text == (ROOT / name).read_text(), f"docs/authors.md shows another {name}; copy the file's text"
 
 
 def test_the_example_is_short() -> None:

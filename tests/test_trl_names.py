@@ -143,7 +143,7 @@ def test_a_name_of_peft_inside_of_lora_gets_its_name(theirs: str, ours: str) -> 
     assert f"'{theirs}', a setting of peft, cannot be set here: write {ours}" in refusal("dpo", **{f"lora.{theirs}": 1})
 
 
-@pytest.mark.parametrize("name", ["packing", "use_vllm", "adam_epsilon", "deepspeed", "min_p"])
+@pytest.mark.parametrize("name", ["packing", "use_vllm", "use_weighting", "deepspeed", "min_p"])
 def test_a_name_without_a_counterpart_says_so_and_suggests_no_other_setting(name: str) -> None:
     said = refusal("grpo", **{name: 1})
     assert f"TRL's '{name}' has no counterpart here: " in said

@@ -107,7 +107,7 @@ FREE = [
     "optimizer", "weight_decay", "adam_betas", "momentum", "max_grad_norm", "max_skipped_steps",
     "max_prompt_tokens", "max_tokens", "layout", "row_tokens", "attention", "device", "precision", "dtype",
     "gradient_checkpointing", "fsdp", "timeout_minutes", "trust_remote_code", "seed", "log_every",
-    "save_every", "save_minutes", "keep_checkpoints", "trackers", "health", "stop_on", "adam_epsilon",
+    "save_every", "save_minutes", "keep_checkpoints", "trackers", "callbacks", "health", "stop_on", "adam_epsilon",
     "allow_changed_models", "rows_cache",
 ]  # fmt: skip
 

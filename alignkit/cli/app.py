@@ -46,12 +46,13 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; alignkit's own errors are printed without a traceback, exit code 2."""
-    from alignkit.errors import AlignkitError
+    from alignkit.errors import AlignkitError, PluginError
 
     try:
         app(prog_name="alignkit")
     except AlignkitError as error:
-        console.complain(str(error))
+        of_plugin = isinstance(error, PluginError) and error.__cause__ is not None  # its author needs the frames
+        console.complain("\n".join([str(error), *(console.whole_traceback(error) if of_plugin else [])]))
         raise SystemExit(2) from None
     except Exception as error:  # anything else: a line for the user, the traceback for a bug report
         console.complain(console.unexpected(error))

@@ -155,7 +155,6 @@ def complain(message: str) -> None:
 
 def unexpected(error: Exception) -> str:
     """Return what happened and where, and write the whole traceback to a file."""
-    import tempfile
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)
@@ -166,13 +165,21 @@ def unexpected(error: Exception) -> str:
     lines = [f"{type(error).__name__}: {first}", f"  at {frame.filename}:{frame.lineno}, in {frame.name}"]
     if type(error).__name__ == "OutOfMemoryError":
         lines.append("  Less memory: lora, gradient_checkpointing, kept_logits_gib: 0, a smaller max_completion_tokens")
+    return "\n".join([*lines, *whole_traceback(error)])
+
+
+def whole_traceback(error: Exception) -> list[str]:
+    """Write the traceback to a file and return the line that names it; print it where no file can be written."""
+    import tempfile
+    import traceback
+
     try:
         with tempfile.NamedTemporaryFile("w", prefix="alignkit-error-", suffix=".txt", delete=False) as file:
             file.write("".join(traceback.format_exception(error)))
-        lines.append(f"  The whole traceback: {file.name}")
     except OSError:
         traceback.print_exception(error)
-    return "\n".join(lines)
+        return []
+    return [f"  The whole traceback: {file.name}"]
 
 
 def show_log() -> None:

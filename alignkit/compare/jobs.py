@@ -11,6 +11,7 @@ from typing import Any
 from alignkit import data, registry
 from alignkit.config import RunConfig, gathered, split, validated
 from alignkit.data import tokenise
+from alignkit.data.dataset import of_forms
 from alignkit.data.rows import RawRows
 from alignkit.data.sources import read_rows
 from alignkit.data.stream import hold_out
@@ -136,7 +137,7 @@ def rows_of(job: Job, tokenizer: Any) -> tuple[RawRows, RawRows]:
     rows = read_rows(config.data)
     if job.eval_data is not None:
         return rows, read_rows(job.eval_data)
-    loaded = data.load(rows, "prompts", config.columns)
+    loaded = data.load(rows, "prompts", of_forms(config.columns))
     prompts, _ = tokenise.tokenise_as(config, loaded, tokenizer)
     _, held_out = hold_out(prompts, config.eval_fraction or HELD_OUT, config.seed)
     numbers = {e.row for e in held_out}
@@ -199,7 +200,7 @@ def _reason(cls: type[Method[Any]], settings: Mapping[str, Any], rows: RawRows) 
         return f"needs a {missing[0]}: give --{missing[0]}"
     check_online(config, method)
     try:
-        data.load(rows, cls.data, config.columns)
+        data.load(rows, cls.data, config.columns, wanted=cls.columns)
     except DataError as error:
         return str(error).split("\n")[0]
     return None

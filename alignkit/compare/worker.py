@@ -14,6 +14,7 @@ from alignkit import data
 from alignkit.compare.jobs import Job, rows_of
 from alignkit.config import RunConfig
 from alignkit.data import tokenise
+from alignkit.data.dataset import of_forms
 from alignkit.data.rows import RawRows
 from alignkit.demo import policy_metrics
 from alignkit.engine import Engine
@@ -65,7 +66,9 @@ def evaluated(job: Job, model: Any, base: Any, tokenizer: Any, held_out: RawRows
     config = job.config()
 
     def examples(kind: Any) -> list[Example]:
-        return tokenise.tokenise_as(config, data.load(held_out, kind, config.columns), tokenizer)[0][:N_EVALUATED]
+        return tokenise.tokenise_as(config, data.load(held_out, kind, of_forms(config.columns)), tokenizer)[0][
+            :N_EVALUATED
+        ]
 
     prompts = examples("prompts")
     # the same noise for every method; the base plays against itself with different noise

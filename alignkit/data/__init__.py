@@ -8,6 +8,7 @@ forms.py      which columns make which form (pairs, ranked, conversations, ...)
 published.py  ShareGPT's, Alpaca's and similar rows, rewritten to our forms
 scored.py     UltraFeedback's, HelpSteer's and similar rows, rewritten to our forms
 cells.py      checks of a single cell
+columns.py    columns that a method reads besides those of a form
 convert.py    parsed rows -> rows of a kind
 dataset.py    load(): rows of any form -> rows of a kind
 chat/         chat templates: messages -> text, where each turn begins and ends
@@ -16,6 +17,7 @@ tokenise.py   rows -> examples of token ids, cut to the budgets
 order.py      the places of rows in a curriculum
 blocks.py     the rows of a source -> examples, block by block
 plain.py      examples as lists and as bytes
+views.py      examples that are chosen or joined when they are asked for
 store.py      examples in flat arrays
 origin.py     what identifies the rows of a source
 kept.py       examples in a folder

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
+from alignkit.data.convert import Wanted
 from alignkit.data.dataset import Dataset, Reading, reading_of
 from alignkit.data.files import Item
 from alignkit.data.order import Order
@@ -44,24 +45,25 @@ def encoded(
     columns: Mapping[str, str] | None,
     encode: Encode,
     order_by: str | None = None,
+    wanted: Wanted | None = None,
     progress: Progress | None = None,
 ) -> Encoded:
     """Read, check, convert and tokenise all rows of a source, as `load` and `encode` do for all of them at once.
 
-    order_by: a column whose number each example gets as its `order`. progress: called with the rows read so far.
-    Raises what `load` and `encode` raise; the faults of all rows together, those of the template after those of the
-    rows.
+    order_by: a column whose number each example gets as its `order`. wanted: columns that the method reads. progress:
+    called with the rows read so far. Raises what `load` and `encode` raise; the faults of all rows together, those of
+    the template after those of the rows.
     """
-    wanted = _Wanted(kind, columns, encode, order_by, progress)
+    how = _How(kind, columns, encode, order_by, wanted, progress)
     try:
-        return _encoded(source, wanted, ahead=False)
+        return _encoded(source, how, ahead=False)
     except _OtherReadingError:
-        return _encoded(source, wanted, ahead=True)
+        return _encoded(source, how, ahead=True)
 
 
-def _encoded(source: object, wanted: _Wanted, ahead: bool) -> Encoded:
+def _encoded(source: object, how: _How, ahead: bool) -> Encoded:
     name, parts = lazy_parts(source)
-    work = _Work(wanted, ahead, Order(wanted.order_by) if wanted.order_by is not None else None)
+    work = _Work(how, ahead, Order(how.order_by) if how.order_by is not None else None)
     names = short_names([part.name for part in parts]) if len(parts) > 1 else [""]
     for part, short in zip(parts, names, strict=True):
         work.read(part, short)
@@ -70,15 +72,16 @@ def _encoded(source: object, wanted: _Wanted, ahead: bool) -> Encoded:
     return work.checked(name)
 
 
-class _Wanted(NamedTuple):
+class _How(NamedTuple):
     kind: DataKind
     columns: Mapping[str, str] | None
     encode: Encode
     order_by: str | None
+    wanted: Wanted | None
     progress: Progress | None
 
     def reading_of(self, outline: RawRows) -> Reading:
-        return reading_of(outline, self.kind, self.columns)
+        return reading_of(outline, self.kind, self.columns, self.wanted)
 
 
 class _OtherReadingError(Exception):
@@ -93,7 +96,7 @@ class _Work:
     compared with it: for nearly every source, that is one pass instead of two.
     """
 
-    wanted: _Wanted
+    how: _How
     ahead: bool
     order: Order | None
     made: Encoded = field(default_factory=Encoded)
@@ -104,12 +107,12 @@ class _Work:
     def read(self, part: Lazy, short: str) -> None:
         """Add the examples of a part. short: its name in a mixture. Raises DataError where none is left."""
         if self.ahead:
-            self._convert(part, short, self.wanted.reading_of(_outline(part, part.items())), part.items())
+            self._convert(part, short, self.how.reading_of(_outline(part, part.items())), part.items())
             return
         rest = iter(part.items())
         first = list(itertools.islice(rest, BLOCK))
         try:
-            reading = self.wanted.reading_of(_outline(part, first))
+            reading = self.how.reading_of(_outline(part, first))
         except AlignkitError as error:
             raise _OtherReadingError from error
         outline = _outline(part, ())
@@ -117,10 +120,10 @@ class _Work:
             self._convert(part, short, reading, _noted(itertools.chain(first, rest), outline))
         except AlignkitError as error:
             # the rest may show that these rows should not have been read like this
-            if self.wanted.reading_of(_outline(part, part.items())) != reading:
+            if self.how.reading_of(_outline(part, part.items())) != reading:
                 raise _OtherReadingError from error
             raise
-        if self.wanted.reading_of(outline) != reading:
+        if self.how.reading_of(outline) != reading:
             raise _OtherReadingError
 
     def _convert(self, part: Lazy, short: str, reading: Reading, items: Iterable[Item]) -> None:
@@ -130,8 +133,8 @@ class _Work:
             total += len(raw)
             self._add(part, short, reading, raw)
             self.n_read += len(raw)
-            if self.wanted.progress is not None:
-                self.wanted.progress(self.n_read)
+            if self.how.progress is not None:
+                self.how.progress(self.n_read)
         self.made.datasets.append(_dataset(part, reading, [], Report(total)))
         if len(self.made.examples) == before and not (self.faults or self.of_template):
             raise DataError(f"{part.name}: no row is left; {'; '.join(self.made.report.lines())}")
@@ -144,7 +147,7 @@ class _Work:
             return
         rows = [replace(row, source=short) for row in rows] if short else rows
         try:
-            examples, later = self.wanted.encode(_dataset(part, reading, rows, Report(len(raw))))
+            examples, later = self.how.encode(_dataset(part, reading, rows, Report(len(raw))))
         except FaultyRowsError as error:
             self.of_template += error.faults
             return

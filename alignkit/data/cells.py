@@ -155,6 +155,11 @@ class Cells:
             value = _json(value) if value.strip() else None
         return None if value in ([], {}) else value
 
+    def from_text(self, column: str) -> Any:
+        """The value that a text cell holds: a number, true or false, a list, ... as JSON, else the text itself."""
+        text = str(self.cells[column])
+        return _json(text.lower() if text.lower() in ("true", "false") else text)
+
     def turns(self, column: str) -> list[Message]:
         """Messages; text is a fault."""
         value = self.content(column)

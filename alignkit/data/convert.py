@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from alignkit.data.cells import REASONING, Cells
+from alignkit.data.columns import read_columns
 from alignkit.data.forms import Form, Parsed, parse
 from alignkit.data.rows import Content, DroppedRow, Fault, RawRows, Report, Row
 from alignkit.data.scored import grouped
-from alignkit.method import DataKind
+from alignkit.method import ColumnType, DataKind
+
+Wanted = Mapping[str, ColumnType]
+OF_TEMPLATES = ("tools", "documents", "chat_template_kwargs", "system")  # noted where no template reads them
 
 
-def converted(raw: RawRows, form: Form, kind: DataKind, margins: bool) -> tuple[list[Row], Report, list[Fault]]:
+def converted(
+    raw: RawRows, form: Form, kind: DataKind, margins: bool, wanted: Wanted
+) -> tuple[list[Row], Report, list[Fault]]:
     """Convert rows of `form` to rows of `kind`; return also what was dropped, and all faults.
 
-    margins: every row must have a margin.
+    margins: every row must have a margin. wanted: the columns that the method reads besides.
     """
     report = Report(total=len(raw))
     if form.name == "rated" and kind == "pairs":
         raw = RawRows(raw.source, grouped(raw.rows), raw.textual, raw.faults)
     rows: list[Row] = []
+    known = {*wanted, *OF_TEMPLATES}
     faults = list(raw.faults)
     for number, cells in raw:
         reader = Cells(number, cells, raw.textual)
         try:
-            found = _convert(parse(reader, form, kind), form, kind, reader, margins)
+            found = _convert(parse(reader, form, kind), form, kind, reader, margins, wanted)
+            report.left |= dict.fromkeys(c for row in found for c in row.extra if c not in known)
             rows.extend(found if not reader.faults else ())
         except DroppedRow as dropped:
             if not reader.faults:
@@ -35,7 +45,7 @@ def converted(raw: RawRows, form: Form, kind: DataKind, margins: bool) -> tuple[
     return rows, report, faults
 
 
-def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: bool) -> list[Row]:
+def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: bool, wanted: Wanted) -> list[Row]:
     """Convert one parsed row to rows of `kind`, or drop it."""
     numbers: dict[str, float] = {}
     used = set(form.asked) if kind == "prompts" else {"prompt", *form.columns, *form.asked}
@@ -46,9 +56,12 @@ def _convert(parsed: Parsed, form: Form, kind: DataKind, cells: Cells, margins: 
 
     beside = isinstance(parsed.prompt, list) or any(cells.cells.get(name) for name in ("tools", "chat_template_kwargs"))
     template = cells.beside() if beside else {}
+    declared = read_columns(cells, wanted)
 
     def row(*answers: Content, **more: float) -> Row:
-        return Row(parsed.prompt, answers, {**numbers, **more}, cells.number, extra, template=template)
+        return Row(
+            parsed.prompt, answers, {**numbers, **more}, cells.number, extra, template=template, declared=declared
+        )
 
     if kind == "prompts" and not cells.faults:
         if _is_empty(parsed.prompt):

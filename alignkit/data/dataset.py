@@ -22,11 +22,12 @@ wrong (None, a wrong type, an unknown role) are faults, and all faults of a sour
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, get_args
 
-from alignkit.data.convert import converted
+from alignkit.data.columns import check_there
+from alignkit.data.convert import Wanted, converted
 from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, Form
 from alignkit.data.rows import Fault, FaultyRowsError, Message, RawRows, Report, Row
 from alignkit.data.sources import read_rows
@@ -74,12 +75,17 @@ class Dataset:
 
 
 def load(
-    source: object, kind: DataKind, columns: Mapping[str, str] | None = None, may_be_empty: bool = False
+    source: object,
+    kind: DataKind,
+    columns: Mapping[str, str] | None = None,
+    may_be_empty: bool = False,
+    wanted: Wanted | None = None,
 ) -> Dataset:
     """Read, check and convert all rows of `source` to what a method with `data = kind` needs.
 
     source: as for `read_rows`; each of several sources has its own form. columns: {our column: the source's} where
-    names differ; "form" sets the form's name. may_be_empty: return a data set whose rows were all dropped. Raises
+    names differ; "form" sets the form's name. may_be_empty: return a data set whose rows were all dropped. wanted:
+    columns that the method reads besides those of the form. Raises
     ConfigError for an unknown kind, column name or form; DataError where the form does not provide the kind or no row
     is left; FaultyRowsError (a DataError) with all faults of the rows.
     """
@@ -87,11 +93,11 @@ def load(
         raise ConfigError(f"unknown kind of data '{kind}'.{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}")
     raw = read_rows(source)
     if not raw.parts:
-        return _converted(raw, kind, columns, may_be_empty)
+        return _converted(raw, kind, columns, may_be_empty, wanted)
     parts, faults = list[Dataset](), list[Fault]()
     for part in raw.parts:
         try:
-            parts.append(_converted(part, kind, columns, may_be_empty))
+            parts.append(_converted(part, kind, columns, may_be_empty, wanted))
         except FaultyRowsError as error:
             faults += error.faults
     if faults:
@@ -113,16 +119,22 @@ def _together(raw: RawRows, kind: DataKind, parts: Sequence[Dataset]) -> Dataset
     return Dataset(rows, kind, ", ".join(forms), raw.source, report, kinds, tuple(parts), weights)
 
 
+def of_forms(columns: Mapping[str, str] | None) -> dict[str, str] | None:
+    """Return the names of columns without those that a method declares, to read rows without the method."""
+    return None if columns is None else {k: v for k, v in columns.items() if k in (*OUR_COLUMNS, "form")}
+
+
 class Reading(NamedTuple):
     """How the rows of a source are read: their form, the kind that they become, and the names of columns.
 
-    margins: whether every row must have a margin.
+    margins: whether every row must have a margin. wanted: the columns that the method reads besides.
     """
 
     form: Form
     kind: DataKind
     columns: Mapping[str, str]
     margins: bool
+    wanted: Wanted = {}  # noqa: RUF012
 
     def rows(self, raw: RawRows) -> tuple[list[Row], Report]:
         """Check and convert rows, also a part of a source. Raises FaultyRowsError with the faults of all of them."""
@@ -133,36 +145,45 @@ class Reading(NamedTuple):
 
     def converted(self, raw: RawRows) -> tuple[list[Row], Report, list[Fault]]:
         """Check and convert rows, also a part of a source; return also what was dropped, and all faults."""
-        return converted(_under_our_names(raw, self.columns), self.form, self.kind, self.margins)
+        return converted(_under_our_names(raw, self.columns), self.form, self.kind, self.margins, self.wanted)
 
 
-def reading_of(raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None) -> Reading:
-    """Return how a source is read, by its rows or by the first of them. Raises DataError, ConfigError."""
-    wanted = dict(columns or {} if raw.columns is None else raw.columns)
-    forced = wanted.pop("form", None)
-    renamed = _renamed(raw, wanted)
+def reading_of(
+    raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None, wanted: Wanted | None = None
+) -> Reading:
+    """Return how a source is read, by its rows or by the first of them. Raises DataError, ConfigError.
+
+    wanted: the columns that the method reads besides those of the form.
+    """
+    names, wanted = dict(columns or {} if raw.columns is None else raw.columns), wanted or {}
+    forced = names.pop("form", None)
+    renamed = _renamed(raw, names, wanted)
     if not raw.rows:
         raise FaultyRowsError(raw.source, raw.faults) if raw.faults else DataError(f"{raw.source}: holds no rows")
     # a margin in some rows only is a fault in the others: a column that is half empty cannot be averaged
     margins = kind == "pairs" and any("margin" in cells for _, cells in renamed)
-    return Reading(_detect(renamed, kind, forced), kind, wanted, margins)
+    form = _detect(renamed, kind, forced)
+    check_there(raw.source, wanted, {column for _, cells in renamed for column in cells})
+    return Reading(form, kind, names, margins, wanted)
 
 
-def _converted(raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None, may_be_empty: bool) -> Dataset:
+def _converted(
+    raw: RawRows, kind: DataKind, columns: Mapping[str, str] | None, may_be_empty: bool, wanted: Wanted | None
+) -> Dataset:
     """Check and convert the rows of one source."""
-    reading = reading_of(raw, kind, columns)
+    reading = reading_of(raw, kind, columns, wanted)
     rows, report = reading.rows(raw)
     if not rows and not may_be_empty:
         raise DataError(f"{raw.source}: no row is left; {'; '.join(report.lines())}")
     return Dataset(rows, kind, reading.form.name, raw.source, report, reading.form.kinds)
 
 
-def _renamed(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
-    """Return the rows under our column names."""
+def _renamed(raw: RawRows, wanted: Mapping[str, str], more: Iterable[str] = ()) -> RawRows:
+    """Return the rows under our column names. more: names that the method declares."""
+    known = [*OUR_COLUMNS, *more, "form"]
     for ours in wanted:
-        if ours not in OUR_COLUMNS:
-            names = ", ".join([*OUR_COLUMNS, "form"])
-            raise ConfigError(f"columns: unknown name '{ours}'.{nearest(ours, [*OUR_COLUMNS, 'form'])} Names: {names}")
+        if ours not in known:
+            raise ConfigError(f"columns: unknown name '{ours}'.{nearest(ours, known)} Names: {', '.join(known)}")
     if not wanted or not raw.rows:
         return raw
     found = {column for _, cells in raw for column in cells}

@@ -33,9 +33,9 @@ class NotJSONError(Exception):
 def write(folder: Path, made: Encoded) -> None:
     """Write what was read of a source into a new folder. Raises OSError, NotJSONError."""
     arrays, files, sources, numbers = made.examples.arrays()
-    texts, begins = _written(made.examples)
     every = {**arrays, **{f"number {i}": numbers[name] for i, name in enumerate(numbers)}}
-    every |= {"given": texts, "given_begins": begins}
+    every["given"], every["given_begins"] = _written(made.examples.given, len(made.examples))
+    every["declared"], every["declared_begins"] = _written(made.examples.declared, len(made.examples))
     about = {
         "files": files, "sources": sources, "numbers": [*numbers], "weights": made.weights,
         "report": _report(made.report), "datasets": [_dataset(one) for one in made.datasets],
@@ -61,32 +61,32 @@ def read(folder: Path) -> Encoded:
         name: whole[begin : begin + np.dtype(kind).itemsize * n].view(kind)
         for name, (kind, begin, n) in about["arrays"].items()
     }
-    given = Given(every.pop("given"), every.pop("given_begins"))
+    given, declared = (Texts(every.pop(name), every.pop(f"{name}_begins")) for name in ("given", "declared"))
     numbers = {name: every.pop(f"number {i}") for i, name in enumerate(about["numbers"])}
-    examples = Examples.of(Arrays(every, about["files"], about["sources"], numbers), given)
+    examples = Examples.of(Arrays(every, about["files"], about["sources"], numbers), given, declared)
     datasets = [
         Dataset([], d["kind"], d["form"], d["source"], Report(d["total"]), (*d["kinds"],)) for d in about["datasets"]
     ]
     return Encoded(examples, datasets, _read_report(about["report"]), about["weights"])
 
 
-class Given(Mapping[int, tuple[Any, Mapping[str, Any]]]):
-    """The prompts of rows without answers, as they were given, and the rows' columns: JSON, read when asked for.
+class Texts(Mapping[int, Any]):
+    """Values of some of the examples, by their index: JSON, read when asked for.
 
-    begins: of each example its first byte, and the end.
+    They are the prompts of rows without answers, as they were given, with the rows' columns; and the values of columns
+    that the method declares. begins: of each example its first byte, and the end.
     """
 
     def __init__(self, texts: Any, begins: Any) -> None:
         self._texts, self._begins = texts, begins
 
-    def __getitem__(self, index: int) -> tuple[Any, Mapping[str, Any]]:
+    def __getitem__(self, index: int) -> Any:
         if index not in self:
             raise KeyError(index)
-        asked, columns = json.loads(bytes(self._texts[self._begins[index] : self._begins[index + 1]]))
-        return asked, columns
+        return json.loads(bytes(self._texts[self._begins[index] : self._begins[index + 1]]))
 
     def __contains__(self, index: object) -> bool:
-        return isinstance(index, int) and self._begins[index] < self._begins[index + 1]
+        return isinstance(index, int) and bool(self._begins[index] < self._begins[index + 1])
 
     def __iter__(self) -> Iterator[int]:
         return (i for i in range(len(self._begins) - 1) if i in self)
@@ -95,14 +95,16 @@ class Given(Mapping[int, tuple[Any, Mapping[str, Any]]]):
         return sum(1 for _ in self)
 
 
-def _written(examples: Examples) -> tuple[array[int], array[int]]:
+def _written(values: Mapping[int, Any], n: int) -> tuple[array[int], array[int]]:
+    """Return the values of n examples as JSON, and where that of each begins."""
     texts, begins = array("B"), array("q", [0])
-    for index in range(len(examples)):
-        if index in examples.given:
-            asked, columns = examples.given[index]
-            if not is_json([asked, columns]):
+    for index in range(n):
+        if index in values:
+            found = values[index]
+            value = [*found] if isinstance(found, tuple) else found  # of `given`, which JSON gives back as a list
+            if not is_json(value):
                 raise NotJSONError
-            texts.frombytes(json.dumps([asked, columns]).encode())
+            texts.frombytes(json.dumps(value).encode())
         begins.append(len(texts))
     return texts, begins
 
@@ -127,14 +129,14 @@ def _report(report: Report) -> dict[str, Any]:
     def rows(found: Mapping[str, list[int]]) -> dict[str, list[Any]]:
         return {reason: [_number(row) for row in numbers] for reason, numbers in found.items()}
 
-    return {"total": report.total, "dropped": rows(report.dropped), "noted": rows(report.noted)}
+    return {"total": report.total, "dropped": rows(report.dropped), "noted": rows(report.noted), "left": [*report.left]}
 
 
 def _read_report(about: Mapping[str, Any]) -> Report:
     def rows(found: Mapping[str, list[Any]]) -> dict[str, list[int]]:
         return {k: [RowNumber(*row) if isinstance(row, list) else row for row in v] for k, v in found.items()}
 
-    return Report(about["total"], rows(about["dropped"]), rows(about["noted"]))
+    return Report(about["total"], rows(about["dropped"]), rows(about["noted"]), dict.fromkeys(about["left"]))
 
 
 def _number(row: int) -> Any:

@@ -30,6 +30,7 @@ class Tokenised:
     row: int = 0
     asked: str | list[dict[str, Any]] = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    declared: Mapping[str, Any] = field(default_factory=dict)
 
     def example(self) -> Example:
         """Return it with tensors."""
@@ -37,7 +38,8 @@ class Tokenised:
             Completion(_ids(ids), None if trained is None else torch.tensor(trained, dtype=torch.bool))
             for ids, trained in self.answers
         )
-        return Example(_ids(self.prompt), completions, self.numbers, self.row, self.asked, self.columns)
+        about = self.numbers, self.row, self.asked, self.columns
+        return Example(_ids(self.prompt), completions, *about, declared=self.declared)
 
 
 def _ids(ids: Sequence[int]) -> torch.Tensor:
@@ -56,6 +58,7 @@ class Raw(NamedTuple):
     columns: Mapping[str, Any]
     source: str
     order: float | None
+    declared: Mapping[str, Any]
 
     @classmethod
     def of(cls, e: Example) -> Raw:
@@ -64,7 +67,7 @@ class Raw(NamedTuple):
             (c.tokens.numpy().tobytes(), None if c.trained is None else c.trained.to(torch.uint8).numpy().tobytes())
             for c in e.completions
         )
-        return cls(e.prompt.numpy().tobytes(), answers, e.numbers, e.columns, e.source, e.order)
+        return cls(e.prompt.numpy().tobytes(), answers, e.numbers, e.columns, e.source, e.order, e.declared)
 
     @property
     def n_tokens(self) -> int:
@@ -79,6 +82,8 @@ class Raw(NamedTuple):
             parts += [_sized(tokens, 4), _sized(flags.nonzero()[0].astype("<i8").tobytes(), 8)]
         parts.append(json.dumps(sorted(self.numbers.items())).encode() if self.numbers else b"[]")
         parts.append(json.dumps(self.columns, sort_keys=True, default=str).encode() if self.columns else b"{}")
+        if self.declared:
+            parts.append(json.dumps(self.declared, sort_keys=True, default=str).encode())
         if self.order is not None or placed:
             parts.append(json.dumps([self.source, self.order]).encode())
         return b"".join(parts)

@@ -49,7 +49,8 @@ class Row:
     method samples its own. numbers: "margin" (pairs that have one) or "desirable" (1.0 or 0.0, unpaired).
     row: 1-based row of the source (the line of a JSONL file; a RowNumber where there are several files). extra:
     columns that the form does not use. source: the name of its source in a mixture. template: what the row gives to the
-    chat template beside its messages: tools, documents, variables.
+    chat template beside its messages: tools, documents, variables. declared: values of the columns that the method
+    reads, see `alignkit.data.columns`.
     """
 
     prompt: Content
@@ -59,6 +60,7 @@ class Row:
     extra: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     template: Mapping[str, Any] = field(default_factory=dict)
+    declared: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,13 @@ _SINGULAR = {"ties": "tie", "empty answers": "empty answer", "empty prompts": "e
 class Report:
     """The rows of `total` that were dropped, each with the reason, and notes about rows that were kept.
 
-    dropped, noted: reason -> 1-based rows of the source.
+    dropped, noted: reason -> 1-based rows of the source. left: columns that neither the form nor the method reads.
     """
 
     total: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
     noted: dict[str, list[int]] = field(default_factory=dict)
+    left: dict[str, None] = field(default_factory=dict)
 
     def drop(self, reason: str, row: int) -> None:
         """Count a row that is dropped."""
@@ -130,6 +133,7 @@ class Report:
                 joined.dropped.setdefault(reason, []).extend(rows)
             for reason, rows in part.noted.items():
                 joined.noted.setdefault(reason, []).extend(rows)
+            joined.left |= part.left
         return joined
 
     def lines(self) -> list[str]:

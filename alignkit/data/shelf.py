@@ -23,6 +23,7 @@ from alignkit.data import kept
 from alignkit.data.blocks import Encoded
 from alignkit.data.chat import Chat
 from alignkit.data.chat.template import Template
+from alignkit.data.convert import Wanted
 from alignkit.data.encoder import is_direct
 from alignkit.data.sources import Opened
 from alignkit.files import leftovers, remove
@@ -36,9 +37,17 @@ MOST = 8  # entries
 
 
 def key_of(
-    opened: Opened, kind: DataKind, config: RunConfig, tokenizer: Any, order_by: str | None = None
+    opened: Opened,
+    kind: DataKind,
+    config: RunConfig,
+    tokenizer: Any,
+    order_by: str | None = None,
+    wanted: Wanted | None = None,
 ) -> str | None:
-    """Return the name of a source's entry; None where its rows are few, in memory, or cannot be identified."""
+    """Return the name of a source's entry; None where its rows are few, in memory, or cannot be identified.
+
+    wanted: columns that the method reads; their order counts, since a batch lists them in it.
+    """
     origins = [part.origin for part in opened.parts if part.origin is not None]
     few = sum(origin.size for origin in origins) < LEAST
     if few or len(origins) < len(opened.parts) or not is_direct(tokenizer):
@@ -50,6 +59,7 @@ def key_of(
     about = {
         "source": opened.name, "parts": parts, "kind": kind, "columns": config.columns, "order_by": order_by,
         "limits": [config.max_prompt_tokens, config.max_completion_tokens], "tokenizer": _tokenizer(tokenizer),
+        "wanted": [(name, kind.__name__) for name, kind in (wanted or {}).items()],
         "chat": _chat(Chat.of(config), tokenizer), "code": [kept.VERSION, *_code()],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -14,32 +13,10 @@ from torch import Tensor
 
 from alignkit.data.plain import Answer, Raw, Tokenised
 from alignkit.data.rows import RowNumber
+from alignkit.data.views import View
 from alignkit.types import Completion, Example
 
 Values: TypeAlias = "array[Any] | np.ndarray[Any, Any]"
-
-
-class _View(Sequence[Example]):
-    """Examples of other sequences, found when they are asked for."""
-
-    @abstractmethod
-    def at(self, index: int) -> Example:
-        """Return one example; index: from 0."""
-
-    @abstractmethod
-    def raw(self, index: int) -> Raw:
-        """Return one example as bytes; index: from 0."""
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        chosen = range(len(self))[index]  # raises IndexError, and counts from the end below 0
-        return Selected(self, chosen) if isinstance(chosen, range) else self.at(chosen)
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self.at(i) for i in range(len(self)))
 
 
 class Arrays(NamedTuple):
@@ -57,11 +34,12 @@ class Arrays(NamedTuple):
 _ARRAYS = ("tokens", "trained", "starts", "flags", "parts", "rows", "orders", "own", "file", "source_of")
 
 
-class Examples(_View):
+class Examples(View):
     """Examples that are built when they are asked for, from arrays.
 
     A token takes 4 bytes, an answer with tokens that are only read a byte more for each of its tokens, an example about
-    50 bytes. Prompts of methods that sample keep what they were given, and their rows' columns, as Python objects.
+    50 bytes. Python objects are kept of what prompts of methods that sample were given, with their rows' columns, and
+    of the columns that a method declares.
     """
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
@@ -77,18 +55,24 @@ class Examples(_View):
         self._sources: dict[str, int] = {}
         self._source_of = array("i")
         self.given: dict[int, tuple[Any, Mapping[str, Any]]] = {}
+        self.declared: dict[int, Mapping[str, Any]] = {}
         for example in examples:
             self.append(example)
 
     @classmethod
-    def of(cls, arrays: Arrays, given: Mapping[int, tuple[Any, Mapping[str, Any]]]) -> Examples:
+    def of(
+        cls,
+        arrays: Arrays,
+        given: Mapping[int, tuple[Any, Mapping[str, Any]]],
+        declared: Mapping[int, Mapping[str, Any]],
+    ) -> Examples:
         """Return the examples in arrays that were filled before; none can be added."""
         made: Any = cls()
         for name in _ARRAYS:
             setattr(made, f"_{name}", arrays.values[name])
         for name, known in (("files", arrays.files), ("sources", arrays.sources)):
             setattr(made, f"_{name}", {one: number for number, one in enumerate(known)})
-        made._numbers, made.given = arrays.numbers, given
+        made._numbers, made.given, made.declared = arrays.numbers, given, declared
         return cast(Examples, made)
 
     def arrays(self) -> Arrays:
@@ -101,8 +85,9 @@ class Examples(_View):
         answers = tuple(
             Answer(c.tokens.tolist(), None if c.trained is None else c.trained.tolist()) for c in example.completions
         )
-        made = Tokenised(example.prompt.tolist(), answers, example.numbers, example.row, example.asked, example.columns)
-        self.add(made, example.source, example.order)
+        e = example
+        made = Tokenised(e.prompt.tolist(), answers, e.numbers, e.row, e.asked, e.columns, e.declared)
+        self.add(made, e.source, e.order)
 
     def add(self, made: Tokenised, source: str = "", order: float | None = None) -> None:
         """Add an example from its lists."""
@@ -128,6 +113,8 @@ class Examples(_View):
         self._source_of.append(self._sources.setdefault(source, len(self._sources)))
         if not made.answers:
             self.given[n] = (made.asked, made.columns)
+        if made.declared:
+            self.declared[n] = made.declared
 
     def _add(self, ids: Sequence[int]) -> None:
         self._tokens.extend(ids)
@@ -149,6 +136,7 @@ class Examples(_View):
             columns,
             self._source(index),
             self._order(index),
+            self.declared.get(index, {}),
         )
 
     def raw(self, index: int) -> Raw:
@@ -160,7 +148,8 @@ class Examples(_View):
             found.append((self._part(part).tobytes(), None if flags is None else flags.tobytes()))
         columns = self.given[index][1] if index in self.given else {}
         numbers, source, order = self._numbers_of(index), self._source(index), self._order(index)
-        return Raw(self._part(prompt).tobytes(), tuple(found), numbers, columns, source, order)
+        declared = self.declared.get(index, {})
+        return Raw(self._part(prompt).tobytes(), tuple(found), numbers, columns, source, order, declared)
 
     def _part(self, part: int) -> Values:
         return self._tokens[self._starts[part] : self._starts[part + 1]]
@@ -190,57 +179,3 @@ class Examples(_View):
 
 def _tensor(values: Values) -> Tensor:
     return torch.from_numpy(np.array(values))  # a copy: an array may move while it grows, a file may be read-only
-
-
-def raws(examples: Sequence[Example]) -> Iterator[Raw]:
-    """Yield examples as bytes, without building those of a store."""
-    if isinstance(examples, _View):
-        return (examples.raw(i) for i in range(len(examples)))
-    return (Raw.of(example) for example in examples)
-
-
-class Selected(_View):
-    """Some of the examples of a sequence, by their indices, each changed when it is asked for."""
-
-    def __init__(
-        self, examples: Sequence[Example], indices: Sequence[int], change: Callable[[Example], Example] | None = None
-    ) -> None:
-        self._examples, self._indices, self._change = examples, indices, change
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def at(self, index: int) -> Example:
-        """Return one example."""
-        example = self._examples[self._indices[index]]
-        return example if self._change is None else self._change(example)
-
-    def raw(self, index: int) -> Raw:
-        """Return one example as bytes."""
-        if self._change is None and isinstance(self._examples, _View):
-            return self._examples.raw(self._indices[index])
-        return Raw.of(self.at(index))
-
-
-class Joined(_View):
-    """The examples of two sequences, one after the other."""
-
-    def __init__(self, first: Sequence[Example], second: Sequence[Example]) -> None:
-        self._first, self._second = first, second
-
-    def __len__(self) -> int:
-        return len(self._first) + len(self._second)
-
-    def at(self, index: int) -> Example:
-        """Return one example."""
-        side, own = self._place(index)
-        return side[own]
-
-    def raw(self, index: int) -> Raw:
-        """Return one example as bytes."""
-        side, own = self._place(index)
-        return side.raw(own) if isinstance(side, _View) else Raw.of(side[own])
-
-    def _place(self, index: int) -> tuple[Sequence[Example], int]:
-        n = len(self._first)
-        return (self._first, index) if index < n else (self._second, index - n)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from alignkit.data.store import Selected, raws
+from alignkit.data.views import Selected, raws
 from alignkit.errors import DataError
 from alignkit.types import Example
 
@@ -89,7 +89,7 @@ class Stream:
         rows = {f"rows/{name}": found[name] for name in self._members if name}
         return {"epoch": (step + 1) / self.steps_per_epoch, **rows}
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self, step: int | None = None) -> dict[str, int]:
         """Return nothing: a step's examples follow from its number."""
         return {}
 
@@ -185,6 +185,7 @@ def seed_of(seed: int, purpose: int, number: int) -> int:
     """Return a seed that depends on all three numbers.
 
     purpose: 0 order, 1 held-out rows, 2 steps, 3 evaluations, 4 and 5 samples of a step, 6 and 7 of an evaluation,
-    8 dropout, 9 order of a source in a mixture, 10 order of rows that are streamed.
+    8 dropout, 9 order of a source in a mixture, 10 order of rows that are streamed, 11 further
+    samples of a step or an evaluation.
     """
     return ((seed * 1_000_003 + number) * 16 + purpose) % 2**63

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from alignkit.data.convert import Wanted
 from alignkit.data.dataset import Dataset, reading_of
 from alignkit.data.files import Item
 from alignkit.data.rows import FaultyRowsError, RawRows, Report
@@ -28,9 +29,10 @@ class Streamed:
     that was there is used. After the last row the next pass begins, in another order. Rows are converted and tokenised
     in blocks of `batch_size`. Steps must be read one after the other; `state_dict` holds the position, and
     `load_state_dict` finds it again by reading the rows, without tokenising them.
-    encode: tokenises rows. check: once the model is known, raises for examples that do not fit it. first: the examples
-    of the first rows. Raises DataError for a source without usable rows, FaultyRowsError for faults of its first rows,
-    and later for those of a block.
+    encode: tokenises rows. check: once the model is known, raises for examples that do not fit it. wanted: columns that
+    the method reads. first: the examples of the first rows. left: columns of these that neither the form nor the method
+    reads. Raises DataError for a source without usable rows, FaultyRowsError for faults of its first rows, and later
+    for those of a block.
     """
 
     def __init__(
@@ -42,18 +44,20 @@ class Streamed:
         batch_size: int,
         seed: int,
         shuffle_buffer: int,
+        wanted: Wanted | None = None,
     ) -> None:
         self._source, self._encode = source, encode
         self.check: Callable[[Sequence[Example]], None] | None = None
         self._batch_size, self._seed, self._buffer = batch_size, seed, shuffle_buffer
         raw = self._source.raw(itertools.islice(source.items(), PEEKED))
-        self._reading = reading_of(raw, kind, columns if source.columns is None else source.columns)
+        self._reading = reading_of(raw, kind, columns if source.columns is None else source.columns, wanted)
         if self._reading.form.name == "rated" and kind == "pairs":
             raise DataError(
                 f"{source.name}: rated rows become pairs by joining the rows of one prompt, which `streaming` cannot; "
                 "write the pairs to a file"
             )
         self.first, report = self._examples(raw)
+        self.left = report.left
         if not self.first:
             raise DataError(f"{source.name}: no usable row among the first; {'; '.join(report.lines())}")
         self._start()
@@ -61,7 +65,7 @@ class Streamed:
     def _start(self) -> None:
         self._passes = self._blocks = self._step = self._dropped = 0
         self._left: list[Example] = []
-        self._position = self._now()
+        self._before = self._position = self._now()
         self._rows = self._endless()
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
@@ -81,7 +85,7 @@ class Streamed:
             self._dropped += report.n_dropped
         taken, self._left = self._left[: self._batch_size], self._left[self._batch_size :]
         self._step += 1
-        self._position = self._now()
+        self._before, self._position = self._position, self._now()
         return tuple(taken)
 
     def metrics(self, step: int, examples: Sequence[Example]) -> dict[str, float]:
@@ -93,9 +97,12 @@ class Streamed:
         form, kind = self._reading.form.name, self._reading.kind
         return [f"{self._source.name}: rows of the form '{form}', read as {kind} while the run goes on"]
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the position after the last step that was read whole, as JSON values."""
-        return dict(self._position)
+    def state_dict(self, step: int | None = None) -> dict[str, int]:
+        """Return the position after the last step that was read whole, as JSON values.
+
+        step: the steps that are done; one less than were read where the last one failed, and is repeated.
+        """
+        return dict(self._before if self._before["step"] == step else self._position)
 
     def _now(self) -> dict[str, int]:
         return {"step": self._step, "blocks": self._blocks, "left": len(self._left), "dropped": self._dropped}
@@ -109,7 +116,7 @@ class Streamed:
         if state["left"] and raw is not None:
             self._left = self._examples(raw)[0][-state["left"] :]
         self._step, self._dropped = state["step"], state["dropped"]
-        self._position = self._now()
+        self._before = self._position = self._now()
 
     def _block(self) -> RawRows:
         self._blocks += 1

@@ -141,9 +141,10 @@ def _tokenised(
         report.note(SPELLED, number)
     for note in draft.notes:
         report.note(note, number)
+    row = draft.row
     if not answers:
-        return Tokenised(context, (), draft.row.numbers, number, draft.row.prompt, draft.row.extra)
-    return Tokenised(context, tuple(map(_plain, answers)), draft.row.numbers, number)
+        return Tokenised(context, (), row.numbers, number, row.prompt, row.extra, row.declared)
+    return Tokenised(context, tuple(map(_plain, answers)), row.numbers, number, declared=row.declared)
 
 
 def _is_empty(answer: _Answer, eos: int) -> bool:

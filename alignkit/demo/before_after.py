@@ -21,6 +21,7 @@ from alignkit.rewards import Answers, Rewards, build_rewards
 from alignkit.rollout import Sampled, sample
 from alignkit.types import Example
 
+LOST = 0.03  # a larger loss of facts is harm
 SAMPLES = 4  # per question: with one, the base's win rate against itself would be several points from 50 %
 
 
@@ -58,6 +59,21 @@ class Evaluation:
     kl: float
     reward: float | None
 
+    def rate(self, least: int) -> float:
+        """Return the fraction of answers with at least this score."""
+        return sum(score >= least for score in self.scores) / len(self.scores)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Base and policy on the held-out questions. opponent: scores of other samples of the base. folder: the run's."""
+
+    questions: list[world.Question]
+    before: Evaluation
+    after: Evaluation
+    opponent: list[int]
+    folder: Path
+
 
 def run_demo(method: str, output: Path, seed: int) -> str:
     """Create the task, fine-tune, align with `method`, and print the tables; return a closing line."""
@@ -68,15 +84,30 @@ def run_demo(method: str, output: Path, seed: int) -> str:
     if method not in (names := recipes.offered()):
         raise ConfigError(f"the demo has no '{method}'; it has {', '.join(names)}.{nearest(method, names)}")
     started = time.perf_counter()
+    found = outcome(method, output, seed)
+    _print(method, found)
+    return (
+        f"{time.perf_counter() - started:.0f} s. Model: {found.folder / 'model'}. "
+        f"Metrics: {found.folder / 'metrics.jsonl'}. "
+        f"Again: alignkit run {found.folder / 'config.yaml'} --name again"
+    )
+
+
+def outcome(method: str, output: Path, seed: int) -> Outcome:
+    """Create the task, fine-tune and align in a new folder in `output`, and evaluate before and after."""
     cls, settings = registry.get(method), recipes.recipe(method)
     needs_reward = {"critic", "reward"} <= cls.uses  # the critic begins as a reward model, so one is trained first
     reward = recipes.best("pairs", "reward") if needs_reward else None
     reward_settings = recipes.recipe(reward) if reward else {}
     folder = _folder(output, method)
+    print(
+        "The demo fine-tunes a model of half a million parameters on questions and answers in two styles, aligns it by "
+        f"{method} to the preferred style, and shows what changed: about a minute. Everything is in {folder}."
+    )
     train, test = world.questions(seed)
     engine = Engine(output=folder, seed=seed, reference_cache=True, cache_file=folder / "reference.sqlite")
     base = recipes.train_base(engine, folder / "data", train, seed)
-    settings["model"] = str(base.folder / "model")
+    settings["model"] = str(base.folder)
     if reward:
         pairs = _data(folder, "pairs", train, test)
         trained = engine.run(reward, **{**reward_settings, **pairs, "model": settings["model"]}, name=reward)
@@ -87,12 +118,7 @@ def run_demo(method: str, output: Path, seed: int) -> str:
     aligned = engine.run(method, **settings, **_data(folder, cls.data, train, test), name=method)
     after = evaluate(aligned.model, base.model, base.tokenizer, held_out, seed + 1, rewards)
     opponent = _scores(held_out.answers(base.tokenizer, held_out.sampled(base.model, base.tokenizer, seed + 2)))
-    _print(method, test, (before, after), opponent)
-    return (
-        f"{time.perf_counter() - started:.0f} s. Model: {aligned.folder / 'model'}. "
-        f"Metrics: {aligned.folder / 'metrics.jsonl'}. "
-        f"Again: alignkit run {aligned.folder / 'config.yaml'} --name again"
-    )
+    return Outcome(test, before, after, opponent, aligned.folder)
 
 
 def evaluate(
@@ -123,25 +149,35 @@ def _data(folder: Path, kind: str, train: list[world.Question], test: list[world
     }
 
 
-def _print(
-    method: str, questions: list[world.Question], both: tuple[Evaluation, Evaluation], opponent: list[int]
-) -> None:
-    """Print the tables. both: before and after; opponent: the scores of other samples of the base."""
+def _print(method: str, found: Outcome) -> None:
+    """Print the tables."""
+    both = found.before, found.after
     console = Console(width=None if Console().is_terminal else 120)
-    table = Table(f"{len(questions)} held-out questions", "base", f"after {method}", box=None)
-    n = len(opponent)
-    if both[0].reward is not None:
+    table = Table(f"{len(found.questions)} held-out questions", "base", f"after {method}", box=None)
+    if found.before.reward is not None:
         table.add_row("mean reward", *(f"{e.reward:.2f}" for e in both))
-    table.add_row("win rate against the base", *(f"{policy_metrics.win_rate(e.scores, opponent):.1%}" for e in both))
-    table.add_row("sampled answers in the preferred style", *(f"{sum(s == 2 for s in e.scores) / n:.1%}" for e in both))
-    table.add_row("sampled answers with the right fact", *(f"{sum(s > 0 for s in e.scores) / n:.1%}" for e in both))
+    wins = (policy_metrics.win_rate(e.scores, found.opponent) for e in both)
+    table.add_row("win rate against the base", *(f"{rate:.1%}" for rate in wins))
+    table.add_row("sampled answers in the preferred style", *(f"{e.rate(2):.1%}" for e in both))
+    table.add_row("sampled answers with the right fact", *(f"{e.rate(1):.1%}" for e in both))
     table.add_row("preference accuracy", *(f"{e.accuracy:.1%}" for e in both))
     table.add_row("KL to the base (nats per sequence)", *(f"{e.kl:.2f}" for e in both))
     console.print(table)
+    console.print(_meaning(method, *both))
     samples = Table("question", "base", f"after {method}", box=None)
-    for q, a, b in list(zip(questions, both[0].answers, both[1].answers, strict=True))[:4]:
+    for q, a, b in list(zip(found.questions, found.before.answers, found.after.answers, strict=True))[:4]:
         samples.add_row(*(escape(t) for t in (q.prompt.split("\n")[0].removeprefix("Question: "), a, b)))
     console.print(samples)
+
+
+def _meaning(method: str, before: Evaluation, after: Evaluation) -> str:
+    """Return a line that says what the numbers mean."""
+    style, facts = ([f"{e.rate(least):.0%}" for e in (before, after)] for least in (2, 1))
+    lost = before.rate(1) - after.rate(1) > LOST
+    return (
+        f"{method} was to make the preferred style more frequent ({style[0]} -> {style[1]}) and to keep the facts "
+        f"({facts[0]} -> {facts[1]}{', some are lost' if lost else ''}); the KL is how far the policy moved for it."
+    )
 
 
 def _folder(output: Path, method: str) -> Path:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit import registry
 from alignkit.advice import DataFacts
 from alignkit.config import Sampling, gathered, split
 from alignkit.demo import world
 from alignkit.demo.base import write_start
-from alignkit.engine import Engine, Result
+from alignkit.engine import Engine
 from alignkit.errors import PluginError
 from alignkit.plugin_checks import advice_of, demo_settings_of
+from alignkit.unused import check_used
 
 LENGTH = Sampling(max_new_tokens=40)  # twice the longest answer
-SHARED: dict[str, Any] = {"batch_size": 16, "epochs": 2, "max_prompt_tokens": 64, "max_completion_tokens": 64}
+SHARED: dict[str, Any] = {"batch_size": 16, "epochs": 2, "max_prompt_tokens": 64}
 VERDICTS = {"reward": "alignkit.demo.verdict:reward", "judge": "alignkit.demo.verdict:judge"}
 
 
@@ -77,15 +87,48 @@ def base_settings() -> dict[str, Any]:
 def _checked(method: str, attribute: str, settings: dict[str, Any]) -> dict[str, Any]:
     cls = registry.get(method)
     try:
-        split({**settings, "method": method, "model": "-", "data": "-"}, cls.Config)
+        run, own = split({**settings, "method": method, "model": "-", "data": "-", "eval_data": "-"}, cls.Config)
+        check_used(run, cls(own))
     except (Exception, SystemExit) as error:  # the validators are a third party's code
         raise PluginError(f"the {attribute} of '{method}' cannot be used: {error}") from None
     return settings
 
 
-def train_base(engine: Engine, folder: Path, train: Sequence[world.Question], seed: int) -> Result:
-    """Write the untrained model and rows in both styles to a folder, fine-tune the model, and return the Result."""
+class Base(NamedTuple):
+    """The fine-tuned model that is aligned. folder: where it is."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+
+
+def train_base(engine: Engine, folder: Path, train: Sequence[world.Question], seed: int) -> Base:
+    """Write the untrained model and rows in both styles to a folder, and fine-tune the model.
+
+    The same base of an earlier demo is used again, from ALIGNKIT_DEMO or ~/.cache/alignkit/demo.
+    """
     method, settings = base_trainer(), base_settings()
     rows = world.write_jsonl(folder / "texts.jsonl", world.sft_rows(train))
     start = write_start(folder / "start", [q.prompt + answer for q in train for answer in (q.brief, q.chatty)], seed)
-    return engine.run(method, model=str(start), data=str(rows), name=method, **settings)
+    kept = _kept(method, settings, [rows, start / "model.safetensors", start / "tokenizer.json"], seed)
+    if kept.is_dir():
+        try:
+            return Base(AutoModelForCausalLM.from_pretrained(kept), AutoTokenizer.from_pretrained(kept), kept)
+        except (OSError, ValueError, SafetensorError):  # damaged
+            shutil.rmtree(kept, ignore_errors=True)
+    made = engine.run(method, model=str(start), data=str(rows), name=method, **settings)
+    with suppress(OSError):  # the next demo then trains its own
+        new = kept.with_name(f"{kept.name}-{os.getpid()}")
+        shutil.copytree(made.folder / "model", new)
+        new.rename(kept)
+    return Base(made.model, made.tokenizer, made.folder / "model")
+
+
+def _kept(method: str, settings: Mapping[str, Any], files: Sequence[Path], seed: int) -> Path:
+    """Return the folder for a base that is made from these files with these settings."""
+    made_by = [method, sorted(settings.items()), seed, torch.__version__, version("transformers"), version("alignkit")]
+    digest = hashlib.sha256(repr(made_by).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    parent = Path(os.environ.get("ALIGNKIT_DEMO") or "~/.cache/alignkit/demo").expanduser()
+    return parent / digest.hexdigest()[:16]

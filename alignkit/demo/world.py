@@ -17,7 +17,7 @@ from typing import Any
 
 CREATURES = (
     "fox", "owl", "crab", "lynx", "newt", "wren", "mole", "hare", "toad", "swan", "goat", "seal", "bear", "crow",
-    "deer", "duck", "frog", "gull", "lark", "moth", "orca", "puma", "slug", "wasp",
+    "deer", "duck",
 )  # fmt: skip
 PROPERTIES = {
     "colour": ("red", "blue", "green", "grey", "black", "white"),

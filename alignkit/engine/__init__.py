@@ -10,6 +10,8 @@ optimizers.py  the optimiser and its groups of parameters
 step.py        a step as a method sees it (alignkit.method.Context)
 roles.py       the models that a method may call
 rollouts.py    prompts -> sampled and scored completions
+scorers.py     the rewards and the judge of a run
+sampled.py     the metrics of sampled completions
 evaluation.py  held-out rows; early stopping
 averages.py    terms -> a loss, a gradient's share, means
 balance.py     the load-balancing loss of mixtures of experts

@@ -21,11 +21,12 @@ from accelerate.utils import (
 )
 
 from alignkit.config import RunConfig
-from alignkit.data.store import Selected
 from alignkit.data.stream import Stream
+from alignkit.data.views import Selected
 from alignkit.engine.optimizers import build_optimizer
 from alignkit.engine.roles import Roles
-from alignkit.engine.rollouts import Online, Scorers
+from alignkit.engine.rollouts import Online
+from alignkit.engine.scorers import Scorers
 from alignkit.engine.state import Parts, Splits
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import Method

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 import torch
 from torch.distributed.tensor import DTensor
 
-from alignkit.data.stream import learning_rate, seed_of, seeded
+from alignkit.data.stream import seed_of, seeded
 from alignkit.engine.averages import Averages, counts, term_sums
 from alignkit.engine.balance import Balance
 from alignkit.engine.evaluation import evaluate, patience_ended, take_best, watch
+from alignkit.engine.optimizers import rate_factor
 from alignkit.engine.saving import restore, save, save_last
 from alignkit.engine.state import RunState
 from alignkit.engine.step import StepContext
-from alignkit.errors import AlarmError, AlignkitError, DataError, RewardError, TrainingError
+from alignkit.errors import AlarmError, AlignkitError, DataError, PluginError, RewardError, TrainingError
 from alignkit.models.passes import halved, in_step, least_tokens
 from alignkit.runs.folder import resume_command
 from alignkit.runs.log import RunLog
@@ -35,6 +36,7 @@ class Loop:
 
     def __init__(self, state: RunState, session: Session) -> None:
         self.state, self.session = state, session
+        self._moved = False  # by an update of a step that is not done
 
     def train(self) -> dict[str, float]:
         """Run all steps that are not done yet; return the last metrics, evaluation included."""
@@ -57,8 +59,8 @@ class Loop:
                 if changed or state.saved != done:
                     save_last(state, done)
                 return last
-            except (RewardError, DataError) as error:  # of all ranks together
-                raise self._halted(done, error) from error
+            except (RewardError, DataError, PluginError) as error:  # of all ranks together
+                raise self._halted(done, error) from error.__cause__
             except RuntimeError as error:  # told before the signals that torchrun then sends are in force again
                 if (told := state.parts.ranks.explained(error)) is error:
                     raise
@@ -70,7 +72,8 @@ class Loop:
         state, parts = self.state, self.state.parts
         with contextlib.ExitStack() as stack:
             shown = stack.enter_context(Progress.of_run(total, done, parts.ranks.is_main))
-            log = RunLog(state.folder, state.written, parts.accelerator, done, total, state.evaluated, shown)
+            place, at = (state.folder, state.written, parts.accelerator), (done, total, state.evaluated)
+            log = RunLog(*place, *at, shown, state.callbacks)
             if parts.online:
                 parts.online.open(state.folder, done, state.evaluated)
                 stack.callback(parts.online.close)
@@ -100,16 +103,15 @@ class Loop:
             torch.manual_seed(seed_of(config.seed, 8, step * ranks.n + ranks.own))
         ctx = StepContext(state, step, parts.stream[step], seeded(config.seed, 2, step), number=step)
         batch = ctx.collect()
-        rate = parts.peak_rate * learning_rate(
-            config.schedule, config.warmup_fraction, step, total, config.decay_fraction
-        )
+        rate = parts.peak_rate * rate_factor(config, state.method, step, total)
         for group in parts.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
         for minibatch, weight in self._minibatches(batch, ctx):
             values, stop = self._update(minibatch, weight, step)
             if stop:
                 break
-        state.method.after_update(ctx, values)
+        state.method.after_update(ctx, values | ctx.logged)
+        self._moved = False
         values |= {"lr": rate, "skipped": state.skipped, **parts.stream.metrics(step, ctx.step_examples)}
         return values | ctx.logged | self._speed(batch.n_tokens, started)
 
@@ -136,6 +138,7 @@ class Loop:
         if not finite:
             self._skip(step, micros, values["loss"], norm)
         elif not stop:
+            self._moved = True
             parts.optimizer.step()
         parts.optimizer.zero_grad()
         return {**values, "grad_norm": norm}, stop
@@ -212,10 +215,19 @@ class Loop:
             raise self._alarmed(step, log)
 
     def _halted(self, done: int, error: AlignkitError) -> AlignkitError:
-        """Save the state before a step whose rows or scores failed, so that nothing is lost; return its error."""
-        if done:
+        """Save the state before a step whose rows, scores or method failed, so that nothing is lost; return its error.
+
+        Rows and scores fail on all ranks together, a method may fail on one; after an update there is nothing to save.
+        """
+        together = not isinstance(error, PluginError) or self.state.parts.ranks.n == 1
+        if done and together and not self._moved:
             save(self.state, done)
-        error.args = (f"{error}\nStopped after step {done}; continue with: {resume_command(self.state.folder)}",)
+        command = resume_command(self.state.folder)
+        if self._moved or not together:
+            kept = f"continue from the newest checkpoint in {self.state.folder}, if there is one, with: {command}"
+            error.args = (f"{error}\nStopped in step {done + 1}; {kept}",)
+            return error
+        error.args = (f"{error}\nStopped after step {done}; continue with: {command}",)
         return error
 
     def _alarmed(self, done: int, log: RunLog) -> AlarmError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.config import RunConfig
-from alignkit.errors import ConfigError
+from alignkit.data.stream import learning_rate
+from alignkit.errors import ConfigError, PluginError
+from alignkit.method import Method
 from alignkit.models.quantised import bitsandbytes
 from alignkit.models.values import ActorCritic
 
@@ -41,6 +44,22 @@ class Several(torch.optim.Optimizer):
         for part in self._parts:
             part.state = self.state
             part.param_groups = [next(groups) for _ in part.param_groups]
+
+
+def rate_factor(config: RunConfig, method: Method[Any], step: int, total: int) -> float:
+    """Return the fraction of the peak rate at a step: the method's own, or that of the run's `schedule`.
+
+    Raises PluginError where the method's is no finite number from 0 on.
+    """
+    own: Any = method.schedule(step, total)
+    if own is None:
+        return learning_rate(config.schedule, config.warmup_fraction, step, total, config.decay_fraction)
+    if isinstance(own, bool) or not isinstance(own, int | float) or not 0 <= own < math.inf:
+        raise PluginError(
+            f"schedule({step}, {total}) of '{method.name}' returned {own!r:.80}; it must be a finite number from 0 on, "
+            "by which the peak rate is multiplied, or None"
+        )
+    return float(own)
 
 
 def build_optimizer(module: nn.Module, config: RunConfig, rate: float) -> torch.optim.Optimizer:

@@ -20,6 +20,7 @@ from alignkit.reference.choice import check_reference
 from alignkit.rollout.checks import check_online
 from alignkit.runs import config_file, fingerprints
 from alignkit.runs import folder as run_folder
+from alignkit.runs.callbacks import load_callbacks
 from alignkit.runs.lock import FolderLock
 from alignkit.runs.sessions import Session
 from alignkit.unused import check_used
@@ -50,6 +51,7 @@ class Run:
         check_used(self.config, self.method, shared)
         check_reference(self.config, self.method)
         check_online(self.config, self.method)
+        self._callbacks = load_callbacks(self.config.callbacks)
         self.tokenizer = load_tokenizer(self.config)
 
     def read(self) -> Splits:
@@ -73,7 +75,7 @@ class Run:
                 config_file.write_config(folder, written, config.resume, self._defaults(), moved)
             logger.info("run: %s", folder)
             parts = assemble.build(config, self.method, self.splits, self.tokenizer, self.ranks)
-            self.state = RunState(config, self.method, self.splits, parts, folder, written)
+            self.state = RunState(config, self.method, self.splits, parts, folder, written, callbacks=self._callbacks)
             if accelerator.is_main_process:
                 check_space(self.state)
         self.loop = Loop(self.state, self._session)

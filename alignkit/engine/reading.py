@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,12 +17,13 @@ from alignkit.data.blocks import encoded
 from alignkit.data.plain import Tokenised
 from alignkit.data.shelf import FOLDER, key_of, shelved
 from alignkit.data.sources import lazy_parts, open_rows
-from alignkit.data.store import raws
 from alignkit.data.stream import hold_out
 from alignkit.data.streaming import Streamed
 from alignkit.data.tokenise import tokenise_as, tokenised_as
+from alignkit.data.views import raws
 from alignkit.engine.state import Splits
 from alignkit.method import Method
+from alignkit.rewards import columns_read
 from alignkit.types import Example
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,17 @@ def read(config: RunConfig, method: Method[Any], tokenizer: Any, keep: bool = Fa
     keep: use the rows that are kept beside the runs, and keep them there.
     """
     streamed = _streamed(config, method, tokenizer) if config.streaming else None
+    left: dict[str, None] = {}
     if streamed is None:
-        train, weights = _examples(config.data, config, method, tokenizer, keep, config.order_by)
+        train, weights = _examples(config.data, config, method, tokenizer, left, keep, config.order_by)
     else:
         train, weights = streamed.first, {}
+        left |= streamed.left
     if config.eval_data is not None:
-        held_out, _ = _examples(config.eval_data, config, method, tokenizer, keep)
+        held_out, _ = _examples(config.eval_data, config, method, tokenizer, left, keep)
     else:
         train, held_out = hold_out(train, config.eval_fraction, config.seed)
+    _name_unread(config, method, left)
     if streamed is None:
         logger.info("%d rows to train on, %d held out", len(train), len(held_out))
     return Splits(train, held_out, digest(train, held_out, weights), weights, streamed)
@@ -57,9 +61,27 @@ def digest(train: Sequence[Example], held_out: Sequence[Example], weights: Mappi
     return whole.hexdigest()
 
 
+def _name_unread(config: RunConfig, method: Method[Any], left: Collection[str]) -> None:
+    """Log the columns that neither form nor method, neither rewards nor `order_by` read: a weight without a reader,
+    say, is otherwise lost without a word."""
+    scored = columns_read(config.reward, config.judge, left) if method.data == "prompts" else frozenset[str]()
+    unread = sorted({*left} - scored - {(config.order_by or "").removeprefix("-")})
+    if unread:
+        logger.info("columns that nothing reads: %s", ", ".join(unread))
+
+
 def _streamed(config: RunConfig, method: Method[Any], tokenizer: Any) -> Streamed:
     source, encode = open_rows(config.data), partial(_encode, config, tokenizer)
-    return Streamed(source, method.data, config.columns, encode, config.batch_size, config.seed, config.shuffle_buffer)
+    return Streamed(
+        source,
+        method.data,
+        config.columns,
+        encode,
+        config.batch_size,
+        config.seed,
+        config.shuffle_buffer,
+        method.columns,
+    )
 
 
 def _encode(config: RunConfig, tokenizer: Any, dataset: Dataset) -> tuple[list[Example], Report]:
@@ -71,15 +93,20 @@ def _tokenised(config: RunConfig, tokenizer: Any, dataset: Dataset) -> tuple[lis
 
 
 def _examples(
-    source: Any, config: RunConfig, method: Method[Any], tokenizer: Any, keep: bool, order_by: str | None = None
+    source: Any,
+    config: RunConfig,
+    method: Method[Any],
+    tokenizer: Any,
+    left: dict[str, None],
+    keep: bool,
+    order_by: str | None = None,
 ) -> tuple[Sequence[Example], Mapping[str, float]]:
-    """Return the examples of a source, and the weights of its parts."""
-    opened = lazy_parts(source)
-    make = partial(
-        encoded, opened, method.data, config.columns, partial(_tokenised, config, tokenizer), order_by, _Counter()
-    )
-    key = key_of(opened, method.data, config, tokenizer, order_by) if keep else None
+    """Return the examples of a source, and the weights of its parts. left: gets the columns that are left over."""
+    opened, encode = lazy_parts(source), partial(_tokenised, config, tokenizer)
+    make = partial(encoded, opened, method.data, config.columns, encode, order_by, method.columns, _Counter())
+    key = key_of(opened, method.data, config, tokenizer, order_by, method.columns) if keep else None
     found = make() if key is None else shelved(config.output / FOLDER, key, make)
+    left |= found.report.left
     for line in found.lines():
         logger.info(line)
     return found.examples, found.weights

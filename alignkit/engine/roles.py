@@ -51,9 +51,10 @@ class Roles:
             )
         module = self._trained if torch.is_grad_enabled() else self._plain
         options = {"frozen": True} if frozen else {}
+        temperature = self.temperature if batch.temperature is None else batch.temperature
 
         def score(part: Batch) -> Outputs:
-            return module(part.rows, part.targets, self.temperature, entropy, **options)  # type: ignore[no-any-return]
+            return module(part.rows, part.targets, temperature, entropy, **options)  # type: ignore[no-any-return]
 
         with self._routing(not frozen):
             outputs = score(batch) if torch.is_grad_enabled() else self._without_gradient(score, batch)
@@ -63,7 +64,7 @@ class Roles:
         """Score the batch's targets with the reference, without a gradient."""
         self._check_declared("reference")
         assert self._reference is not None
-        return Outputs(self._reference.logps(batch.examples).to(batch.device))
+        return Outputs(self._reference.logps(batch.examples, batch.temperature).to(batch.device))
 
     def reward(self, batch: Batch) -> Tensor:
         """Score each completion as a whole with the reward model that is trained."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from alignkit.config import RunConfig
 from alignkit.data.stream import seed_of
+from alignkit.engine.sampled import sampled_metrics
+from alignkit.engine.scorers import Scorers
 from alignkit.errors import PluginError, RewardError
-from alignkit.method import Context, Method
+from alignkit.method import Context
 from alignkit.models.passes import Autocast
 from alignkit.models.ranks import Ranks
 from alignkit.reference.reference import Reference
-from alignkit.rewards import Answers, Judge, Rewards, Scores, build_judge, build_rewards
-from alignkit.rollout import Mixture, Sampled, sample
-from alignkit.rollout.completions import answers_of, distinct, with_completions
+from alignkit.rewards import Answers, Scores
+from alignkit.rollout import Draw, Mixture, Sampled, sample
+from alignkit.rollout.completions import answers_of, with_completions
 from alignkit.runs.folder import StepLines
 from alignkit.types import Batch, Example
 from alignkit_kernels import sequence_sum
@@ -44,30 +46,6 @@ class SamplingStep(Context, Protocol):
     def offset(self) -> int:
         """Place of the first of these rows among the held-out ones; 0 in training."""
         ...
-
-
-@dataclass
-class Scorers:
-    """The rewards and the judge of a run. columns: of its rows, for their arguments."""
-
-    rewards: Rewards | None
-    judge: Judge | None
-    columns: tuple[str, ...] = ()
-
-    @classmethod
-    def of_run(
-        cls, config: RunConfig, method: Method[Any], examples: Sequence[Example], device: torch.device
-    ) -> Scorers | None:
-        """Load them; None for a method that does not sample. examples: all of the run. Raises RewardError."""
-        if method.data != "prompts":
-            return None
-        rewards = build_rewards(config.reward, device) if config.reward is not None else None
-        judge = build_judge(config.judge, device) if config.judge is not None else None
-        columns = tuple(dict.fromkeys(name for e in examples for name in e.columns))
-        for one in (rewards, judge):
-            if one is not None:
-                one.check_columns(columns)
-        return cls(rewards, judge, columns)
 
 
 @dataclass
@@ -100,27 +78,30 @@ class Online:
             if one is not None:
                 one.close()
 
-    def rollouts(self, ctx: SamplingStep, batch: Batch, n: int, mixture: float | None) -> Batch:
+    def rollouts(self, ctx: SamplingStep, batch: Batch, draw: Draw) -> Batch:
         """Return the batch's prompts with sampled and scored completions, see `alignkit.method.Context.rollouts`."""
-        if mixture is not None and n != 1:
-            raise PluginError(f"rollouts(mixture=...) compares with one completion of the policy; n is {n}")
-        sampled = self.sample(ctx, batch.examples, n, 0, None)
+        sampled = self.sample(ctx, batch.examples, draw, None)
         grown, answers = with_completions(batch.examples, sampled, batch), self.answers(batch.examples, sampled)
-        grown = self._with_logps(ctx, grown)
+        if draw.sampling.temperature != self.config.sampling.temperature:
+            grown = replace(grown, temperature=draw.sampling.temperature)
+        grown = self._with_logps(ctx, grown) if draw.logps else grown
         lines: dict[str, Sequence[Any]] = {}
         if "reward" in self.roles:
             scores = self.score(answers)
             lines = {"reward": scores.total, **{f"reward/{k}": v for k, v in scores.parts.items()}}
             scored = torch.tensor([value is not None for value in scores.total], device=batch.device)
             grown = grown.attach(per_completion={"rewards": _float32(scores.numbers, batch.device), "scored": scored})
-        if mixture is not None:
-            others = self.sample(ctx, batch.examples, 1, 1, mixture)
+        if draw.mixture is not None:
+            others = self.sample(ctx, batch.examples, draw, draw.mixture)
             against = self.answers(batch.examples, others)
             lines |= {"wins": self.compare(answers, against), "against": list(map(_text, against.completions))}
             grown = grown.attach(per_completion={"wins": _float32(lines["wins"], batch.device)})
-        self._log(ctx, sampled, lines, n)
+        measured = sampled_metrics(ctx.sum, sampled, lines, draw.n)
+        ctx.log(**{f"{draw.prefix}{name}": value for name, value in measured.items()})
         if "old_logps" in grown:
             lines |= {"logp": sequence_sum(grown["old_logps"], grown.cu_seqlens).tolist()}
+        if draw.name:
+            lines |= {"rollout": [draw.name] * len(answers)}
         self.write(ctx.step + 1 if ctx.training else ctx.step, ctx.training, answers, lines)
         if not ctx.training:
             self.took(0.0)  # the seconds of an evaluation are not those of a step
@@ -144,23 +125,29 @@ class Online:
         return {f"seconds/{name}": value for name, value in spent.items()}
 
     def sample(
-        self, ctx: SamplingStep, examples: Sequence[Example], n: int, draw: int, mixture: float | None
+        self, ctx: SamplingStep, examples: Sequence[Example], draw: Draw, mixture: float | None
     ) -> list[list[Sampled]]:
-        """Return n completions of each of this rank's prompts, [prompt][completion]."""
+        """Return the completions of each of this rank's prompts, [prompt][completion]; mixture: the opponent's."""
         started, ranks = time.perf_counter(), self.ranks
         with self.autocast():
             sampled = sample(
                 self.model,
                 self.tokenizer,
                 [e.prompt for e in examples],
-                self.config.sampling,
-                n=n,
-                seed=seed_of(self.config.seed, (4 if ctx.training else 6) + draw, ctx.number),
+                draw.sampling,
+                n=draw.n,
+                seed=self._seed(ctx, draw.number, mixture is not None),
                 numbers=[ctx.offset + ranks.own + i * ranks.n for i in range(len(examples))],
                 mixture=None if mixture is None else self._mixture(mixture),
+                greedy=draw.greedy,
             )
         self.seconds["sampling"] += time.perf_counter() - started
         return sampled
+
+    def _seed(self, ctx: SamplingStep, call: int, opponent: bool) -> int:
+        """Return the seed of a call's noise: calls of one step share none, and a resumed run repeats it."""
+        first = seed_of(self.config.seed, (4 if ctx.training else 6) + opponent, ctx.number)
+        return seed_of(first, 11, call) if call else first
 
     def score(self, answers: Answers) -> Scores:
         """Score this rank's completions. Raises RewardError on all ranks where one of them fails."""
@@ -189,32 +176,6 @@ class Online:
             about |= {"number": i, "tokens": answers.lengths[i], "ended": answers.ended[i]}
             self.lines.write(step, about | {k: v[i] for k, v in more.items()}, flush=False)
         self.lines.flush()
-
-    def _log(
-        self, ctx: SamplingStep, sampled: Sequence[Sequence[Sampled]], scored: Mapping[str, Sequence[Any]], n: int
-    ) -> None:
-        flat = [s for some in sampled for s in some]
-        numbers = {k: v for k, v in scored.items() if k == "wins" or k.startswith("reward")}
-        sums: list[float] = [len(flat), sum(len(s.tokens) for s in flat), sum(s.ended for s in flat)]
-        sums += distinct(sampled)
-        for values in numbers.values():
-            there = [x for x in values if x is not None]
-            sums += [len(there), sum(there), sum(x * x for x in there)]
-        groups = [numbers["reward"][i : i + n] for i in range(0, len(flat), n)] if "reward" in numbers else []
-        sums.append(sum(all(x is None for x in group) for group in groups))
-        count, tokens, ended, different, bigrams, *moments = ctx.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
-        logged = {"completion/length": tokens / count, "completion/eos_rate": ended / count}
-        logged["completion/distinct_2"] = different / max(bigrams, 1)
-        unscored_groups = moments.pop()
-        for name, there, total, squares in zip(numbers, moments[0::3], moments[1::3], moments[2::3], strict=True):
-            if there:  # a mean over the completions that it applies to
-                logged[f"{name}/mean"] = total / there
-            if name == "reward":
-                mean = total / max(there, 1)
-                logged["reward/std"] = max(squares / max(there, 1) - mean**2, 0.0) ** 0.5
-                if there < count:
-                    logged |= {"reward/unscored": count - there, "reward/unscored_groups": unscored_groups}
-        ctx.log(**logged)
 
     def _mixture(self, weight: float) -> Mixture:
         assert self.reference is not None

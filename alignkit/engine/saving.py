@@ -35,7 +35,7 @@ def save(state: RunState, step: int, more: int = 0) -> None:
         "rows": state.splits.digest,
         "early": state.early.state_dict(),
         "evaluated": state.evaluated,
-        "stream": parts.stream.state_dict(),
+        "stream": parts.stream.state_dict(step),
     }
     try:
         if parts.ranks.is_main:

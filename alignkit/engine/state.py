@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from alignkit.config import RunConfig
-from alignkit.data.store import Joined
 from alignkit.data.stream import Stream
 from alignkit.data.streaming import Streamed
+from alignkit.data.views import Joined
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online
 from alignkit.method import Method
@@ -97,6 +97,7 @@ class RunState:
     written: the settings as in config.yaml. skipped: updates that were not finite. evaluated: the step of the last
     evaluation, -1 before the first. saved, saved_at: step and time.monotonic() of the last checkpoint, -1 without one.
     only_for_model: that checkpoint was written in case that saving the model fails, and goes once it is saved.
+    callbacks: the run's own listeners.
     """
 
     config: RunConfig
@@ -111,6 +112,7 @@ class RunState:
     saved: int = -1
     only_for_model: bool = False
     saved_at: float = field(default_factory=time.monotonic)
+    callbacks: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dropout(self) -> bool:

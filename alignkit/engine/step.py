@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignkit.engine.roles import Roles
 from alignkit.engine.state import RunState
+from alignkit.errors import PluginError
 from alignkit.models.packing import batch_of
+from alignkit.rollout.draws import checked
 from alignkit.types import Batch, Example
 
 
@@ -19,7 +22,7 @@ class StepContext:
     """One step of a run.
 
     number: of the trained step, which seeds its samples. offset: position of the first of these held-out rows.
-    logged: the numbers that were passed to `log`.
+    logged: the numbers that were passed to `log`. drawn: the names of the calls of `rollouts`.
     """
 
     state: RunState
@@ -30,6 +33,7 @@ class StepContext:
     number: int = 0
     offset: int = 0
     logged: dict[str, float] = field(default_factory=dict)
+    drawn: list[str] = field(default_factory=list)
 
     @property
     def max_new_tokens(self) -> int:
@@ -56,10 +60,14 @@ class StepContext:
         """This rank's part of a list with one entry for each of `step_examples`."""
         return rank_batch(self.state, examples, keep=False)
 
-    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
+    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None, **options: Any) -> Batch:
         """Sample n completions of each prompt, and score them; see `alignkit.method.Context.rollouts`."""
-        assert self.state.parts.online is not None
-        return self.state.parts.online.rollouts(self, batch, n, mixture)
+        online, method = self.state.parts.online, self.state.method
+        if online is None:
+            raise PluginError(f"'{method.name}' reads {method.data}; ctx.rollouts is for methods with data = 'prompts'")
+        draw = checked(self.state.config.sampling, self.drawn, n, mixture, **options)
+        self.drawn.append(draw.name)
+        return online.rollouts(self, batch, draw)
 
     def log(self, **values: float) -> None:
         """Add numbers to the step's metrics."""

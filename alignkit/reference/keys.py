@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alignkit.data.store import Selected, raws
+from alignkit.data.views import Selected, raws
 from alignkit.models.loading import causal_lm
 from alignkit.models.rope import switch_of
 from alignkit.reference.cache import LogpCache, default_path

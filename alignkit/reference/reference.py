@@ -74,15 +74,18 @@ class Reference:
         if self.mode == "cached":
             self._scorer = None
 
-    def logps(self, examples: Sequence[Example]) -> Tensor:
-        """Return the log-probabilities, float32 [C] nats on the CPU, from the cache where it has them."""
-        if self.cache is not None:
+    def logps(self, examples: Sequence[Example], temperature: float | None = None) -> Tensor:
+        """Return the log-probabilities, float32 [C] nats on the CPU, from the cache where it has them.
+
+        temperature: of completions that were sampled at another one than the run's; these are in no cache.
+        """
+        if self.cache is not None and temperature is None:
             return cached_logps(examples, self.cache, self.fingerprint, self._score)
-        return self._score(examples)
+        return self._score(examples, temperature)
 
     def attach(self, batch: Batch, keep: bool = True) -> Batch:
         """Return the batch with its `reference_logps`; keep=False for rows that no other run will score."""
-        logps = self.logps(batch.examples) if keep else self._score(batch.examples)
+        logps = self.logps(batch.examples) if keep else self._score(batch.examples, batch.temperature)
         return batch.attach(per_token={"reference_logps": logps.to(batch.device)})
 
     def update(self, policy: nn.Module, alpha: float) -> None:
@@ -108,7 +111,7 @@ class Reference:
         assert self._scorer is not None
         self._scorer.load_state_dict(tensors)
 
-    def _score(self, examples: Sequence[Example]) -> Tensor:
+    def _score(self, examples: Sequence[Example], temperature: float | None = None) -> Tensor:
         if self._scorer is None:
             raise ConfigError(
                 "the reference was unloaded after its cache was filled, and a row is missing there now: "
@@ -117,7 +120,8 @@ class Reference:
         self.scored_examples += len(examples)
         batch = batch_of(examples, self.layout, self.device)
         with torch.no_grad(), self._context(), self._autocast():
-            return scored(self._scorer, batch, self.max_tokens, temperature=self.temperature).cpu()
+            at = self.temperature if temperature is None else temperature
+            return scored(self._scorer, batch, self.max_tokens, temperature=at).cpu()
 
 
 def _frozen(mode: ReferenceMode, policy: Scorer) -> tuple[Scorer | None, Autocast]:

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from alignkit.rewards.answers import Answers, Scores
 from alignkit.rewards.combine import Rewards, build_rewards, check_rewards, reward_folders
-from alignkit.rewards.judges import Judge, build_judge, check_columns, check_judge, judge_folders
+from alignkit.rewards.judges import Judge, build_judge, check_columns, check_judge, columns_read, judge_folders
 from alignkit.rewards.models import PAIRWISE, pairwise_ids
 from alignkit.rewards.running import RunningStats
 
 __all__ = [
     "PAIRWISE", "Answers", "Judge", "Rewards", "RunningStats", "Scores", "build_judge", "build_rewards",
-    "check_columns", "check_judge", "check_rewards", "judge_folders", "pairwise_ids", "reward_folders",
+    "check_columns", "check_judge", "check_rewards", "columns_read", "judge_folders", "pairwise_ids", "reward_folders",
 ]  # fmt: skip

@@ -65,7 +65,7 @@ class Rewards:
         total: Values = [None] * len(answers)
         parts: dict[str, Values] = {}
         for part in self._parts:
-            values = [next(results) for _ in _leaves(part)]
+            values = [one.clipped(next(results)) for one in _leaves(part)]
             whole = part.combined(values) if isinstance(part, Ensemble) else values[0]
             parts[part.name] = whole
             total = [t if v is None else (t or 0.0) + part.weight * v for t, v in zip(total, whole, strict=True)]
@@ -93,6 +93,11 @@ def check_reward_columns(spec: Any, there: Collection[str]) -> None:
     for part in _parts(spec):
         for one in _leaves(part):
             one.check_columns(there)
+
+
+def reward_columns(spec: Any, there: Collection[str]) -> frozenset[str]:
+    """Return the columns, of those that are there, that the rewards of a spec may read. Raises as `check_rewards`."""
+    return frozenset(name for part in _parts(spec) for one in _leaves(part) for name in one.reads(there))
 
 
 def reward_folders(spec: Any) -> list[str]:

@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any
 
 from alignkit.data.rows import shown
-from alignkit.errors import AlignkitError, ConfigError, RewardError, nearest
+from alignkit.errors import AlignkitError, ConfigError, RewardError, at_place, nearest
 from alignkit.rewards.answers import Answers
 
 Values = list[float | None]
@@ -84,6 +84,13 @@ class Function:
         named = {n for n, p in self.parameters.items() if p.kind in _NAMED and p.default is p.empty}
         return frozenset({*(named - known), *getattr(self.call, "needs", ())})
 
+    def reads(self, there: Collection[str]) -> frozenset[str]:
+        """Return the columns, of those that are there, that a call is passed and may read."""
+        if hasattr(self.call, "needs"):  # a built-in one takes any, and reads those that its options name
+            return self.columns & {*there}
+        named = {n for n, p in self.parameters.items() if p.kind in _NAMED}
+        return frozenset(there if _takes_any(self.parameters) else named & {*there})
+
     @property
     def is_async(self) -> bool:
         """True if a call must be awaited."""
@@ -141,7 +148,8 @@ class Function:
             return RewardError(f"{self.kind} '{self.name}', {answers.place(error.index)}: {error}")
         if isinstance(error, RewardError):
             return RewardError(f"{self.kind} '{self.name}': {error}")
-        what = str(error) if isinstance(error, AlignkitError) else f"{type(error).__name__}: {error}"
+        raised = f"{type(error).__name__}: {error}{at_place(error)}"
+        what = str(error) if isinstance(error, AlignkitError) else raised
         more = f" and {len(answers) - 1} more" if len(answers) > 1 else ""
         return RewardError(f"{self.kind} '{self.name}' failed on {answers.place(0)}{more}: {what}")
 

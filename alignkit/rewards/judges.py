@@ -10,7 +10,14 @@ import torch
 from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, RewardError, nearest
 from alignkit.rewards.answers import Answers
-from alignkit.rewards.combine import Rewards, build_rewards, check_reward_columns, check_rewards, reward_folders
+from alignkit.rewards.combine import (
+    Rewards,
+    build_rewards,
+    check_reward_columns,
+    check_rewards,
+    reward_columns,
+    reward_folders,
+)
 from alignkit.rewards.functions import Function, Functions, known_of
 from alignkit.rewards.spec import JUDGE, Device, leaf, number
 
@@ -113,6 +120,15 @@ def check_columns(reward: Any, judge: Any, there: Collection[str]) -> None:
         check_reward_columns(found[0], there)
     elif judge is not None:
         leaf(judge, JUDGE).check_columns(there)
+
+
+def columns_read(reward: Any, judge: Any, there: Collection[str]) -> frozenset[str]:
+    """Return the columns, of those that are there, that reward and judge may read; None without one. Loads no model."""
+    found = frozenset[str]() if reward is None else reward_columns(reward, there)
+    if judge is None:
+        return found
+    compared = _bradley_terry(judge)
+    return found | (leaf(judge, JUDGE).reads(there) if compared is None else reward_columns(compared[0], there))
 
 
 def judge_folders(spec: Any) -> list[str]:

@@ -6,14 +6,12 @@ with options it is a mapping {use: <one of these>, ...}.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,13 +21,13 @@ from alignkit import registry
 from alignkit.config import validated
 from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, PluginError, nearest
-from alignkit.rewards.functions import Function
+from alignkit.rewards.functions import Function, Values
 from alignkit.rewards.llm import LlmJudge, LlmScore
 from alignkit.rewards.models import Classifier, ModelOptions, PairwiseModel, RewardModel, check_folder
 from alignkit.rewards.verifiers import Brevity, Exact, Format, Json, Length, Numeric, Options
+from alignkit.user_code import NAMED, imported
 
 Device: TypeAlias = torch.device | str
-_FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Leaf:
     """One function that is not loaded yet.
 
     folder: of a model, else None. ready: the function where it can be checked without building it: None for a model,
-    and for a user's class, whose constructor may do anything.
+    and for a user's class, whose constructor may do anything. clip: the least and the largest value that counts.
     """
 
     name: str
@@ -76,6 +74,18 @@ class Leaf:
     build: Callable[[Device], Function]
     folder: str | None = None
     ready: Function | None = None
+    clip: tuple[float, float] | None = None
+
+    def clipped(self, values: Values) -> Values:
+        """Return the values inside of `clip`."""
+        low, high = self.clip or (-math.inf, math.inf)
+        return [None if v is None else min(max(v, low), high) for v in values]
+
+    def reads(self, there: Collection[str]) -> frozenset[str]:
+        """See `Function.reads`; a model reads none, and a class that is not built yet may read all."""
+        if self.ready is None:
+            return frozenset() if self.folder else frozenset(there)
+        return self.ready.reads(there)
 
     def check_columns(self, there: Collection[str]) -> None:
         """See `Function.check_columns`; does nothing unless the function is ready."""
@@ -89,6 +99,11 @@ def leaf(spec: Any, kind: Kind) -> Leaf:
     if "use" not in given:
         close = nearest(str(next(iter(given), "")), ["use", "ensemble", "bradley_terry"])
         raise ConfigError(f"{kind.word}: {shown(spec)} has no `use`; write {{use: ..., weight: 1.0}}.{close}")
+    clip = _range(given.pop("clip")) if "clip" in given and kind is REWARD else None
+    return replace(_leaf(given, kind), clip=clip)
+
+
+def _leaf(given: dict[str, Any], kind: Kind) -> Leaf:
     use = given.pop("use")
     weight = number(given.pop("weight", 1.0), f"{kind.word}: weight")
     target, name = _target(use, kind)
@@ -111,6 +126,13 @@ def number(value: Any, what: str) -> float:
     if not math.isfinite(found):
         raise ConfigError(f"{what} is {shown(value)}; give a finite number")
     return found
+
+
+def _range(value: Any) -> tuple[float, float]:
+    ends = [number(v, "reward: clip") for v in value] if isinstance(value, list | tuple) else []
+    if len(ends) == 2 and ends[0] < ends[1]:
+        return ends[0], ends[1]
+    raise ConfigError(f"reward: clip is {shown(value)}; give [low, high], the range of values that count")
 
 
 def _of_folder(folder: str, name: str, weight: float, options: Mapping[str, Any], kind: Kind) -> Leaf:
@@ -166,7 +188,7 @@ def _target(use: Any, kind: Kind) -> tuple[Any, str]:
         return kind.built_in[use], use
     if use in installed:
         return kind.registered(use), use
-    if match := _FUNCTION.fullmatch(use):
+    if match := NAMED.fullmatch(use):
         return _imported(match[1], match[2], kind), name_of(use)
     use = os.path.expanduser(use) if os.sep in use else use
     if os.sep not in use and not Path(use).is_dir():
@@ -193,40 +215,7 @@ def name_of(use: Any) -> str:
 
 
 def _imported(module: str, name: str, kind: Kind) -> Callable[..., Any]:
-    if _ships_with_python(module):
-        raise _refused(f"{module}:{name}", kind)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that no local file shadows an installed module
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except AttributeError:
-        loaded = sys.modules.get(module)
-        if loaded is None:
-            raise
-        there = [n for n, value in vars(loaded).items() if callable(value) and not n.startswith("_")]
-        where = getattr(loaded, "__file__", None) or "built in"
-        raise ConfigError(
-            f"{kind.word}: the module '{module}' ({where}) has no '{name}'.{nearest(name, there)}"
-        ) from None
-    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
-        raise ConfigError(
-            f"{kind.word}: the module '{module}' of '{module}:{name}' cannot be imported: {type(error).__name__}: "
-            f"{error}. It must be installed, or be in {os.getcwd()}"
-        ) from error
-    if (inspect.isroutine(found) or inspect.isclass(found)) and _ships_with_python(getattr(found, "__module__", None)):
-        raise _refused(f"{module}:{name}", kind)  # imported there from the standard library
+    found = imported(module, name, kind.word)
     if not callable(found):
         raise ConfigError(f"{kind.word}: '{module}:{name}' must be a function or a class, got {shown(found)}")
     return found  # type: ignore[no-any-return]
-
-
-def _ships_with_python(module: str | None) -> bool:
-    return (module or "builtins").partition(".")[0] in sys.stdlib_module_names
-
-
-def _refused(what: str, kind: Kind) -> ConfigError:
-    # nothing in it is a reward, and os:system with an option would run a command
-    return ConfigError(
-        f"{kind.word}: '{what}' belongs to Python's standard library, which has no {kind.word}; write a function in "
-        f"your own module, with a name that the standard library does not use"
-    )

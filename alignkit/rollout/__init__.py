@@ -1,6 +1,7 @@
 """Sampling completions from a model.
 
 sampling.py      sample(): checks, and the choice of a backend
+draws.py         a call of `ctx.rollouts`, checked
 batched.py       padded batches by transformers' `generate`, each prompt computed once
 mixture.py       the geometric mixture of a policy and its reference
 noise.py         the random numbers of a sequence, independent of its batch
@@ -11,7 +12,8 @@ checks.py        whether rewards, judge and sampling settings fit a method
 """
 
 from alignkit.rollout.batched import Sampled
+from alignkit.rollout.draws import Draw
 from alignkit.rollout.mixture import Mixture
 from alignkit.rollout.sampling import sample
 
-__all__ = ["Mixture", "Sampled", "sample"]
+__all__ = ["Draw", "Mixture", "Sampled", "sample"]

@@ -36,7 +36,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Batched:
-    """The inputs that all batches of a call of `sample` share. ends: tokens that end a sequence."""
+    """The inputs that all batches of a call of `sample` share. ends: tokens that end a sequence. greedy: no noise."""
 
     model: nn.Module
     tokenizer: Any
@@ -44,6 +44,7 @@ class Batched:
     ends: list[int]
     seed: int
     mixture: Mixture | None
+    greedy: bool = False
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, numbers: Sequence[int]) -> list[list[Sampled]]:
         """Return n completions of each prompt, [prompt][completion]."""
@@ -103,7 +104,8 @@ class Batched:
         device = next(lm.parameters()).device
         ids_PT, mask_PT = _padded(prompts, self.ends[0], device)
         width, at_R = ids_PT.shape[1], torch.tensor([i for i, _ in rows], device=device)
-        noise = GumbelNoise(self.seed, [numbers[i] for i, _ in rows], [k for _, k in rows], width, device)
+        ours = [numbers[i] for i, _ in rows], [k for _, k in rows]
+        noise = [] if self.greedy else [GumbelNoise(self.seed, *ours, width, device)]
         stops = Stops(self.tokenizer, self.sampling.stop, width)
         shared = _prefix(lm, ids_PT, mask_PT, at_R) if len(rows) > len(prompts) else None
         done = lm.generate(
@@ -112,7 +114,11 @@ class Batched:
             generation_config=GenerationConfig(
                 max_new_tokens=self.sampling.max_new_tokens, eos_token_id=self.ends, pad_token_id=self.ends[0]
             ),
-            logits_processor=[*self._mixed(ids_PT, mask_PT, at_R), *self._warpers(width, device), noise],
+            logits_processor=[
+                *self._mixed(ids_PT, mask_PT, at_R),
+                *self._warpers(width, device),
+                *noise,
+            ],
             stopping_criteria=[stops] if self.sampling.stop else [],
             **({} if shared is None else {"past_key_values": shared}),
         )
@@ -135,6 +141,8 @@ class Batched:
         if s.min_new_tokens:
             ends = torch.tensor(self.ends, device=device)
             warpers.append(known.MinNewTokensLengthLogitsProcessor(width, s.min_new_tokens, ends, device=str(device)))
+        if self.greedy:  # the others keep the most likely token where it is
+            return warpers
         if s.temperature != 1:
             warpers.append(known.TemperatureLogitsWarper(s.temperature))
         if s.top_k:

@@ -21,7 +21,13 @@ PAGE = 32  # tokens
 
 
 def sample_continuously(
-    model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, ends: Sequence[int], n: int, seed: int
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    ends: Sequence[int],
+    n: int,
+    seed: int,
+    greedy: bool = False,
 ) -> list[list[Sampled]]:
     """Return n completions of each prompt, see `alignkit.rollout.sample`."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -45,12 +51,10 @@ def sample_continuously(
         max_requests_per_batch=len(prompts) * n,
         seed=seed,
     )
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        **({"do_sample": False} if greedy else drawn),
         num_return_sequences=n,
         eos_token_id=list(ends),
         pad_token_id=ends[0],

@@ -28,11 +28,13 @@ def sample(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     mixture: Mixture | None = None,
+    greedy: bool = False,
 ) -> list[list[Sampled]]:
     """Return n sampled completions of each prompt, [prompt][completion].
 
     prompts: text, tokenised as it is, or tokens; they are never cut. seed: from 0 to 2^63 - 1. numbers: identify the
     prompts, default: their positions. mixture: sample from it instead of from the model.
+    greedy: take the most likely token each time, whatever temperature, top_p and top_k are.
     With backend "generate" a completion depends on the weights, the prompt, `seed`, its prompt's number and its own
     number, and not on batches, ranks or order, except for rounding. With "continuous" the same call on the same machine
     has returned the same samples, but they depend on everything sampled in that call, and `numbers` is ignored.
@@ -47,8 +49,8 @@ def sample(
     if sampling.backend == "continuous":
         if mixture is not None:
             raise ConfigError("backend: continuous does not support mixtures of two models; use backend: generate")
-        return sample_continuously(model, tokens, sampling, ends, n, seed)
-    work = Batched(model, tokenizer, sampling, ends, seed, mixture)
+        return sample_continuously(model, tokens, sampling, ends, n, seed, greedy)
+    work = Batched(model, tokenizer, sampling, ends, seed, mixture, greedy)
     return work.sample(tokens, n, range(len(tokens)) if numbers is None else numbers)
 
 

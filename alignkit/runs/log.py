@@ -12,6 +12,7 @@ from typing import Any
 
 from alignkit import registry
 from alignkit.alarms import Alarm, RunView
+from alignkit.errors import at_place
 from alignkit.runs.folder import StepLines, of_training, read_lines
 from alignkit.runs.progress import Progress
 
@@ -22,7 +23,8 @@ class RunLog:
     """metrics.jsonl, Accelerate's trackers and the listeners, open while a loop runs; only the main process writes.
 
     settings: as in config.yaml. done: the step after which the session starts. evaluated: the step of the last
-    evaluation. shown: the terminal's display. alarm: the first alarm that `stop_on` names, else None.
+    evaluation. shown: the terminal's display. callbacks: by name. alarm: the first alarm that `stop_on` names, else
+    None.
     """
 
     def __init__(
@@ -34,10 +36,11 @@ class RunLog:
         total: int,
         evaluated: int,
         shown: Progress | None = None,
+        callbacks: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.alarm: Alarm | None = None
         self._folder, self._settings, self._accelerator, self._shown = folder, settings, accelerator, shown
-        self._start = (done, total, evaluated)
+        self._start, self._callbacks = (done, total, evaluated), callbacks
         self._file: StepLines | None = None
         self._listeners: Listeners | None = None
 
@@ -49,7 +52,7 @@ class RunLog:
         if self._accelerator.is_main_process:
             self._file = StepLines(self._folder / "metrics.jsonl", done, evaluated)
             run = RunView(self._folder, MappingProxyType(dict(self._settings)), total)
-            self._listeners = Listeners(run, done, evaluated)
+            self._listeners = Listeners(run, done, evaluated, self._callbacks)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -80,13 +83,15 @@ class RunLog:
 
 
 class Listeners:
-    """The installed listeners of one run, on its main process; open while its loop runs.
+    """The installed listeners and the callbacks of one run, on its main process; open while its loop runs.
 
     A listener that raises is not called again: it must not end the run.
     """
 
-    def __init__(self, run: RunView, done: int, evaluated: int) -> None:
-        self._run, self._hooks = run, registry.listeners(logger.warning)
+    def __init__(
+        self, run: RunView, done: int, evaluated: int, callbacks: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        self._run, self._hooks = run, {**registry.listeners(logger.warning), **callbacks}
         self._lines = StepLines(run.folder / "alarms.jsonl", done, evaluated)
         self._raised = {str(line.get("name")) for line in read_lines(self._lines.path)}
         for name in sorted(self._raised & set(run.settings.get("stop_on") or ())):
@@ -114,7 +119,11 @@ class Listeners:
                 yield from [_checked(alarm) for alarms in returned for alarm in alarms]
             except (Exception, SystemExit) as error:  # a plugin may raise anything
                 logger.warning(
-                    "listener '%s' failed and is not called again: %s: %s", name, type(error).__name__, error
+                    "listener '%s' failed and is not called again: %s: %s%s",
+                    name,
+                    type(error).__name__,
+                    error,
+                    at_place(error),
                 )
                 del self._hooks[name]
 

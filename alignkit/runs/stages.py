@@ -106,7 +106,7 @@ def check(stages: Sequence[Stage]) -> None:
             with named(stage.name, key):
                 streamed = key == "data" and stage.config.streaming
                 if (source := getattr(stage.config, key)) is not None and not streamed:
-                    data.load(source, stage.method.data, stage.config.columns)
+                    data.load(source, stage.method.data, stage.config.columns, wanted=stage.method.columns)
         with named(stage.name, "model"):
             _check_model(stage, by_name)
 

@@ -6,21 +6,23 @@ The step is the engine's: collect once, count over all ranks, then a backward fo
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alignkit.config import Sampling
 from alignkit.engine import averages
 from alignkit.method import Method
 from alignkit.models.packing import batch_of
 from alignkit.models.values import ActorCritic
+from alignkit.rollout.draws import checked
 from alignkit.testing.byhand import ScoredRow, score_of, score_rows
 from alignkit.testing.models import TinyModels
+from alignkit.testing.ranks import SimulatedRanks
 from alignkit.testing.world import EOS, with_completions
 from alignkit.types import Batch, Example, Layout
 
@@ -48,38 +50,7 @@ class Measured:
 
 
 Scripted = Callable[[Example, int], Example]
-
-
-class _Ranks:
-    """Sums over simulated ranks, each a thread."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self._barrier, self._values = n, threading.Barrier(n), [torch.empty(0)] * n
-
-    def sum(self, rank: int, value: Tensor) -> Tensor:
-        self._values[rank] = value
-        self._barrier.wait()
-        total = torch.stack(self._values).sum(0)
-        self._barrier.wait()
-        return total
-
-    def collect(self, work: Any) -> list[Batch]:
-        """Run work(rank) for all ranks concurrently; raise the original error, not a broken barrier."""
-
-        def guarded(rank: int) -> Batch:
-            try:
-                with torch.no_grad():
-                    return work(rank)  # type: ignore[no-any-return]
-            except BaseException:
-                self._barrier.abort()  # else the other ranks would wait forever
-                raise
-
-        with ThreadPoolExecutor(self.n) as pool:
-            futures = [pool.submit(guarded, rank) for rank in range(self.n)]
-        errors = [e for f in futures if (e := f.exception()) is not None]
-        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
-            raise error
-        return [f.result() for f in futures]
+SAMPLING = Sampling()
 
 
 @dataclass
@@ -94,24 +65,31 @@ class BenchContext:
     uses_critic: bool = False
     layout: Layout = Layout()
     rank: int = 0
-    ranks: _Ranks = field(default_factory=lambda: _Ranks(1))
+    ranks: SimulatedRanks = field(default_factory=lambda: SimulatedRanks(1))
     moved: list[float] = field(default_factory=list)
     training: bool = True
     stale: float = 0.0
     scripted: Scripted | None = None
     logged: dict[str, float] = field(default_factory=dict)
     eos: int = EOS
-    max_new_tokens: int = 256
+    max_new_tokens: int = SAMPLING.max_new_tokens
+    drawn: list[str] = field(default_factory=list)
 
-    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None) -> Batch:
-        """Return artificial completions, rewards and verdicts, which depend only on the example."""
-        make = self.scripted or with_completions
+    def rollouts(self, batch: Batch, n: int = 1, mixture: float | None = None, **options: Any) -> Batch:
+        """Return artificial completions, rewards and verdicts, which depend only on the example and the call."""
+        draw = checked(SAMPLING, self.drawn, n, mixture, **options)
+        self.drawn.append(draw.name)
+        make = self.scripted or partial(with_completions, call=-1 if draw.greedy else draw.number)
         made = batch_of([make(e, n) for e in batch.examples], self.layout)
+        if draw.sampling.temperature != SAMPLING.temperature:
+            made = replace(made, temperature=draw.sampling.temperature)
         scores = torch.tensor([score_of(c) for e in made.examples for c in e.completions], dtype=torch.float64)
         ended = torch.tensor([int(c.tokens[-1]) == EOS for e in made.examples for c in e.completions])
         numbers = {"ended": ended, "rewards": scores, "scored": torch.ones_like(ended)}
         if mixture is not None:
             numbers["wins"] = scores.sigmoid()
+        if not draw.logps:
+            return made.attach(per_completion=numbers)
         with torch.no_grad():
             outputs = self.models.policy(made, values=self.uses_critic)
             old = outputs.logps - self.stale * made.targets.double().sin()
@@ -173,12 +151,12 @@ class Bench:
             uses_critic="critic" in self.method.roles(),
             layout=cut.layout,
             rank=rank,
-            ranks=ranks or _Ranks(1),
+            ranks=ranks or SimulatedRanks(1),
         )
 
     def collect(self, examples: Sequence[Example], cut: Cut = Cut()) -> list[Batch]:
         """Return each rank's batch after `collect`, in the order of `cut`."""
-        ranks = _Ranks(cut.ranks)
+        ranks = SimulatedRanks(cut.ranks)
 
         def work(rank: int) -> Batch:
             ctx = self.context(examples, cut, rank, ranks)
@@ -208,13 +186,16 @@ class Bench:
         means = metrics.means(lambda t: t)
         return Measured(means["loss"], means, gradients)
 
-    def score(self, examples: Sequence[Example]) -> list[ScoredRow]:
+    def score(self, examples: Sequence[Example], temperature: float = 1.0) -> list[ScoredRow]:
         """Score each answer separately, with the rewards of sampled ones; return plain numbers."""
         models = self.models
         critic = models.trained.critic.model if isinstance(models.trained, ActorCritic) else None
         policy, reference = models.policy_scorer.model, models.reference_scorer.model
-        reward = score_of if self.method.data == "prompts" else lambda _: 0.0
-        return score_rows(policy, reference, examples, critic, reward)
+        if self.method.data != "prompts":
+            return score_rows(policy, reference, examples, critic, temperature=temperature)
+        rows = score_rows(policy, reference, examples, critic, score_of, temperature)
+        greedy = self.scripted or partial(with_completions, call=-1)
+        return [replace(row, greedy=score_of(greedy(row.example, 1).completions[0])) for row in rows]
 
 
 def assert_same(a: Measured, b: Measured, what: str, tolerance: float = 1e-6) -> None:

@@ -50,10 +50,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """An example with its scored answers."""
+    """An example with its scored answers. greedy: the reward of the completion that `rollouts(greedy=True)` gives."""
 
     example: Example
     answers: tuple[Answer, ...]
+    greedy: float = 0.0
 
     @property
     def only(self) -> Answer:
@@ -78,12 +79,14 @@ def score_rows(
     examples: Sequence[Example],
     critic: Any = None,
     reward: Callable[[Completion], float] = lambda _: 0.0,
+    temperature: float = 1.0,
 ) -> list[ScoredRow]:
     """Score each answer separately by the models' own forward pass in float64, without masks or packing."""
 
     def answer(e: Example, c: Completion) -> Answer:
         values = _values(critic, e, c) if critic is not None else ()
-        return Answer(_logps(policy, e, c), _logps(reference, e, c), reward(c), values)
+        ours, theirs = (_logps(model, e, c, temperature) for model in (policy, reference))
+        return Answer(ours, theirs, reward(c), values)
 
     return [ScoredRow(e, tuple(answer(e, c) for c in e.completions)) for e in examples]
 
@@ -93,10 +96,11 @@ def score_of(completion: Completion) -> float:
     return 2 * math.sin(float(completion.tokens.double().square().sum()))
 
 
-def _logps(model: Any, example: Example, completion: Completion) -> tuple[float, ...]:
+def _logps(model: Any, example: Example, completion: Completion, temperature: float) -> tuple[float, ...]:
     sequence = torch.cat([example.prompt, completion.tokens]).tolist()
     with torch.no_grad():
-        logps_TV = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0].double().log_softmax(-1)
+        logits_TV = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0].double()
+    logps_TV = (logits_TV / temperature).log_softmax(-1)
     start = len(example.prompt)
     trained = completion.trained.tolist() if completion.trained is not None else [True] * (len(sequence) - start)
     return tuple(float(logps_TV[i - 1, sequence[i]]) for i in range(start, len(sequence)) if trained[i - start])

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from alignkit.config import read_yaml, split, write_yaml
-from alignkit.engine.averages import counts, term_sums
+from alignkit.engine.averages import Averages, counts, term_sums
 from alignkit.errors import ConfigError, PluginError
 from alignkit.plugin_checks import check_class
 from alignkit.testing.bench import Bench
@@ -83,7 +83,8 @@ class ContractChecks(Suite):
         with _untouched(bench.models):
             first = bench.method.loss(batch, bench.models)
             again = bench.method.loss(batch, bench.models)
-        assert _kept(bench.method) == before[0], "loss keeps state in self"
+        changed = _changed(before[0], bench.method)
+        assert not changed, f"loss keeps state in self: {changed}"
         assert _bits_of_batch(batch) == before[1], "loss changes the batch"
         assert first.keys() == again.keys(), "loss returns other terms in a second call"
         for name, term in first.items():
@@ -94,14 +95,33 @@ class ContractChecks(Suite):
         """`collect` attaches no gradient, trains nothing, draws only from ctx.generator, and keeps the examples."""
         bench = Bench(self.made(config))
         examples = self.examples()
+        state, kept = json.loads(json.dumps(bench.method.state_dict())), _kept(bench.method)
         with _untouched(bench.models):
-            (batch,), (again,) = bench.collect(examples), bench.collect(examples)
+            (batch,) = bench.collect(examples)
+            changed = _changed(kept, bench.method)
+            bench.method.load_state_dict(state)
+            (again,) = bench.collect(examples)
         prompts = [(e.row, _raw(e.prompt)) for e in batch.examples]
         assert prompts == [(e.row, _raw(e.prompt)) for e in examples], "collect changes the order of the prompts"
         numbers = {**batch.per_example, **batch.per_completion, **batch.per_token}
         assert not [n for n, v in numbers.items() if v.requires_grad], "collect attached numbers with a gradient"
         for name, value in numbers.items():
+            if not torch.equal(value, again[name]) and changed:
+                pytest.fail(
+                    f"collect changes {changed}, which '{name}' depends on and load_state_dict(state_dict()) does not "
+                    "restore; a resumed run would differ"
+                )
             assert torch.equal(value, again[name]), f"'{name}' uses randomness that is not from ctx.generator"
+
+    def test_evaluation_changes_no_state(self, config: dict[str, Any]) -> None:
+        """While held-out rows are evaluated, `collect` changes nothing of the method."""
+        bench, examples = Bench(self.made(config)), self.examples()
+        ctx, kept = bench.context(examples), _kept(bench.method)
+        ctx.training = False
+        with torch.no_grad():
+            bench.method.collect(ctx.shard(examples), ctx)
+        changed = _changed(kept, bench.method)
+        assert not changed, f"collect changes {changed} while ctx.training is False: an evaluation would change the run"
 
     def test_frozen_roles_stay(self, config: dict[str, Any]) -> None:
         """A whole training step changes the policy and no bit of a frozen weight."""
@@ -113,10 +133,15 @@ class ContractChecks(Suite):
         ctx = bench.context(examples)
         with torch.no_grad():
             batch = bench.method.collect(ctx.shard(examples), ctx)
-        loss = term_sums(bench.method, batch, bench.models).loss_share(counts(batch, lambda t: t))
-        loss.backward()  # type: ignore[no-untyped-call]
+        denominators, averages = counts(batch, lambda t: t), Averages()
+        averages.expect(denominators)
+        summed = term_sums(bench.method, batch, bench.models)
+        averages.add(summed)
+        summed.loss_share(denominators).backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-        bench.method.after_update(ctx, {"kl": 1.0})
+        metrics = averages.means(lambda t: t) | {"grad_norm": float(norm)} | ctx.logged  # as in a run
+        bench.method.after_update(ctx, metrics)
         assert _bits(reference) == before_reference, "a training step changed the reference"
         assert all(p.grad is None for p in reference.parameters()), "the reference got a gradient"
         assert _bits(policy) != before_policy, "a training step did not change the policy"
@@ -134,7 +159,24 @@ class ContractChecks(Suite):
 
 def _kept(method: Any) -> dict[str, Any]:
     """Return a copy of the method's attributes, and of the attributes of objects in them."""
-    return copy.deepcopy({k: getattr(v, "__dict__", v) for k, v in vars(method).items()})
+    kept = {k: v if isinstance(v, Tensor) else getattr(v, "__dict__", v) for k, v in vars(method).items()}
+    return copy.deepcopy(kept)
+
+
+def _changed(before: dict[str, Any], method: Any) -> str:
+    """Return the attributes that are no longer as they were, as "self.a, self.b", or ""."""
+    now = _kept(method)
+    return ", ".join(f"self.{n}" for n in sorted({*before, *now}) if _plain(before.get(n)) != _plain(now.get(n)))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in a form that is equal where the value is: tensors as bytes, objects as their attributes."""
+    if isinstance(value, Tensor):
+        return _raw(value)
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    attributes = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    return value if attributes is None else {name: _plain(one) for name, one in attributes.items()}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from alignkit.engine.averages import counts, sum_terms
 from alignkit.testing.bench import Bench, Cut, Scripted, assert_same, reordered
 from alignkit.testing.models import ScriptedModels, TinyModels
 from alignkit.testing.suite import Suite, only_for
-from alignkit.testing.world import same_answers
+from alignkit.testing.world import column_values, same_answers
 from alignkit.types import Completion, Example, Layout
 
 POLICY_LOGPS = (0.0, -1e-7, -1.0, -30.0, -1e4)  # per token
@@ -32,7 +32,7 @@ class LossChecks(Suite):
         examples = self.examples()
         (batch,) = bench.collect(examples)  # with the completions of a method that samples
         answered = examples if self.method.data != "prompts" else batch.examples
-        want = self.expected_step(self.method.Config(**config), bench.score(answered), bench)
+        want = self.expected_step(self.method.Config(**config), bench.score(answered, batch.temperature or 1.0), bench)
         for layout in (Layout("forest", 64), Layout("padded")):
             got = bench.step(examples, Cut(layout)).loss
             assert math.isclose(got, want, rel_tol=TOLERANCE, abs_tol=TOLERANCE), f"loss {got!r}, by hand {want!r}"
@@ -71,12 +71,15 @@ class LossChecks(Suite):
         for ranks in (2, 3):
             assert_same(whole, bench.step(examples, Cut(ranks=ranks)), "the number of ranks")
 
+    def _with_columns(self, examples: list[Example]) -> list[Example]:
+        return [replace(e, declared=column_values(self.method.columns, i)) for i, e in enumerate(examples)]
+
     @only_for("text", "pairs", "unpaired")
     def test_ties_count_half(self, config: dict[str, Any]) -> None:
         """An accuracy that the method logs is one half on equal answers."""
         bench = Bench(self.made(config))
         bench.models.reference_scorer = bench.models.policy_scorer
-        tie = same_answers(self.method.data)
+        (tie,) = self._with_columns([same_answers(self.method.data)])
         metrics = bench.step([tie] * max(2, self.method.min_batch)).metrics
         accuracies = {n: v for n, v in metrics.items() if n.endswith("accuracy")}
         assert set(accuracies.values()) <= {0.5}, f"on equal answers: {accuracies}"
@@ -84,6 +87,7 @@ class LossChecks(Suite):
     def test_extreme_log_probabilities(self, config: dict[str, Any]) -> None:
         """Loss and gradient are finite in float32 for log-probabilities from 0 to -10,000 per token."""
         examples, models = extreme_rows(self.method.data)
+        examples = self._with_columns(examples)
         bench = Bench(self.made(config), models)
         if self.method.data == "prompts":
             examples, bench.scripted = _prompts_of(examples)
@@ -113,7 +117,7 @@ class LossChecks(Suite):
             Example(torch.tensor([5], dtype=torch.int32), pair[:n_answers], {"desirable": float(i % 2)}, i + 1)
             for i, pair in enumerate(pairs[:: 1 if n_answers == 2 else 4])
         ]
-        bench = Bench(models.method, models)
+        bench, examples = Bench(models.method, models), self._with_columns(examples)
         if self.method.data == "prompts":
             examples, bench.scripted = _prompts_of(examples)
         measured = bench.step(examples, Cut(Layout("forest", 640)))

@@ -36,16 +36,17 @@ class TinyModels:
     def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
         """Score with the policy and, for values, with the critic."""
         self._check_role("policy")
+        temperature = batch.temperature or 1.0
         if not values:
-            return self.policy_scorer(batch.rows, batch.targets, 1.0, entropy)  # type: ignore[no-any-return]
+            return self.policy_scorer(batch.rows, batch.targets, temperature, entropy)  # type: ignore[no-any-return]
         self._check_role("critic")
-        return self.trained(batch.rows, batch.targets, 1.0, entropy, frozen)  # type: ignore[no-any-return]
+        return self.trained(batch.rows, batch.targets, temperature, entropy, frozen)  # type: ignore[no-any-return]
 
     def reference(self, batch: Batch) -> Outputs:
         """Score with the reference."""
         self._check_role("reference")
         with torch.no_grad():
-            return self.reference_scorer(batch.rows, batch.targets)  # type: ignore[no-any-return]
+            return self.reference_scorer(batch.rows, batch.targets, batch.temperature or 1.0)  # type: ignore[no-any-return]
 
     def reward(self, batch: Batch) -> Tensor:
         """Score whole answers with the reward model."""

@@ -47,7 +47,7 @@ def train(method: type[Method[Any]], folder: Path, **settings: Any) -> Result:
     given = {
         "model": tiny_model(),
         "tokenizer": tiny_tokenizer(),
-        "data": tiny_rows(method.data),
+        "data": tiny_rows(method.data, columns=method.columns),
         "output": folder,
         "cache_file": folder / "reference.sqlite",
         "max_steps": STEPS,

@@ -99,7 +99,7 @@ class Suite:
 
     def examples(self) -> list[Example]:
         """Return the examples of a step; override it if the method needs special ones."""
-        return tiny_examples(self.method.data)
+        return tiny_examples(self.method.data, columns=self.method.columns)
 
 
 @contextmanager

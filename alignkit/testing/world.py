@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from alignkit.method import DataKind
+from alignkit.method import ColumnType, DataKind
 from alignkit.types import Completion, Example
 
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -77,8 +79,16 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def tiny_rows(kind: DataKind, n: int = 12, seed: int = 0) -> list[dict[str, Any]]:
-    """Return n rows of text as users write them, for a method with `data = kind`."""
+def column_values(columns: Mapping[str, ColumnType], i: int) -> dict[str, Any]:
+    """Return row i's values of the columns that a method declares: numbers from 0 to 2, some of them 0."""
+    by_type = {float: i % 5 / 2, int: i % 3, bool: i % 2 == 0, str: f"text {i}", list: [i], dict: {"i": i}}
+    return {name: by_type[kind] for name, kind in columns.items()}
+
+
+def tiny_rows(
+    kind: DataKind, n: int = 12, seed: int = 0, columns: Mapping[str, ColumnType] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """Return n rows of text as users write them, for a method with `data = kind` and these `columns`."""
     draw = random.Random(seed)
 
     def text(longest: int) -> str:
@@ -95,10 +105,13 @@ def tiny_rows(kind: DataKind, n: int = 12, seed: int = 0) -> list[dict[str, Any]
             rows.append({"prompt": prompt, "completion": good})
         else:
             rows.append({"prompt": prompt})
+        rows[-1] |= column_values(columns, i)
     return rows
 
 
-def tiny_examples(kind: DataKind, n: int = 7, seed: int = 0) -> list[Example]:
+def tiny_examples(
+    kind: DataKind, n: int = 7, seed: int = 0, columns: Mapping[str, ColumnType] = MappingProxyType({})
+) -> list[Example]:
     """Return n tokenised examples of the kind, with unequal lengths, one prompt twice, an answer of one token, and
     answers in which some tokens are read but not trained (as in a user's turn)."""
     draw = random.Random(seed)
@@ -119,16 +132,18 @@ def tiny_examples(kind: DataKind, n: int = 7, seed: int = 0) -> list[Example]:
     for i in range(n):
         numbers = {"desirable": float(i % 2)} if kind == "unpaired" else {}
         completions = tuple(answer(i * answers + k) for k in range(answers))
-        examples.append(Example(tokens(draw.randint(1, 12)), completions, numbers, row=i + 1))
+        declared = column_values(columns, i)
+        examples.append(Example(tokens(draw.randint(1, 12)), completions, numbers, row=i + 1, declared=declared))
     if n > 3:
         examples[3] = replace(examples[3], prompt=examples[1].prompt)
     return examples
 
 
-def with_completions(example: Example, n: int) -> Example:
+def with_completions(example: Example, n: int, call: int = 0) -> Example:
     """Return the prompt with n random completions, which depend on its tokens: one of a single token, some cut, all of
-    them equal where its row is a multiple of 4."""
-    draw = torch.Generator().manual_seed(int(example.prompt.long().sum()) * 1009 + len(example.prompt))
+    them equal where its row is a multiple of 4. call: other completions for each number; -1 stands for greedy."""
+    seed = int(example.prompt.long().sum()) * 1009 + len(example.prompt)
+    draw = torch.Generator().manual_seed(seed + (call % 1000) * 1_000_003)
     completions = []
     for k in range(n):
         length = 1 if k == 1 else int(torch.randint(1, 9, (1,), generator=draw))

@@ -18,7 +18,7 @@ class CPO(Method["CPO.Config"]):
     data = "pairs"
     learning_rate = 1e-6
     lora_learning_rate = 5e-6
-    demo_settings = {"learning_rate": 5e-4}
+    demo_settings = {"learning_rate": 1.5e-4}
 
     class Config(MethodConfig):
         """Settings of CPO."""

@@ -36,7 +36,7 @@ class KTO(Method["KTO.Config"]):
     learning_rate = 1e-6
     lora_learning_rate = 5e-6
     min_batch = 2  # a mismatched completion comes from another example
-    demo_settings = {"learning_rate": 1e-4, "batch_size": 32}  # a pair is two examples
+    demo_settings = {"learning_rate": 1.2e-4, "batch_size": 32}  # a pair is two examples
 
     class Config(MethodConfig):
         """Settings of KTO."""

@@ -35,7 +35,7 @@ class NashMD(Method["NashMD.Config"]):
     uses = frozenset({"policy", "reference", "judge"})
     learning_rate = 1e-6
     lora_learning_rate = 1e-5
-    demo_settings = {"learning_rate": 2e-4, "batch_size": 32, "tau": 0.05, "epochs": 6}
+    demo_settings = {"learning_rate": 2e-4, "batch_size": 32, "tau": 0.05, "epochs": 4}
 
     class Config(MethodConfig):
         """Settings of Nash-MD."""

@@ -20,7 +20,7 @@ class ORPO(Method["ORPO.Config"]):
     data = "pairs"
     learning_rate = 8e-6
     lora_learning_rate = 8e-5
-    demo_settings = {"learning_rate": 1e-3, "lambda_": 0.5}
+    demo_settings = {"learning_rate": 5e-4, "lambda_": 0.5}
 
     class Config(MethodConfig):
         """Settings of ORPO."""

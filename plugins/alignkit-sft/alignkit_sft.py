@@ -17,7 +17,7 @@ class SFT(Method["SFT.Config"]):
     data = "text"
     learning_rate = 2e-5
     lora_learning_rate = 2e-4
-    demo_base = {"learning_rate": 2e-3, "epochs": 24, "batch_size": 32, "warmup_fraction": 0.05}
+    demo_base = {"learning_rate": 3e-3, "epochs": 24, "batch_size": 32, "warmup_fraction": 0.05}
 
     class Config(MethodConfig):
         """SFT has no settings of its own."""

@@ -58,10 +58,12 @@ def validate(
     from alignkit.models import loading
     from alignkit.rewards import check_columns
     from alignkit.rollout.checks import check_online
+    from alignkit.runs.callbacks import load_callbacks
     from alignkit.unused import check_used
 
     check_used(checked, method)
     check_online(checked, method)
+    load_callbacks(checked.callbacks)
     rows = reading.read(checked, method, loading.load_tokenizer(checked))
     assemble.least_examples(checked, method, rows, n_ranks=1)
     check_columns(checked.reward, checked.judge, {name for e in (*rows.train, *rows.held_out) for name in e.columns})

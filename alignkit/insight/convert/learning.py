@@ -11,7 +11,7 @@ from alignkit.insight.convert.work import Work
 SAME = (
     "ld_alpha", "f_alpha_divergence_coef", "desirable_weight", "undesirable_weight", "center_rewards_coefficient",
     "temperature", "top_p", "top_k", "max_new_tokens", "importance_sampling_level", "mask_truncated_completions",
-    "chat_template_kwargs", "rpo_alpha",
+    "chat_template_kwargs", "rpo_alpha", "delta", "top_entropy_quantile", "entropy_coef", "normalize_advantages",
 )  # fmt: skip
 DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}
 
@@ -81,8 +81,7 @@ def _policy_gradient(work: Work, beta: float | None) -> None:
     scale = work.get("scale_rewards")
     work.put("scale", {True: "group", False: "none"}.get(scale, scale) if isinstance(scale, bool) else scale)
     if beta:
-        # with the ratio as a factor, the gradient is that of the KL, as that of k2 is
-        work.put("kl", "k2" if work.get("use_bias_correction_kl") else "k3")
+        work.put("kl", "unbiased" if work.get("use_bias_correction_kl") else "k3")
     work.done.add("use_bias_correction_kl")
 
 

@@ -66,10 +66,8 @@ def steps(work: Work) -> None:
 def rates(work: Work) -> None:
     """Set the optimiser, its rate, and how it changes."""
     work.same(["learning_rate", "weight_decay", "seed"])
-    if (norm := work.get("max_grad_norm")) and norm != 1:
-        work.put("max_grad_norm", norm)
-    elif not norm:
-        work.lose("max_grad_norm", "gradients are always clipped; set max_grad_norm to a large number")
+    if (norm := work.get("max_grad_norm")) != 1:
+        work.put("max_grad_norm", norm or 0)
     scheduler = str(work.get("lr_scheduler_type"))
     if scheduler in SCHEDULES:
         work.put("schedule", SCHEDULES[scheduler])
@@ -81,6 +79,8 @@ def rates(work: Work) -> None:
         work.put("optimizer", OPTIMIZERS[optim])
     elif optim is not None and optim not in OPTIMIZERS:
         work.lose("optim", f"there is no {optim}; optimizers: {', '.join(dict.fromkeys(OPTIMIZERS.values()))}")
+    if work.has("adam_epsilon"):
+        work.same(["adam_epsilon"])
     if work.has("adam_beta1", "adam_beta2"):
         first, second = work.get("adam_beta1"), work.get("adam_beta2")
         work.put("adam_betas", [0.9 if first is None else first, 0.999 if second is None else second])

@@ -53,7 +53,7 @@ class Watch:
                 if place > (step, not trained):
                     break
                 self._offset += len(line)
-                if place == (step, not trained):
+                if place == (step, not trained) and not row.get("rollout"):  # a baseline is not the policy
                     rows.append(row)
         return rows
 

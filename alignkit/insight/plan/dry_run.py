@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from alignkit.config import RunConfig
 from alignkit.data.stream import seeded
 from alignkit.engine.roles import Roles
-from alignkit.engine.rollouts import Online, Scorers
+from alignkit.engine.rollouts import Online
+from alignkit.engine.scorers import Scorers
 from alignkit.engine.state import RunState, Splits
 from alignkit.engine.step import StepContext
 from alignkit.errors import ModelError
@@ -29,7 +30,7 @@ from alignkit.models.scoring import Scorer
 from alignkit.models.towers import trunk_of
 from alignkit.models.values import ActorCritic, Valuer
 from alignkit.rewards import Answers, Scores
-from alignkit.rollout import Sampled
+from alignkit.rollout import Draw, Sampled
 from alignkit.types import Batch, Example, Layout, Outputs
 from alignkit_kernels import row_stats
 
@@ -59,9 +60,9 @@ class _Reference:
 class _Online(Online):
     """Completions of maximum length, and scores, without a model."""
 
-    def sample(self, ctx: Any, examples: Sequence[Example], n: int, draw: int, mixture: float | None) -> Any:
-        tokens = [0] * self.config.sampling.max_new_tokens
-        return [[Sampled(tokens, True) for _ in range(n)] for _ in examples]
+    def sample(self, ctx: Any, examples: Sequence[Example], draw: Draw, mixture: float | None) -> Any:
+        tokens = [0] * draw.sampling.max_new_tokens
+        return [[Sampled(tokens, True) for _ in range(draw.n)] for _ in examples]
 
     def answers(self, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]]) -> Answers:
         n = sum(map(len, sampled))

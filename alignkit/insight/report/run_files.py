@@ -154,7 +154,7 @@ def _answers(folder: Path, notes: list[str]) -> list[list[dict[str, Any]]]:
         first: list[dict[str, Any]] = []
         last: list[dict[str, Any]] = []
         for one in _lines(path, notes, ("prompt",)):
-            if one.get("training") is not False:
+            if one.get("training") is not False or one.get("rollout"):
                 continue
             if not first or one["step"] == first[0]["step"]:
                 first.append(one)

@@ -23,7 +23,7 @@ class RLOO(Method["RLOO.Config"]):
     uses = frozenset({"policy", "reference", "reward"})
     learning_rate = 1e-6
     lora_learning_rate = 1e-5
-    demo_settings = {"learning_rate": 2e-4, "batch_size": 32, "group_size": 4, "beta": 0.05, "epochs": 6}
+    demo_settings = {"learning_rate": 2e-4, "batch_size": 32, "group_size": 4, "beta": 0.05, "epochs": 4}
 
     class Config(MethodConfig):
         """Settings of RLOO."""

@@ -1,0 +1,38 @@
+"""The rewards and the judge of a run, loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alignkit.config import RunConfig
+from alignkit.method import Method
+from alignkit.rewards import Judge, Rewards, build_judge, build_rewards
+from alignkit.types import Example
+
+
+@dataclass
+class Scorers:
+    """The rewards and the judge of a run. columns: of its rows, for their arguments."""
+
+    rewards: Rewards | None
+    judge: Judge | None
+    columns: tuple[str, ...] = ()
+
+    @classmethod
+    def of_run(
+        cls, config: RunConfig, method: Method[Any], examples: Sequence[Example], device: torch.device
+    ) -> Scorers | None:
+        """Load them; None for a method that does not sample. examples: all of the run. Raises RewardError."""
+        if method.data != "prompts":
+            return None
+        rewards = build_rewards(config.reward, device) if config.reward is not None else None
+        judge = build_judge(config.judge, device) if config.judge is not None else None
+        columns = tuple(dict.fromkeys(name for e in examples for name in e.columns))
+        for one in (rewards, judge):
+            if one is not None:
+                one.check_columns(columns)
+        return cls(rewards, judge, columns)
