@@ -67,6 +67,9 @@ class Health(BaseModel):
     )
     opening: Limit = Field(0.8, gt=0, le=1, description="fraction of the prompts answered with the same first words")
     displacement: Limit = Field(0.2, gt=0, description="nats a token that chosen answers lost; rejected ones lost more")
+    same_reward: Limit = Field(
+        1, gt=0, description="logged steps, from the first on, in which all completions have the same reward"
+    )
     zero_variance: Limit = Field(
         0.8, gt=0, le=1, description="fraction of the prompts whose completions all have the same score"
     )

@@ -105,6 +105,7 @@ class RunConfig(BaseModel):
 
     output: Path = Field(Path("runs"), description="folder of the runs")
     name: str | None = Field(None, description="folder of this run in `output`; default: method and a number")
+    quiet: bool = Field(False, description="show warnings and errors only")
     resume: bool = Field(False, description="continue from the newest complete checkpoint of the run `name`")
     rows_cache: bool = Field(True, description="keep tokenised rows in `output`/.rows for other runs, from 1 MiB on")
 
@@ -116,6 +117,7 @@ class RunConfig(BaseModel):
     sampling: Sampling = Field(Sampling(), description="how completions are sampled, for methods that sample")
     reward: Any = Field(None, description="reward that scores sampled completions, see docs/rewards.md")
     judge: Any = Field(None, description="judge that compares two sampled completions, see docs/rewards.md")
+    reward_timeout: float | None = Field(600.0, gt=0, description="seconds for one call of a reward or judge function")
     critic: str = Field(
         "auto", description="starts from policy, reward (its model) or a folder; shared: on the policy's trunk"
     )

@@ -63,6 +63,7 @@ def unused(config: RunConfig, method: Method[Any]) -> dict[str, str]:
         (("sampling",), samples, "does not sample completions"),
         (("reward",), samples and "reward" in roles, "does not use a reward"),
         (("judge",), samples and "judge" in roles, "does not use a judge"),
+        (("reward_timeout",), samples and not roles.isdisjoint(("reward", "judge")), "calls no reward and no judge"),
         (("critic", "critic_learning_rate"), "critic" in roles, "does not train a critic"),
         (("reference",), "reference" in roles, "does not use a reference with these settings"),
         (("reference_cache",), compared, "has no log-probabilities of a reference to keep"),

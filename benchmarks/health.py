@@ -47,7 +47,8 @@ LOGGED = {
     "kl_high": {"kl"}, "kl_low": {"kl"}, "reward_kl": {"kl", "reward/mean"},
     "reward_length": {"reward/mean", "completion/length"}, "reward_held_out": {"reward/mean", "a reward of weight 0"},
     "distinct": {"completion/distinct_2"}, "entropy": {"entropy"}, "repetition": {"texts"}, "opening": {"texts"},
-    "displacement": {"logps/chosen"}, "zero_variance": {"several texts a prompt"}, "clip_fraction": {"clip_fraction"},
+    "displacement": {"logps/chosen"}, "same_reward": {"reward/std"}, "zero_variance": {"several texts a prompt"},
+    "clip_fraction": {"clip_fraction"},
     "value_loss": {"value"}, "explained_variance": {"value/explained_variance"}, "grad_spike": {"grad_norm"},
     "truncation": {"completion/eos_rate"},
 }  # fmt: skip

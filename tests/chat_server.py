@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,12 +20,13 @@ def chat_reply(text: str | None) -> Response:
 
 class ChatServer:
     """respond: returns the response to a request. requests: (path, headers, body) of all received requests.
-    peak: the largest number of concurrent requests."""
+    peak: the largest number of concurrent requests. sent: bytes of each response, rounded up to MiB."""
 
     def __init__(self) -> None:
         self.respond: Callable[[dict[str, Any]], Response] = lambda request: chat_reply("Score: 5")
         self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
         self.active = self.peak = 0
+        self.sent: list[int] = []
         self.released = threading.Event()
         self._lock = threading.Lock()
         chat = self
@@ -43,10 +44,15 @@ class ChatServer:
                 with chat._lock:
                     chat.active -= 1
                 self.send_response(status)
-                for name, value in (headers | {"content-length": str(len(body.encode()))}).items():
+                for name, value in ({"content-length": str(len(body.encode()))} | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body.encode())
+                raw, sent = body.encode(), 0
+                with suppress(ConnectionError):  # a client may have read enough
+                    for start in range(0, len(raw), 1 << 20):
+                        self.wfile.write(raw[start : start + (1 << 20)])
+                        sent = start + (1 << 20)
+                chat.sent.append(sent)
 
             def log_message(self, *_: object) -> None:
                 pass

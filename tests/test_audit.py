@@ -319,15 +319,13 @@ def test_columns_lengths_and_messages_reach_the_reward() -> None:
 
     def reward(prompts: Any, completions: Any, topic: Any, lengths: Any, ended: Any) -> list[float]:
         given.setdefault("first", (prompts[0], completions[0], topic, lengths[0], ended[0]))
-        return [float(len(c[-1]["content"])) for c in completions]
+        return [float(len(text)) for text in completions]
 
     rows = [
         pair("hi", [{"role": "assistant", "content": "one two"}], [{"role": "assistant", "content": "x"}], topic="t")
     ]  # type: ignore[arg-type]
-    reward_of = audit(rows, reward=reward).reward
-    assert given["first"] == (
-        [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "one two"}], ["t", "t"], 2, True,
-    )  # fmt: skip
+    reward_of = audit(rows, reward={"use": reward, "probe": False}).reward
+    assert given["first"] == ([{"role": "user", "content": "hi"}], "one two", ["t", "t"], 2, True)
     assert reward_of is not None
     assert reward_of.accuracy == 1.0
 
@@ -419,7 +417,7 @@ def test_the_command(command: Callable[..., Any], write_rows: Callable[..., str]
     ("arguments", "problem"),
     [
         (["none.jsonl"], "no such file: none.jsonl"),
-        (["prefs.jsonl", "--columns", "prompt"], "--columns needs a mapping"),
+        (["prefs.jsonl", "--columns", "prompt"], "--columns needs names such as prompt=question"),
         (["prefs.jsonl", "--html", "no/a.html"], "there is no folder 'no'"),
         (["prefs.jsonl", "--json", "/proc/a.json"], "--json '/proc/a.json': cannot be written"),
         (["prefs.jsonl", "--max-completion-tokens", "2"], "--max-completion-tokens counts tokens"),

@@ -19,6 +19,8 @@ import typer
 import yaml
 
 from alignkit import __version__, cli, registry
+from alignkit.cli import console
+from alignkit.errors import ConfigError
 from alignkit.reference.cache import LogpCache
 from helpers import make_rows
 
@@ -406,3 +408,53 @@ def test_validate_takes_files_of_settings_only(call: Call) -> None:
     said = call("validate", "dpo")
     assert (said.code, said.out) == (2, "")
     assert "'dpo' is not a config; a file of settings must end in .yaml or .yml" in said.err
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("prompt=question", {"prompt": "question"}),
+        ("prompt=question, chosen=a b", {"prompt": "question", "chosen": "a b"}),
+        ("{prompt: question}", {"prompt": "question"}),
+        (None, None),
+    ],
+)
+def test_names_of_columns(text: str | None, names: dict[str, str] | None) -> None:
+    assert console.columns_of(text) == names
+
+
+@pytest.mark.parametrize("text", ["prompt", "prompt=", "=question", "prompt=a,prompt=b", "prompt=a,b", "[a]", "{a: 1}"])
+def test_what_are_no_names_of_columns(text: str) -> None:
+    with pytest.raises(ConfigError, match="--columns needs names such as prompt=question"):
+        console.columns_of(text)
+
+
+def test_every_command_that_reads_rows_has_the_option_columns() -> None:
+    root = typer.main.get_command(cli.app)
+    commands = {"run", "validate", "audit", "plan", "recommend", "init", "compare", "best-of-n"}
+    every = [root.commands[name] for name in commands]
+    every += [root.commands["data"].commands["show"], root.commands["inspect"].commands["pair"]]
+    helps = {option.help for one in every for option in one.params if option.name == "columns"}
+    assert all(any(option.name == "columns" for option in one.params) for one in every)
+    assert helps == {"Names of columns, such as prompt=question (ours=yours)"}
+
+
+def test_the_error_names_the_option_that_is_missing(call: Call, place: Path, tiny: str) -> None:
+    rows = [{"Problem": f"q{i}", "better": f"a{i}", "worse": f"b{i}"} for i in range(8)]
+    (place / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = call("run", "dpo", "--model", tiny, "--data", "mine.jsonl")
+    option = "--columns prompt=Problem,chosen=better,rejected=worse"
+    assert f"Try {option} (in a file, columns: {{prompt: Problem, chosen: better, rejected: worse}})" in said.err
+    (place / "config.yaml").write_text(yaml.safe_dump({"method": "dpo", "model": tiny, "data": "mine.jsonl"}))
+    assert call("validate", "config.yaml", *option.split()).code == 0
+    (place / "mine.jsonl").write_text('{"odd": "q"}\n')
+    assert (
+        "Map your columns: --columns prompt=<yours>" in call("run", "dpo", "--model", tiny, "--data", "mine.jsonl").err
+    )
+
+
+def test_the_demo_takes_a_method_as_it_looks(call: Call) -> None:
+    said = call("demo", "grop").err
+    assert "no method is called 'grop'" in said
+    assert "Did you mean 'grpo'?" in said
+    assert "two methods given, 'grpo' and --method dpo" in call("demo", "grpo", "--method", "dpo").err

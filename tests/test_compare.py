@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit import cli, data, registry
 from alignkit.cli import console
-from alignkit.compare import Comparison, check_matplotlib, compare, draw, table, write_json
+from alignkit.compare import Comparison, check_matplotlib, compare, draw, notes, table, write_json
 from alignkit.compare import comparison as comparisons
 from alignkit.compare.comparison import Row
 from alignkit.compare.jobs import Job, Task, check_settings, jobs_of, rows_of
 from alignkit.compare.worker import run_job
 from alignkit.data import tokenise
 from alignkit.demo import policy_metrics, recipes, world
-from alignkit.errors import ConfigError, PluginError
+from alignkit.errors import ConfigError, PluginError, RewardError
 from alignkit.rollout import Sampled
 from alignkit.testing.world import blend, tiny_model, tiny_tokenizer
 from helpers import make_rows
@@ -71,13 +71,33 @@ def test_the_rows_and_what_scores_answers_decide_who_takes_part(
         assert "found rows of the form 'unpaired'" in left_out["dpo"]
 
 
-def test_a_reward_is_nashs_judge_by_bradley_terry_and_the_judges_verdict_comes_first(tiny: str, pairs: str) -> None:
+def test_a_reward_is_nashs_judge_by_bradley_terry_and_the_judges_verdict_comes_first(
+    tiny: str, write_rows: Any
+) -> None:
+    pairs = write_rows([{**row, "fact": 0} for row in make_rows("pairs", 30)])
     jobs, _ = chosen(task(tiny, pairs, reward=BREVITY), "grpo", "nash")
     assert [job.settings.get("reward") for job in jobs] == [None, BREVITY, None]
     assert jobs[2].settings["judge"] == {"bradley_terry": BREVITY}
     assert {json.dumps(job.verdict) for job in jobs} == {json.dumps({"reward": BREVITY})}
     both, _ = chosen(task(tiny, pairs, reward=BREVITY, judge="alignkit.demo.verdict:judge"), "grpo", "nash")
     assert both[2].settings["judge"] == both[0].verdict["judge"] == "alignkit.demo.verdict:judge"
+
+
+@pytest.mark.parametrize("asks", [{"reward": "exact"}, {"judge": {"bradley_terry": "exact"}}])
+def test_a_missing_column_is_named_before_anything_trains(
+    asks: dict[str, Any], tiny: str, pairs: str, write_rows: Any
+) -> None:
+    says = "reward 'exact' needs the column 'answer'"
+    with pytest.raises(RewardError, match=says):
+        chosen(task(tiny, pairs, **asks), "dpo")  # trains without a reward, and is compared by it
+    answered = write_rows([{**row, "answer": "red"} for row in make_rows("pairs", 8)], "answered.jsonl")
+    with pytest.raises(RewardError, match=says):
+        chosen(task(tiny, answered, eval_data=pairs, **asks), "dpo")
+    jobs, _ = chosen(task(tiny, answered, eval_data=answered, **asks), "dpo")
+    assert len(jobs) == 2
+    rows = [{"q": row["prompt"], "chosen": "a", "rejected": "b", "answer": "a"} for row in make_rows("pairs", 8)]
+    named = {"columns": {"prompt": "q"}}
+    assert len(chosen(task(tiny, write_rows(rows, "named.jsonl"), settings=named, **asks), "dpo")[0]) == 2
 
 
 def test_a_setting_goes_to_the_methods_that_have_it(tiny: str, pairs: str) -> None:
@@ -283,6 +303,23 @@ FIGURES = {"win_rate": 0.75, "accuracy": None, "kl": 0.6931, "distinct_2": 0.25,
 
 def comparison(*rows: Row) -> Comparison:
     return Comparison(rows, {"reward": "trains no policy"}, Path("runs/compare-001"))
+
+
+def test_why_there_is_no_win_rate() -> None:
+    def with_rate(name: str, rate: float | None, failed: str | None = None) -> Row:
+        return Row(name, {**dict.fromkeys(FIGURES), "win_rate": rate}, failed)
+
+    rows = (with_rate("base", 0.5), with_rate("dpo", None), with_rate("kto", None, "killed"))
+    assert notes(Comparison(rows, {}, Path("out"))) == [
+        "no win rate of dpo: to no prompt does the reward score both answers, it returned None"
+    ]
+    assert notes(Comparison(rows, {}, Path("out"), judged=False))[0].endswith("give a --reward or a --judge")
+    assert notes(Comparison(rows[:1], {}, Path("out"))) == []
+
+
+def test_a_small_negative_figure_is_not_shown_as_minus_zero() -> None:
+    shown = table(comparison(Row("dpo", {**FIGURES, "kl": -0.001})))
+    assert list(shown.columns[3].cells)[-1] == "0.00"
 
 
 def test_the_table() -> None:

@@ -347,7 +347,10 @@ def test_a_form_that_does_not_serve_the_method():
     message = str(error.value)
     assert "found rows of the form 'completion' (prompt + completion)" in message
     assert "The method needs pairs" in message
-    assert "columns: {prompt: <yours>, chosen: <yours>, rejected: <yours>}" in message
+    assert (
+        "--columns chosen=<yours>,rejected=<yours> (in a file, columns: {chosen: <yours>, rejected: <yours>})"
+        in message
+    )
 
 
 @pytest.mark.parametrize(

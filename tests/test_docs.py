@@ -79,7 +79,7 @@ def metrics_of_a_step(name: str, settings: dict[str, Any]) -> dict[str, float]:
     if method.data == "prompts":
         short = {"use": "length", "max": 5, "name": "NAME"}
         spec = {"judge": {"bradley_terry": short}} if "judge" in method.uses else {"reward": short}
-        given |= {"sampling": {"max_new_tokens": 8}, **spec}
+        given |= {"sampling": {"max_new_tokens": 8}, "health": {"same_reward": None}, **spec}
     return run(name, data=make_rows(method.data, 8), **given).metrics
 
 

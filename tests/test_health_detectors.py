@@ -137,6 +137,7 @@ PLANTED: list[tuple[str, Any, Change]] = [
     ("opening", online_line, writes("What a lovely question, {0} {1}")),
     ("displacement", offline_line, sets(logps__chosen=lambda step: -1.0 - step / 10)),
     ("displacement", offline_line, sets(logratios__chosen=lambda s: -s / 90, logratios__rejected=lambda s: -s / 40)),
+    ("same_reward", online_line, sets(reward__mean=0.1, reward__std=3e-9)),
     ("zero_variance", online_line, scores("reward", lambda step, row: 0.5)),
     ("zero_variance", online_line, scores("reward", lambda step, row: float(step == 1 and row["number"] == 0))),
     ("clip_fraction", online_line, sets(clip_fraction=lambda step: step / 60)),
@@ -218,6 +219,20 @@ def test_a_held_out_reward_falls_by_the_larger_of_its_spreads() -> None:
     assert line(3, 0) == [pytest.approx(1)]  # no spread at all, then and now
 
 
+def test_rewards_are_the_same_from_the_first_step_on() -> None:
+    def lines(*rewards: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"reward/mean": mean, "reward/std": std} for mean, std in rewards]
+
+    assert alarms(lines((0, 0), (0, 0), (0, 0.1), (0, 0))) == [(1, "same_reward", 1.0), (2, "same_reward", 2.0)]
+    assert alarms(lines((0, 0), (0, 0), (0, 0)), same_reward=3) == [(3, "same_reward", 3.0)]
+    assert alarms(lines((0, 0.1), (0, 0), (0, 0))) == []
+    assert alarms(lines((0, 0), (1, 0), (1, 0)), same_reward=2) == []
+    (alarm,) = Monitor(Health()).see(1, {"reward/mean": 0.0, "reward/std": 0.0})
+    assert alarm.message == "step 1: all rewards since the first step are 0: the reward may not read the completions"
+    assert "completions.jsonl" in alarm.remedy
+    assert Monitor(Health()).see(1, {"eval/reward/mean": 0.0, "eval/reward/std": 0.0, "loss": 1.0}) == []
+
+
 def test_a_policy_that_does_not_move_is_left_in_peace_for_twenty_steps_after_the_warmup() -> None:
     def at(rates: list[float], **settings: Any) -> list[int]:
         monitor = Monitor(Health(window=2), settings)
@@ -255,7 +270,7 @@ def test_a_critic_is_not_blamed_where_nothing_varies() -> None:
     def lines(std: float) -> list[dict[str, Any]]:
         return [{"value/explained_variance": -3.0, "reward/std": std, "reward/mean": 1.0}] * 4
 
-    assert alarms(lines(0.0)) == []
+    assert alarms(lines(0.0), same_reward=None) == []
     assert alarms(lines(0.1)) == [(4, "explained_variance", -3.0)]
 
 

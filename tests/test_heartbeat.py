@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore, PrefixStore
 
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, PluginError
 from alignkit.models.heartbeat import Heartbeat
 from helpers import make_rows
 
@@ -116,3 +118,16 @@ def test_other_errors_stay_what_they_are() -> None:
     silent = Heartbeat.__new__(Heartbeat)  # without a store
     for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ConfigError("timed out"), OSError("gloo")):
         assert silent.explained(error) is error
+
+
+def test_a_method_that_meets_it_first_is_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    lonely = Heartbeat.__new__(Heartbeat)
+    lonely.minutes, lonely.own, lonely._ended = 1.0, 0, threading.Event()
+    lonely._reader = PrefixStore("", HashStore())
+    monkeypatch.setattr(Heartbeat, "_missing", lambda self: "rank 1 does not answer")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    blamed = PluginError("method 'mine' failed in collect")
+    blamed.__cause__ = RuntimeError("gloo: connection closed by peer")
+    assert str(lonely.explained(blamed)).startswith("rank 1 does not answer (timeout_minutes 1)")
+    blamed.__cause__ = KeyError("x")
+    assert lonely.explained(blamed) is blamed

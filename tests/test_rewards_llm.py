@@ -13,7 +13,7 @@ import pytest
 from chat_server import ChatServer, chat_reply, chat_server
 
 from alignkit.errors import ConfigError, RewardError
-from alignkit.rewards import Answers, build_rewards, check_rewards
+from alignkit.rewards import Answers, build_rewards, check_rewards, judgements
 from alignkit.rewards.judgements import default_path
 
 
@@ -302,11 +302,66 @@ def test_what_came_before_the_endpoint_died_is_kept(chat: ChatServer, spec: dict
     assert chat.questions == ["c"]
 
 
-def test_a_cache_that_cannot_be_used_is_said(chat: ChatServer, spec: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "text.sqlite").write_text("this is no database, whatever it is called\n" * 50)
-    with pytest.raises(RewardError, match=r"the judgements .*text\.sqlite: .*cache_file"):
-        score(spec | {"cache_file": tmp_path / "text.sqlite"}, answers("a"))
-    assert chat.requests == []
+def test_a_text_file_in_the_caches_place_stays_and_is_said(
+    chat: ChatServer, spec: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "text.sqlite"
+    file.write_text(text := "this is no database, whatever it is called\n" * 50)
+    rewards = build_rewards(spec | {"cache_file": file})
+    assert rewards.score(answers("a", "b")).total == rewards.score(answers("a", "b")).total == [0.5, 0.5]
+    assert len(chat.requests) == 2  # the second time from memory
+    (said,) = caplog.messages
+    assert "the judgements" in said
+    assert "cache_file" in said
+    assert "The run continues without it" in said
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("kept", [0, 100, 3000])
+def test_a_damaged_cache_of_judgements_is_set_aside(
+    kept: int, chat: ChatServer, spec: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    many = answers(*(f"{i} " * 40 for i in range(60)))
+    assert score(spec, many) == [0.5] * 60
+    file = spec["cache_file"]
+    file.write_bytes(bytes(5000) if kept == 0 else file.read_bytes()[:kept])
+    damaged = file.read_bytes()
+    assert score(spec, many) == [0.5] * 60
+    assert len(chat.requests) == 120
+    (said,) = caplog.messages
+    (aside,) = file.parent.glob("judgements.sqlite.damaged-*[0-9]")
+    assert str(aside) in said
+    assert aside.read_bytes() == damaged
+    assert score(spec, many) == [0.5] * 60
+    assert len(chat.requests) == 120  # the new file is in use
+
+
+def test_a_full_disk_costs_no_reply(
+    chat: ChatServer, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: object, key: str, reply: str) -> None:
+        self._run("PRAGMA max_page_count = 1")  # type: ignore[attr-defined]
+        put(self, key, reply)  # type: ignore[arg-type]
+
+    put = judgements._File.put
+    monkeypatch.setattr(judgements._File, "put", full)
+    rewards = build_rewards(spec)
+    long = answers(*(c * 9000 for c in "abcd"))
+    chat.script(chat_reply("Score: 5" + " " * 9000))
+    assert rewards.score(long).total == rewards.score(long).total == [0.5] * 4
+    assert len(chat.requests) == 4
+    (said,) = caplog.messages
+    assert "database or disk is full" in said
+
+
+@pytest.mark.parametrize("value", ["no JSON", "[1]", "[" * 100_000])
+def test_a_damaged_reply_is_asked_again(chat: ChatServer, spec: dict[str, Any], value: str) -> None:
+    assert score(spec, answers("a")) == [0.5]
+    with sqlite3.connect(spec["cache_file"]) as db:
+        db.execute("UPDATE judgements SET reply = ?", [value])
+    db.close()
+    assert score(spec, answers("a")) == [0.5]
+    assert len(chat.requests) == 2
 
 
 def test_the_cache_holds_json_and_no_key(

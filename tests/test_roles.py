@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import alignkit
 from alignkit.engine.roles import Roles
-from alignkit.errors import ConfigError, PluginError
+from alignkit.errors import CacheError, ConfigError, PluginError
 from alignkit.models.packing import batch_of
 from alignkit.models.passes import scored
 from alignkit.models.scoring import Scorer, plain_logps
@@ -129,7 +129,7 @@ def test_cached_lets_go_of_the_model(settings: dict[str, Any], monkeypatch: pyte
     alignkit.run("dpo", data=make_rows("pairs", 8), **settings)
     assert kept[0].mode == "cached"
     assert kept[0]._scorer is None
-    with pytest.raises(ConfigError, match="the cache was probably cleared during the run"):
+    with pytest.raises(CacheError, match=r"the cache was cleared, or failed during the run. Continue with --resume"):
         kept[0]._score([])
 
 

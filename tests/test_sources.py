@@ -382,3 +382,20 @@ def test_null_fields_that_a_columnar_file_adds_are_no_arguments(tmp_path: Path) 
     expected = [row.completions for row in load(tmp_path / "rows.jsonl", "text")]
     for source in (tmp_path / "rows.parquet", tables):
         assert [row.completions for row in load(source, "text")] == expected
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_under_the_suffix_of_jsonl_is_read(indent: int | None, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "n": [1]}, {"prompt": "b", "n": []}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n " + json.dumps(rows, indent=indent), encoding="utf-8-sig")
+    assert list(read_rows(str(path))) == [(1, rows[0]), (2, rows[1])]
+
+
+def test_a_broken_json_array_is_one_fault(tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "rows.json"):
+        (tmp_path / name).write_text('[\n{"prompt": "a"}\n{"prompt": "b"}\n]\n')
+        with pytest.raises(
+            DataError, match=rf"{name}: begins with '\[', as a JSON array does, and is not one \(.*line 3"
+        ):
+            read_rows(str(tmp_path / name))

@@ -33,8 +33,8 @@ class Fresh:
         """Build a wheel of each source and install them."""
         wheels = self.folder / f"wheels-{sources[0].name}"
         for source in sources:
-            build = [sys.executable, "-m", "flit_core.wheel", "--outdir", str(wheels), str(source)]
-            subprocess.run(build, check=True, capture_output=True, cwd=self.folder)
+            build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+            subprocess.run([*build, "--wheel-dir", str(wheels), str(source)], check=True, capture_output=True)
         built = sorted(map(str, wheels.glob("*.whl")))
         assert len(built) == len(sources)
         self.run("python", "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", *built)
@@ -55,11 +55,12 @@ class Fresh:
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
     """Wheels of the core, the kernels and the example, in an environment with symlinks to third-party packages."""
     pytest.importorskip("flit_core")
+    pytest.importorskip("hatchling")
     pytest.importorskip("pip")
     folder = tmp_path_factory.mktemp("fresh")
     fresh = Fresh(folder)
     venv.create(folder / "env", symlinks=True)
-    ours = re.compile(r"alignkit|__editable__|__pycache__", re.IGNORECASE)
+    ours = re.compile(r"alignkit|_+editable_|__pycache__", re.IGNORECASE)
     (there,) = (folder / "env/lib").glob("python*/site-packages")
     for source in {sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")}:
         for item in Path(source).iterdir():

@@ -104,11 +104,11 @@ FREE = [
     "shuffle_buffer", "tools", "chat_template_kwargs", "special_tokens_in_text", "template_date", "output",
     "name", "resume", "cache_file", "lora", "quantize", "merge_adapter", "epochs", "max_steps", "batch_size",
     "epochs_per_batch", "minibatches", "learning_rate", "schedule", "warmup_fraction", "decay_fraction",
-    "optimizer", "weight_decay", "adam_betas", "momentum", "max_grad_norm", "max_skipped_steps",
+    "optimizer", "weight_decay", "adam_betas", "adam_epsilon", "momentum", "max_grad_norm", "max_skipped_steps",
     "max_prompt_tokens", "max_tokens", "layout", "row_tokens", "attention", "device", "precision", "dtype",
-    "gradient_checkpointing", "fsdp", "timeout_minutes", "trust_remote_code", "seed", "log_every",
-    "save_every", "save_minutes", "keep_checkpoints", "trackers", "callbacks", "health", "stop_on", "adam_epsilon",
-    "allow_changed_models", "rows_cache",
+    "gradient_checkpointing", "fsdp", "timeout_minutes", "trust_remote_code", "allow_changed_models", "seed",
+    "log_every", "save_every", "save_minutes", "keep_checkpoints", "trackers", "callbacks", "health", "stop_on",
+    "quiet", "rows_cache",
 ]  # fmt: skip
 
 

@@ -6,12 +6,27 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alignkit.runs.progress import PlainHandler
+from alignkit.runs.terminal import rank
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from alignkit.config import RunConfig
+
+
+def named(columns: str | None) -> dict[str, Any]:
+    """Return the setting `columns` of an option --columns, nothing without one."""
+    return {} if columns is None else {"columns": columns_of(columns)}
+
+
+_NAMES = "--columns needs names such as prompt=question,completion=answer (ours=yours), got '{}'"
+Columns = Annotated[str | None, typer.Option(help="Names of columns, such as prompt=question (ours=yours)")]
+"""The option --columns of every command that reads rows."""
 
 
 def described(cls: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
@@ -131,18 +146,18 @@ def checked(settings: dict[str, Any]) -> tuple[RunConfig, Any]:
 
 
 def columns_of(text: str | None) -> dict[str, str] | None:
-    """Parse column names, {ours: the source's}. Raises ConfigError where they are not a mapping of names."""
+    """Parse column names, "ours=theirs,..." or YAML {ours: theirs}. Raises ConfigError where they are neither."""
     from alignkit.errors import ConfigError
 
     names = None if text is None else value_of(text)
+    if isinstance(names, str):
+        pairs = [part.partition("=") for part in names.split(",")]
+        names = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+        if len(names) < len(pairs) or not all(names) or not all(names.values()):
+            raise ConfigError(_NAMES.format(text))
     if names is not None and not (isinstance(names, dict) and all(isinstance(v, str) for v in names.values())):
-        raise ConfigError(f"--columns needs a mapping such as '{{prompt: question}}', got '{text}'")
+        raise ConfigError(_NAMES.format(text))
     return names
-
-
-def rank() -> int:
-    """Return this process's rank, 0 for a single process."""
-    return int(os.environ.get("RANK", "0"))  # set by torchrun
 
 
 def complain(message: str) -> None:
@@ -190,8 +205,9 @@ def show_log() -> None:
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils import logging as transformers_log
 
-    from alignkit.runs.progress import PlainHandler
+    from alignkit.runs.terminal import silence
 
+    silence()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logger = logging.getLogger("alignkit")
     if not logger.handlers and rank() == 0:

@@ -8,7 +8,7 @@ win_rate_plot.py   the plot of win rate against KL
 """
 
 from alignkit.compare.comparison import Comparison, compare
-from alignkit.compare.results_table import table, write_json
+from alignkit.compare.results_table import notes, table, write_json
 from alignkit.compare.win_rate_plot import check_matplotlib, draw
 
-__all__ = ["Comparison", "check_matplotlib", "compare", "draw", "table", "write_json"]
+__all__ = ["Comparison", "check_matplotlib", "compare", "draw", "notes", "table", "write_json"]

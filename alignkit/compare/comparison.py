@@ -32,11 +32,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The base and every method, the folder with their runs, and why each other method was left out."""
+    """The base and every method, the folder with their runs, and why each other method was left out.
+
+    judged: whether a reward or a judge decides between answers, so that there is a win rate.
+    """
 
     rows: tuple[Row, ...]
     left_out: dict[str, str]
     folder: Path
+    judged: bool = True
 
 
 def compare(
@@ -58,7 +62,7 @@ def compare(
     for number, job in enumerate(jobs, 1):
         logger.info("%d of %d: %s", number, len(jobs), job.name)
         rows.append(_row(job, folder))
-    return Comparison(tuple(rows), left_out, folder)
+    return Comparison(tuple(rows), left_out, folder, task.reward is not None or task.judge is not None)
 
 
 def _row(job: Job, folder: Path) -> Row:

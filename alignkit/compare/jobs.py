@@ -21,7 +21,7 @@ from alignkit.errors import ConfigError, DataError, PluginError
 from alignkit.files import replace_text
 from alignkit.hints import hint
 from alignkit.method import Method
-from alignkit.rewards import check_judge, check_rewards
+from alignkit.rewards import check_columns, check_judge, check_rewards
 from alignkit.rollout.checks import check_online
 from alignkit.unused import check_shared
 
@@ -108,7 +108,8 @@ def jobs_of(
 ) -> tuple[list[Job], dict[str, str]]:
     """Return a job for the base and for each method that can be compared, and why the others cannot.
 
-    Raises ConfigError where no method can be compared, or a value is wrong.
+    Raises ConfigError where no method can be compared, or a value is wrong; RewardError where the rows lack a column of
+    the reward or the judge; DataError where they have no prompts.
     """
     for spec, check in ((task.reward, check_rewards), (task.judge, check_judge)):
         if spec is not None:
@@ -125,10 +126,19 @@ def jobs_of(
             jobs.append(Job(name, str(folder), settings, task.eval_data, verdict))
     if not jobs:
         raise ConfigError("no method can be compared: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
+    _check_columns(task, rows)
     base = {
         k: v for k, v in jobs[0].settings.items() if k in {"model", "data", "columns", "sampling", "seed", "device"}
     }
     return [Job(None, str(folder), base, task.eval_data, verdict), *jobs], left_out
+
+
+def _check_columns(task: Task, rows: RawRows) -> None:
+    """Raise RewardError where the rows that answers are sampled to, for training or the win rate, lack a column."""
+    names = gathered(task.settings).get("columns")
+    for some in (rows, *([] if task.eval_data is None else [read_rows(task.eval_data)])):
+        prompts = data.load(some, "prompts", names)
+        check_columns(task.reward, task.judge, {name for row in prompts for name in row.extra})
 
 
 def rows_of(job: Job, tokenizer: Any) -> tuple[RawRows, RawRows]:

@@ -239,10 +239,32 @@ def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form
         found = f"the form '{forced}' needs the columns {wants}; found {', '.join(sorted(columns))}"
     else:
         found = f"found the columns {', '.join(sorted(columns)) or '(none)'}, which match no known form"
+    return f"{source}: {found}.\nThe method needs {kind}, which can be read from: {listed}.\n{_to_type(kind, columns)}"
+
+
+# what others call our columns, the most common name first
+_ALSO = {
+    "prompt": ("question", "instruction", "query", "problem", "input", "user", "context", "request"),
+    "completion": ("answer", "response", "output", "solution", "reply", "target", "text", "assistant"),
+    "chosen": ("preferred", "better", "accepted", "positive", "winner", "good", "chosen_response", "response_chosen"),
+    "rejected": ("dispreferred", "worse", "loser", "negative", "bad", "rejected_response", "response_rejected"),
+    "label": ("good", "thumbs_up", "liked", "rating", "feedback", "desirable"),
+}
+
+
+def _to_type(kind: DataKind, columns: set[str]) -> str:
+    """Return the option that names the columns, with the names that are probably meant."""
     wanted = {"pairs": "pairs", "unpaired": "unpaired", "text": "completion", "prompts": "prompt"}[kind]
-    example = ", ".join(f"{c}: <yours>" for c in next(form.columns for form in FORMS if form.name == wanted))
+    lower = {column.lower(): column for column in columns}
+    names = {
+        ours: next((lower[name] for name in (ours, *_ALSO[ours]) if name in lower), None)
+        for ours in next(form.columns for form in FORMS if form.name == wanted)
+    }
+    whole = all(names.values())
+    pairs = [(ours, theirs or "<yours>") for ours, theirs in names.items() if ours != theirs]
+    option = ",".join(f"{ours}={theirs}" for ours, theirs in pairs)
+    setting = ", ".join(f"{ours}: {theirs}" for ours, theirs in pairs)
     return (
-        f"{source}: {found}.\n"
-        f"The method needs {kind}, which can be read from: {listed}.\n"
-        f"Map your columns (columns: {{{example}}}), or choose a method that reads this data."
+        f"{'Try' if whole else 'Map your columns:'} --columns {option} (in a file, columns: {{{setting}}}), or choose "
+        "a method that reads this data."
     )

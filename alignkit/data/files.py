@@ -66,6 +66,24 @@ def _content(path: Path) -> bytes:
 
 
 def _read_jsonl(path: Path) -> Iterator[Item]:
+    with _opened(path) as file:
+        begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    return _read_array(path) if begins == b"[" else _read_lines(path)
+
+
+def _read_array(path: Path) -> Iterator[Item]:
+    """Read a JSON array, which is common under the suffix of JSONL too. Raises DataError: one fault, not one a line."""
+    try:
+        content = json.loads(_content(path).decode("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: begins with '[', as a JSON array does, and is not one ({error}); write a list of objects, or one "
+            "complete object on each line"
+        ) from None
+    return enumerate(content, 1)
+
+
+def _read_lines(path: Path) -> Iterator[Item]:
     with _opened(path) as file:  # bytes: text mode would also split lines at U+2028 inside a string
         for number, line in enumerate(file, 1):
             if not line.strip():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from alignkit.data.rows import RawRows, shown, without_nulls
 from alignkit.data_spec import SUFFIXES, Source, suffix_of
 from alignkit.errors import ConfigError, DataError
+from alignkit.hub import SECONDS, silent_hub
 
 _SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # what datasets.save_to_disk writes
 _PART = r"[\w.-]+(?:\[[^\]]*\])?"
@@ -63,6 +64,11 @@ def loaded(repository: Repository, **options: bool) -> Any:
     try:
         if is_saved(folder):
             return _saved_split(folder, repository)
+        if not folder.is_dir() and (hub := silent_hub()):
+            raise DataError(
+                f"no file or folder is called '{repository.path}', and the hub ({hub}) did not answer within "
+                f"{SECONDS:g} s. Give the path of a local file, or check the name and the network"
+            )
         return datasets.load_dataset(repository.path, name=repository.name, split=repository.split, **options)
     except (ConfigError, DataError):
         raise

@@ -3,6 +3,7 @@
 engine.py      Engine, run(), resume(): from settings to a Result
 phases.py      Run: the phases of a run, one after the other
 loop.py        THE loop: steps, updates, checkpoints
+ending.py      a run that ends before its last step
 state.py       the state of a run, as plain data
 reading.py     settings -> examples, to train on and held out
 assemble.py    settings and examples -> models, reference

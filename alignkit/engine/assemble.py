@@ -39,9 +39,9 @@ from alignkit.models.ranks import Ranks
 from alignkit.models.scoring import Scorer
 from alignkit.models.sharding import shard
 from alignkit.models.values import Valuer
-from alignkit.reference.cache import LogpCache
 from alignkit.reference.choice import resolve_reference
 from alignkit.reference.reference import Reference
+from alignkit.reference.run_cache import RunCache
 from alignkit.rollout.completions import with_placeholders
 from alignkit.types import Example, Layout
 
@@ -197,7 +197,7 @@ def _reference(
         layout=layout,
         device=accelerator.device,
         max_tokens=config.max_tokens,
-        cache=LogpCache(config.cache_file) if cached else None,
+        cache=RunCache(config.cache_file) if cached else None,
         compute_dtype=mixed or floating(plain),
         autocast=accelerator.autocast if mixed else nullcontext,
         temperature=config.sampling.temperature if sampled else 1.0,
@@ -205,5 +205,7 @@ def _reference(
     logger.info("reference: %s%s", mode, f", cache {reference.cache.path}" if reference.cache else "")
     reference.prepare(examples, accelerator.process_index, accelerator.num_processes)
     ranks.wait()
+    if mode == "cached" and reference.cache and ranks.most(int(not reference.cache.stores)):
+        reference.prepare(examples)  # a rank could not store its share, so that the others cannot read it
     reference.release()
     return reference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -13,6 +14,9 @@ from alignkit.data.chat import pinned
 from alignkit.engine.phases import Run
 from alignkit.runs import config_file
 from alignkit.runs.pipeline import PipelineResult, run_pipeline
+from alignkit.runs.terminal import spoken
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Engine:
     """Runs methods with shared settings: Engine(model="path", lora=8).run(method="dpo", data="prefs.jsonl", beta=0.2).
 
     Settings are those of `RunConfig` and of the method; those of `run` override the engine's. One of `run` that the
-    method cannot use is refused; one of the engine may serve its other runs. Raises AlignkitError.
+    method cannot use is refused; one of the engine may serve its other runs. A run is shown on standard error, unless
+    `quiet`, or where logging is configured. Raises AlignkitError.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -38,16 +43,23 @@ class Engine:
     def run(self, method: str, **settings: Any) -> Result:
         """Train and return the Result; the folder holds metrics.jsonl, config.yaml and model/."""
         shared = {name.partition(".")[0] for name in self.settings.keys() - settings.keys()}
-        with Run(method, shared, **{**self.settings, **settings}) as one:
+        given = {**self.settings, **settings}
+        with spoken(given.get("quiet") is True) as ours, Run(method, shared, **given) as one:
             with pinned(one.config.template_date):
                 one.read()
                 one.build()
                 metrics = one.loop.train()
-            return Result(metrics, one.save(), one.tokenizer, one.state.folder)
+                one.told()
+            result = Result(metrics, one.save(), one.tokenizer, one.state.folder)
+            if ours:  # the command line says it itself
+                logger.info("model: %s", result.folder / "model")
+            return result
 
     def pipeline(self, stages: Sequence[Mapping[str, Any]], **settings: Any) -> PipelineResult:
         """Run a chain of methods (docs/pipeline.md). stages: flat settings. settings: shared, like the engine's."""
-        return run_pipeline(Engine, stages, {**self.settings, **settings})
+        given = {**self.settings, **settings}
+        with spoken(given.get("quiet") is True):
+            return run_pipeline(Engine, stages, given)
 
 
 def run(method: str, **settings: Any) -> Result:

@@ -14,13 +14,15 @@ from torch.distributed.tensor import DTensor
 from alignkit.data.stream import seed_of, seeded
 from alignkit.engine.averages import Averages, counts, term_sums
 from alignkit.engine.balance import Balance
+from alignkit.engine.ending import alarmed, halted
 from alignkit.engine.evaluation import evaluate, patience_ended, take_best, watch
 from alignkit.engine.optimizers import rate_factor
 from alignkit.engine.saving import restore, save, save_last
 from alignkit.engine.state import RunState
 from alignkit.engine.step import StepContext
-from alignkit.errors import AlarmError, AlignkitError, DataError, PluginError, RewardError, TrainingError
+from alignkit.errors import CacheError, DataError, PluginError, RewardError, TrainingError
 from alignkit.models.passes import halved, in_step, least_tokens
+from alignkit.rewards.limits import STOP
 from alignkit.runs.folder import resume_command
 from alignkit.runs.log import RunLog
 from alignkit.runs.progress import Progress, StopSignals
@@ -35,15 +37,15 @@ class Loop:
     """The training loop of a run whose state is built; `train` runs all steps, `step` one."""
 
     def __init__(self, state: RunState, session: Session) -> None:
-        self.state, self.session = state, session
-        self._moved = False  # by an update of a step that is not done
+        self.state, self.session, self._moved = state, session, False  # _moved: by an update of a step not done
 
     def train(self) -> dict[str, float]:
         """Run all steps that are not done yet; return the last metrics, evaluation included."""
         state, total = self.state, self.state.total_steps
         done = restore(state) if state.config.resume else 0
+        STOP.forget()
         last: dict[str, float] = {}
-        with logging_to(state.folder), self._opened(done, total) as log, StopSignals() as stop:
+        with logging_to(state.folder), self._opened(done, total) as log, StopSignals(STOP.now) as stop:
             try:
                 last |= self._evaluate_if_due(done, total, log)
                 while done < total and not patience_ended(state):
@@ -59,19 +61,20 @@ class Loop:
                 if changed or state.saved != done:
                     save_last(state, done)
                 return last
-            except (RewardError, DataError, PluginError) as error:  # of all ranks together
-                raise self._halted(done, error) from error.__cause__
-            except RuntimeError as error:  # told before the signals that torchrun then sends are in force again
-                if (told := state.parts.ranks.explained(error)) is error:
+            except (RewardError, DataError, CacheError, PluginError, RuntimeError) as error:
+                # before the signals that torchrun then sends are in force again
+                if (told := state.parts.ranks.explained(error)) is not error:
+                    raise told from error
+                if isinstance(error, RuntimeError) or (isinstance(error, CacheError) and state.parts.ranks.n > 1):
                     raise
-                raise told from error
+                raise halted(state, done, error, self._moved, stop) from error.__cause__
 
     @contextlib.contextmanager
     def _opened(self, done: int, total: int) -> Iterator[RunLog]:
         """Open the files that are written while the loop runs: the log, the completions, this session's entry."""
         state, parts = self.state, self.state.parts
         with contextlib.ExitStack() as stack:
-            shown = stack.enter_context(Progress.of_run(total, done, parts.ranks.is_main))
+            shown = stack.enter_context(Progress.of_run(total, done, parts.ranks.is_main and not state.config.quiet))
             place, at = (state.folder, state.written, parts.accelerator), (done, total, state.evaluated)
             log = RunLog(*place, *at, shown, state.callbacks)
             if parts.online:
@@ -212,31 +215,7 @@ class Loop:
                 logger.warning("stopped after step %d; continue with: %s", step, resume_command(state.folder))
             raise SystemExit(128 + (stop.received or 15))
         if flags[2]:
-            raise self._alarmed(step, log)
-
-    def _halted(self, done: int, error: AlignkitError) -> AlignkitError:
-        """Save the state before a step whose rows, scores or method failed, so that nothing is lost; return its error.
-
-        Rows and scores fail on all ranks together, a method may fail on one; after an update there is nothing to save.
-        """
-        together = not isinstance(error, PluginError) or self.state.parts.ranks.n == 1
-        if done and together and not self._moved:
-            save(self.state, done)
-        command = resume_command(self.state.folder)
-        if self._moved or not together:
-            kept = f"continue from the newest checkpoint in {self.state.folder}, if there is one, with: {command}"
-            error.args = (f"{error}\nStopped in step {done + 1}; {kept}",)
-            return error
-        error.args = (f"{error}\nStopped after step {done}; continue with: {command}",)
-        return error
-
-    def _alarmed(self, done: int, log: RunLog) -> AlarmError:
-        """Return the error that ends a run for an alarm of `stop_on`; its checkpoint is written."""
-        reason = "an alarm of stop_on ended the run; see the error of rank 0"
-        if alarm := log.alarm:
-            reason = f"alarm {alarm.name} ended the run (stop_on): {alarm.message}. {alarm.remedy}"
-        command = resume_command(self.state.folder)
-        return AlarmError(f"{reason}\nStopped after step {done}; to continue anyway: {command}")
+            raise alarmed(self.state, step, log)
 
     def _facts(self) -> dict[str, object]:
         state, parts = self.state, self.state.parts

@@ -21,7 +21,9 @@ from alignkit.rollout.checks import check_online
 from alignkit.runs import config_file, fingerprints
 from alignkit.runs import folder as run_folder
 from alignkit.runs.callbacks import load_callbacks
+from alignkit.runs.folder import read_metrics
 from alignkit.runs.lock import FolderLock
+from alignkit.runs.results import unlearned
 from alignkit.runs.sessions import Session
 from alignkit.unused import check_used
 
@@ -86,6 +88,17 @@ class Run:
         unset = RunConfig(method="", model="-", data="-", template_date=self.config.template_date)
         lora = {"lora": LoraSettings().model_dump()} if self.config.lora is not None else {}
         return {**unset.describe(), **lora, **type(self.method.config)().model_dump(mode="json")}
+
+    def told(self) -> None:
+        """Warn where the run has learned next to nothing. Methods that sample have an alarm for this, `kl_low`."""
+        if not self.ranks.is_main or self.method.data == "prompts":
+            return
+        if found := unlearned(read_metrics(self.state.folder)):
+            logger.warning(
+                "the loss is %.4g, and was %.4g at the start: the run has learned next to nothing in %d steps at a "
+                "learning_rate of %.3g. Raise learning_rate, 10 times at first, or train longer (epochs, max_steps)",
+                found[1], found[0], self.state.total_steps, self.state.parts.peak_rate,
+            )  # fmt: skip
 
     def save(self) -> Any:
         """Write model/ into the run's folder and return the model in memory."""

@@ -11,6 +11,7 @@ import torch
 from alignkit.config import RunConfig
 from alignkit.method import Method
 from alignkit.rewards import Judge, Rewards, build_judge, build_rewards
+from alignkit.rollout.completions import unanswered
 from alignkit.types import Example
 
 
@@ -29,10 +30,12 @@ class Scorers:
         """Load them; None for a method that does not sample. examples: all of the run. Raises RewardError."""
         if method.data != "prompts":
             return None
-        rewards = build_rewards(config.reward, device) if config.reward is not None else None
-        judge = build_judge(config.judge, device) if config.judge is not None else None
+        rewards = build_rewards(config.reward, device, config.reward_timeout) if config.reward is not None else None
+        judge = build_judge(config.judge, device, config.reward_timeout) if config.judge is not None else None
         columns = tuple(dict.fromkeys(name for e in examples for name in e.columns))
+        asked = unanswered(examples[:64], columns)
         for one in (rewards, judge):
             if one is not None:
                 one.check_columns(columns)
+                one.probe(asked)
         return cls(rewards, judge, columns)

@@ -1,6 +1,7 @@
 """Models: loading them, packing rows for them, and computing log-probabilities and scalar values with them.
 
 loading.py     tokenizer, model, dropout
+places.py      where a model is looked up, and what is said where it is not there
 refusals.py    what is said where a model cannot be loaded safely
 adapters/      low-rank adapters, and the model before they were trained; what they leave out
 quantised.py   a frozen base in 4 bits

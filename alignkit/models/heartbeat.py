@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from alignkit.errors import AlignkitError, TrainingError
+from alignkit.errors import AlignkitError, PluginError, TrainingError
 
 _OF_COMMUNICATION = re.compile(
     r"gloo|nccl|timed? ?out|connection (closed|reset|refused)|broken pipe|process group", re.I
@@ -45,9 +45,10 @@ class Heartbeat:
 
     def explained(self, error: Exception) -> Exception:
         """Return a TrainingError naming the ranks that do not answer, or `error` where it is another one."""
-        if not isinstance(error, RuntimeError) or isinstance(error, AlignkitError):
+        cause = error.__cause__ if isinstance(error, PluginError) else error  # a method may meet it first
+        if not isinstance(cause, RuntimeError) or isinstance(cause, AlignkitError):
             return error
-        if not isinstance(error, torch.distributed.DistError) and not _OF_COMMUNICATION.search(str(error)):
+        if not isinstance(cause, torch.distributed.DistError) and not _OF_COMMUNICATION.search(str(cause)):
             return error
         with suppress(ValueError):  # torchrun ends the other ranks when one fails, before they have told why
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

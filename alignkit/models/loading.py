@@ -14,8 +14,10 @@ from torch import nn
 
 from alignkit.config import RunConfig
 from alignkit.errors import ConfigError, ModelError, first_line
+from alignkit.hub import is_path
 from alignkit.models.adapters import Kind, add_lora, check_mergeable, summary
 from alignkit.models.branches import attend_by_branches
+from alignkit.models.places import look, where
 from alignkit.models.quantised import check_frozen, copy_marks, floating, layers_4bit, nf4, settle
 from alignkit.models.refusals import cause, reason
 from alignkit.models.towers import auto_class, freeze_towers, towers
@@ -33,12 +35,12 @@ def load_tokenizer(config: RunConfig) -> Any:
         return given
     from transformers import AutoTokenizer
 
-    _look(given)
+    look(given)
     try:
         return AutoTokenizer.from_pretrained(str(given), trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises many types here
         why = reason(error, given)
-        raise ModelError(f"cannot load a tokenizer from '{given}'{_where(given)}: {why}") from cause(error)
+        raise ModelError(f"cannot load a tokenizer from '{given}'{where(given)}: {why}") from cause(error)
 
 
 def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -> tuple[nn.Module, bool]:
@@ -103,13 +105,16 @@ def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights
     from transformers import AutoConfig
 
     what = "causal language model" if kind == "causal" else "sequence classifier"
-    _look(name)
+    look(name)
     adapter = Path(name) / "adapter_config.json"
     try:
         if adapter.is_file():
             from peft import PeftConfig, PeftModel, get_peft_model
 
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
+            if is_path(base) and not Path(base).expanduser().exists():
+                raise ModelError(f"cannot load a {what} from '{name}': its base '{base}' is gone; name it in {adapter}")
+            look(base)
             model = _made(base, config, kind, weights)
             if weights:
                 return PeftModel.from_pretrained(model, name, is_trainable=True)  # type: ignore[no-any-return]
@@ -125,7 +130,7 @@ def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights
     except ModelError:
         raise
     except Exception as error:  # transformers raises many types here
-        raise ModelError(f"cannot load a {what} from '{name}'{_where(name)}: {reason(error, name)}") from cause(error)
+        raise ModelError(f"cannot load a {what} from '{name}'{where(name)}: {reason(error, name)}") from cause(error)
 
 
 def on_cpu(config: RunConfig) -> bool:
@@ -176,17 +181,6 @@ def _whole(name: str, model: nn.Module, loading: Mapping[str, Any]) -> nn.Module
     if "score.weight" in loading["missing_keys"]:
         nn.init.zeros_(model.get_parameter("score.weight"))  # as in `classifier_like`
     return model
-
-
-def _look(name: str | Path) -> None:
-    # a name that can only be a path is not looked up on the hub
-    text = str(name)
-    if (text.count("/") != 1 or text.startswith((".", "/", "~"))) and "/" in text and not Path(text).exists():
-        raise ModelError(f"the folder '{text}' does not exist; give a model's folder, or a hub name such as org/name")
-
-
-def _where(name: str | Path) -> str:
-    return "" if Path(name).exists() else " (no local folder has this name, so it was looked up on the hub)"
 
 
 def drop_dropout(model: nn.Module, probability: float = 0.0) -> None:

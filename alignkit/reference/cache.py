@@ -12,7 +12,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignkit.databases import WAIT, DamagedError, code, is_damage
 from alignkit.errors import CacheError, nearest
 
 VERSION = 1
 APPLICATION = 0x616C6B72  # distinguishes our files from other SQLite databases
-_WAIT = 60.0  # seconds to wait for another process's transaction
 _CHUNK = 500  # keys in one SELECT
 _SCHEMA = (
     "CREATE TABLE refs (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE, label TEXT NOT NULL DEFAULT '',"
@@ -45,7 +45,7 @@ def default_path() -> Path:
 class LogpCache:
     """Log-probabilities by key: 32 bytes -> float32 [c], nats. hits and misses count distinct keys looked up.
 
-    Every method raises CacheError where the file cannot be opened, read or written.
+    Every method raises CacheError where the file cannot be opened, read or written, DamagedError where it is damaged.
     Usable only in the thread and process that created it; each process opens its own.
     """
 
@@ -58,7 +58,7 @@ class LogpCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and 0 < self.path.stat().st_size < 512:  # SQLite would read it as an empty file
                 raise self._not_ours("too short")
-            self._db = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None)
+            self._db = sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
             raise CacheError(f"cannot open the reference cache {self.path}: {error}. {_elsewhere()}") from error
         self._set_up()
@@ -202,36 +202,33 @@ class LogpCache:
             self._db.execute("COMMIT")
         except BaseException as error:
             if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+                with suppress(sqlite3.Error):  # the first error says what is wrong
+                    self._db.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
                 raise self._failure(error) from error
             raise
 
     def _guard(self, action: Callable[[], Any]) -> Any:
         """Run, and retry while the file is busy: SQLite does not wait for every kind of lock itself."""
-        end = time.monotonic() + _WAIT
+        end = time.monotonic() + WAIT
         while True:
             try:
                 return action()
             except sqlite3.Error as error:
-                if _code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > end:
+                if code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > end:
                     raise self._failure(error) from error
                 time.sleep(0.05)
 
     def _failure(self, error: sqlite3.Error) -> CacheError:
-        if _code(error) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        if is_damage(error):
             return self._not_ours(error)
         return CacheError(f"the reference cache {self.path} failed: {error}. {_elsewhere()}")
 
-    def _not_ours(self, why: object) -> CacheError:
-        return CacheError(
+    def _not_ours(self, why: object) -> DamagedError:
+        return DamagedError(
             f"{self.path} is not a reference cache, or cannot be repaired: {why}. "
             f"{_elsewhere()}, or, if it was a cache, remove it (its values are computed again): rm '{self.path}'*"
         )
-
-
-def _code(error: sqlite3.Error) -> int:
-    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
 
 
 def _elsewhere() -> str:

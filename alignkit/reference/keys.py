@@ -22,12 +22,15 @@ from alignkit.data.views import Selected, raws
 from alignkit.models.loading import causal_lm
 from alignkit.models.rope import switch_of
 from alignkit.reference.cache import LogpCache, default_path
+from alignkit.reference.run_cache import RunCache
 from alignkit.types import Example
 
 __all__ = ["LogpCache", "cached_logps", "default_path", "fill", "fingerprint", "key", "weights_digest"]
 
 Score = Callable[[list[Example]], Tensor]
 """Examples -> log-probabilities of their trained tokens, float32 [C], examples x completions x tokens in order."""
+
+Cache = LogpCache | RunCache
 
 _CHUNK = 512  # examples looked up at a time, so that a fill never holds all values in memory
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
@@ -89,7 +92,7 @@ def key(fingerprint: str, prompt: Tensor, completion: Tensor, trained_at: Tensor
     return digest.digest()
 
 
-def cached_logps(examples: Sequence[Example], cache: LogpCache, fingerprint: str, score: Score) -> Tensor:
+def cached_logps(examples: Sequence[Example], cache: Cache, fingerprint: str, score: Score) -> Tensor:
     """Return the reference's log-probabilities of all trained tokens, float32 [C]; `score` computes missing ones."""
     keys = [_keys(e, fingerprint) for e in examples]
     found = cache.get([k for ks in keys for k in ks])
@@ -103,7 +106,7 @@ def cached_logps(examples: Sequence[Example], cache: LogpCache, fingerprint: str
 
 def fill(
     examples: Sequence[Example],
-    cache: LogpCache,
+    cache: Cache,
     fingerprint: str,
     score: Score,
     batch_tokens: int,
@@ -134,7 +137,7 @@ def _keys(example: Example, fingerprint: str) -> list[bytes]:
     return [key(fingerprint, example.prompt, c.tokens, c.trained_at) for c in example.completions]
 
 
-def _missing(examples: Sequence[Example], cache: LogpCache, fingerprint: str) -> Iterator[tuple[int, list[bytes]]]:
+def _missing(examples: Sequence[Example], cache: Cache, fingerprint: str) -> Iterator[tuple[int, list[bytes]]]:
     """Yield the indices and keys of examples with missing values; only the first of several with the same tokens."""
     claimed: set[bytes] = set()
     for start in range(0, len(examples), _CHUNK):
@@ -161,7 +164,7 @@ def _cut(examples: Sequence[Example], batch_tokens: int) -> Iterator[list[Exampl
 
 
 def _compute(
-    examples: list[Example], keys: list[list[bytes]], cache: LogpCache, fingerprint: str, score: Score
+    examples: list[Example], keys: list[list[bytes]], cache: Cache, fingerprint: str, score: Score
 ) -> dict[bytes, Tensor]:
     """Score the examples and store the values in one transaction; values that are not finite are never stored."""
     logps_C = score(examples).detach().to("cpu", torch.float32)

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.config import ReferenceMode
-from alignkit.errors import ConfigError
+from alignkit.errors import CacheError
 from alignkit.models.adapters import before_training, has_start
 from alignkit.models.packing import batch_of
 from alignkit.models.passes import Autocast, scored
 from alignkit.models.scoring import Scorer
-from alignkit.reference.cache import LogpCache
 from alignkit.reference.int8 import to_int8
 from alignkit.reference.keys import cached_logps, fill, fingerprint
+from alignkit.reference.run_cache import RunCache
 from alignkit.types import Batch, Example, Layout
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Reference:
         layout: Layout,
         device: torch.device,
         max_tokens: int,
-        cache: LogpCache | None,
+        cache: RunCache | None,
         compute_dtype: torch.dtype,
         autocast: Autocast = nullcontext,
         temperature: float = 1.0,
@@ -113,9 +113,9 @@ class Reference:
 
     def _score(self, examples: Sequence[Example], temperature: float | None = None) -> Tensor:
         if self._scorer is None:
-            raise ConfigError(
-                "the reference was unloaded after its cache was filled, and a row is missing there now: "
-                "the cache was probably cleared during the run. Continue with --resume"
+            raise CacheError(
+                "the reference was unloaded after its cache was filled, and a row is missing there now: the cache was "
+                "cleared, or failed during the run. Continue with --resume, which scores the missing rows first"
             )
         self.scored_examples += len(examples)
         batch = batch_of(examples, self.layout, self.device)

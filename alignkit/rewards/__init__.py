@@ -4,12 +4,15 @@ A spec (the setting `reward` or `judge`, see docs/rewards.md) is checked by `che
 anything is loaded, and built by `build_rewards` or `build_judge`.
 
 spec.py        specs -> functions that are not loaded yet
-functions.py   calling functions, async ones too
+functions.py   rewards and judges as functions
+calls.py       calling them; event_loop.py async ones; limits.py when a call must end
+probing.py     whether a function reads completions as text or as messages
 combine.py     weighted sums and ensembles of rewards
 judges.py      judges, and rewards as a judge (Bradley-Terry)
 verifiers.py   rewards without a model; numeric.py numbers in answers; expressions.py expressions and words
 models.py      reward models and pairwise preference models
-llm.py         language models as rewards and judges; endpoint.py their HTTP client; judgements.py its cache
+llm.py         language models as rewards and judges; endpoint.py their HTTP client; judgements.py its cache;
+               secrecy.py what it does not print
 answers.py     the input and output of rewards; running.py the running mean of rewards
 """
 

@@ -15,8 +15,8 @@ class Answers:
     """Sampled completions with their prompts and rows; every list has S entries.
 
     prompts: as the rows gave them, text or messages. completions: text, or [{"role": "assistant", "content": ...}]
-    where the prompt is messages. columns: the rows' other columns. rows: their 1-based numbers, for messages.
-    lengths: tokens of each completion. ended: False where `max_new_tokens` cut it.
+    where the prompt is messages; most functions get them as text. columns: the rows' other columns. rows: their 1-based
+    numbers, for messages. lengths: tokens of each completion. ended: False where `max_new_tokens` cut it.
     Of sampled completions, empty for others: completion_ids: their tokens. raw_completions: their text with special
     tokens. tool_calls: the calls in them, each {"name": ..., "arguments": {...}}.
     """
@@ -33,6 +33,11 @@ class Answers:
 
     def __len__(self) -> int:
         return len(self.completions)
+
+    @property
+    def completion_messages(self) -> list[list[Message]]:
+        """The completions as messages, also those to prompts of text."""
+        return [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in self.completions]
 
     def place(self, i: int) -> str:
         """Return the words that identify entry i in a message: its row, and its prompt shortened."""

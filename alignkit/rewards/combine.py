@@ -11,7 +11,8 @@ from typing import Any
 from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, nearest
 from alignkit.rewards.answers import Answers, Scores
-from alignkit.rewards.functions import Functions, Values
+from alignkit.rewards.calls import TIMEOUT, Functions
+from alignkit.rewards.functions import Values
 from alignkit.rewards.spec import REWARD, Device, Leaf, leaf, number
 
 _COMBINE: dict[str, Callable[[Sequence[float], float], float]] = {
@@ -44,9 +45,9 @@ class Ensemble:
 class Rewards:
     """All rewards of a run; `build_rewards` creates it."""
 
-    def __init__(self, parts: Sequence[Leaf | Ensemble], device: Device) -> None:
+    def __init__(self, parts: Sequence[Leaf | Ensemble], device: Device, timeout: float | None = TIMEOUT) -> None:
         self._parts = list(parts)
-        self._functions = Functions([f.build(device) for part in parts for f in _leaves(part)])
+        self._functions = Functions([f.build(device) for part in parts for f in _leaves(part)], timeout)
         self.names = [part.name for part in parts]
 
     @property
@@ -58,10 +59,14 @@ class Rewards:
         """Raise RewardError where rows with these columns lack one that a reward requires."""
         self._functions.check_columns(there)
 
+    def probe(self, answers: Answers) -> None:
+        """See `Functions.probe`; `score` does the same with its own answers."""
+        self._functions.probe(answers, _given)
+
     def score(self, answers: Answers) -> Scores:
         """Score S completions. Raises RewardError naming the reward, the row and what it returned."""
-        given = {"prompts": answers.prompts, "completions": answers.completions}
-        results: Iterator[Values] = iter(self._functions.call(answers, given)) if len(answers) else repeat([])
+        self.probe(answers)
+        results: Iterator[Values] = iter(self._functions.call(answers, _given(answers))) if len(answers) else repeat([])
         total: Values = [None] * len(answers)
         parts: dict[str, Values] = {}
         for part in self._parts:
@@ -78,9 +83,12 @@ class Rewards:
         self._functions.close()
 
 
-def build_rewards(spec: Any, device: Device = "cpu") -> Rewards:
-    """Load the rewards of a spec (docs/rewards.md), models onto `device`. Raises as `check_rewards`, and ModelError."""
-    return Rewards(_parts(spec), device)
+def build_rewards(spec: Any, device: Device = "cpu", timeout: float | None = TIMEOUT) -> Rewards:
+    """Load the rewards of a spec (docs/rewards.md), models onto `device`. Raises as `check_rewards`, and ModelError.
+
+    timeout: seconds for a call of one function, None for no limit.
+    """
+    return Rewards(_parts(spec), device, timeout)
 
 
 def check_rewards(spec: Any) -> None:
@@ -143,6 +151,10 @@ def _differ(parts: Sequence[Leaf | Ensemble], what: str) -> None:
     names = [part.name for part in parts]
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise ConfigError(f"reward: two {what} have the name '{twice}'; name them: {{use: ..., name: ...}}")
+
+
+def _given(answers: Answers) -> dict[str, Any]:
+    return {"prompts": answers.prompts, "completions": answers.completions}
 
 
 def _leaves(part: Leaf | Ensemble) -> tuple[Leaf, ...]:

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import httpx2
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from alignkit.data.rows import shown
 from alignkit.errors import RewardError
+from alignkit.rewards import secrecy
 from alignkit.rewards.judgements import Judgements, key_of
 from alignkit.rewards.verifiers import Options
 
 Messages = list[dict[str, str]]
 _TRANSIENT = frozenset({408, 409, 425, 429})  # and 5xx: the same request may succeed later
 _LONGEST_WAIT = 300.0  # seconds
+_LARGEST = 4 << 20  # bytes of a reply
 
 
 class Endpoint(Options):
     """Options of rewards and judges that call a language model through an OpenAI-compatible endpoint."""
 
+    limits_itself: ClassVar[bool] = True  # by `timeout` and `retries`
     url: str = Field(description="base of the endpoint, such as http://localhost:8000/v1")
     model: str = Field(description="the model's name there")
     key_env: str | None = Field(None, description="NAME of the environment variable that holds the key")
@@ -43,6 +48,8 @@ class Endpoint(Options):
     @field_validator("url")
     @classmethod
     def _is_an_address(cls, url: str) -> str:
+        if "@" in url:  # the error of a field's validator prints the value, which may hold a password
+            return url
         try:
             parsed = httpx2.URL(url)
         except httpx2.InvalidURL as error:
@@ -53,15 +60,18 @@ class Endpoint(Options):
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> Self:
-        # checked on the whole model: the error of a field's validator would print the value
-        if httpx2.URL(self.url).userinfo:
+        # checked on the whole model, whose errors do not print the value
+        if "@" in self.url:
             raise ValueError(
-                "url contains a password; put it in an environment variable, and set key_env to the variable's name"
+                "url contains a user or a password (@); put it in an environment variable, and set key_env to the "
+                "variable's name"
             )
         if "?" in self.url or "#" in self.url:
             raise ValueError("url has a query (?...) or a fragment (#...); give the base only, and the key by key_env")
         if self.key_env is not None and not os.environ.get(self.key_env):
             raise ValueError("key_env is the NAME of the environment variable that holds the key; it is not set")
+        if self.key_env is not None and not re.fullmatch("[!-~]+", os.environ[self.key_env]):
+            raise ValueError(f"the key in the variable {self.key_env} has white space, a line break or special letters")
         return self
 
     async def replies(self, questions: Sequence[Messages], keep: Callable[[str], bool]) -> list[str]:
@@ -85,10 +95,11 @@ class Endpoint(Options):
                 cache.put(key, reply)
 
         try:
-            async with httpx2.AsyncClient(headers=self._headers(), timeout=None, limits=limits) as client:
-                async with asyncio.TaskGroup() as tasks:
-                    for key, question in missing.items():
-                        tasks.create_task(fill(client, key, question))
+            with secrecy.logging(self._key()):
+                async with httpx2.AsyncClient(headers=self._headers(), timeout=None, limits=limits) as client:
+                    async with asyncio.TaskGroup() as tasks:
+                        for key, question in missing.items():
+                            tasks.create_task(fill(client, key, question))
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         return [str(found[key]) for key in keys]
@@ -99,8 +110,12 @@ class Endpoint(Options):
             self._judgements.close()
             self._judgements = None
 
+    def _key(self) -> str:
+        return os.environ.get(self.key_env, "") if self.key_env else ""
+
     def _headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {os.environ[self.key_env]}"} if self.key_env else {}
+        plain = {"Accept-Encoding": "identity"}  # a few compressed bytes could become more than the memory holds
+        return plain | ({"Authorization": f"Bearer {self._key()}"} if self.key_env else {})
 
     def _request(self, messages: Messages) -> dict[str, Any]:
         options = {"temperature": self.temperature, "max_tokens": self.max_tokens}
@@ -124,7 +139,7 @@ class Endpoint(Options):
             if attempt == self.retries or wait > _LONGEST_WAIT:
                 break
             await asyncio.sleep(wait)
-        kept = self._judgements.path if self._judgements else ""
+        kept = self._judgements.place if self._judgements else ""
         attempts = f"{attempt + 1} attempt{'s' * (attempt > 0)}"
         raise RewardError(
             f"the language model at {self.url} is not available: {failed.problem} (after {attempts}). Restart it and "
@@ -135,24 +150,40 @@ class Endpoint(Options):
         """Send one request. Raises RewardError where a retry cannot help."""
         try:
             async with asyncio.timeout(self.timeout):
-                response = await client.post(f"{self.url}/chat/completions", json=self._request(messages))
+                status, headers, body = await self._response(client, messages)
         except TimeoutError:
             return _Failure(f"no reply within {self.timeout:g} s")
-        except httpx2.TransportError as error:
-            return _Failure(f"{type(error).__name__}: {error}")
-        status, about = response.status_code, shown(response.text, 200)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            return _Failure(secrecy.redacted(f"{type(error).__name__}: {error}", self._key()))
+        text = secrecy.without(body.decode(errors="replace"), self._key())
+        about = shown(secrecy.redacted(text, ""), 200)
         if status != 200:
             if status in _TRANSIENT or status >= 500:
-                return _Failure(f"status {status}, {about}", _retry_after(response))
+                return _Failure(f"status {status}, {about}", _retry_after(headers))
             raise RewardError(
                 f"the language model at {self.url} refuses the request: status {status}, {about}; check url, model, "
                 f"key_env and body"
             )
+        if len(body) > _LARGEST:
+            return _Failure(f"status 200, but a reply of more than {_LARGEST >> 20} MiB: {about}")
         try:
-            reply = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
+            reply = json.loads(text)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
             reply = None
         return reply if isinstance(reply, str) else _Failure(f"status 200, but no chat completion: {about}")
+
+    async def _response(self, client: httpx2.AsyncClient, messages: Messages) -> tuple[int, httpx2.Headers, bytes]:
+        """Return status, headers and body of a response; of a body of more than _LARGEST bytes, its beginning."""
+        body = b""
+        url = f"{self.url}/chat/completions"
+        async with client.stream("POST", url, json=self._request(messages)) as response:
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise httpx2.DecodingError("the response is compressed, which was not asked for")
+            async for part in response.aiter_raw():
+                body += part
+                if len(body) > _LARGEST:
+                    break
+        return response.status_code, response.headers, body
 
 
 class _Failure(NamedTuple):
@@ -162,9 +193,9 @@ class _Failure(NamedTuple):
     wait: float | None = None
 
 
-def _retry_after(response: httpx2.Response) -> float | None:
+def _retry_after(headers: httpx2.Headers) -> float | None:
     """Return the seconds of the Retry-After header, a number or a date; None without one."""
-    value = response.headers.get("retry-after", "")
+    value = headers.get("retry-after", "")
     if value.isdecimal():
         return float(value)
     try:

@@ -1,30 +1,34 @@
-"""Calling rewards and judges: each is a function of keyword arguments, built in or from a user.
+"""Rewards and judges as functions: each is a function of keyword arguments, built in or from a user.
 
     def reward(prompts, completions, **columns) -> list[float]
     def judge(prompts, first, second, **columns) -> list[float]
 
 A function is passed what its parameters name: the arguments above, the rows' columns, and what is known of the
-completions: `lengths`, `ended`, `completion_ids`, `raw_completions`, `tool_calls` (see `Answers`; for judges, of the
-first, and the second's with `second_` in front). With `**columns` it is passed every column.
+completions: `lengths`, `ended`, `completion_ids`, `raw_completions`, `tool_calls`, `completion_messages` (see
+`Answers`; for judges, of the first, and the second's with `second_` in front). With `**columns` it is passed every
+column.
+
+Completions are text. A reward model, and a function written for messages (see `probing.py`), reads them as they are.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from alignkit.data.rows import shown
 from alignkit.errors import AlignkitError, ConfigError, RewardError, at_place, nearest
-from alignkit.rewards.answers import Answers
+from alignkit.rewards.answers import Answers, text_of
+from alignkit.rewards.limits import LateError
 
 Values = list[float | None]
-KNOWN = ("lengths", "ended", "completion_ids", "raw_completions", "tool_calls")  # fields of Answers
+Reads = Literal["text", "messages"]
+KNOWN = ("lengths", "ended", "completion_ids", "raw_completions", "tool_calls", "completion_messages")  # of Answers
+COMPLETIONS = ("completions", "first", "second")  # arguments that are text, or messages where a function reads those
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -47,7 +51,8 @@ def present(value: Any, index: int, column: str) -> Any:
 class Function:
     """A reward or a judge with its name and the options of every call.
 
-    kind: "reward" or "judge". given: the arguments that every call has ("prompts", "completions", ...).
+    kind: "reward" or "judge". given: the arguments that every call has ("prompts", "completions", ...). reads: how it
+    reads completions to prompts of messages; None until a probe finds out, and text until then.
     """
 
     kind: str
@@ -55,6 +60,7 @@ class Function:
     call: Callable[..., Any]
     given: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    reads: Reads | None = "text"
 
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -84,7 +90,7 @@ class Function:
         named = {n for n, p in self.parameters.items() if p.kind in _NAMED and p.default is p.empty}
         return frozenset({*(named - known), *getattr(self.call, "needs", ())})
 
-    def reads(self, there: Collection[str]) -> frozenset[str]:
+    def columns_read(self, there: Collection[str]) -> frozenset[str]:
         """Return the columns, of those that are there, that a call is passed and may read."""
         if hasattr(self.call, "needs"):  # a built-in one takes any, and reads those that its options name
             return self.columns & {*there}
@@ -107,6 +113,8 @@ class Function:
         there = answers.columns
         self.check_columns(there)
         offered = {**there, **known_of(answers), **given}
+        if self.reads != "messages":
+            offered |= {name: list(map(text_of, given[name])) for name in COMPLETIONS if name in given}
         wanted = {name for name, p in self.parameters.items() if p.kind in _NAMED}
         for name in KNOWN:
             if name in wanted and name not in offered and self.parameters[name].default is inspect.Parameter.empty:
@@ -142,14 +150,14 @@ class Function:
             )
         return found
 
-    def failed(self, answers: Answers, error: Exception) -> RewardError:
+    def failed(self, answers: Answers, error: BaseException) -> RewardError:
         """Return the RewardError for what the function raised, with its place."""
         if isinstance(error, RowError):
             return RewardError(f"{self.kind} '{self.name}', {answers.place(error.index)}: {error}")
         if isinstance(error, RewardError):
             return RewardError(f"{self.kind} '{self.name}': {error}")
         raised = f"{type(error).__name__}: {error}{at_place(error)}"
-        what = str(error) if isinstance(error, AlignkitError) else raised
+        what = str(error) if isinstance(error, AlignkitError | LateError) else raised
         more = f" and {len(answers) - 1} more" if len(answers) > 1 else ""
         return RewardError(f"{self.kind} '{self.name}' failed on {answers.place(0)}{more}: {what}")
 
@@ -157,70 +165,6 @@ class Function:
 def known_of(answers: Answers, prefix: str = "") -> dict[str, Any]:
     """Return what is known of completions, by the name of the argument."""
     return {prefix + name: value for name in KNOWN if (value := getattr(answers, name))}
-
-
-class Functions:
-    """Functions that are called with the same answers; async ones share one event loop until `close`.
-
-    The loop is kept because clients and semaphores belong to the loop that first used them.
-    """
-
-    def __init__(self, functions: Sequence[Function]) -> None:
-        self._functions = list(functions)
-        self._thread: ThreadPoolExecutor | None = None
-        self._runner = asyncio.Runner()  # creates its loop on first use
-
-    def check_columns(self, there: Collection[str]) -> None:
-        """Raise RewardError where rows with these columns lack one that a function requires."""
-        for function in self._functions:
-            function.check_columns(there)
-
-    def call(self, answers: Answers, given: Mapping[str, Any]) -> list[Values]:
-        """Call every function, the async ones concurrently.
-
-        given: the arguments besides the columns. Raises RewardError naming the function, the row and what it returned.
-        """
-        arguments = [function.arguments(answers, given) for function in self._functions]
-        results: dict[int, object] = {}
-        for i, function in enumerate(self._functions):
-            if not function.is_async:
-                try:
-                    results[i] = function.call(**arguments[i])
-                except Exception as error:  # a user's function may raise anything
-                    raise function.failed(answers, error) from error
-        waiting = [i for i, function in enumerate(self._functions) if function.is_async]
-        if waiting:
-            if self._thread is None:  # its own thread: a notebook already runs an event loop in this one
-                self._thread = ThreadPoolExecutor(1, "alignkit-rewards")
-            calls = _together([_awaited(self._functions[i], answers, arguments[i]) for i in waiting])
-            results |= zip(waiting, self._thread.submit(self._runner.run, calls).result(), strict=True)
-        return [function.checked(answers, results[i]) for i, function in enumerate(self._functions)]
-
-    def close(self) -> None:
-        """Call `close()` of the functions that have it, and close the event loop."""
-        for function in self._functions:
-            if callable(close := getattr(function.call, "close", None)):
-                close()
-        if self._thread is not None:
-            self._thread.submit(self._runner.close).result()
-            self._thread.shutdown()
-            self._thread, self._runner = None, asyncio.Runner()
-
-
-async def _together(calls: Sequence[Coroutine[Any, Any, object]]) -> list[object]:
-    try:
-        async with asyncio.TaskGroup() as group:  # a failure cancels the others, and the loop continues
-            tasks = [group.create_task(call) for call in calls]
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from failed.exceptions[0].__cause__
-    return [task.result() for task in tasks]
-
-
-async def _awaited(function: Function, answers: Answers, arguments: Mapping[str, Any]) -> object:
-    try:
-        return await function.call(**arguments)
-    except Exception as error:  # as above
-        raise function.failed(answers, error) from error
 
 
 def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:

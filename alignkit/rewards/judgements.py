@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alignkit.databases import WAIT, DamagedError, Spare, is_damage
 from alignkit.errors import CacheError
-
-_WAIT = 60.0  # seconds to wait for another process's transaction
 
 
 def default_path() -> Path:
@@ -26,14 +25,41 @@ def key_of(question: Mapping[str, Any]) -> str:
 
 
 class Judgements:
-    """Replies by key. Several processes can share a file. Every method raises CacheError where the file fails."""
+    """Replies by key. Several processes can share a file. Where the file fails, replies are kept in memory."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path.expanduser() if path else default_path()
+        self._kept: dict[str, str] = {}
+        self._file = Spare("cache of judgements", self.path, lambda: _File(self.path), b"CREATE TABLE judgements")
+
+    @property
+    def place(self) -> str:
+        """Where new replies are kept: the path, or "memory"."""
+        return str(self.path) if self._file.writable else "memory"
+
+    def get(self, key: str) -> str | None:
+        """Return the reply to a question, None where it is not stored."""
+        return self._kept[key] if key in self._kept else self._file.read(lambda file: file.get(key), None)
+
+    def put(self, key: str, reply: str) -> None:
+        """Store a reply, or keep it."""
+        if not self._file.write(lambda file: file.put(key, reply)):
+            self._kept[key] = reply
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class _File:
+    """The file. Every method raises CacheError where it fails, DamagedError where it is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             # opened in one thread and used in that of the event loop, never in both at once
-            self._db = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise self._failed("open", error) from error
         self._run("PRAGMA journal_mode = WAL")
@@ -41,16 +67,17 @@ class Judgements:
         self._run("CREATE TABLE IF NOT EXISTS judgements (key TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
 
     def get(self, key: str) -> str | None:
-        """Return the reply to a question, None where it is not stored."""
         found = self._run("SELECT reply FROM judgements WHERE key = ?", key)
-        return str(json.loads(found[0][0])) if found else None
+        try:
+            reply = json.loads(found[0][0]) if found else None
+        except (ValueError, TypeError, RecursionError):  # a damaged value: the question is asked again
+            return None
+        return reply if isinstance(reply, str) else None
 
     def put(self, key: str, reply: str) -> None:
-        """Store a reply."""
         self._run("INSERT OR REPLACE INTO judgements VALUES (?, ?)", key, json.dumps(reply))
 
     def close(self) -> None:
-        """Close the file."""
         self._db.close()
 
     def _run(self, statement: str, *values: str) -> list[Any]:
@@ -60,7 +87,7 @@ class Judgements:
             raise self._failed("use", error) from error
 
     def _failed(self, what: str, error: Exception) -> CacheError:
-        return CacheError(
-            f"cannot {what} the judgements {self.path}: {error}. Set another file by cache_file, or by the environment "
-            f"variable ALIGNKIT_JUDGEMENTS"
+        return (DamagedError if is_damage(error) else CacheError)(
+            f"cannot {what} the judgements {self._path}: {error}. Set another file by cache_file, or by the "
+            f"environment variable ALIGNKIT_JUDGEMENTS"
         )

@@ -10,6 +10,7 @@ import torch
 from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, RewardError, nearest
 from alignkit.rewards.answers import Answers
+from alignkit.rewards.calls import TIMEOUT, Functions
 from alignkit.rewards.combine import (
     Rewards,
     build_rewards,
@@ -18,7 +19,7 @@ from alignkit.rewards.combine import (
     reward_columns,
     reward_folders,
 )
-from alignkit.rewards.functions import Function, Functions, known_of
+from alignkit.rewards.functions import Function, known_of
 from alignkit.rewards.spec import JUDGE, Device, leaf, number
 
 
@@ -33,6 +34,10 @@ class Judge(Protocol):
         """Raise RewardError where rows with these columns lack one that the judge requires."""
         ...
 
+    def probe(self, answers: Answers) -> None:
+        """See `Functions.probe`; `wins` does the same with its own answers."""
+        ...
+
     def close(self) -> None:
         """Close the judge's files and connections."""
         ...
@@ -41,21 +46,24 @@ class Judge(Protocol):
 class FunctionJudge:
     """A judge that is a function `judge(prompts, first, second, **columns)`."""
 
-    def __init__(self, function: Function) -> None:
-        self._name, self._functions = function.name, Functions([function])
+    def __init__(self, function: Function, timeout: float | None = TIMEOUT) -> None:
+        self._name, self._functions = function.name, Functions([function], timeout)
 
     def wins(self, first: Answers, second: Answers) -> list[float]:
         """See `Judge.wins`."""
         if not len(first):
             return []
-        given = {"prompts": first.prompts, "first": first.completions, "second": second.completions}
-        given |= known_of(second, "second_")
-        (values,) = self._functions.call(first, given)
+        self.probe(first)
+        (values,) = self._functions.call(first, _given(first, second))
         return [self._probability(first, i, p) for i, p in enumerate(values)]
 
     def check_columns(self, there: Collection[str]) -> None:
         """See `Judge.check_columns`."""
         self._functions.check_columns(there)
+
+    def probe(self, answers: Answers) -> None:
+        """See `Judge.probe`."""
+        self._functions.probe(answers, lambda made: _given(made, made))
 
     def close(self) -> None:
         """See `Judge.close`."""
@@ -87,17 +95,24 @@ class BradleyTerry:
         """See `Judge.check_columns`."""
         self._rewards.check_columns(there)
 
+    def probe(self, answers: Answers) -> None:
+        """See `Judge.probe`."""
+        self._rewards.probe(answers)
+
     def close(self) -> None:
         """See `Judge.close`."""
         self._rewards.close()
 
 
-def build_judge(spec: Any, device: Device = "cpu") -> Judge:
-    """Load the judge of a spec (see docs/rewards.md), models onto `device`. Raises as `check_judge`, and ModelError."""
+def build_judge(spec: Any, device: Device = "cpu", timeout: float | None = TIMEOUT) -> Judge:
+    """Load the judge of a spec (see docs/rewards.md), models onto `device`. Raises as `check_judge`, and ModelError.
+
+    timeout: seconds for a call of one function, None for no limit.
+    """
     if (found := _bradley_terry(spec)) is not None:
         rewards, scale = found
-        return BradleyTerry(build_rewards(rewards, device), scale)
-    return FunctionJudge(leaf(spec, JUDGE).build(device))
+        return BradleyTerry(build_rewards(rewards, device, timeout), scale)
+    return FunctionJudge(leaf(spec, JUDGE).build(device), timeout)
 
 
 def check_judge(spec: Any) -> None:
@@ -136,6 +151,11 @@ def judge_folders(spec: Any) -> list[str]:
     if (found := _bradley_terry(spec)) is not None:
         return reward_folders(found[0])
     return [folder] if (folder := leaf(spec, JUDGE).folder) else []
+
+
+def _given(first: Answers, second: Answers) -> dict[str, Any]:
+    given = {"prompts": first.prompts, "first": first.completions, "second": second.completions}
+    return given | known_of(second, "second_")
 
 
 def _bradley_terry(spec: Any) -> tuple[Any, float] | None:

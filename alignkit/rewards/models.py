@@ -21,6 +21,7 @@ from alignkit.data.chat import Chat
 from alignkit.data.rows import Content, Report, Row
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, ModelError
+from alignkit.hub import meant
 from alignkit.models.refusals import cause, reason
 from alignkit.models.rope import forget_lengths, switch_of
 from alignkit.rewards.answers import text_of
@@ -43,7 +44,7 @@ def check_folder(folder: str, pairwise: bool) -> None:
     """Raise ConfigError where the folder has no sequence classifier with one label; pairwise: one that compares two."""
     path = Path(folder)
     if not path.is_dir():
-        raise ConfigError(f"the folder '{folder}' does not exist")
+        raise ConfigError(f"the folder '{folder}' does not exist.{meant(folder)}")
     if not (path / "config.json").is_file():
         if (path / "model" / "config.json").is_file():
             raise ConfigError(f"'{folder}' is a run's folder; its model is in {path / 'model'}")
@@ -74,6 +75,8 @@ class Classifier:
     A score depends on its own tokens alone: the padding is masked, and the last token is found by length.
     Raises ModelError where the folder cannot be loaded, or lacks weights.
     """
+
+    limits_itself = True  # a large model may be slow, but it does end
 
     def __init__(self, folder: str, device: torch.device | str, max_tokens: int) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -85,7 +85,7 @@ class Leaf:
         """See `Function.reads`; a model reads none, and a class that is not built yet may read all."""
         if self.ready is None:
             return frozenset() if self.folder else frozenset(there)
-        return self.ready.reads(there)
+        return self.ready.columns_read(there)
 
     def check_columns(self, there: Collection[str]) -> None:
         """See `Function.check_columns`; does nothing unless the function is ready."""
@@ -110,9 +110,15 @@ def _leaf(given: dict[str, Any], kind: Kind) -> Leaf:
     name = str(given.pop("name", name))
     if isinstance(target, str):
         return _of_folder(target, name, weight, given, kind)
+    if isinstance(target, type) and issubclass(target, Options):
+        ready = Function(kind.word, name, _optioned(target, name, given, kind), kind.given)
+        return Leaf(name, weight, lambda _: ready, ready=ready)
+    probe = given.pop("probe", True)
+    if not isinstance(probe, bool):
+        raise ConfigError(f"{kind.word} '{name}': probe is {shown(probe)}; give true or false")
     if isinstance(target, type):
-        return _of_class(target, name, weight, given, kind)
-    function = Function(kind.word, name, target, kind.given, given)
+        return _of_class(target, name, weight, given, kind, probe)
+    function = _of_user(Function(kind.word, name, target, kind.given, given), probe)
     _ = function.parameters  # checks them
     return Leaf(name, weight, lambda _: function, ready=function)
 
@@ -139,20 +145,23 @@ def _of_folder(folder: str, name: str, weight: float, options: Mapping[str, Any]
     checked = _optioned(ModelOptions, name, options, kind)
 
     def build(device: Device) -> Function:
-        return Function(kind.word, name, kind.model(folder, device, checked.max_tokens), kind.given)  # type: ignore[arg-type]
+        model: Any = kind.model(folder, device, checked.max_tokens)
+        return Function(kind.word, name, model, kind.given, reads="messages")
 
     return Leaf(name, weight, build, folder)
 
 
-def _of_class(cls: type[Any], name: str, weight: float, options: Mapping[str, Any], kind: Kind) -> Leaf:
-    if issubclass(cls, Options):
-        ready = Function(kind.word, name, _optioned(cls, name, options, kind), kind.given)
-        return Leaf(name, weight, lambda _: ready, ready=ready)
+def _of_user(function: Function, probe: bool) -> Function:
+    """Return a user's function, to be probed unless it is async: such a one probably asks a server."""
+    return replace(function, reads=None) if probe and not function.is_async else function
+
+
+def _of_class(cls: type[Any], name: str, weight: float, options: Mapping[str, Any], kind: Kind, probe: bool) -> Leaf:
     try:
         inspect.signature(cls).bind(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{kind.word} '{name}': {error}; its options go to {cls.__qualname__}(...)") from None
-    return Leaf(name, weight, lambda _: Function(kind.word, name, cls(**options), kind.given))
+    return Leaf(name, weight, lambda _: _of_user(Function(kind.word, name, cls(**options), kind.given), probe))
 
 
 def _optioned(cls: Any, name: str, options: Mapping[str, Any], kind: Kind) -> Any:

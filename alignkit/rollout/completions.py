@@ -53,6 +53,13 @@ def answers_of(
     )
 
 
+def unanswered(examples: Sequence[Example], columns: Sequence[str]) -> Answers:
+    """Return prompts and the rows' columns as rewards receive them, with empty completions."""
+    n = len(examples)
+    values = {name: [e.columns.get(name) for e in examples] for name in columns}
+    return Answers([e.asked for e in examples], [""] * n, values, [e.row for e in examples], [0] * n, [True] * n)
+
+
 def distinct(sampled: Sequence[Sequence[Sampled]], n: int = 2) -> tuple[int, int]:
     """Return the numbers of different n-grams and of all n-grams in all completions; their ratio is distinct-n."""
     grams = [tuple(s.tokens[i : i + n]) for some in sampled for s in some for i in range(len(s.tokens) - n + 1)]

@@ -6,7 +6,8 @@ lock.py        one process in a folder
 fingerprints.py  models.json: what the run's models were
 log.py         metrics.jsonl, trackers, listeners and their alarms
 callbacks.py   listeners of one run, by the setting `callbacks`
-progress.py    the terminal: one line or a bar; Ctrl-C and SIGTERM
+terminal.py    what the terminal shows, in Python as on the command line
+progress.py    the steps on it: one line or a bar; Ctrl-C and SIGTERM
 sessions.py    what each session ran on and cost
 results.py     the headline metrics, before and after training
 checkpoint.py  checkpoints that are whole or absent

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -92,9 +92,13 @@ class PlainHandler(logging.Handler):
 
 
 class StopSignals:
-    """Context in which the first SIGTERM or SIGINT is recorded in `received`, and the second exits."""
+    """Context in which the first SIGTERM or SIGINT is recorded in `received`, and the second exits.
 
-    def __init__(self) -> None:
+    first: called in the handler of the first one.
+    """
+
+    def __init__(self, first: Callable[[], object] = lambda: None) -> None:
+        self._first = first
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -113,4 +117,5 @@ class StopSignals:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
+        self._first()
         os.write(2, b"\nfinishing this step and saving; send it again to exit at once\n")

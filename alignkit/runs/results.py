@@ -14,6 +14,8 @@ RESULTS = (
 )  # fmt: skip
 """The metrics of a run's results, in their order, without "eval/"."""
 
+UNMOVED = 0.01  # DPO's loss, which starts at log 2 = 0.693, is still above 0.686
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -51,6 +53,21 @@ def outcomes(lines: Sequence[Mapping[str, Any]]) -> list[Outcome]:
                 found.append(Outcome(name, before, after, held_out))
                 break
     return found
+
+
+def unlearned(lines: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Return the loss at the start and at the end where it has moved by less than UNMOVED of its start, else None.
+
+    On held-out rows where there are some, else the means of the first and of the last quarter of the logged steps, at
+    most 8; None for less than four.
+    """
+    for key, n in (("eval/loss", 1), ("loss", 8)):
+        losses = [float(line[key]) for line in lines if isinstance(line.get(key), int | float)]
+        n = min(n, len(losses) // 4) or (n == 1 and len(losses) > 1)
+        if n:
+            start, end = sum(losses[:n]) / n, sum(losses[-n:]) / n
+            return (start, end) if abs(end - start) < UNMOVED * abs(start) else None
+    return None
 
 
 def in_training(found: Sequence[Outcome]) -> str:

@@ -20,7 +20,7 @@ Examples:
 def audit(
     data: Annotated[str, typer.Argument(help="Rows, as in a run", metavar="DATA")],
     eval_data: Annotated[str | None, typer.Option(help="Held-out rows, checked for shared prompts")] = None,
-    columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
+    columns: console.Columns = None,
     model: Annotated[str | None, typer.Option(help="Its tokenizer counts tokens: folder or hub name")] = None,
     reward: Annotated[str | None, typer.Option(help="Reward that scores answers, see docs/rewards.md")] = None,
     asked: Annotated[int, typer.Option(min=2, help="Rows that the reward scores")] = 500,

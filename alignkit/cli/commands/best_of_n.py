@@ -28,7 +28,7 @@ def best_of_n(
     pairs: Annotated[Path | None, typer.Option(help="Write pairs of the best and the worst to this file")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the curve to this file")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the curve to this file; needs matplotlib")] = None,
-    columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
+    columns: console.Columns = None,
     more: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="sampling.temperature, seed, ...: as in a run"),

@@ -21,6 +21,7 @@ def compare(
     eval_data: Annotated[Text, typer.Option(help="Held-out rows instead, in the same forms")] = None,
     reward: Annotated[Text, typer.Option(help="Reward that scores answers, see docs/rewards.md")] = None,
     judge: Annotated[Text, typer.Option(help="Judge that compares two answers, see docs/rewards.md")] = None,
+    columns: console.Columns = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the runs and the samples")] = 0,
     output: Annotated[Path, typer.Option(help="Folder that holds the runs")] = Path("runs"),
     json: Annotated[Path | None, typer.Option(help="File for all numbers")] = None,
@@ -41,8 +42,10 @@ def compare(
     if png:
         package.check_matplotlib()
     names = None if methods == "all" else [m.strip() for m in methods.split(",") if m.strip()]
-    found = package.compare(given, console.pairs_of(more or []), names, output, seed)
+    found = package.compare(given, console.named(columns) | console.pairs_of(more or []), names, output, seed)
     terminal.show(package.table(found))
+    for note in package.notes(found):
+        typer.echo(note)
     for name, reason in found.left_out.items():
         typer.echo(f"left out: {name}: {reason}")
     if json:

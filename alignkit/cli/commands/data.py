@@ -24,7 +24,7 @@ def show(
     model: Annotated[str, typer.Option(help="Its tokenizer and chat template: folder or hub name")],
     row: Annotated[int, typer.Option(min=1, help="The row, counted from 1")] = 1,
     method: Annotated[str | None, typer.Option(help="Read the row as this method does")] = None,
-    columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
+    columns: console.Columns = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of a run, such as train_on=last", metavar="KEY=VALUE")
     ] = None,

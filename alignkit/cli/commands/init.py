@@ -28,7 +28,7 @@ def init(
     reward: Annotated[str | None, typer.Option(help="Reward that scores samples, see docs/rewards.md")] = None,
     judge: Annotated[str | None, typer.Option(help="Judge that compares two samples, see docs/rewards.md")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out rows, in the same forms")] = None,
-    columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
+    columns: console.Columns = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write")] = Path("config.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file")] = False,
 ) -> None:

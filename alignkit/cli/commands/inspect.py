@@ -47,6 +47,7 @@ def pair(
         str | None, typer.Option(help="Folder or hub name of the reference  [default: an adapter's base]")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Pairs, as in a run")] = None,
+    columns: console.Columns = None,
     row: Annotated[int, typer.Option(min=1, help="The row of the pair")] = 1,
     prompt: Annotated[str, typer.Option(help="Instead of --data")] = "",
     chosen: Annotated[str | None, typer.Option(help="Instead of --data")] = None,
@@ -66,7 +67,8 @@ def pair(
     from alignkit.insight import inspect as tokens
 
     rows = data if data is not None else [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
-    found = tokens.pair_ratios(policy, tokens.pair_of(rows, row if data is not None else 1), reference)
+    one = tokens.pair_of(rows, row if data is not None else 1, console.columns_of(columns))
+    found = tokens.pair_ratios(policy, one, reference)
     tokens.print_pair(found, beta)
     if json:
         tokens.write_json(found, json)

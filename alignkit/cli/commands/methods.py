@@ -50,9 +50,10 @@ def settings(
 
 def validate(
     config: Annotated[Path, typer.Argument(help="A YAML file of settings", metavar="CONFIG")],
+    columns: console.Columns = None,
 ) -> None:
     """Check a YAML file and every row of its data without loading a model."""
-    checked, method = console.checked(console.settings_of(str(config), {}, [], only_file=True))
+    checked, method = console.checked(console.settings_of(str(config), console.named(columns), [], only_file=True))
     console.show_log()
     from alignkit.engine import assemble, reading
     from alignkit.models import loading

@@ -9,6 +9,7 @@ import typer
 
 from alignkit.cli import console
 from alignkit.insight import terminal
+from alignkit.runs.terminal import rank
 
 Text = str | None
 
@@ -35,6 +36,6 @@ def pipeline(
     settings = read_pipeline(file)
     settings = (located(file, settings) if resume else settings) | given
     result = Engine().pipeline(settings.pop("stages", None), **settings)
-    if console.rank() == 0:
+    if rank() == 0:
         terminal.show(table(result))
         typer.echo(f"folder: {result.folder}")

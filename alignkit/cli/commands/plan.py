@@ -28,13 +28,14 @@ def plan(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes of torchrun, each with its own GPU")] = 1,
     hits: Annotated[bool, typer.Option("--hits", help="Load the weights, to count the values in the cache")] = False,
+    columns: console.Columns = None,
     more: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting")] = None,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file")] = None,
 ) -> None:
     """Plan a run: what it does and the memory that it needs, from configurations and rows, without loading a model."""
     terminal.check_target("--json", json)
     limit = bytes_of(memory)
-    settings = console.settings_of(str(config), {}, more or [], only_file=True)
+    settings = console.settings_of(str(config), console.named(columns), more or [], only_file=True)
     console.checked(settings)
     console.show_log()
     from alignkit.insight import plan as planning

@@ -26,7 +26,7 @@ def recommend(
     gpu_memory: Annotated[str | None, typer.Option(help="Memory that a run must fit into, such as 24GB")] = None,
     reward: Annotated[str | None, typer.Option(help="Reward that scores samples, see docs/rewards.md")] = None,
     judge: Annotated[str | None, typer.Option(help="Judge that compares two samples, see docs/rewards.md")] = None,
-    columns: Annotated[str | None, typer.Option(help="Names of columns, such as '{prompt: question}'")] = None,
+    columns: console.Columns = None,
     json: Annotated[Path | None, typer.Option(help="Write everything to this file")] = None,
 ) -> None:
     """Show which installed methods the rows can serve, which to start with, and why; loads no model."""

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from alignkit.cli import console
+from alignkit.runs.terminal import rank
 
 Text = str | None
 EXAMPLES = """\b
@@ -25,6 +26,7 @@ def run(
     data: Annotated[Text, typer.Option(help="JSONL, JSON, Parquet or CSV file, folder, glob, or hub name")] = None,
     eval_data: Annotated[Text, typer.Option(help="Held-out rows, in the same forms")] = None,
     eval_fraction: Annotated[float | None, typer.Option(help="Fraction of the data to hold out, such as 0.05")] = None,
+    columns: console.Columns = None,
     output: Annotated[Text, typer.Option(help="Folder of all runs  [default: runs]")] = None,
     name: Annotated[Text, typer.Option(help="Name of this run's folder  [default: METHOD-001, ...]")] = None,
     reference: Annotated[Text, typer.Option(help="auto, full, int8, adapter-off or cached  [default: auto]")] = None,
@@ -51,11 +53,11 @@ def run(
     """Train a model with a method, or with a YAML file of settings."""
     given = {k: v for k, v in locals().items() if k not in ("what", "more") and v is not None and v is not False}
     given |= {name: console.value_of(given[name]) for name in ("reward", "judge") if name in given}
-    settings = console.settings_of(what, given, more or [])
+    settings = console.settings_of(what, given | console.named(columns), more or [])
     console.checked(settings)
     console.show_log()
     from alignkit.engine import Engine
 
     result = Engine().run(**settings)
-    if console.rank() == 0:
+    if rank() == 0:
         typer.echo(f"model: {result.folder / 'model'}")

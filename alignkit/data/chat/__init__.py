@@ -6,14 +6,16 @@ template.py   a tokenizer's template: rendering, what it accepts, a pinned date
 parts.py      the parts of a message (content, reasoning, tool calls), found in rendered text
 conversation.py   a conversation, and its renderings up to each turn
 turns.py      where each of the assistant's turns is: rendered at once, or turn by turn
-timeout.py    a time limit for templates
-drafts.py     rows -> drafts
+drafts.py     a row -> its draft
+rendering.py  rows -> drafts, in a process with limits
+helper.py     that process; timeout.py a time limit without one
 """
 
 from alignkit.data.chat.conversation import common
-from alignkit.data.chat.drafts import Draft, render
+from alignkit.data.chat.drafts import Draft
+from alignkit.data.chat.rendering import render, turn_end
 from alignkit.data.chat.settings import Chat
-from alignkit.data.chat.special import SpecialTokens, turn_end
+from alignkit.data.chat.special import SpecialTokens
 from alignkit.data.chat.template import pinned
 from alignkit.data.chat.turns import Span
 

@@ -6,7 +6,7 @@ control token in the rendered text was written by the template itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from alignkit.data.cells import REASONING
 from alignkit.data.chat.conversation import (
     Conversation,
     Rendered,
-    RewrittenError,
     begins_to_think,
     behind,
     common,
@@ -24,10 +23,8 @@ from alignkit.data.chat.parts import contents, described, locate, shows
 from alignkit.data.chat.settings import Chat
 from alignkit.data.chat.special import SpecialTokens, free_characters
 from alignkit.data.chat.template import Template
-from alignkit.data.chat.timeout import within
 from alignkit.data.chat.turns import BY_TURNS, Answer, Span, read_answer, written_by_hand
-from alignkit.data.rows import Content, Fault, FaultyRowsError, Message, Row, shown
-from alignkit.errors import ConfigError
+from alignkit.data.rows import Content, Message, Row, shown
 
 # fields of a message whose parts are looked for, or that only say who speaks
 FIELDS = ("role", "content", "tool_calls", "name", "tool_call_id", *REASONING)
@@ -59,45 +56,7 @@ class Draft:
         return text
 
 
-def render(rows: Sequence[Row], source: str, tokenizer: Any, special: SpecialTokens, chat: Chat) -> list[Draft]:
-    """Render rows of messages.
-
-    source: the data's name, for messages. Raises ConfigError without a chat template or for variables that it does not
-    have, ModelError after the time limit, FaultyRowsError for rows that the template refuses or cuts.
-    """
-    if not rows:
-        return []
-    if not tokenizer.chat_template:
-        name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
-        raise ConfigError(
-            f"row {rows[0].row} holds messages, but {name} has no chat template. Use an instruct model's tokenizer, "
-            "set tokenizer.chat_template and save it with the model, or give prompt and completion as text"
-        )
-    template = Template(tokenizer, chat.date)
-    template.check_arguments(chat.arguments)
-    drafts: list[Draft] = []
-    faults: list[Fault] = []
-    within(chat.seconds, _drafted(rows, _Drafter(template, special, chat), drafts, faults), [r.row for r in rows])
-    if faults:
-        raise FaultyRowsError(f"{source}, in the chat template", faults)
-    return drafts
-
-
-def _drafted(rows: Sequence[Row], drafter: _Drafter, drafts: list[Draft], faults: list[Fault]) -> Iterator[None]:
-    for row in rows:
-        try:
-            drafts.append(drafter.draft(row))
-        except _RowError as error:
-            faults.append(Fault(row.row, error.field, error.found, error.fix))
-        except RewrittenError as error:
-            faults.append(Fault(row.row, "", str(error), "give prompt and completion as text for this model"))
-        except Exception as error:  # templates may raise anything
-            fix = "change the messages, or the template"
-            faults.append(Fault(row.row, "", f"the template raised {shown(str(error), 100)}", fix))
-        yield
-
-
-class _RowError(Exception):
+class RowError(Exception):
     """A row that cannot be rendered as it should be, such as one with an answer that the template cuts."""
 
     def __init__(self, field: str, found: str, fix: str) -> None:
@@ -106,7 +65,7 @@ class _RowError(Exception):
 
 
 @dataclass(frozen=True)
-class _Drafter:
+class Drafter:
     """Renders one row after the other with the same template and settings."""
 
     template: Template
@@ -114,7 +73,7 @@ class _Drafter:
     chat: Chat
 
     def draft(self, row: Row) -> Draft:
-        """Return a row's draft. Raises _RowError, RewrittenError, and what the template raises."""
+        """Return a row's draft. Raises RowError, RewrittenError, and what the template raises."""
         parts = [_messages(row.prompt, "user"), *(_messages(answer, "assistant") for answer in row.completions)]
         tools = {"tools": list(self.chat.tools)} if self.chat.tools else {}
         arguments = {**self.chat.arguments, **tools, **row.template}
@@ -124,7 +83,7 @@ class _Drafter:
         prompt, *answers = parts
         if prompt[-1].get("tool_calls"):
             fix = "end the prompt with the tool's result, or move the call into the answer"
-            raise _RowError("prompt", "found a tool call at the end", fix)
+            raise RowError("prompt", "found a tool call at the end", fix)
         if not answers:
             start = self._start(prompt, arguments)
             notes = (*self._unread(row, prompt, arguments, start), *self._unread_fields(prompt, arguments))
@@ -187,7 +146,7 @@ class _Drafter:
         if read.missing and self.chat.on_dropped != "report":
             field, text = read.missing[0]
             found = f"the chat template of {name} leaves out {shown(text)} of the answer"
-            raise _RowError(field, found, _fix(field))
+            raise RowError(field, found, _fix(field))
         notes += [f"answers without their {f}, which the chat template of {name} leaves out" for f, _ in read.missing]
         notes += [f"rows with {f} of earlier messages left out by the chat template of {name}" for f, _ in read.unread]
         opening = conversation.start(conversation.n_prompt)[read.begin :]

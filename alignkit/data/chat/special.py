@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from alignkit.data.chat.template import Template
-
 _HIDDEN = 0xF0000  # the first private-use character of plane 15
 
 
@@ -104,17 +102,3 @@ def mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {mapped(k, change): mapped(v, change) for k, v in value.items()}
     return [mapped(inner, change) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def turn_end(tokenizer: Any) -> int | None:
-    """Return the special token with which the tokenizer's chat template closes an answer; None without one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    special = SpecialTokens(tokenizer)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        text = Template(tokenizer).render(turns).rstrip()
-    except Exception:  # templates may raise anything; rendering the rows reports it
-        return None
-    closing = next((name for name in special.names if text[text.rfind("b") :].endswith(name)), None)
-    return None if closing is None else int(tokenizer.convert_tokens_to_ids(closing))

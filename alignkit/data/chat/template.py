@@ -56,6 +56,10 @@ class Template:
             self._sources[bool(tools)] = source
         return self._sources[bool(tools)]
 
+    def sources(self) -> tuple[str, str]:
+        """Return its text for rows without tools, and with them."""
+        return self.source(), self.source([_TOOL])
+
     @cached_property
     def writes_date(self) -> bool:
         """True if the text depends on the day on which it is rendered."""

@@ -136,8 +136,8 @@ def _biases(preferred: str, biases: Sequence[Bias]) -> tuple[str, tuple[str, ...
 
 
 def _effect(effect: Effect) -> list[str]:
-    mean = "-" if effect.mean is None else f"{effect.mean:+.3f}{' *' * effect.beyond_chance}"
-    return [effect.feature, effect.change, str(effect.n), mean, _interval(effect.low, effect.high, "{:+.3f}")]
+    mean = "-" if effect.mean is None else f"{effect.mean:+z.3f}{' *' * effect.beyond_chance}"
+    return [effect.feature, effect.change, str(effect.n), mean, _interval(effect.low, effect.high, "{:+z.3f}")]
 
 
 def _interval(low: float | None, high: float | None, form: str) -> str:

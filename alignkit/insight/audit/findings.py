@@ -90,7 +90,7 @@ def reward_findings(audit: RewardAudit, preferences: Sequence[Bias]) -> Iterator
         if effect.beyond_chance and effect.mean is not None and abs(effect.mean) >= LARGE_EFFECT:
             yield Finding(
                 f"{_CHANGES[effect.change].format(effect.feature)} the same answer changes the score by "
-                f"{effect.mean:+.2f} standard deviations ({effect.n} answers)",
+                f"{effect.mean:+z.2f} standard deviations ({effect.n} answers)",
                 "a policy exploits this: add a reward against it, an ensemble, or pairs that differ in nothing else",
             )
 

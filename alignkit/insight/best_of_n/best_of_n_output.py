@@ -67,7 +67,7 @@ def table(found: BestOfN) -> Any:
     for point in found.curve:
         if point.k & (point.k - 1) == 0 or point.k == found.n:
             cells = [*_cells(point.proxy), *(_cells(point.gold) if point.gold else [])]
-            grid.add_row(str(point.k), f"{point.kl:.3f}", *cells)
+            grid.add_row(str(point.k), f"{point.kl:z.3f}", *cells)
     return grid
 
 

@@ -13,8 +13,9 @@ from alignkit.insight.health.history import History
 
 @dataclass(frozen=True)
 class Detector:
-    """One alarm. message: with {value} and {limit}. remedies: a setting and what to do with it.
+    """One alarm.
 
+    message: with {value}, {limit} and {reward}, the step's mean. remedies: a setting and what to do with it.
     A setting with a leading dot is a method's own; its remedy is listed only where the run has it.
     """
 
@@ -88,6 +89,10 @@ DETECTORS = (
         "chosen answers lost {value:.2g} nats a token, more than {limit:g}, and rejected ones more: the probability "
         "goes elsewhere (likelihood displacement)",
         (SLOWER, (".rpo_alpha", "set {} to 1"), (".sft_weight", "set {} to 1"), (".alpha", "raise {}"), SHORTER),
+    ),
+    Detector(
+        d.same_reward, "all rewards since the first step are {reward:g}: the reward may not read the completions",
+        (("reward", "look in completions.jsonl at what {} scored, and call it with these texts"),), evaluations=False,
     ),
     Detector(
         d.zero_variance, "the completions of {value:.0%} of the prompts all have the same score, above {limit:.0%}: "

@@ -15,6 +15,7 @@ from alignkit.insight.health.history import History
 AFTER_WARMUP = 20  # steps at the full learning rate, after which a policy has moved
 # times the second largest of the earlier norms: where these vary widely, or one spiked, the median means little
 SPIKE = 6
+ROUNDING = 1e-6  # of a deviation that is computed from sums of squares, times the mean
 NOISE = 3  # standard errors that a change must exceed
 GROWN = {"repetition": 0.1, "opening": 0.25}  # a habit that the base has too is its style, not a collapse
 
@@ -78,6 +79,15 @@ def displacement(h: History, limit: float, _: Health) -> float | None:
         return None
     # without a reference, a few unlikely rows look like a fall
     return _above(-chosen, limit) if -chosen > NOISE * h.noise("fall/chosen") else None
+
+
+def same_reward(h: History, limit: float, _: Health) -> float | None:
+    """All completions have had the same reward since the first step, as where a reward cannot read them."""
+    means, spreads = h.first("reward/mean"), h.first("reward/std")
+    if not means or not spreads or any(s > ROUNDING * max(1.0, abs(m)) for m, s in zip(means, spreads, strict=False)):
+        return None
+    same = max(means) - min(means) <= ROUNDING * max(1.0, abs(means[0]))
+    return float(len(spreads)) if same and len(spreads) >= min(limit, 2 * h.window) else None
 
 
 def zero_variance(h: History, limit: float, _: Health) -> float | None:

@@ -34,6 +34,10 @@ class History:
         if values.get("lr", 0.0) > self._rate:
             self._rate, self.warm_at = values["lr"], max(step, self.warm_at)
 
+    def first(self, name: str) -> list[float]:
+        """Return the values of the first lines, at most two windows."""
+        return list(self._first.get(name, ()))
+
     def start(self, name: str) -> float | None:
         """Return the mean of the first lines; None until as many lines have followed, which `now` averages."""
         first = self._first.get(name, [])

@@ -65,7 +65,7 @@ class Monitor:
         if value is None:
             return None
         where = f"step {history.step}: " + ("" if history.training else "on held-out rows ")
-        message = where + detector.message.format(value=value, limit=limit)
+        message = where + detector.message.format(value=value, limit=limit, reward=history.last("reward/mean"))
         return Alarm(detector.name, value, limit, message, detector.advice(self._settings))
 
 

@@ -42,12 +42,12 @@ def print_pair(found: PairRatios, beta: float) -> None:
     """Print both answers, coloured by log policy - log reference of each token, their sums, and DPO's margin."""
     for name, side in (("chosen", found.chosen), ("rejected", found.rejected)):
         listed = _side_tokens(side)
-        terminal.show(f"{name}: h = {side.total:+.4f} nats over {sum(side.trained)} tokens")
+        terminal.show(f"{name}: h = {side.total:+z.4f} nats over {sum(side.trained)} tokens")
         terminal.show(_coloured(listed))
         _show_table(listed, ("n", "token", "policy - reference", "policy"))
         terminal.show("")
     terminal.show(
-        f"margin h(chosen) - h(rejected) = {found.margin:+.4f} nats; times beta {beta:g}: {beta * found.margin:+.4f}"
+        f"margin h(chosen) - h(rejected) = {found.margin:+z.4f} nats; times beta {beta:g}: {beta * found.margin:+z.4f}"
     )
     terminal.show("blue: likelier under the policy than under the reference; orange: less likely")
 
@@ -68,8 +68,8 @@ def write_html(found: Prefixes | PairRatios, path: Path) -> None:
         legend = "Blue raises the score, orange lowers it; the stronger the colour, the larger the change."
     else:
         sides = (("chosen", found.chosen), ("rejected", found.rejected))
-        answers = [(name, f"h = {side.total:+.4f} nats", _side_tokens(side)) for name, side in sides]
-        facts = [("policy", found.policy), ("reference", found.reference), ("margin", f"{found.margin:+.4f} nats")]
+        answers = [(name, f"h = {side.total:+z.4f} nats", _side_tokens(side)) for name, side in sides]
+        facts = [("policy", found.policy), ("reference", found.reference), ("margin", f"{found.margin:+z.4f} nats")]
         names, title = ("policy - reference", "log policy"), "A pair, token by token"
         legend = (
             "Blue is likelier under the policy than under the reference, orange less likely. "
@@ -117,7 +117,9 @@ def _table(listed: Sequence[Token], columns: Sequence[str]) -> Any:
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 1 else "right", no_wrap=True)
     for token in listed:
-        table.add_row(str(token["n"]), escape(repr(token["text"])), f"{token['value']:+.4f}", f"{token['score']:+.4f}")
+        table.add_row(
+            str(token["n"]), escape(repr(token["text"])), f"{token['value']:+z.4f}", f"{token['score']:+z.4f}"
+        )
     return table
 
 

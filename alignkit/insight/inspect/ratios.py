@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,9 +73,9 @@ class PairRatios:
         }
 
 
-def pair_of(data: object, row: int) -> Row:
+def pair_of(data: object, row: int, columns: Mapping[str, str] | None = None) -> Row:
     """Return the pair in row `row` of the source, counted from 1. Raises DataError where that row is not a pair."""
-    dataset = load(data, "pairs")
+    dataset = load(data, "pairs", columns)
     found = next((r for r in dataset.rows if r.row == row), None)
     if found is None:
         why = next((reason for reason, rows in dataset.report.dropped.items() if row in rows), None)
