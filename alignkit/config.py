@@ -107,6 +107,7 @@ class RunConfig(BaseModel):
     name: str | None = Field(None, description="folder of this run in `output`; default: method and a number")
     quiet: bool = Field(False, description="show warnings and errors only")
     resume: bool = Field(False, description="continue from the newest complete checkpoint of the run `name`")
+    rows_cache: bool = Field(True, description="keep tokenised rows in `output`/.rows for other runs, from 1 MiB on")
 
     reference: ReferenceMode = Field("auto", description="form of the reference; auto decides by method and model")
     reference_cache: bool = Field(True, description="keep the reference's log-probabilities on disk for other runs")
@@ -289,6 +290,7 @@ class RunConfig(BaseModel):
         """Refuse settings that would have no effect."""
         for name, used, needs in (
             ("shuffle_buffer", self.streaming, "streaming: true"),
+            ("rows_cache", not self.streaming, "streaming: false"),
             ("decay_fraction", self.schedule == "wsd", "schedule: wsd"),
             ("row_tokens", self.layout != "padded", "layout: auto or forest"),
             ("adam_betas", self.optimizer not in ("sgd", "adafactor"), "AdamW or Muon"),

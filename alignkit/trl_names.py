@@ -45,11 +45,12 @@ def trainers() -> Mapping[str, Mapping[str, Any]]:
     """Return, by the name of TRL's configuration class, its method here, its losses and its defaults.
 
     losses: the settings that give each loss_type. added: losses next to another one, and the setting of their weight.
+    mixed: losses that may be added up, by the setting of their weights.
     defaults: those of TRL that a copy of a run must write out.
     """
     found = _read()
     return {
-        name: {"losses": {}, "added": {}, **one, "defaults": {**found["defaults"], **one["defaults"]}}
+        name: {"losses": {}, "added": {}, "mixed": {}, **one, "defaults": {**found["defaults"], **one["defaults"]}}
         for name, one in found["classes"].items()
     }
 

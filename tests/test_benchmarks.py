@@ -131,6 +131,17 @@ def test_plan() -> None:
 
 
 @pytest.mark.slow
+def test_reading(tmp_path: Path) -> None:
+    done = run("reading.py", "--tiny", "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    cases = json.loads((tmp_path / "r.json").read_text())["cases"]
+    rows(done.stdout, *cases)
+    assert {one["rows"] for one in cases.values()} == {9000}
+    for kind in ("text", "chat", "prompts"):
+        assert cases[f"{kind}-kept"]["cpu"] < cases[kind]["cpu"]
+
+
+@pytest.mark.slow
 def test_health() -> None:
     done = run("health.py", "--tiny")
     assert done.returncode == 0, done.stderr

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from alignkit import Batch, Context, Method, Models, Term, registry
 from alignkit.config import RunConfig
+from alignkit.data import blocks, load, shelf
 from alignkit.data.blocks import encoded
-from alignkit.data.tokenise import tokenise
-from alignkit.engine import Engine
+from alignkit.data.tokenise import tokenised
+from alignkit.engine import Engine, reading
 from alignkit.engine.reading import read
 from alignkit.errors import DataError, PluginError
 from alignkit.plugin_checks import check_class
@@ -55,7 +57,7 @@ def rows(n: int = 8, **changed: Any) -> list[dict[str, Any]]:
 
 
 def found(given: Any, columns: dict[str, str] | None = None, wanted: Any = COLUMNS) -> Any:
-    return encoded(given, "text", columns, lambda part: tokenise(part, tiny_tokenizer()), wanted=wanted)
+    return encoded(given, "text", columns, lambda part: tokenised(part, tiny_tokenizer()), wanted=wanted)
 
 
 def test_values_come_as_tensors_and_lists_in_the_order_of_the_examples() -> None:
@@ -76,6 +78,69 @@ def test_values_come_as_tensors_and_lists_in_the_order_of_the_examples() -> None
         columns["wieght"]
 
 
+def columns_of(examples: Any) -> dict[str, Any]:
+    given = [*examples]
+    return dict(Bench(Weighted(Weighted.Config()), models=object()).context(given).shard(given).columns)
+
+
+@pytest.mark.parametrize("kind", ["text", "prompts"])
+def test_a_second_run_gets_the_same_columns_from_the_kept_rows(
+    tiny: str, tmp_path: Path, write_rows: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any, kind: Any
+) -> None:
+    class Declares(Weighted):
+        data = kind
+        columns = COLUMNS
+
+    class Fewer(Declares):
+        columns = {"weight": float}
+
+    monkeypatch.setattr(shelf, "LEAST", 1)
+    caplog.set_level(logging.INFO, logger="alignkit")
+    changed = [{"weight": i / 3, "level": i, "easy": i % 2 == 0, "topic": f"\u00fc{i}", "id": i} for i in range(9)]
+    path = write_rows([{**row, **more} for row, more in zip(rows(9), changed, strict=True)])
+    other = write_rows(rows(4, weight=2, id=0), "other.jsonl")
+    config = RunConfig(method="weighted", model="m", data=[path, other], output=tmp_path, eval_fraction=0.2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+
+    def run(method: type[Method[Any]] = Declares) -> tuple[Any, list[str]]:
+        caplog.clear()
+        splits = read(config, method(method.Config()), tokenizer, keep=True)
+        return splits, [line for line in caplog.messages if "kept by an earlier run" not in line]
+
+    first, lines = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "encoded", list)  # called, it would fail
+        second, again = run()
+    assert again == lines
+    assert "columns that nothing reads: " + ("id" if kind == "text" else "completion, id") in lines
+    assert second.digest == first.digest
+    for before, after in ((first.train, second.train), (first.held_out, second.held_out)):
+        expected, got = columns_of(before), columns_of(after)
+        assert [*got] == [*expected] == [*COLUMNS]
+        for name, values in expected.items():
+            assert type(got[name]) is type(values)
+            assert torch.equal(got[name], values) if isinstance(values, torch.Tensor) else got[name] == values
+    given = sorted([*(more["weight"] for more in changed), 2.0, 2.0, 2.0, 2.0])
+    assert sorted(e.declared["weight"] for e in [*second.train, *second.held_out]) == given
+    fewer, _ = run(Fewer)
+    assert [*columns_of(fewer.train)] == ["weight"]
+
+
+def test_a_column_that_begins_late_is_missing_in_the_rows_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 2)
+    given = rows(5)
+    for row in given[:3]:
+        del row["weight"]
+    with pytest.raises(DataError) as whole:
+        load(given, "text", wanted=COLUMNS)
+    with pytest.raises(DataError) as by_blocks:
+        found(given)
+    assert str(by_blocks.value) == str(whole.value)
+    assert "row 3, column 'weight': the column is missing" in str(whole.value)
+
+
 def test_a_csv_cell_is_read_as_its_type(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text('prompt,completion,weight,level,easy,topic,tags\na,b,0.5,3,True,17,"[""x""]"\n')
@@ -85,7 +150,7 @@ def test_a_csv_cell_is_read_as_its_type(tmp_path: Path) -> None:
 
 def test_both_rows_of_a_pair_have_its_columns() -> None:
     pairs = [{**row, "weight": float(i)} for i, row in enumerate(make_rows("pairs", 2))]
-    made = encoded(pairs, "unpaired", None, lambda p: tokenise(p, tiny_tokenizer()), wanted={"weight": float}).examples
+    made = encoded(pairs, "unpaired", None, lambda p: tokenised(p, tiny_tokenizer()), wanted={"weight": float}).examples
     assert [e.declared["weight"] for e in made] == [0.0, 0.0, 1.0, 1.0]
 
 

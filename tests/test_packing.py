@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignkit.models import packing
 from alignkit.models.packing import batch_of, dense_mask, pack, tree_mask
 from alignkit.types import Batch, Completion, Example, Layout, Outputs, Term, metric
 
@@ -412,3 +413,17 @@ def test_lengths_sum_to_the_trained_tokens() -> None:
     batch = batch_of([A, B], Layout())
     assert math.prod(batch.lengths.tolist()) == 2 * 1 * 3
     assert int(batch.lengths.sum()) == len(batch.targets) == batch.cu_seqlens[-1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=30), st.integers(12, 40))
+def test_a_tree_goes_to_the_fullest_row_with_room(lengths: list[int], capacity: int) -> None:
+    used: list[int] = []
+    row_of, start_of = [0] * len(lengths), [0] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # by the definition, over all rows
+        room = [row for row, n in enumerate(used) if n + lengths[i] <= capacity]
+        row = max(room, key=lambda row: used[row], default=len(used))
+        used += [0] * (row == len(used))
+        row_of[i], start_of[i] = row, used[row]
+        used[row] += lengths[i]
+    assert packing._best_fit(lengths, capacity) == (row_of, start_of, max(used))

@@ -11,6 +11,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from alignkit.errors import CacheError
+from alignkit.reference import keys
 from alignkit.reference.cache import LogpCache, default_path
 from alignkit.reference.keys import cached_logps, fill, fingerprint, key
 from alignkit.types import Completion, Example
@@ -534,3 +536,26 @@ def test_a_killed_fill_loses_its_current_batch_at_most(path):
         fill(some_examples(300), cache, REFERENCE, rest, 40)
         assert cache.verify() == (600, 0)
     assert rest.n_examples == 300 - sum(map(len, whole.calls[:7]))
+
+
+def test_a_fill_hashes_each_completion_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hashed, key_of = [], keys.key
+
+    def counted(*parts: Any) -> bytes:
+        hashed.append(parts)
+        return key_of(*parts)
+
+    monkeypatch.setattr(keys, "key", counted)
+    rows = [
+        Example(torch.tensor([i], dtype=torch.int32), (Completion(torch.tensor([9, i], dtype=torch.int32)),))
+        for i in (1, 2, 2, 3)
+    ]
+
+    def score(examples: list[Example]) -> torch.Tensor:
+        return torch.cat([c.tokens.float() for e in examples for c in e.completions])
+
+    with LogpCache(tmp_path / "c.sqlite") as cache:
+        keys.fill(rows, cache, "f", score, batch_tokens=3)
+        assert len(hashed) == len(rows)
+        found = keys.cached_logps(rows, cache, "f", score)
+    assert found.tolist() == [9, 1, 9, 2, 9, 2, 9, 3]

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.data import FaultyRowsError, load
-from alignkit.data.chat import Chat
+from alignkit.data.chat import Chat, Draft
+from alignkit.data.encoder import Encoder, is_direct
+from alignkit.data.rows import Row
 from alignkit.data.tokenise import SPELLED, tokenise
 from alignkit.errors import ConfigError, ModelError
 
@@ -469,3 +472,47 @@ def test_a_spelled_special_token_puts_no_space_behind_the_others(scheme):
     assert normal == t.convert_ids_to_tokens(plain(t, t.apply_chat_template(chat("a", "b"), tokenize=False)))
     assert [token for token in spelled if token not in ("<", ">")][:-1].count("s") == normal.count("s") + 1
     assert spelled.count("▁") == normal.count("▁")
+
+
+# ----------------------------------------------------------------------------------- texts straight to the backend
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """A tokenizer that changes texts before its backend sees them, as some families do."""
+
+    def _encode_plus(self, text, *rest, **options):
+        return super()._encode_plus([one.upper() for one in text], *rest, **options)
+
+
+def sentencepiece(scheme: str):
+    """A tokenizer of words with SentencePiece's spaces, one that normalises, cuts and pads by default."""
+    words = sorted({"▁" + word for word in WORDS.split()} | set(WORDS.replace(" ", "▁")) | {"▁", "<unk>"})
+    built = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>"))
+    built.normalizer = normalizers.Lowercase()
+    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    built.enable_truncation(4)
+    built.enable_padding(length=9)
+    built.add_special_tokens([AddedToken("</s>", lstrip=True), "<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        make(), make(bos=True), make(padding_side="left"), sentencepiece("first"), sentencepiece("always"),
+        Shouting(tokenizer_object=Tokenizer.from_str(backend()), eos_token="</s>"),
+        *map(tokenizer_of, ("llama3", "qwen3", "gemma", "deepseek_r1_distill")),
+    ],
+)  # fmt: skip
+def test_the_backend_gives_the_tokens_of_transformers(tokenizer, split) -> None:
+    texts = ["hello there", "", " said </s>\n", "<s>a<|im_end|> b</s>", "é ☃ HELLO", "hello " * 40]
+    options = {"add_special_tokens": False, "truncation": False, "padding": False}
+    expected = tokenizer(texts, split_special_tokens=split, **options)["input_ids"]
+    tokenizer(texts, split_special_tokens=not split)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    encoder = Encoder(tokenizer, split)
+    drafts = [Draft(Row(text), text, (text + " a", text), (None, None), control=not split) for text in texts]
+    assert [[e[0].ids, e[2].ids] for e in encoder.encode(drafts)] == [[ids, ids] for ids in expected]
+    assert is_direct(tokenizer) == (not isinstance(tokenizer, Shouting))

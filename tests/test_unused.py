@@ -102,12 +102,14 @@ def test_rows_in_a_padded_layout_have_no_width_to_set() -> None:
 FREE = [
     "method", "model", "data", "tokenizer", "eval_data", "eval_fraction", "columns", "order_by", "streaming",
     "shuffle_buffer", "tools", "chat_template_kwargs", "special_tokens_in_text", "template_date", "output",
-    "name", "resume", "cache_file", "lora", "quantize", "merge_adapter", "push_to_hub", "neftune_alpha", "epochs", "max_steps", "batch_size",
+    "name", "resume", "cache_file", "lora", "quantize", "merge_adapter",
+    "push_to_hub", "neftune_alpha", "epochs", "max_steps", "batch_size",
     "epochs_per_batch", "minibatches", "learning_rate", "schedule", "warmup_fraction", "decay_fraction",
     "optimizer", "weight_decay", "adam_betas", "adam_epsilon", "momentum", "max_grad_norm", "max_skipped_steps",
     "max_prompt_tokens", "max_tokens", "layout", "row_tokens", "attention", "device", "precision", "dtype",
     "gradient_checkpointing", "fsdp", "timeout_minutes", "trust_remote_code", "allow_changed_models", "seed",
     "log_every", "save_every", "save_minutes", "keep_checkpoints", "trackers", "callbacks", "health", "stop_on",
+    "quiet", "rows_cache",
 ]  # fmt: skip
 
 

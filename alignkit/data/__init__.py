@@ -10,13 +10,19 @@ scored.py     UltraFeedback's, HelpSteer's and similar rows, rewritten to our fo
 cells.py      checks of a single cell
 columns.py    columns that a method reads besides those of a form
 convert.py    parsed rows -> rows of a kind
+detection.py  which form rows have, and what to type where they have none
 dataset.py    load(): rows of any form -> rows of a kind
 chat/         chat templates: messages -> text, where each turn begins and ends
 encoder.py    text -> token ids, control tokens kept apart from text that spells them
 tokenise.py   rows -> examples of token ids, cut to the budgets
 order.py      the places of rows in a curriculum
 blocks.py     the rows of a source -> examples, block by block
+plain.py      examples as lists and as bytes
+views.py      examples that are chosen or joined when they are asked for
 store.py      examples in flat arrays
+origin.py     what identifies the rows of a source
+kept.py       examples in a folder
+shelf.py      tokenised rows on disk, for other ranks and runs
 streaming.py  rows that are read while the run goes on
 stream.py     which examples a step reads; held-out rows; seeds
 """

@@ -26,12 +26,13 @@ def converted(
     if form.name == "rated" and kind == "pairs":
         raw = RawRows(raw.source, grouped(raw.rows), raw.textual, raw.faults)
     rows: list[Row] = []
+    known = {*wanted, *OF_TEMPLATES}
     faults = list(raw.faults)
     for number, cells in raw:
         reader = Cells(number, cells, raw.textual)
         try:
             found = _convert(parse(reader, form, kind), form, kind, reader, margins, wanted)
-            report.left |= dict.fromkeys(c for row in found for c in row.extra if c not in (*wanted, *OF_TEMPLATES))
+            report.left |= dict.fromkeys(c for row in found for c in row.extra if c not in known)
             rows.extend(found if not reader.faults else ())
         except DroppedRow as dropped:
             if not reader.faults:

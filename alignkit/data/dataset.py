@@ -21,14 +21,14 @@ wrong (None, a wrong type, an unknown role) are faults, and all faults of a sour
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, get_args
 
 from alignkit.data.columns import check_there
 from alignkit.data.convert import Wanted, converted
-from alignkit.data.forms import FORMS, KINDS, OUR_COLUMNS, Form
+from alignkit.data.detection import detect
+from alignkit.data.forms import KINDS, OUR_COLUMNS, Form
 from alignkit.data.rows import Fault, FaultyRowsError, Message, RawRows, Report, Row
 from alignkit.data.sources import read_rows
 from alignkit.data_spec import short_names
@@ -162,7 +162,7 @@ def reading_of(
         raise FaultyRowsError(raw.source, raw.faults) if raw.faults else DataError(f"{raw.source}: holds no rows")
     # a margin in some rows only is a fault in the others: a column that is half empty cannot be averaged
     margins = kind == "pairs" and any("margin" in cells for _, cells in renamed)
-    form = _detect(renamed, kind, forced)
+    form = detect(renamed, kind, forced)
     check_there(raw.source, wanted, {column for _, cells in renamed for column in cells})
     return Reading(form, kind, names, margins, wanted)
 
@@ -204,67 +204,3 @@ def _under_our_names(raw: RawRows, wanted: Mapping[str, str]) -> RawRows:
         rest = {column: value for column, value in cells.items() if column not in taken}
         rows.append((number, {**rest, **{ours: cells[theirs] for ours, theirs in wanted.items() if theirs in cells}}))
     return replace(raw, rows=rows) if wanted else raw
-
-
-def _detect(raw: RawRows, kind: DataKind, forced: str | None) -> Form:
-    # a column counts where half of the rows have it, so that a single odd row does not decide for all
-    seen = Counter(column for _, cells in raw for column in cells)
-    columns = {column for column, n in seen.items() if 2 * n >= len(raw)}
-    known = {form.name for form in FORMS}
-    if forced is not None and forced not in known:
-        raise ConfigError(
-            f"columns: unknown form '{forced}'.{nearest(forced, known)} Forms: {', '.join(sorted(known))}"
-        )
-    present = [f for f in FORMS if columns.issuperset(f.columns) and forced in (None, f.name)]
-    serving = [form for form in present if kind in form.kinds]
-    if "prompt" in columns:  # a prompt goes before what could be rewritten to one
-        serving.sort(key=lambda form: form.rewrite is not None and not {"prompt", "messages"} & {*form.asked})
-    if serving:
-        return serving[0]
-    raise DataError(_mismatch(raw.source, kind, columns, present, forced))
-
-
-def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form], forced: str | None) -> str:
-    """Return what was found, what is needed, and what to type."""
-    serving = [form for form in FORMS if kind in form.kinds]
-    ours = [form for form in serving if form.rewrite is None or form.name == "messages"]
-    choices = list(dict.fromkeys(form.name for form in ours))
-    listed = "; ".join(next(" + ".join(form.columns) for form in ours if form.name == name) for name in choices)
-    if others := dict.fromkeys(form.name for form in serving if form not in ours):
-        listed += f"; or rows of {', '.join(others)} (docs/data.md)"
-    if present:
-        found = f"found rows of the form '{present[0].name}' ({' + '.join(present[0].columns)})"
-    elif forced is not None:
-        wants = " or ".join(" + ".join(form.columns) for form in FORMS if form.name == forced)
-        found = f"the form '{forced}' needs the columns {wants}; found {', '.join(sorted(columns))}"
-    else:
-        found = f"found the columns {', '.join(sorted(columns)) or '(none)'}, which match no known form"
-    return f"{source}: {found}.\nThe method needs {kind}, which can be read from: {listed}.\n{_to_type(kind, columns)}"
-
-
-# what others call our columns, the most common name first
-_ALSO = {
-    "prompt": ("question", "instruction", "query", "problem", "input", "user", "context", "request"),
-    "completion": ("answer", "response", "output", "solution", "reply", "target", "text", "assistant"),
-    "chosen": ("preferred", "better", "accepted", "positive", "winner", "good", "chosen_response", "response_chosen"),
-    "rejected": ("dispreferred", "worse", "loser", "negative", "bad", "rejected_response", "response_rejected"),
-    "label": ("good", "thumbs_up", "liked", "rating", "feedback", "desirable"),
-}
-
-
-def _to_type(kind: DataKind, columns: set[str]) -> str:
-    """Return the option that names the columns, with the names that are probably meant."""
-    wanted = {"pairs": "pairs", "unpaired": "unpaired", "text": "completion", "prompts": "prompt"}[kind]
-    lower = {column.lower(): column for column in columns}
-    names = {
-        ours: next((lower[name] for name in (ours, *_ALSO[ours]) if name in lower), None)
-        for ours in next(form.columns for form in FORMS if form.name == wanted)
-    }
-    whole = all(names.values())
-    pairs = [(ours, theirs or "<yours>") for ours, theirs in names.items() if ours != theirs]
-    option = ",".join(f"{ours}={theirs}" for ours, theirs in pairs)
-    setting = ", ".join(f"{ours}: {theirs}" for ours, theirs in pairs)
-    return (
-        f"{'Try' if whole else 'Map your columns:'} --columns {option} (in a file, columns: {{{setting}}}), or choose "
-        "a method that reads this data."
-    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from alignkit.data.chat import Draft, Span, SpecialTokens
 from alignkit.errors import ConfigError
@@ -32,6 +33,7 @@ class Encoder:
         self.eos: int = tokenizer.eos_token_id
         plain, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         self._later: Any = None
+        self._direct = is_direct(tokenizer)
         # the tokens that the tokenizer puts first; those it puts last are not used: only completions end with EOS
         at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
         self.first: list[int] = list(full[:at])
@@ -53,12 +55,23 @@ class Encoder:
         return [found[i] for i in range(len(drafts))]
 
     def _tokens(self, texts: list[str], split: bool, offsets: bool) -> list[Encoded]:
+        if not offsets and self._direct and len(texts) > 1:
+            # transformers tokenises the first text: this sets the backend up for the others
+            first, rest = self._call(texts[:1], split, {})["input_ids"], texts[1:]
+            made = self.tokenizer.backend_tokenizer.encode_batch_fast(rest, add_special_tokens=False)
+            return [Encoded(list(first[0])), *(Encoded(one.ids) for one in made)]
         options: dict[str, Any] = {"return_offsets_mapping": True} if offsets else {}
         if offsets and not self.tokenizer.is_fast:
             raise ConfigError(
                 "answers of several turns need a fast tokenizer; give only the last turn as the completion"
             )
-        made = self.tokenizer(
+        made = self._call(texts, split, options)
+        if not offsets:
+            return [Encoded(ids) for ids in made["input_ids"]]
+        return [Encoded(ids, spans) for ids, spans in zip(made["input_ids"], made["offset_mapping"], strict=True)]
+
+    def _call(self, texts: list[str], split: bool, options: Mapping[str, Any]) -> Any:
+        return self.tokenizer(
             texts,
             add_special_tokens=False,
             split_special_tokens=split,
@@ -68,9 +81,6 @@ class Encoder:
             verbose=False,
             **options,
         )
-        if not offsets:
-            return [Encoded(ids) for ids in made["input_ids"]]
-        return [Encoded(ids, spans) for ids, spans in zip(made["input_ids"], made["offset_mapping"], strict=True)]
 
     def _careful(self, draft: Draft, text: str) -> Encoded:
         """Tokenise the pieces between the template's control tokens, so that no message can produce one."""
@@ -106,6 +116,16 @@ class Encoder:
             return self._tokens([piece], split=True, offsets=offsets)[0]
         made = self._later.encode(piece, add_special_tokens=False)
         return Encoded(made.ids, made.offsets if offsets else None)
+
+
+def is_direct(tokenizer: Any) -> bool:
+    """Return whether a tokenizer adds nothing of its own to what its backend does with a text.
+
+    Then the backend is called: transformers' copies of each encoding cost about as much as encoding.
+    """
+    cls, plain = type(tokenizer), PreTrainedTokenizerFast
+    own = (cls.__call__, getattr(cls, "_encode_plus", None))
+    return bool(tokenizer.is_fast) and own == (plain.__call__, getattr(plain, "_encode_plus", None))
 
 
 def _without_prefix(tokenizer: Any) -> Any:

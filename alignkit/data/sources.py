@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from alignkit.data.files import Item, items_of, read_file
 from alignkit.data.hub import from_datasets, is_saved, loaded, repository_of, rows_in, saved
+from alignkit.data.origin import Origin, of_dataset, of_files
 from alignkit.data.rows import Fault, RawRows, RowNumber, joined
 from alignkit.data_spec import SUFFIXES, Source, sources_of, suffix_of
 from alignkit.errors import ConfigError, DataError, nearest
@@ -66,13 +67,18 @@ def _read_named(source: Source) -> RawRows:
 
 
 class Lazy(NamedTuple):
-    """A source whose rows are read one after the other. items: begins a pass over them. The rest as in `RawRows`."""
+    """A source whose rows are read one after the other.
+
+    items: begins a pass over them. origin: what identifies them, where that is known without reading them. The rest as
+    in `RawRows`.
+    """
 
     name: str
     items: Callable[[], Iterator[Item]]
     textual: bool = False
     columns: Mapping[str, str] | None = None
     weight: float | None = None
+    origin: Origin | None = None
 
     def raw(self, items: Iterable[Item]) -> RawRows:
         """Return some of the rows, as they were read."""
@@ -83,6 +89,13 @@ class Lazy(NamedTuple):
             else:
                 raw.add(*item)
         return raw
+
+
+class Opened(NamedTuple):
+    """A source as it was opened: its name, and its parts."""
+
+    name: str
+    parts: list[Lazy]
 
 
 def open_rows(source: object) -> Lazy:
@@ -100,20 +113,22 @@ def open_rows(source: object) -> Lazy:
     return _opened(named[0], streaming=True)
 
 
-def lazy_parts(source: object) -> tuple[str, list[Lazy]]:
-    """Return the name of a source and its parts, of all that `read_rows` reads, without reading their rows.
+def lazy_parts(source: object) -> Opened:
+    """Open a source, of all that `read_rows` reads, without reading its rows; one that was opened is returned.
 
     Each part must be read to its end before the next one: their rows are numbered as `joined` does.
     """
+    if isinstance(source, Opened):
+        return source
     if isinstance(source, RawRows):
-        return source.source, [_in_memory(part) for part in source.parts or [source]]
+        return Opened(source.source, [_in_memory(part) for part in source.parts or [source]])
     named = sources_of(source)
     if named is not None:
         parts = [_opened(one) for one in named]
-        return (parts[0].name, parts) if len(parts) == 1 else (f"{len(parts)} sources", _numbered(parts))
+        return Opened(parts[0].name, parts) if len(parts) == 1 else Opened(f"{len(parts)} sources", _numbered(parts))
     if isinstance(source, (list, tuple)):
-        return "the list of rows", [Lazy("the list of rows", lambda: enumerate(source, 1))]
-    return "the dataset", [Lazy("the dataset", lambda: rows_in(source, "the dataset"))]
+        return Opened("the list of rows", [Lazy("the list of rows", lambda: enumerate(source, 1))])
+    return Opened("the dataset", [_of_dataset(source, "the dataset")])
 
 
 def _in_memory(raw: RawRows) -> Lazy:
@@ -122,15 +137,18 @@ def _in_memory(raw: RawRows) -> Lazy:
 
 def _opened(one: Source, streaming: bool = False) -> Lazy:
     if repository := repository_of(one):
-        rows = loaded(repository, streaming=streaming)
-        return Lazy(str(repository), lambda: rows_in(rows, str(repository)), False, one.columns, one.weight)
+        return _of_dataset(loaded(repository, streaming=streaming), str(repository), one)
     path = Path(one.path).expanduser()
     if is_saved(path):
-        on_disk = saved(path)
-        return Lazy(str(path), lambda: rows_in(on_disk, str(path)), False, one.columns, one.weight)
+        return _of_dataset(saved(path), str(path), one)
     paths = _files_of(path)
     items = partial(items_of, path) if paths == [path] else partial(_items_of_all, paths)
-    return Lazy(str(path), items, suffix_of(paths[0]) == ".csv", one.columns, one.weight)
+    return Lazy(str(path), items, suffix_of(paths[0]) == ".csv", one.columns, one.weight, of_files(paths))
+
+
+def _of_dataset(rows: object, name: str, one: Source | None = None) -> Lazy:
+    columns, weight = (None, None) if one is None else (one.columns, one.weight)
+    return Lazy(name, lambda: rows_in(rows, name), False, columns, weight, of_dataset(rows))
 
 
 def _numbered(parts: Sequence[Lazy]) -> list[Lazy]:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from alignkit.data.store import Selected
+from alignkit.data.views import Selected, raws
 from alignkit.errors import DataError
 from alignkit.types import Example
 
@@ -39,10 +39,12 @@ class Stream:
         if self.steps_per_epoch == 0:
             raise DataError(f"{len(examples)} usable rows are too few: a step needs at least {max(min_batch, 1)}")
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-        self._keys = torch.tensor([e.order or 0.0 for e in examples], dtype=torch.float64)
-        self._members: dict[str, list[int]] = {}
-        for i, example in enumerate(examples):
-            self._members.setdefault(example.source, []).append(i)
+        orders = array("d")
+        self._members: dict[str, array[int]] = {}
+        for i, raw in enumerate(raws(examples)):
+            orders.append(raw.order or 0.0)
+            self._members.setdefault(raw.source, array("q")).append(i)
+        self._keys = torch.tensor(orders, dtype=torch.float64)
         self.quotas = quotas(weights, len(examples), self._members) if weights else {}
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
@@ -160,7 +162,7 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[S
     """Split into (train, held out) without a common prompt, each in its order. Raises DataError if train is empty."""
     if not fraction:
         return examples, []
-    prompts = sorted({e.prompt.numpy().tobytes() for e in examples})
+    prompts = sorted({raw.prompt for raw in raws(examples)})
     order = torch.randperm(len(prompts), generator=seeded(seed, 1, 0)).tolist()
     n_held = max(1, round(fraction * len(prompts)))
     if n_held >= len(prompts):
@@ -169,8 +171,8 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[S
         )
     held = {prompts[i] for i in order[:n_held]}
     sides = array("q"), array("q")
-    for i, e in enumerate(examples):
-        sides[e.prompt.numpy().tobytes() in held].append(i)
+    for i, raw in enumerate(raws(examples)):
+        sides[raw.prompt in held].append(i)
     return Selected(examples, sides[0]), Selected(examples, sides[1])
 
 

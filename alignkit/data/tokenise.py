@@ -7,20 +7,20 @@ exactly the tokens of the whole text, and the tokens after the common prefix bel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from alignkit.config import RunConfig
 from alignkit.data import Dataset
-from alignkit.data.chat import Chat, Draft, common, render
+from alignkit.data.chat import Chat, Draft, Span, common, render
 from alignkit.data.encoder import Encoded, Encoder
+from alignkit.data.plain import Answer, Tokenised
 from alignkit.data.rows import Report, Row
 from alignkit.errors import ConfigError
-from alignkit.types import Completion, Example
+from alignkit.types import Example
 
-__all__ = ["tokenise", "tokenise_as"]
+__all__ = ["tokenise", "tokenise_as", "tokenised", "tokenised_as"]
 
 PLAIN = Chat()
 SPELLED = "rows with special tokens in their text, read as plain text without special_tokens_in_text: true"
@@ -42,6 +42,18 @@ def tokenise(
     ModelError for a template that does not end, FaultyRowsError (a DataError) for rows that the template refuses or
     from whose answers it leaves something out.
     """
+    made, report = tokenised(dataset, tokenizer, max_prompt_tokens, max_completion_tokens, chat)
+    return [one.example() for one in made], report
+
+
+def tokenised(
+    dataset: Dataset,
+    tokenizer: Any,
+    max_prompt_tokens: int | None = None,
+    max_completion_tokens: int | None = None,
+    chat: Chat = PLAIN,
+) -> tuple[list[Tokenised], Report]:
+    """Do what `tokenise` does, without tensors: for many rows, which go to a store."""
     for name, limit in (("max_prompt_tokens", max_prompt_tokens), ("max_completion_tokens", max_completion_tokens)):
         if limit is not None and limit < 1:
             raise ConfigError(f"{name} is {limit}; give 1 or more, or null for no limit")
@@ -49,18 +61,21 @@ def tokenise(
     report = Report(total=dataset.report.total)
     limits = _Limits(max_prompt_tokens, max_completion_tokens)
     drafts = _drafts(dataset, encoder, chat)
-    examples = []
-    for draft, encoded in zip(drafts, encoder.encode(drafts), strict=True):
-        example = _example(draft, encoded, encoder, limits, report)
-        if example is not None:
-            examples.append(example)
-    return examples, report
+    pairs = zip(drafts, encoder.encode(drafts), strict=True)
+    found = (_tokenised(draft, encoded, encoder, limits, report) for draft, encoded in pairs)
+    return [one for one in found if one is not None], report
 
 
 def tokenise_as(config: RunConfig, dataset: Dataset, tokenizer: Any) -> tuple[list[Example], Report]:
     """Turn every row into an Example as a run with these settings does. Raises as `tokenise`."""
+    made, report = tokenised_as(config, dataset, tokenizer)
+    return [one.example() for one in made], report
+
+
+def tokenised_as(config: RunConfig, dataset: Dataset, tokenizer: Any) -> tuple[list[Tokenised], Report]:
+    """Do what `tokenise_as` does, without tensors."""
     limits = config.max_prompt_tokens, config.max_completion_tokens
-    return tokenise(dataset, tokenizer, *limits, Chat.of(config))
+    return tokenised(dataset, tokenizer, *limits, Chat.of(config))
 
 
 class _Limits(NamedTuple):
@@ -93,14 +108,16 @@ def _text_draft(row: Row, encoder: Encoder) -> Draft:
 
 @dataclass
 class _Answer:
-    """A completion's tokens and which of them are learned; cut: whether its end was removed."""
+    """A completion's tokens and which of them are learned, None for all; cut: whether its end was removed."""
 
     ids: list[int]
-    trained: list[bool]
+    trained: list[bool] | None
     cut: bool = False
 
 
-def _example(draft: Draft, encoded: list[Encoded], encoder: Encoder, limits: _Limits, report: Report) -> Example | None:
+def _tokenised(
+    draft: Draft, encoded: list[Encoded], encoder: Encoder, limits: _Limits, report: Report
+) -> Tokenised | None:
     """Split off the common prompt, end and cut the completions; None (and a count) where nothing is left to learn."""
     number = draft.row.row
     prompt, *whole = encoded
@@ -108,7 +125,7 @@ def _example(draft: Draft, encoded: list[Encoded], encoder: Encoder, limits: _Li
     head = [] if draft.control and isinstance(draft.row.prompt, list) else encoder.first
     context, cut = _context(prompt.ids[:border], head, encoder, limits.prompt)
     answers = [_answer(draft, k, text, border, encoder, limits.completion) for k, text in enumerate(whole)]
-    if any(not any(answer.trained) or answer.ids == [encoder.eos] for answer in answers):
+    if any(_is_empty(answer, encoder.eos) for answer in answers):
         report.drop("with an answer that became empty", number)
         return None
     if len(answers) == 2 and answers[0].ids == answers[1].ids:
@@ -124,12 +141,15 @@ def _example(draft: Draft, encoded: list[Encoded], encoder: Encoder, limits: _Li
         report.note(SPELLED, number)
     for note in draft.notes:
         report.note(note, number)
-    completions = tuple(_completion(answer) for answer in answers)
-    prompt_ids = torch.tensor(context, dtype=torch.int32)
-    if completions:
-        return Example(prompt_ids, completions, draft.row.numbers, number, declared=draft.row.declared)
     row = draft.row
-    return Example(prompt_ids, (), row.numbers, number, row.prompt, row.extra, declared=row.declared)
+    if not answers:
+        return Tokenised(context, (), row.numbers, number, row.prompt, row.extra, row.declared)
+    return Tokenised(context, tuple(map(_plain, answers)), row.numbers, number, declared=row.declared)
+
+
+def _is_empty(answer: _Answer, eos: int) -> bool:
+    """Return whether nothing of an answer is learned, or its end only."""
+    return not answer.ids or answer.ids == [eos] or not (answer.trained is None or any(answer.trained))
 
 
 def _context(ids: list[int], head: list[int], encoder: Encoder, limit: int | None) -> tuple[list[int], bool]:
@@ -146,19 +166,23 @@ def _context(ids: list[int], head: list[int], encoder: Encoder, limit: int | Non
 
 def _answer(draft: Draft, k: int, text: Encoded, border: int, encoder: Encoder, limit: int | None) -> _Answer:
     ids = text.ids[border:]
-    trained = [True] * len(ids)
     spans = draft.spans[k]
-    if spans is not None:
-        at = [tuple(len(draft.restored(draft.texts[k][:end])) for end in span) for span in spans]
-        # a token that spans the beginning of a turn belongs to the turn; one that spans its end does not
-        trained = [any(a < end <= b for a, b in at) for _, end in (text.offsets or [])[border:]]
+    trained = None if spans is None else _learned(draft, k, spans, (text.offsets or [])[border:])
     if not draft.ended[k] and ids[-1:] != [encoder.eos]:
-        ids, trained = [*ids, encoder.eos], [*trained, spans is None or bool(spans)]
+        ids.append(encoder.eos)
+        if trained is not None:
+            trained.append(bool(spans))
     if limit is None or len(ids) <= limit:
         return _Answer(ids, trained)
-    return _Answer(ids[:limit], trained[:limit], cut=True)
+    return _Answer(ids[:limit], None if trained is None else trained[:limit], cut=True)
 
 
-def _completion(answer: _Answer) -> Completion:
-    mask = None if all(answer.trained) else torch.tensor(answer.trained)
-    return Completion(torch.tensor(answer.ids, dtype=torch.int32), mask)
+def _learned(draft: Draft, k: int, spans: Sequence[Span], offsets: Sequence[Span]) -> list[bool]:
+    """Return which tokens are learned; offsets: the characters of each."""
+    at = [tuple(len(draft.restored(draft.texts[k][:end])) for end in span) for span in spans]
+    # a token that spans the beginning of a turn belongs to the turn; one that spans its end does not
+    return [any(a < end <= b for a, b in at) for _, end in offsets]
+
+
+def _plain(answer: _Answer) -> Answer:
+    return Answer(answer.ids, None if answer.trained is None or all(answer.trained) else answer.trained)

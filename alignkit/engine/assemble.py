@@ -21,8 +21,8 @@ from accelerate.utils import (
 )
 
 from alignkit.config import RunConfig
-from alignkit.data.store import Selected
 from alignkit.data.stream import Stream
+from alignkit.data.views import Selected
 from alignkit.engine.optimizers import build_optimizer
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online

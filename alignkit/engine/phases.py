@@ -60,7 +60,7 @@ class Run:
 
     def read(self) -> Splits:
         """Read, check and tokenise the rows. Raises DataError."""
-        self.splits = reading.read(self.config, self.method, self.tokenizer)
+        self.splits = reading.read(self.config, self.method, self.tokenizer, keep=self.config.rows_cache)
         return self.splits
 
     def build(self) -> RunState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -13,10 +14,13 @@ from typing import Any
 from alignkit.config import RunConfig
 from alignkit.data import Dataset, Report
 from alignkit.data.blocks import encoded
-from alignkit.data.sources import open_rows
+from alignkit.data.plain import Tokenised
+from alignkit.data.shelf import FOLDER, key_of, shelved
+from alignkit.data.sources import lazy_parts, open_rows
 from alignkit.data.stream import hold_out
 from alignkit.data.streaming import Streamed
-from alignkit.data.tokenise import tokenise_as
+from alignkit.data.tokenise import tokenise_as, tokenised_as
+from alignkit.data.views import raws
 from alignkit.engine.state import Splits
 from alignkit.method import Method
 from alignkit.rewards import columns_read
@@ -25,35 +29,36 @@ from alignkit.types import Example
 logger = logging.getLogger(__name__)
 
 
-def read(config: RunConfig, method: Method[Any], tokenizer: Any) -> Splits:
-    """Read, check and tokenise the rows. Raises DataError with every fault; logs what was dropped."""
+def read(config: RunConfig, method: Method[Any], tokenizer: Any, keep: bool = False) -> Splits:
+    """Read, check and tokenise the rows. Raises DataError with every fault; logs what was dropped.
+
+    keep: use the rows that are kept beside the runs, and keep them there.
+    """
     streamed = _streamed(config, method, tokenizer) if config.streaming else None
     left: dict[str, None] = {}
     if streamed is None:
-        train, weights = _examples(config.data, config, method, tokenizer, left, config.order_by)
+        train, weights = _examples(config.data, config, method, tokenizer, left, keep, config.order_by)
     else:
         train, weights = streamed.first, {}
         left |= streamed.left
     if config.eval_data is not None:
-        held_out, _ = _examples(config.eval_data, config, method, tokenizer, left)
+        held_out, _ = _examples(config.eval_data, config, method, tokenizer, left, keep)
     else:
         train, held_out = hold_out(train, config.eval_fraction, config.seed)
     _name_unread(config, method, left)
-    digest = hashlib.sha256()
-    for e in chain(train, held_out):
-        for part in (e.prompt, *(t for c in e.completions for t in (c.tokens, c.trained_at))):
-            digest.update(len(part).to_bytes(4, "little") + part.numpy().tobytes())
-        digest.update(json.dumps(sorted(e.numbers.items())).encode())
-        digest.update(json.dumps(e.columns, sort_keys=True, default=str).encode())
-        if e.declared:
-            digest.update(json.dumps(e.declared, sort_keys=True, default=str).encode())
-        if e.order is not None or weights:
-            digest.update(json.dumps([e.source, e.order]).encode())
-    if weights:
-        digest.update(json.dumps(weights).encode())
     if streamed is None:
         logger.info("%d rows to train on, %d held out", len(train), len(held_out))
-    return Splits(train, held_out, digest.hexdigest(), weights, streamed)
+    return Splits(train, held_out, digest(train, held_out, weights), weights, streamed)
+
+
+def digest(train: Sequence[Example], held_out: Sequence[Example], weights: Mapping[str, float]) -> str:
+    """Return the sha256 of all examples, which a resumed run compares."""
+    whole = hashlib.sha256()
+    for raw in chain(raws(train), raws(held_out)):
+        whole.update(raw.digested(placed=bool(weights)))
+    if weights:
+        whole.update(json.dumps(weights).encode())
+    return whole.hexdigest()
 
 
 def _name_unread(config: RunConfig, method: Method[Any], left: Collection[str]) -> None:
@@ -83,17 +88,40 @@ def _encode(config: RunConfig, tokenizer: Any, dataset: Dataset) -> tuple[list[E
     return tokenise_as(config, dataset, tokenizer)
 
 
+def _tokenised(config: RunConfig, tokenizer: Any, dataset: Dataset) -> tuple[list[Tokenised], Report]:
+    return tokenised_as(config, dataset, tokenizer)
+
+
 def _examples(
     source: Any,
     config: RunConfig,
     method: Method[Any],
     tokenizer: Any,
     left: dict[str, None],
+    keep: bool,
     order_by: str | None = None,
 ) -> tuple[Sequence[Example], Mapping[str, float]]:
     """Return the examples of a source, and the weights of its parts. left: gets the columns that are left over."""
-    found = encoded(source, method.data, config.columns, partial(_encode, config, tokenizer), order_by, method.columns)
+    opened, encode = lazy_parts(source), partial(_tokenised, config, tokenizer)
+    make = partial(encoded, opened, method.data, config.columns, encode, order_by, method.columns, _Counter())
+    key = key_of(opened, method.data, config, tokenizer, order_by, method.columns) if keep else None
+    found = make() if key is None else shelved(config.output / FOLDER, key, make)
     left |= found.report.left
     for line in found.lines():
         logger.info(line)
     return found.examples, found.weights
+
+
+class _Counter:
+    """Logs how many rows were read, at most every few seconds."""
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= self.SECONDS:
+            self._last = now
+            logger.info("%s rows read and tokenised so far", f"{rows:,}")

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from alignkit.config import RunConfig
-from alignkit.data.store import Joined
 from alignkit.data.stream import Stream
 from alignkit.data.streaming import Streamed
+from alignkit.data.views import Joined
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online
 from alignkit.method import Method

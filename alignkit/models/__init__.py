@@ -6,6 +6,7 @@ refusals.py    what is said where a model cannot be loaded safely
 adapters/      low-rank adapters, and the model before they were trained; what they leave out
 quantised.py   a frozen base in 4 bits
 towers.py      the language model of a multimodal one, and the rest of it, which is frozen
+embedding_noise.py  NEFTune's noise
 scoring.py     trunk, the positions that predict, head: log-probabilities of the targets
 values.py      models with a scalar output: reward models, critics
 critic.py      where PPO's critic comes from

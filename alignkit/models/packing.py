@@ -9,6 +9,7 @@ rotary frequencies depend on the length (`Layout.switch`), completions with diff
 
 from __future__ import annotations
 
+from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -144,18 +145,14 @@ def _counts(most: int) -> Iterator[int]:
 
 def _best_fit(lengths: list[int], capacity: int) -> tuple[list[int], list[int], int]:
     """Best-fit decreasing into rows of `capacity`; the width is that of the fullest row."""
-    used: list[int] = []
+    rows: list[tuple[int, int]] = []  # of each row what is used, and its number below 0; sorted
     row_of, start_of = [0] * len(lengths), [0] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [r for r, n in enumerate(used) if n + lengths[i] <= capacity]
-        if fitting:
-            row = max(fitting, key=lambda r: used[r])
-        else:
-            row = len(used)
-            used.append(0)
-        row_of[i], start_of[i] = row, used[row]
-        used[row] += lengths[i]
-    return row_of, start_of, max(used)
+        fullest = bisect_right(rows, (capacity - lengths[i], 0)) - 1  # of those with room; of equal ones the first
+        used, number = rows.pop(fullest) if fullest >= 0 else (0, -len(rows))
+        row_of[i], start_of[i] = -number, used
+        insort(rows, (used + lengths[i], number))
+    return row_of, start_of, rows[-1][0]
 
 
 def tree_mask(rows: PackedRows, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -8,6 +8,7 @@ not the method, learning rate, row order, data set or folder. So sweeps, resumed
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alignkit.data.store import Selected
+from alignkit.data.views import Selected, raws
 from alignkit.models.loading import causal_lm
 from alignkit.models.rope import switch_of
 from alignkit.reference.cache import LogpCache, default_path
@@ -95,10 +96,11 @@ def cached_logps(examples: Sequence[Example], cache: Cache, fingerprint: str, sc
     """Return the reference's log-probabilities of all trained tokens, float32 [C]; `score` computes missing ones."""
     keys = [_keys(e, fingerprint) for e in examples]
     found = cache.get([k for ks in keys for k in ks])
-    missing = [e for e, ks in zip(examples, keys, strict=True) if any(k not in found for k in ks)]
+    missing = [(e, ks) for e, ks in zip(examples, keys, strict=True) if any(k not in found for k in ks)]
     if missing:
         # a stored value wins over a value that was just computed, so that every reader sees the same
-        found = _compute(missing, cache, fingerprint, score) | found
+        scored = _compute([e for e, _ in missing], [ks for _, ks in missing], cache, fingerprint, score)
+        found = scored | found
     return torch.cat([torch.empty(0), *(found[k] for ks in keys for k in ks)])
 
 
@@ -120,12 +122,12 @@ def fill(
     rank, world: each rank takes its share of the examples, whatever the cache holds; no rank waits.
     """
     cache.use(fingerprint)
-    lengths = [e.n_tokens for e in examples]
+    lengths = [raw.n_tokens for raw in raws(examples)]
     own = Selected(examples, sorted(range(len(examples)), key=lambda i: -lengths[i])[rank::world])
-    missing = list(_missing(own, cache, fingerprint))
-    done = 0
-    for batch in _cut(Selected(own, missing), batch_tokens):
-        _compute(batch, cache, fingerprint, score)
+    missing = dict(_missing(own, cache, fingerprint))
+    keys, done = iter(missing.values()), 0
+    for batch in _cut(Selected(own, [*missing]), batch_tokens):
+        _compute(batch, list(itertools.islice(keys, len(batch))), cache, fingerprint, score)
         done += len(batch)
         if progress:
             progress(done, len(missing))
@@ -135,8 +137,8 @@ def _keys(example: Example, fingerprint: str) -> list[bytes]:
     return [key(fingerprint, example.prompt, c.tokens, c.trained_at) for c in example.completions]
 
 
-def _missing(examples: Sequence[Example], cache: Cache, fingerprint: str) -> Iterator[int]:
-    """Yield the indices of examples with missing values; only the first of several with the same tokens."""
+def _missing(examples: Sequence[Example], cache: Cache, fingerprint: str) -> Iterator[tuple[int, list[bytes]]]:
+    """Yield the indices and keys of examples with missing values; only the first of several with the same tokens."""
     claimed: set[bytes] = set()
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
@@ -145,7 +147,7 @@ def _missing(examples: Sequence[Example], cache: Cache, fingerprint: str) -> Ite
         for i, ks in enumerate(keys, start):
             if not claimed.issuperset(ks):
                 claimed.update(ks)
-                yield i
+                yield i, ks
 
 
 def _cut(examples: Sequence[Example], batch_tokens: int) -> Iterator[list[Example]]:
@@ -161,12 +163,13 @@ def _cut(examples: Sequence[Example], batch_tokens: int) -> Iterator[list[Exampl
         yield batch
 
 
-def _compute(examples: list[Example], cache: Cache, fingerprint: str, score: Score) -> dict[bytes, Tensor]:
+def _compute(
+    examples: list[Example], keys: list[list[bytes]], cache: Cache, fingerprint: str, score: Score
+) -> dict[bytes, Tensor]:
     """Score the examples and store the values in one transaction; values that are not finite are never stored."""
     logps_C = score(examples).detach().to("cpu", torch.float32)
-    keys = [k for e in examples for k in _keys(e, fingerprint)]
     parts = logps_C.split([n for e in examples for n in e.n_trained])
-    values = dict(zip(keys, parts, strict=True))
+    values = dict(zip((k for ks in keys for k in ks), parts, strict=True))
     cache.put({k: v for k, v in values.items() if bool(v.isfinite().all())}, fingerprint)
     return values
 

@@ -13,7 +13,6 @@ SAME = (
     "temperature", "top_p", "top_k", "max_new_tokens", "importance_sampling_level", "mask_truncated_completions",
     "chat_template_kwargs", "rpo_alpha", "delta", "top_entropy_quantile", "entropy_coef", "normalize_advantages",
 )  # fmt: skip
-MIXED = {"sigmoid", "robust", "hinge"}  # losses that DPO can add up
 DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}
 
 
@@ -23,9 +22,10 @@ def loss_of(given: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, A
     types = [types] if isinstance(types, str) else list(types)
     weights = dict(zip(types, given.get("loss_weights") or [1.0] * len(types), strict=False))
     losses = [t for t in types if t not in trainer["added"]]
-    if len(losses) > 1 and trainer["method"] == "dpo" and set(losses) <= MIXED:
-        mixed = {"method": "dpo", "loss_weights": {t: float(weights[t]) for t in losses}}
-        return mixed | {ours: weights[t] for t, ours in trainer["added"].items() if t in types}
+    mixed = next((ours for ours, able in trainer["mixed"].items() if len(losses) > 1 and {*losses} <= {*able}), None)
+    if mixed is not None:
+        sums = {"method": trainer["method"], mixed: {t: float(weights[t]) for t in losses}}
+        return sums | {ours: weights[t] for t, ours in trainer["added"].items() if t in types}
     if len(losses) > 1 or any(t not in trainer["losses"] for t in losses) or (types and not losses):
         offered = ", ".join(trainer["losses"])
         raise ConfigError(
