@@ -32,7 +32,7 @@ class PPO(Method["PPO.Config"]):
     trains = ("policy", "critic")
     lora_learning_rate = 1e-5
     epochs_per_batch = 4
-    demo_settings = {"learning_rate": 2e-4, "batch_size": 32, "epochs": 4, "epochs_per_batch": 2, "beta": 0.1}
+    demo_settings = {"learning_rate": 1.2e-4, "batch_size": 32, "epochs": 4, "epochs_per_batch": 2, "beta": 0.1}
 
     class Config(MethodConfig):
         """Settings of PPO."""
