@@ -53,11 +53,12 @@ def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None
             n_sequences, beyond = n_sequences + 1, beyond + bool(limit and n_tokens > limit)
             most = max(most, (n_tokens, example.row))
     if beyond:
+        completions = "sampling.max_new_tokens" if longest else "max_completion_tokens"
         rotary = getattr(config, "rope_parameters", None) is not None
         extend = ", or extend the positions by rope_parameters in its config.json, if it was made for that"
         raise ModelError(
             f"{beyond} of {n_sequences} sequences are longer than the model's {limit} positions, the longest {most[0]} "
-            f"tokens (row {most[1]}); lower max_prompt_tokens and max_completion_tokens to {limit} in "
+            f"tokens (row {most[1]}); lower max_prompt_tokens and {completions} to {limit} in "
             f"total{extend if rotary else ''}"
         )
 
