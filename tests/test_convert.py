@@ -202,6 +202,21 @@ def test_a_grpo_config_counts_prompts_and_updates(tmp_path: Path) -> None:
     assert "use_vllm" in names(found)
 
 
+def test_what_a_script_sets_on_its_model_and_later_is_carried_over_or_named(tmp_path: Path) -> None:
+    script = """
+bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+model = AutoModelForCausalLM.from_pretrained("m", quantization_config=bits, revision="abc", trust_remote_code=True)
+args = SFTConfig("out", max_steps=200)
+args.learning_rate = 2e-4
+trainer = SFTTrainer(model, args=args, train_dataset=load_dataset("a/b"), peft_config=LoraConfig(r=8))
+"""
+    found = converted(tmp_path, script)
+    assert (found.settings["quantize"], found.settings["lora"]["r"], found.settings["model"]) == ("nf4", 8, "m")
+    left = dict(found.left)
+    assert left["learning_rate"] == "line 5 assigns it later; set it by hand"
+    assert {name.partition(" ")[0] for name in left} >= {"model_revision", "trust_remote_code"}
+
+
 def test_a_script_with_a_reward_function_says_what_to_give(tmp_path: Path) -> None:
     script = """
 def short(completions, **columns):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +181,19 @@ def test_a_reward_that_reads_nothing_ends_the_run_before_it_samples(chat: dict[s
     with pytest.raises(RewardError, match="reward 'broken' failed in a probe"):
         alignkit.run(**chat, reward=broken)
     assert not list(tmp_path.rglob("completions.jsonl"))
+
+
+def test_a_probe_has_the_time_of_a_call_and_names_what_quits() -> None:
+    def hangs(completions: Any) -> list[float]:
+        time.sleep(30)
+        return []
+
+    def quits(completions: Any) -> list[float]:
+        sys.exit(0)
+
+    for reward, words in (
+        (hangs, r"'hangs' failed on row 1.* within 0\.3 s"),
+        (quits, r"'quits' failed.*SystemExit: 0"),
+    ):
+        with pytest.raises(RewardError, match=words):
+            build_rewards(reward, timeout=0.3).probe(chats("what?"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -166,6 +167,16 @@ def test_what_has_its_own_limit_has_no_other(tmp_path: Path) -> None:
             {"choices": [{"message": {"role": "assistant", "content": "Score: 5"}}]})))[1]  # fmt: skip
         spec = {"use": "llm", "url": chat.url, "model": "m", "cache_file": tmp_path / "c"}
         assert build_rewards(spec, timeout=0.1).score(ANSWERS).total == [0.5] * 3
+
+
+def test_a_function_that_returns_after_its_time_as_if_nothing_had_happened_is_late() -> None:
+    def swallows(completions: Any) -> list[float]:
+        with contextlib.suppress(BaseException):
+            time.sleep(30)
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"'swallows' failed on row 30.* did not return within 0\.3 s"):
+        build_rewards(swallows, timeout=0.3).score(ANSWERS)
 
 
 def test_no_limit_is_no_limit() -> None:

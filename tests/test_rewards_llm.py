@@ -310,7 +310,7 @@ def test_a_text_file_in_the_caches_place_stays_and_is_said(
     rewards = build_rewards(spec | {"cache_file": file})
     assert rewards.score(answers("a", "b")).total == rewards.score(answers("a", "b")).total == [0.5, 0.5]
     assert len(chat.requests) == 2  # the second time from memory
-    (said,) = caplog.messages
+    (said,) = [m for m in caplog.messages if "judgements" in m]
     assert "the judgements" in said
     assert "cache_file" in said
     assert "The run continues without it" in said
@@ -328,7 +328,7 @@ def test_a_damaged_cache_of_judgements_is_set_aside(
     damaged = file.read_bytes()
     assert score(spec, many) == [0.5] * 60
     assert len(chat.requests) == 120
-    (said,) = caplog.messages
+    (said,) = [m for m in caplog.messages if "judgements" in m]
     (aside,) = file.parent.glob("judgements.sqlite.damaged-*[0-9]")
     assert str(aside) in said
     assert aside.read_bytes() == damaged
@@ -350,7 +350,7 @@ def test_a_full_disk_costs_no_reply(
     chat.script(chat_reply("Score: 5" + " " * 9000))
     assert rewards.score(long).total == rewards.score(long).total == [0.5] * 4
     assert len(chat.requests) == 4
-    (said,) = caplog.messages
+    (said,) = [m for m in caplog.messages if "judgements" in m]
     assert "database or disk is full" in said
 
 

@@ -28,9 +28,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     score = Reference._score
 
-    def counted(self: Reference, examples: Any) -> torch.Tensor:
+    def counted(self: Reference, examples: Any, *more: Any) -> torch.Tensor:
         seen.append(len(examples))
-        return score(self, examples)
+        return score(self, examples, *more)
 
     monkeypatch.setattr(Reference, "_score", counted)
     return seen

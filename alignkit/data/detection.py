@@ -51,7 +51,7 @@ def _mismatch(source: str, kind: DataKind, columns: set[str], present: list[Form
 _ALSO = {
     "prompt": ("question", "instruction", "query", "problem", "input", "user", "context", "request"),
     "completion": ("answer", "response", "output", "solution", "reply", "target", "text", "assistant"),
-    "chosen": ("preferred", "better", "accepted", "positive", "winner", "good", "chosen_response", "response_chosen"),
+    "chosen": ("better", "accepted", "positive", "good", "chosen_response", "response_chosen"),
     "rejected": ("dispreferred", "worse", "loser", "negative", "bad", "rejected_response", "response_rejected"),
     "label": ("good", "thumbs_up", "liked", "rating", "feedback", "desirable"),
 }

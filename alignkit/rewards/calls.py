@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
+from alignkit.errors import RewardError
 from alignkit.rewards.answers import Answers
 from alignkit.rewards.event_loop import EventLoop
-from alignkit.rewards.functions import Function, Values
-from alignkit.rewards.limits import Deadline, LateError, interrupted, place_of
+from alignkit.rewards.functions import Function, Values, called
+from alignkit.rewards.limits import Deadline, LateError
 from alignkit.rewards.probing import Given, made_up, probed
 
 TIMEOUT = 600.0  # seconds; the default of `reward_timeout`
@@ -38,7 +39,7 @@ class Functions:
         columns, for made-up answers. Raises RewardError where a function cannot read these.
         """
         if any(function.reads is None for function in self._functions) and (made := made_up(answers)):
-            self._functions = [f if f.reads else probed(f, made, given(made)) for f in self._functions]
+            self._functions = [f if f.reads else probed(f, made, given(made), self._limit(f)) for f in self._functions]
 
     def call(self, answers: Answers, given: Mapping[str, Any]) -> list[Values]:
         """Call every function, the async ones concurrently.
@@ -67,15 +68,11 @@ class Functions:
     def _called(self, function: Function, answers: Answers, arguments: Mapping[str, Any]) -> object:
         deadline = Deadline(self._limit(function))
         try:
-            with interrupted(deadline):
-                return function.call(**arguments)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a user's function may raise anything, and call sys.exit
-            if why := deadline.passed():  # a function may have caught the interruption, and raise something else
+            return called(function, answers, arguments, deadline)
+        except RewardError:
+            if deadline.passed():
                 self._hung.add(function.name)
-                raise function.failed(answers, LateError(why + place_of(error))) from error
-            raise function.failed(answers, error) from error
+            raise
 
     def _awaited(self, answers: Answers, waiting: Mapping[int, Mapping[str, Any]]) -> dict[int, object]:
         self._loop = self._loop or EventLoop()

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from alignkit.data.rows import shown
 from alignkit.errors import AlignkitError, ConfigError, RewardError, at_place, nearest
 from alignkit.rewards.answers import Answers, text_of
-from alignkit.rewards.limits import LateError
+from alignkit.rewards.limits import Deadline, LateError, interrupted, place_of
 
 Values = list[float | None]
 Reads = Literal["text", "messages"]
@@ -160,6 +160,22 @@ class Function:
         what = str(error) if isinstance(error, AlignkitError | LateError) else raised
         more = f" and {len(answers) - 1} more" if len(answers) > 1 else ""
         return RewardError(f"{self.kind} '{self.name}' failed on {answers.place(0)}{more}: {what}")
+
+
+def called(function: Function, answers: Answers, arguments: Mapping[str, Any], deadline: Deadline) -> object:
+    """Call a function that is not async. Raises RewardError for whatever it raises, and where it is late."""
+    try:
+        with interrupted(deadline):
+            found = function.call(**arguments)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's function may raise anything, and call sys.exit
+        if why := deadline.passed():  # a function may have caught the interruption, and raise something else
+            raise function.failed(answers, LateError(why + place_of(error))) from error
+        raise function.failed(answers, error) from error
+    if why := deadline.passed():  # or return as if nothing had happened
+        raise function.failed(answers, LateError(why))
+    return found
 
 
 def known_of(answers: Answers, prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import Any
 from alignkit.data.rows import Content, shown
 from alignkit.errors import RewardError, first_line
 from alignkit.rewards.answers import Answers
-from alignkit.rewards.functions import Function
+from alignkit.rewards.functions import Function, called
+from alignkit.rewards.limits import Deadline
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +47,17 @@ def made_up(answers: Answers) -> Answers | None:
     )
 
 
-def probed(function: Function, answers: Answers, given: Mapping[str, Any]) -> Function:
-    """Return the function with what it reads.
+def probed(function: Function, answers: Answers, given: Mapping[str, Any], seconds: float | None) -> Function:
+    """Return the function with what it reads. seconds: its time-out for a call.
 
     A function that fails on text, as code does that was given another type, reads messages if it does not fail on
-    these. Raises RewardError where it fails on both in this way; other errors are left to the run.
+    these. Raises RewardError where it fails on both in this way, hangs, or quits; other errors are left to the run.
     """
-    as_text = _failure(replace(function, reads="text"), answers, given)
+    as_text = _failure(replace(function, reads="text"), answers, given, seconds)
     if not isinstance(as_text, _SHAPE):
         return replace(function, reads="text")
     what = f"{function.kind} '{function.name}'"
-    as_messages = _failure(found := replace(function, reads="messages"), answers, given)
+    as_messages = _failure(found := replace(function, reads="messages"), answers, given, seconds)
     if as_messages is None:
         logger.info("%s gets completions as messages: it cannot read text (%s)", what, first_line(as_text))
         return found
@@ -68,10 +69,13 @@ def probed(function: Function, answers: Answers, given: Mapping[str, Any]) -> Fu
     ) from as_text
 
 
-def _failure(function: Function, answers: Answers, given: Mapping[str, Any]) -> Exception | None:
+def _failure(function: Function, answers: Answers, given: Mapping[str, Any], seconds: float | None) -> Exception | None:
     arguments = copy.deepcopy(function.arguments(answers, given))  # it may change what it is given
+    deadline = Deadline(seconds)
     try:
-        function.call(**arguments)
-    except Exception as error:  # a user's function may raise anything
-        return error
+        called(function, answers, arguments, deadline)
+    except RewardError as error:
+        if deadline.passed() or not isinstance(error.__cause__, Exception):  # sys.exit is no Exception
+            raise
+        return error.__cause__
     return None

@@ -90,7 +90,7 @@ def test_slopes_are_derivatives_of_the_divergences(divergence, h):
         "js": lambda u: u * math.log(u) - (u + 1) * math.log((u + 1) / 2),
         "alpha": lambda u: (u ** (1 - a) - (1 - a) * u - a) / (a * (a - 1)),
     }[divergence]
-    config = DPO.Config(divergence=divergence, divergence_alpha=a)
+    config = DPO.Config(divergence=divergence, **({"divergence_alpha": a} if divergence == "alpha" else {}))
     assert numeric_derivative(f, u) == pytest.approx(slope(config, h), rel=1e-4, abs=1e-4)
 
 
@@ -172,3 +172,17 @@ def test_smoothing_of_a_hinge_is_refused():
 
 def test_plugin_brings_dpo():
     assert alignkit_dpo.register_methods() == [DPO]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sync_alpha": 0.3}, "sync_alpha has an effect with sync_every only"),
+        ({"divergence_alpha": 0.3}, "divergence_alpha has an effect with divergence: alpha only"),
+        ({"loss_type": "hinge", "loss_weights": {"sigmoid": 1.0}}, "loss_weights takes the place of loss_type"),
+        ({"loss_weights": {"hinge": 1.0}, "label_smoothing": 0.1}, "label_smoothing has no effect"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        DPO.Config(**settings)

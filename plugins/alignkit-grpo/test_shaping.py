@@ -252,7 +252,7 @@ def by_example(batch):
     [
         ({"delta": 1.2}, r"delta is 1\.2, not above 1 \+ clip_high = 1\.2; raise it"),
         ({"delta": 1.25, "variant": "dapo"}, r"not above 1 \+ clip_high = 1\.28"),
-        ({"delta": 2.0, "variant": "cispo"}, "delta has no effect on variant: cispo"),
+        ({"delta": 2.0, "variant": "cispo"}, "variant: cispo has clip_high only"),
     ],
 )
 def test_a_second_clip_without_effect_is_refused(wrong, message):

@@ -9,7 +9,7 @@ from alignkit.errors import ConfigError
 from alignkit.insight.convert.work import Work
 
 SAME = (
-    "ld_alpha", "f_alpha_divergence_coef", "desirable_weight", "undesirable_weight", "center_rewards_coefficient",
+    "ld_alpha", "desirable_weight", "undesirable_weight", "center_rewards_coefficient",
     "temperature", "top_p", "top_k", "max_new_tokens", "importance_sampling_level", "mask_truncated_completions",
     "chat_template_kwargs", "rpo_alpha", "delta", "top_entropy_quantile", "entropy_coef", "normalize_advantages",
 )  # fmt: skip
@@ -56,6 +56,9 @@ def learning(work: Work) -> None:
     divergence = work.get("f_divergence_type")
     if divergence not in (None, "reverse_kl"):
         work.put("divergence", DIVERGENCES.get(divergence, divergence))
+    work.done.add("f_alpha_divergence_coef")
+    if divergence == "alpha_divergence":
+        work.same(["f_alpha_divergence_coef"])
     if work.get("sync_ref_model"):
         work.same(["ref_model_sync_steps", "ref_model_mixup_alpha"])
     work.done |= {"ref_model_sync_steps", "ref_model_mixup_alpha"}
@@ -71,7 +74,8 @@ def learning(work: Work) -> None:
 def _policy_gradient(work: Work, beta: float | None) -> None:
     clip, high = work.get("epsilon"), work.get("epsilon_high")
     variant = work.settings.get("variant")
-    work.put("clip", clip)
+    if variant != "cispo":  # it clips above only
+        work.put("clip", clip)
     if variant == "cispo":  # TRL's number is the ratio itself
         if high is None or high <= 1:
             raise ConfigError("loss_type: cispo needs epsilon_high above 1, the largest ratio; 5.0 is usual")

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ConfigError
-from alignkit.trl_names import trainers
+from alignkit.trl_names import table, trainers
 
 _SPLITS = {"train_dataset": "dataset_train_split", "eval_dataset": "dataset_test_split"}
-_OF_MODEL = ("model_name_or_path", "dtype", "torch_dtype", "attn_implementation")
+_OF_MODEL = (  # arguments of from_pretrained
+    "model_name_or_path", "dtype", "torch_dtype", "attn_implementation", "revision", "trust_remote_code",
+)  # fmt: skip
 _SECOND = {  # positional arguments after the model
     "GRPOTrainer": "reward_funcs",
     "RLOOTrainer": "reward_funcs",
@@ -37,9 +39,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Script:
-    """A script's configurations, its trainers by their configuration's name, and the names that are assigned once."""
+    """A script's configurations, its trainers by their configuration's name, and the names that are assigned once.
+
+    later: attributes of objects that are assigned, with their lines.
+    """
 
     configs: tuple[Call, ...]
+    later: tuple[tuple[str, int], ...]
     trainers: Mapping[str, ast.Call]
     names: Mapping[str, ast.expr]
 
@@ -61,6 +67,8 @@ class Script:
                 given.update(self._read(name, node))
             except _Unread as error:
                 unread.append((name, f"line {node.lineno} computes it: {error}; set it by hand"))
+        fields = table()
+        unread += [(n, f"line {line} assigns it later; set it by hand") for n, line in self.later if n in fields]
         return given, lines, tuple(unread)
 
     def _of_trainer(self, trainer: ast.Call | None) -> Iterator[tuple[str, ast.expr]]:
@@ -84,10 +92,14 @@ class Script:
         if not isinstance(node, ast.Call) or _name(node) != "from_pretrained":
             return {"model_name_or_path": self._value(node)}
         given = dict(_arguments(node, "model_name_or_path"))
-        kept = {
-            k: given[k] for k in ("model_name_or_path", "dtype", "torch_dtype", "attn_implementation") if k in given
-        }
-        return {k: self._value(self._resolved(v)) for k, v in kept.items()}
+        found = {k: self._value(self._resolved(v)) for k, v in given.items() if k in _OF_MODEL}
+        if "revision" in found:
+            found["model_revision"] = found.pop("revision")
+        quantised = self._resolved(given["quantization_config"]) if "quantization_config" in given else None
+        if isinstance(quantised, ast.Call):
+            bits = {k: self._value(v) for k, v in _arguments(quantised) if k in ("load_in_4bit", "load_in_8bit")}
+            return found | bits
+        return found
 
     def _rows(self, name: str, node: ast.expr) -> dict[str, Any]:
         part = None
@@ -127,7 +139,12 @@ def read_script(text: str, path: Path) -> Script:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     configs = sorted((Call(_name(c), c.lineno, c) for c in calls if _name(c) in trainers()), key=lambda c: c.line)
     of_config = {_name(c).removesuffix("Trainer") + "Config": c for c in calls if _name(c).endswith("Trainer")}
-    return Script(tuple(configs), of_config, _assigned_once(tree))
+    later = sorted((n.attr, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and _stored(n))
+    return Script(tuple(configs), tuple(later), of_config, _assigned_once(tree))
+
+
+def _stored(node: ast.Attribute) -> bool:
+    return isinstance(node.ctx, ast.Store)
 
 
 def _assigned_once(tree: ast.Module) -> dict[str, ast.expr]:

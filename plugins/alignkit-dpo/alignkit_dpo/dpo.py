@@ -73,6 +73,10 @@ class DPO(Method["DPO.Config"]):
                 raise ValueError("loss_weights takes the place of loss_type; remove loss_type")
             if self.label_smoothing and self.weights.keys() == {"hinge"}:
                 raise ValueError("label_smoothing has no effect on loss_type: hinge; use sigmoid or robust")
+            if self.sync_every is None and self.sync_alpha != 0.6:
+                raise ValueError("sync_alpha has an effect with sync_every only; set sync_every, or remove it")
+            if self.divergence != "alpha" and self.divergence_alpha != 0.5:
+                raise ValueError("divergence_alpha has an effect with divergence: alpha only; remove it")
             return self
 
         @property

@@ -61,8 +61,8 @@ class GRPO(Method["GRPO.Config"]):
 
         @model_validator(mode="after")
         def _delta_is_beyond_the_clip(self) -> Any:
-            if self.delta is not None and self.variant == "cispo":
-                raise ValueError("delta has no effect on variant: cispo, which clips every ratio; remove it")
+            if self.variant == "cispo" and (self.delta is not None or self.clip != 0.2):
+                raise ValueError("variant: cispo has clip_high only, without clip and delta; remove them")
             if self.delta is not None and self.delta <= 1 + self.high:
                 raise ValueError(f"delta is {self.delta:g}, not above 1 + clip_high = {1 + self.high:g}; raise it")
             return self
