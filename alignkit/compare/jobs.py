@@ -93,7 +93,7 @@ def demo_task(folder: Path, seed: int, methods: Iterable[str]) -> Task:
     train, test = world.questions(seed)
     base = recipes.train_base(Engine(output=folder / "data", seed=seed), folder / "data", train, seed)
     return Task(
-        model=str(base.folder / "model"),
+        model=str(base.folder),
         data=str(world.write_jsonl(folder / "data/pairs.jsonl", world.judged_rows(train))),
         eval_data=str(world.write_jsonl(folder / "data/held-out.jsonl", world.judged_rows(test))),
         settings={"cache_file": str(folder / "reference.sqlite"), "sampling": recipes.LENGTH.model_dump()},
