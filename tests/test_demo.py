@@ -268,4 +268,4 @@ def test_grpo_raises_the_reward_near_the_base(tmp_path: Path, capsys: pytest.Cap
     figures = dict(re.findall(r"^ (\w[^%\d]+?) +[\d.%-]+ +([\d.]+)", table, re.MULTILINE))
     assert float(figures["mean reward"]) > 0.85
     assert float(figures["win rate against the base"]) > 60
-    assert 0.5 < float(figures["KL to the base (nats per sequence)"]) < 10
+    assert 0.1 < float(figures["KL to the base (nats per sequence)"]) < 10
