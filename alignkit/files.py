@@ -1,7 +1,8 @@
-"""Writing files and folders completely or not at all, and what is left of those that were not."""
+"""Files and folders: writing them completely or not at all, what is left of others, and their content's sum."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -75,6 +76,12 @@ def remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file's content, in hexadecimal digits. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def alive(pid: int) -> bool:

@@ -196,7 +196,7 @@ def test_a_full_disk_and_a_folder_of_others_are_one_warning(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(kept, "_sha256", full)
+        patched.setattr(kept, "sha256", full)
         assert len(read(config, tokenizer).train) == 9
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "No space left on device" in caplog.text

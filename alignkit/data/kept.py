@@ -5,7 +5,6 @@ Every process of a machine that maps rows.bin shares its pages.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from array import array
@@ -19,6 +18,7 @@ from alignkit.data.blocks import Encoded
 from alignkit.data.dataset import Dataset
 from alignkit.data.rows import Report, RowNumber
 from alignkit.data.store import Arrays, Examples
+from alignkit.files import sha256
 
 VERSION = 1  # of the format
 _ROWS, _ABOUT = "rows.bin", "about.json"
@@ -47,14 +47,14 @@ def write(folder: Path, made: Encoded) -> None:
             file.write(b"\0" * (-file.tell() % _ALIGNED))
             places[name] = [np.asarray(values).dtype.str, file.tell(), len(values)]
             file.write(np.asarray(values).data)
-    text = json.dumps({**about, "arrays": places, "sha256": _sha256(folder / _ROWS)})
+    text = json.dumps({**about, "arrays": places, "sha256": sha256(folder / _ROWS)})
     (folder / _ABOUT).write_text(text, encoding="utf-8")
 
 
 def read(folder: Path) -> Encoded:
     """Map what `write` wrote. Raises OSError, and ValueError, KeyError or TypeError where it is damaged."""
     about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    if _sha256(folder / _ROWS) != about["sha256"]:
+    if sha256(folder / _ROWS) != about["sha256"]:
         raise ValueError(f"{_ROWS} is not what was written")
     whole = np.asarray(np.memmap(folder / _ROWS, np.uint8, "r"))
     every = {
@@ -141,8 +141,3 @@ def _read_report(about: Mapping[str, Any]) -> Report:
 
 def _number(row: int) -> Any:
     return [int(row), row.own, row.file] if isinstance(row, RowNumber) else row
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

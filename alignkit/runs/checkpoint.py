@@ -8,7 +8,6 @@ folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.errors import CheckpointError, first_line
-from alignkit.files import leftovers, remove, share, sync
+from alignkit.files import leftovers, remove, sha256, share, sync
 from alignkit.runs.runstate import (
     check_finite,
     flatten_optimizer,
@@ -152,7 +151,7 @@ def _seal(temporary: Path) -> None:
     share(temporary)
     for path in sorted(temporary.iterdir()):
         sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     sync(temporary)
     manifest = temporary / "manifest.json"
     manifest.write_text(json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8")
@@ -183,7 +182,7 @@ def _read(path: Path) -> Loaded:
                 raise CheckpointError(f"{name} is missing")
             if file.stat().st_size != entry["size"]:
                 raise CheckpointError(f"{name} has {file.stat().st_size} bytes, but {entry['size']} were written")
-            if _sha256(file) != entry["sha256"]:
+            if sha256(file) != entry["sha256"]:
                 raise CheckpointError(f"{name} has changed since it was written: its sha256 differs")
         head = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = {}
@@ -237,8 +236,3 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     mine = [p for p in _checkpoints(folder) if int(p.name[5:].removesuffix(".new")) <= step]
     for path in mine[max(keep, 1) :]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

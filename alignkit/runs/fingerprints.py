@@ -9,7 +9,6 @@ its weights. Endpoints are known by their settings in config.yaml.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from torch import nn
 
 from alignkit.config import RunConfig
 from alignkit.errors import ConfigError, ModelError
-from alignkit.files import replace_text
+from alignkit.files import replace_text, sha256
 from alignkit.reference.keys import weights_digest
 
 logger = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ def _content(value: Any) -> dict[str, str]:
         return {}
     if _is_folder(value):
         files = sorted(p for p in Path(value).iterdir() if p.suffix in _KINDS and p.is_file())
-        return {p.name: _sha256(p)[:16] for p in files}
+        return {p.name: sha256(p)[:16] for p in files}
     return _commit(str(value))
 
 
@@ -144,8 +143,3 @@ def _difference(place: str, before: Mapping[str, Any], now: Mapping[str, Any]) -
     parts = [f"{n} was {was}, is {is_}" for n, was, is_ in pairs if was != is_]
     more = f" and {len(parts) - 3} more files" if len(parts) > 3 else ""
     return f"{place} '{now['given']}': {', '.join(parts[:3])}{more}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,6 @@ minute. No host name, user name or folder is written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -31,7 +30,7 @@ from torch import nn
 
 from alignkit.config import RunConfig, validated
 from alignkit.errors import AlarmError, ConfigError
-from alignkit.files import replace_text
+from alignkit.files import replace_text, sha256
 from alignkit.reference.reference import Reference
 
 FILE = "sessions.json"
@@ -178,10 +177,7 @@ def peak_memory(gpu: bool) -> int:
 def digest(source: object) -> str | None:
     """Return the sha256 of a data file, None where the source is not a file."""
     path = Path(source) if isinstance(source, str | Path) else None
-    if path is None or not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path) if path is not None and path.is_file() else None
 
 
 def facts(
