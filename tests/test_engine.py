@@ -157,6 +157,16 @@ def test_resume_refuses_other_settings_other_rows_and_a_run_that_is_not_there(se
         alignkit.run("dpo", data=rows, **settings)
 
 
+def test_other_rows_are_refused_before_a_model_is_loaded(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"name": "r", "save_every": 2}
+    alignkit.run("dpo", data=make_rows("pairs", 12), **settings)
+    monkeypatch.setattr("alignkit.engine.assemble.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(CheckpointError, match="the rows differ from those of"):
+        alignkit.run("dpo", data=make_rows("pairs", 12, seed=1), resume=True, **settings)
+
+
 def test_resume_refuses_rows_with_other_labels(settings: dict[str, Any]) -> None:
     rows = make_rows("unpaired", 12)
     settings |= {"name": "r", "save_every": 2}

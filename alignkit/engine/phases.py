@@ -12,6 +12,7 @@ from alignkit.config import RunConfig, split
 from alignkit.engine import assemble, reading
 from alignkit.engine.loop import Loop
 from alignkit.engine.model_folder import check_space, save_model
+from alignkit.engine.saving import check_rows
 from alignkit.engine.state import RunState, Splits
 from alignkit.lora_settings import LoraSettings
 from alignkit.models.loading import load_tokenizer
@@ -78,6 +79,8 @@ class Run:
                 moved = fingerprints.check(folder, config)
                 config_file.write_config(folder, written, config.resume, self._defaults(), moved)
             logger.info("run: %s", folder)
+            if config.resume:
+                check_rows(folder, self.splits)
             parts = assemble.build(config, self.method, self.splits, self.tokenizer, self.ranks)
             self.state = RunState(config, self.method, self.splits, parts, folder, written, callbacks=self._callbacks)
             if accelerator.is_main_process:

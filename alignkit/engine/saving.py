@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from alignkit.engine.model_folder import clear_leftovers
-from alignkit.engine.state import RunState
+from alignkit.engine.state import RunState, Splits
 from alignkit.errors import CheckpointError
 from alignkit.runs import checkpoint
 
@@ -78,11 +79,22 @@ def restore(state: RunState) -> int:
     return found.step
 
 
+def check_rows(run: Path, splits: Splits) -> None:
+    """Compare the rows of a resumed run with its newest checkpoint's, before models score them. Raises OtherRows."""
+    newest = checkpoint.newest_state(run / "checkpoints")
+    if newest is not None and newest[1].get("rows", splits.digest) != splits.digest:
+        raise _other_rows(newest[0])
+
+
+def _other_rows(path: Path) -> checkpoint.OtherRows:
+    return checkpoint.OtherRows(f"the rows differ from those of {path}; resume with the same data")
+
+
 def _take(state: RunState, found: checkpoint.Loaded) -> None:
     """Give a run the state in a checkpoint. Raises CheckpointError naming what does not fit."""
     parts, kept = state.parts, found.state
     if kept["rows"] != state.splits.digest:
-        raise checkpoint.OtherRows(f"the rows differ from those of {found.path}; resume with the same data")
+        raise _other_rows(found.path)
     if found.step > state.total_steps:
         raise CheckpointError(f"its step is {found.step}, but the run has {state.total_steps} steps")
     checkpoint.set_model_state(parts.policy, found.tensors["model"])

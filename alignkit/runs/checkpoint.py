@@ -136,6 +136,14 @@ def load(
     return None
 
 
+def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint and its state, neither verified; None where none can be read."""
+    for path in _checkpoints(folder):
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            return path, dict(json.loads((path / "state.json").read_text(encoding="utf-8"))["state"])
+    return None
+
+
 def remove_step(folder: Path, step: int) -> None:
     """Remove the checkpoint of a step, and `folder` with the last one."""
     for path in _checkpoints(folder):
