@@ -1,10 +1,10 @@
-"""What `alignkit demo` shows: style, facts and KL before and after each method, by seed and number of threads.
+"""What `alignkit demo` shows: style, facts and KL before and after each method, by seed.
 
-    python benchmarks/demo.py --json demo.json
-    python benchmarks/demo.py --methods dpo,grpo --seeds 0,1 --counts 1
+    python benchmarks/demo.py --threads 1 --json demo.json
+    python benchmarks/demo.py --methods dpo,grpo --seeds 0,1
     python benchmarks/demo.py --tiny              few questions and steps: does everything run?
 
-Each line is a demo: `alignkit demo METHOD --seed S`, with the base of a seed and number of threads trained once. The
+Each line is a demo: `alignkit demo METHOD --seed S`, with the base of a seed trained once. The
 last lines are the largest loss of facts and the smallest gain in style of each method. Exit code 1 where a demo failed.
 """
 
@@ -58,7 +58,6 @@ def main() -> int:
     parser = common.parser_of(__doc__)
     parser.add_argument("--methods", help="comma-separated (default: all)")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="comma-separated")
-    parser.add_argument("--counts", default="1,2", help="numbers of threads, comma-separated")
     args = common.parsed(parser)
     common.hide_scripts()
     import torch
@@ -66,26 +65,23 @@ def main() -> int:
     from alignkit.demo import recipes
 
     methods = common.chosen(parser, "--methods", args.methods or ("dpo" if args.tiny else None), recipes.offered())
-    seeds, counts = (
-        ([0], [1]) if args.tiny else ([*map(int, args.seeds.split(","))], [*map(int, args.counts.split(","))])
-    )
+    seeds = [0] if args.tiny else [*map(int, args.seeds.split(","))]
     if args.tiny:
         shrink()
+    torch.set_num_threads(args.threads)
     lines, failed = [], 0
     with tempfile.TemporaryDirectory() as work:
-        for threads in counts:
-            torch.set_num_threads(threads)
-            os.environ["ALIGNKIT_DEMO"] = str(Path(work) / f"bases-{threads}")
-            for seed in seeds:
-                for method in methods:
-                    try:
-                        figures = measured(method, seed, Path(work) / f"{threads}-{seed}")
-                    except Exception:
-                        traceback.print_exc()
-                        failed += 1
-                        continue
-                    lines.append({"method": method, "seed": seed, "threads": threads, **figures})
-                    print("  ".join(f"{k} {v}" for k, v in lines[-1].items()), flush=True)
+        os.environ["ALIGNKIT_DEMO"] = str(Path(work) / "bases")
+        for seed in seeds:
+            for method in methods:
+                try:
+                    figures = measured(method, seed, Path(work) / str(seed))
+                except Exception:
+                    traceback.print_exc()
+                    failed += 1
+                    continue
+                lines.append({"method": method, "seed": seed, **figures})
+                print("  ".join(f"{k} {v}" for k, v in lines[-1].items()), flush=True)
     for method in methods:
         of = [line for line in lines if line["method"] == method]
         if of:

@@ -120,7 +120,7 @@ def test_demo(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "dpo: smallest gain in style " in done.stdout
     (one,) = json.loads((tmp_path / "d.json").read_text())["demos"]
-    assert (one["method"], one["seed"], one["threads"]) == ("dpo", 0, 1)
+    assert (one["method"], one["seed"]) == ("dpo", 0)
 
 
 def test_plan() -> None:

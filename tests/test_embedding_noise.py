@@ -13,8 +13,9 @@ from alignkit.errors import ConfigError
 from alignkit.models.embedding_noise import ALPHA
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import trunk
+from alignkit.runs.folder import read_metrics
 from alignkit.types import Completion, Example, Layout
-from helpers import make_rows
+from helpers import killed_before, make_rows
 
 
 def seen(model: Any, batch: Any) -> torch.Tensor:
@@ -66,6 +67,16 @@ def test_a_run_with_noise_differs_and_is_repeated(settings: dict[str, Any]) -> N
         alignkit.run("sft", **settings, data=rows, neftune_alpha=alpha).metrics["loss"] for alpha in (None, 5.0, 5.0)
     ]
     assert losses[0] != losses[1] == losses[2]
+
+
+def test_a_run_that_was_killed_repeats_its_noise(settings: dict[str, Any]) -> None:
+    settings |= {"data": make_rows("text", 12), "neftune_alpha": 5.0, "save_every": 2}
+    whole = alignkit.run("sft", name="whole", **settings)
+    with killed_before(4):
+        alignkit.run("sft", name="halves", **settings)
+    halves = alignkit.run("sft", name="halves", resume=True, **settings)
+    losses = [[line.get("loss") for line in read_metrics(run.folder)] for run in (whole, halves)]
+    assert losses[0] == losses[1]
 
 
 def test_a_method_that_computes_a_ratio_has_no_noise(settings: dict[str, Any]) -> None:

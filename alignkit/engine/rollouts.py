@@ -25,6 +25,7 @@ from alignkit.models.passes import Autocast
 from alignkit.models.ranks import Ranks
 from alignkit.reference.reference import Reference
 from alignkit.rewards import Answers, Scores
+from alignkit.rewards.answers import text_of
 from alignkit.rollout import Draw, Mixture, Sampled, sample
 from alignkit.rollout.completions import answers_of, with_completions
 from alignkit.runs.folder import StepLines
@@ -94,7 +95,7 @@ class Online:
         if draw.mixture is not None:
             others = self.sample(ctx, batch.examples, draw, draw.mixture)
             against = self.answers(batch.examples, others)
-            lines |= {"wins": self.compare(answers, against), "against": list(map(_text, against.completions))}
+            lines |= {"wins": self.compare(answers, against), "against": list(map(text_of, against.completions))}
             grown = grown.attach(per_completion={"wins": _float32(lines["wins"], batch.device)})
         measured = sampled_metrics(ctx.sum, sampled, lines, draw.n)
         ctx.log(**{f"{draw.prefix}{name}": value for name, value in measured.items()})
@@ -172,7 +173,7 @@ class Online:
         for i, (row, prompt, completion) in enumerate(
             zip(answers.rows, answers.prompts, answers.completions, strict=True)
         ):
-            about = {"training": training, "row": row, "prompt": prompt, "completion": _text(completion)}
+            about = {"training": training, "row": row, "prompt": prompt, "completion": text_of(completion)}
             about |= {"number": i, "tokens": answers.lengths[i], "ended": answers.ended[i]}
             self.lines.write(step, about | {k: v[i] for k, v in more.items()}, flush=False)
         self.lines.flush()
@@ -197,7 +198,3 @@ class Online:
 
 def _float32(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])

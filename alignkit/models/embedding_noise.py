@@ -1,8 +1,8 @@
 """NEFTune (2310.05914): uniform noise in the embeddings of a pass that is learned from.
 
 The noise of a token is uniform in +- alpha / sqrt(L d): L is the number of tokens of its tree (its prompt and all of
-its answers), d the width of an embedding. It comes from torch's generator, whose state is in checkpoints, so a resumed
-run repeats it; another cut of a step draws other noise, as dropout does.
+its answers), d the width of an embedding. It comes from torch's generator, of which a checkpoint holds the first rank's
+state: a resumed run of one process repeats it. Another cut of a step draws other noise, as dropout does.
 """
 
 from __future__ import annotations
