@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from alignkit import Advice, Batch, Context, DataFacts, Method, MethodConfig, Models, Term, rollout_metrics
-from alignkit_grpo.shaping import EPSILON
+from alignkit_grpo.shaping import EPSILON, of_step
 from alignkit_kernels import policy_loss, sequence_sum
 
 
@@ -52,10 +52,8 @@ class RLOO(Method["RLOO.Config"]):
             return batch
         old = batch["old_logps"] if "old_logps" in batch else ctx.models.policy(batch).logps
         advantages, counted = self._advantages(batch, old)
-        n = ctx.sum(counted.sum())
-        centred = advantages - ctx.mean(advantages.double(), counted)
-        deviation = (ctx.mean(centred.square(), counted) * n / (n - 1).clamp(min=1)).sqrt()
-        normal = (centred / (deviation + EPSILON) * counted).to(advantages.dtype)
+        mean, deviation = of_step(advantages, counted, ctx)
+        normal = ((advantages - mean) / (deviation + EPSILON) * counted).to(advantages.dtype)
         return batch.attach(per_completion={"advantages": normal})
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:

@@ -31,12 +31,17 @@ def group_advantages(rewards: Tensor, scored: Tensor, scale: str, ctx: Context) 
         variance = centred.square().sum(1, keepdim=True) / (n_scored - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + EPSILON)
     elif scale == "batch":
-        n_all = ctx.sum(n_scored.sum())
-        squares = (rewards - ctx.mean(rewards.double(), scored)).square()
-        variance = ctx.mean(squares, scored) * n_all / (n_all - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + EPSILON).to(centred.dtype)
+        centred = centred / (of_step(rewards, scored, ctx)[1] + EPSILON).to(centred.dtype)
     # equal rewards may differ from their mean by rounding
     return torch.where(spread & scored, centred, 0.0).flatten(), spread
+
+
+def of_step(values: Tensor, counted: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    """Return mean and sample standard deviation of the counted values of a step on all ranks, float64 scalars."""
+    values, n = values.double(), ctx.sum(counted.sum())
+    mean = ctx.mean(values, counted)
+    variance = ctx.mean((values - mean).square(), counted) * n / (n - 1).clamp(min=1)
+    return mean, variance.sqrt()
 
 
 def unbiased_kl(logps: Tensor, old_logps: Tensor, reference_logps: Tensor) -> Tensor:
