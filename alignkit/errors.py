@@ -60,7 +60,7 @@ class AlarmError(AlignkitError):
     """An alarm in `stop_on` ended a run; its checkpoint is saved."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return an error's kind and first line, of 300 characters at most."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
 

@@ -22,6 +22,7 @@ import alignkit
 from alignkit.engine import model_folder
 from alignkit.engine.loop import Loop
 from alignkit.errors import CheckpointError
+from alignkit.files import sha256
 from alignkit.runs import checkpoint
 from alignkit.runs.log import RunLog
 from helpers import make_rows
@@ -230,7 +231,7 @@ def resealed(path: Path, change: Any) -> None:
     change(path, load_file, save_file)
     manifest = json.loads((path / "manifest.json").read_text())
     for name, entry in manifest["files"].items():
-        entry |= {"size": (path / name).stat().st_size, "sha256": checkpoint._sha256(path / name)}
+        entry |= {"size": (path / name).stat().st_size, "sha256": sha256(path / name)}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -94,6 +94,6 @@ def test_the_plugins_example_runs(name: str, place: SimpleNamespace) -> None:
 def test_the_run_pages_examples_run(place: SimpleNamespace) -> None:
     (place.folder / "config.yaml").write_text("method: dpo\nmodel: MODEL\ndata: prefs.jsonl\nname: mine\n")
     for language, text in blocks("docs/run.md"):
-        for finished in place.folder.glob("runs/*/model") if "--resume" in text else ():
+        for finished in place.folder.glob("runs/*/model") if "resume" in text else ():
             shutil.rmtree(finished)  # what is left is a run that was killed
         execute(language, text, place)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from alignkit.config import RunConfig
 from alignkit.engine.optimizers import state_bytes
-from alignkit.errors import AlignkitError, ModelError, first_line
+from alignkit.errors import AlignkitError, ModelError, PluginError, first_line
 from alignkit.insight.plan.dry_run import collect, few_blocks, layers_of, learn, trunks
 from alignkit.insight.plan.experts import products_without_values
 from alignkit.insight.plan.ledger import Ledger
@@ -35,6 +35,7 @@ from alignkit.rollout.noise import GumbelNoise
 from alignkit.types import Batch, Example, Layout
 
 FEW = (2, 3)  # layers of a dry run
+NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)  # a tensor's numbers were asked for
 # The C library keeps memory free between tensors on a CPU: some bytes, a fraction of all tensors and, with adapters,
 # whose small tensors lie between the large ones, a fraction of the tensors kept for the backward. Fitted to
 # benchmarks/plan.py.
@@ -88,10 +89,11 @@ def memory(work: Work) -> Memory:
     """Estimate the memory of a run. Raises ModelError where a configuration does not determine its model."""
     try:
         return _memory(work, FakeTensorMode(allow_non_fake_inputs=True))
-    except AlignkitError:
-        raise
     except Exception as error:  # an architecture may branch on values, which do not exist here
-        raise ModelError(f"the memory of this model cannot be planned: {first_line(error)}") from error
+        cause = error.__cause__ if isinstance(error, PluginError) else error  # it does so inside a method's loss
+        if isinstance(error, AlignkitError) and not isinstance(cause, NO_VALUES):
+            raise
+        raise ModelError(f"the memory of this model cannot be planned: {first_line(cause or error)}") from error
 
 
 def _memory(work: Work, mode: FakeTensorMode) -> Memory:
