@@ -27,11 +27,13 @@ class Sampled:
     """A sampled completion.
 
     tokens: including the token that ended it, or the one that completed a stop string. ended: whether it ended this
-    way; False where it was cut.
+    way; False where it was cut. logps: the sampler's own log-probabilities of the tokens, in nats; None where it computes
+    what the trainer computes.
     """
 
     tokens: list[int]
     ended: bool
+    logps: list[float] | None = None
 
 
 @dataclass(frozen=True)
