@@ -39,18 +39,19 @@ def main() -> int:
         print(json.dumps(measured(args.case, Path(args.work))))
         return 0
     names = common.chosen(parser, "--only", args.only, CASES)
-    n = 9000 if args.tiny else args.rows
+    # the tiny rows are longer ones: a source of less than 1 MiB is not kept
+    n, words = (250, 40) if args.tiny else (args.rows, 1)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
-        found = {name: of_process(name, n, Path(folder), args.threads) for name in names}
+        found = {name: of_process(name, n, words, Path(folder), args.threads) for name in names}
     return common.finish(args, [table(found)], {}, {"cases": found})
 
 
-def of_process(name: str, n: int, folder: Path, threads: int) -> dict[str, Any]:
+def of_process(name: str, n: int, longer: int, folder: Path, threads: int) -> dict[str, Any]:
     """Measure one case in a new process."""
     path = folder / f"{name.split(',')[0]}.jsonl"
     if not path.exists():
-        common.write_jsonl(path, rows_of(name.split("-")[0], n))
+        common.write_jsonl(path, rows_of(name.split("-")[0], n, longer))
     command = [sys.executable, __file__, "--case", name, "--work", str(folder), "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -59,14 +60,14 @@ def of_process(name: str, n: int, folder: Path, threads: int) -> dict[str, Any]:
     return found
 
 
-def rows_of(kind: str, n: int) -> Any:
-    """Yield short rows: a prompt of 12 words, answers of 10."""
+def rows_of(kind: str, n: int, longer: int) -> Any:
+    """Yield short rows: a prompt of 12 words, answers of 10; or `longer` times as many."""
     import random
 
     rng, words = random.Random(0), WORDS.split()
 
     def text(size: int) -> str:
-        return " ".join(rng.choice(words) for _ in range(size))
+        return " ".join(rng.choice(words) for _ in range(longer * size))
 
     def said(role: str, content: str) -> list[dict[str, str]]:
         return [{"role": role, "content": content}]

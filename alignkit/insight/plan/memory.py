@@ -192,7 +192,7 @@ def _dry_run(work: Work, module: Any, n_layers: int) -> tuple[Counter[str], list
     for tensor in (*module.parameters(), *module.buffers()):
         ledger.count(tensor, "weights")
     logits = work.config.max_tokens * causal_lm(_policy(module)).config.get_text_config().vocab_size
-    cast = torch.autocast("cpu", torch.bfloat16) if work.bf16 else contextlib.nullcontext()
+    cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if work.bf16 else contextlib.nullcontext()
     with few_blocks(logits), products_without_values(), ledger, cast:
         micros, roles = collect(work.config, work.method, module, work.layout, work.examples)
         found = learn(work.method, module, micros[0], roles, ledger)
