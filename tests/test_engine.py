@@ -315,7 +315,7 @@ def test_no_copies_of_the_weights_in_16_bits_stay_beside_checkpointed_layers(
             with Ledger() as ledger:
                 state.parts.roles.policy(batch)
             peaks.append(sum(ledger.peak.values()))
-    copies = 4 * 2 * (128 * 128 * 3 + 128 * 256 * 3)  # of four layers: q, k, v, o with half the heads in k and v; the MLP
+    copies = 4 * 2 * (128 * 128 * 3 + 128 * 256 * 3)  # of four layers: q, k, v (k and v of half the heads), o, MLP
     assert peaks[1] - peaks[0] < copies / 3
 
 
