@@ -60,8 +60,8 @@ def contenders(tiny: bool) -> dict[str, Callable[[int], Any]]:
     group, tokens = (TINY_GROUP, TINY_TOKENS) if tiny else (GROUP, TOKENS)
 
     def own(backend: Any) -> Callable[[int], Any]:
-        how = Sampling(max_new_tokens=tokens, backend=backend)
-        return lambda turn: sample(model, tokenizer, prompts, how, n=group, seed=turn)
+        how = Sampling(max_new_tokens=tokens)
+        return lambda turn: sample(model, tokenizer, prompts, how, n=group, seed=turn, backend=backend)
 
     return {
         BASELINE: own("generate"),

@@ -1,6 +1,8 @@
 """Sampling completions from a model.
 
-sampling.py      sample(): checks, and the choice of a backend
+sampler.py       the contract of samplers: a request, what was sampled, versions of weights
+sampling.py      sample(): checks, and the choice of a backend of this process
+backends.py      the sampler of a run, by the name of its backend
 draws.py         a call of `ctx.rollouts`, checked
 batched.py       padded batches by transformers' `generate`, each prompt computed once
 mixture.py       the geometric mixture of a policy and its reference
@@ -11,9 +13,9 @@ tool_calls.py    tool calls in sampled text
 checks.py        whether rewards, judge and sampling settings fit a method
 """
 
-from alignkit.rollout.batched import Sampled
 from alignkit.rollout.draws import Draw
 from alignkit.rollout.mixture import Mixture
+from alignkit.rollout.sampler import Request, Sampled, Sampler, Setup
 from alignkit.rollout.sampling import sample
 
-__all__ = ["Draw", "Mixture", "Sampled", "sample"]
+__all__ = ["Draw", "Mixture", "Request", "Sampled", "Sampler", "Setup", "sample"]
