@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from alignkit.errors import ConfigError
 
 LOCAL = ("generate", "continuous")  # they sample in the process that trains
+HOTTEST = 2.0  # of vLLM 0.32
 # of a run that samples by servers; they do not change what is sampled, so that a resumed run may change them
 FREE = ("urls", "key_env", "timeout", "retries", "backoff", "concurrency", "sync", "sync_folder", "sync_timeout")
 
@@ -70,6 +71,8 @@ class Rollout(BaseModel):
         """Raise ValueError where the backend cannot do what `sampling` asks for."""
         if self.backend == "continuous" and (why := continuous_lacks(sampling)):
             raise ValueError(why)
+        if self.backend == "vllm" and sampling.temperature > HOTTEST:
+            raise ValueError(f"vLLM samples at temperatures up to {HOTTEST:g}; lower sampling.temperature")
 
 
 def local_backend(rollout: Rollout, who: str) -> str:

@@ -8,6 +8,14 @@ batched.py       padded batches by transformers' `generate`, each prompt compute
 mixture.py       the geometric mixture of a policy and its reference
 noise.py         the random numbers of a sequence, independent of its batch
 continuous.py    transformers' continuous batching
+vllm.py          vLLM servers as a sampler
+vllm_requests.py a request as vLLM takes it, and its reply, checked
+spread.py        prompts spread over servers; those that failed are asked again
+servers.py       HTTP with a server, and which failures may pass
+sync.py          how weights get to servers
+transfer.py      vLLM's own transfer of weights between GPUs
+published.py     weights as a folder: whole or absent, adapters alone or merged
+known_prompt.py  which weights a server has in force, by a prompt that the trainer scores too
 completions.py   sampled tokens as a batch of trees, and as text for rewards
 tool_calls.py    tool calls in sampled text
 checks.py        whether rewards, judge and sampling settings fit a method

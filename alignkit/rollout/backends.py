@@ -9,9 +9,10 @@ from alignkit.config import RunConfig
 from alignkit.errors import ConfigError, PluginError, at_place, nearest
 from alignkit.rollout.sampler import Sampler, Setup
 from alignkit.rollout.sampling import Local
+from alignkit.rollout.vllm import Vllm
 from alignkit.rollout_settings import LOCAL
 
-BACKENDS = (*LOCAL,)
+BACKENDS = (*LOCAL, "vllm")
 
 
 def build_sampler(setup: Setup) -> Sampler:
@@ -19,6 +20,8 @@ def build_sampler(setup: Setup) -> Sampler:
     name = setup.settings.backend
     if name in LOCAL:
         return Local(setup, name)
+    if name == "vllm":
+        return Vllm(setup)
     return _of_plugin(name, setup)
 
 
