@@ -47,7 +47,7 @@ class Vllm(Sampler):
         self.servers = [*servers[own % len(servers) :], *servers[: own % len(servers)]]
         # the same on all ranks, and of this session only: another run, or a server's restart, is not taken for it
         self._session = f"{setup.ranks.most(secrets.randbelow(2**31)):08x}"
-        self._tag, self._kinds = "", dict[str, bool]()
+        self._tag, self._kinds, self._closed = "", dict[str, bool](), False
         self._loop = EventLoop()
         try:
             routes = self._run(self._look())
@@ -97,6 +97,9 @@ class Vllm(Sampler):
 
     def close(self) -> None:
         """Remove the weights that were left for the servers, and end the thread of requests."""
+        if self._closed:
+            return
+        self._closed = True
         if self.setup.ranks.is_main:
             self.sync.close()
         self._loop.close()
