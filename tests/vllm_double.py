@@ -28,7 +28,7 @@ class VllmDouble:
     faults: names of faults, each for the next request of its kind, or for all with a star: "500", "hang", "drop",
     "fewer", "mixed up", "no logprobs", "restart before", "restart after" (completions); "reload fails", "reload hangs",
     "reload lies" (reload_weights); "reset lies", "reset refused" (the prefix cache); "adapter refused".
-    requests: path and body of each request.
+    requests: path and body of each request. more: answers to other paths.
     """
 
     def __init__(self, model: Any, tokenizer: Any, lora: bool = False, dev: bool = True, key: str = "") -> None:
@@ -41,6 +41,7 @@ class VllmDouble:
         )
         self.processed, self.longest = False, 256
         self.faults: list[str] = []
+        self.more: dict[str, Any] = {}
         self.requests: list[tuple[str, Any]] = []
         self.released = threading.Event()
         self._lock = threading.RLock()
@@ -111,6 +112,8 @@ class VllmDouble:
             "/v1/load_lora_adapter": self._adapter, "/v1/unload_lora_adapter": self._unload,
             "/v1/completions": self._completions,
         }  # fmt: skip
+        if path in self.more:
+            return 200, self.more[path]
         if path not in calls:
             return 404, {"detail": "Not Found"}
         return (405, {"detail": "Method Not Allowed"}) if body is None else calls[path](body)
