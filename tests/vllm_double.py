@@ -215,6 +215,9 @@ def _processed(logits: torch.Tensor, body: Any, tokens: list[int]) -> torch.Tens
         logits /= body["temperature"]
     if body["top_k"]:
         logits[logits < logits.topk(body["top_k"]).values[-1]] = -torch.inf
+    if body["top_p"] < 1:
+        ordered, at = logits.softmax(-1).sort(descending=True)
+        logits[at[ordered.cumsum(-1) - ordered >= body["top_p"]]] = -torch.inf
     return logits.log_softmax(-1)
 
 
