@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from alignkit.rollout.sync import Sync
 from alignkit.rollout.vllm import Vllm
 from alignkit.rollout_settings import Rollout
 from alignkit.runs.folder import read_metrics
+from alignkit.testing import SamplerConformance
 from helpers import make_rows, write_tiny
 
 pytestmark = pytest.mark.slow
@@ -226,6 +228,28 @@ def test_weights_of_a_strange_server_are_found(fresh: Served) -> None:
     assert off(model, one, Sampling(max_new_tokens=4)) < 0.01  # it is given them again
     for sampler in (one, two):
         sampler.close()
+
+
+class TestVllmItself(SamplerConformance):
+    """The suite of samplers with a real server, in float32."""
+
+    tolerance = 0.01
+
+    @pytest.fixture(autouse=True)
+    def _served(self, fresh: Served) -> None:
+        self.served = fresh
+
+    def build(self, setup: Setup) -> Vllm:
+        return Vllm(replace(setup, settings=Rollout(**self.served.given)))
+
+    def model(self) -> Any:
+        return load(self.served.model)
+
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.served.model)
+
+    def ends(self) -> list[int]:
+        return [0]
 
 
 def reds(completions: list[str], **_: Any) -> list[float]:
