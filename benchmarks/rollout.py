@@ -1,4 +1,4 @@
-"""Sampling several completions of a prompt: alignkit, transformers' generate, continuous batching, and vLLM, in one run.
+"""Sampling several completions of a prompt: alignkit, transformers' generate, continuous batching, vLLM, in one run.
 
     python benchmarks/rollout.py --json rollout.json
     python benchmarks/rollout.py --threads 1 --vllm ENVIRONMENT/bin/vllm     servers on the same core

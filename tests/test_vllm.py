@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from test_data_parallel import torchrun
 from transformers import AutoModelForCausalLM
 from vllm_double import VllmDouble, vllm_double
 
@@ -403,8 +405,8 @@ def served(tiny: str, settings: dict[str, Any]) -> Iterator[tuple[VllmDouble, di
         yield double, settings | more | {"rollout": rollout, "batch_size": 4}
 
 
-def said(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+def said(folder: Path, name: str = "completions.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def test_a_run_samples_by_a_server_and_resumes_after_its_death(
@@ -450,3 +452,37 @@ def test_the_best_weights_are_sent_before_they_are_evaluated(served: tuple[VllmD
     assert len(reloads) == lines[-1]["step"] + 2  # steps 0 to the last, and the best weights again
     assert math.isfinite(lines[-1]["eval/reward/mean"])
     shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [False, True])
+def test_two_processes_share_the_servers_and_end_together(
+    served: tuple[VllmDouble, dict[str, Any]], tmp_path: Path, dies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one sends the weights; each asks for its prompts. Where sending fails, both end with a checkpoint."""
+    double, given = served
+    real, reloads = double.answer, []
+
+    def counted(path: str, body: Any) -> Any:
+        reloads.extend([path] if path == "/collective_rpc" and body is not None else [])
+        return (500, {"error": "dead"}) if dies and len(reloads) > 2 else real(path, body)
+
+    monkeypatch.setattr(double, "answer", counted)
+    rows = [{"prompt": r["prompt"], "answer": "7"} for r in make_rows("text", 8)]
+    run = given | {"method": "grpo", "data": "rows.jsonl", "reward": "numeric", "name": "two", "max_steps": 4}
+    run |= {"output": str(tmp_path / "runs"), "cache_file": str(tmp_path / "cache.sqlite")}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run["data"] = str(tmp_path / "rows.jsonl")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    done = torchrun(["run", str(tmp_path / "run.yaml")])
+    folder = tmp_path / "runs" / "two"
+    if dies:
+        assert "no vLLM server could be given the weights" in done.stderr
+        assert "the first rank could not send the weights" in done.stderr
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+        return
+    assert done.returncode == 0, done.stderr
+    assert len(reloads) == 4
+    prompts = [{line["prompt"] for line in lines} for lines in (said(folder), said(folder, "completions-1.jsonl"))]
+    assert len(said(folder)) == len(said(folder, "completions-1.jsonl")) == 4 * 2 * 3
+    assert all(prompts)
