@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from alignkit.method import Context, Method, MethodConfig, Models
     from alignkit.metrics import kl_metric, log_ratios, pair_metrics, rollout_metrics, rounding, wins
     from alignkit.rewards import RunningStats, pairwise_ids
+    from alignkit.rollout.sampler import Request, Sampled, Sampler, Setup
     from alignkit.types import Batch, Completion, Example, Outputs, Term, metric
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOMES = {
     "alignkit.method": ("Context", "Method", "MethodConfig", "Models"),
     "alignkit.metrics": ("kl_metric", "log_ratios", "pair_metrics", "rollout_metrics", "rounding", "wins"),
     "alignkit.rewards": ("RunningStats", "pairwise_ids"),
+    "alignkit.rollout.sampler": ("Request", "Sampled", "Sampler", "Setup"),
     "alignkit.types": ("Batch", "Completion", "Example", "Outputs", "Term", "metric"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -50,9 +52,13 @@ __all__ = [
     "MethodConfig",
     "Models",
     "Outputs",
+    "Request",
     "Result",
     "RunView",
     "RunningStats",
+    "Sampled",
+    "Sampler",
+    "Setup",
     "Term",
     "hookimpl",
     "kl_metric",

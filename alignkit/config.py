@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from alignkit.alarms import ALARMS, Health
 from alignkit.data_spec import plain, sources_of
-from alignkit.errors import ConfigError, nearest
+from alignkit.errors import ConfigError, nearest, without_passwords
 from alignkit.files import replace_text
 from alignkit.hints import hint, names_of
 from alignkit.lora_settings import LoraSettings
 from alignkit.method import MethodConfig
+from alignkit.rollout_settings import Rollout, moved_backend
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TrainOn = Literal["all", "last"]
@@ -44,7 +45,6 @@ class Sampling(BaseModel):
     )
     top_k: int = Field(0, ge=0, description="sample from this number of most likely tokens; 0 is off")
     stop: list[str] = Field([], description="texts that end a completion")
-    backend: Literal["generate", "continuous"] = Field("generate", description="continuous: transformers' batching")
     batch_size: int = Field(64, ge=1, description="sequences sampled at once")
 
     @model_validator(mode="after")
@@ -56,9 +56,6 @@ class Sampling(BaseModel):
                 f"min_new_tokens is {self.min_new_tokens} and max_new_tokens {self.max_new_tokens}; lower "
                 "min_new_tokens"
             )
-        for name in ("stop", "min_new_tokens"):
-            if self.backend == "continuous" and getattr(self, name):
-                raise ValueError(f"backend: continuous does not support `{name}`; remove it, or use backend: generate")
         return self
 
 
@@ -115,6 +112,7 @@ class RunConfig(BaseModel):
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     quantize: Literal["nf4"] | None = Field(None, description="nf4: the frozen base in 4 bits, for adapters (QLoRA)")
     sampling: Sampling = Field(Sampling(), description="how completions are sampled, for methods that sample")
+    rollout: Rollout = Field(Rollout(), description="what samples them, see docs/rollout.md")
     reward: Any = Field(None, description="reward that scores sampled completions, see docs/rewards.md")
     judge: Any = Field(None, description="judge that compares two sampled completions, see docs/rewards.md")
     reward_timeout: float | None = Field(600.0, gt=0, description="seconds for one call of a reward or judge function")
@@ -245,6 +243,7 @@ class RunConfig(BaseModel):
             )
         if self.merge_adapter and self.lora is None:
             raise ValueError("merge_adapter needs `lora`")
+        self.rollout.check_fit(self.sampling)
         self._check_optimizer()
         self._check_unused()
         if self.quantize and self.fsdp:
@@ -378,7 +377,10 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
 
 
 def gathered(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Move keys such as "sampling.temperature" into the mapping `sampling`. Raises ConfigError: not a mapping."""
+    """Move keys such as "sampling.temperature" into the mapping `sampling`, and `sampling.backend` into `rollout`.
+
+    Raises ConfigError: not a mapping, or two backends.
+    """
     found = {k: v for k, v in settings.items() if "." not in k}
     for key, value in settings.items():
         name, dot, inner = key.partition(".")
@@ -389,7 +391,7 @@ def gathered(settings: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(group, Mapping):
             raise ConfigError(f"'{key}' cannot be combined with '{name}: {group}'; give `{name}` as a mapping")
         found[name] = {**group, inner: value}
-    return found
+    return moved_backend(found)
 
 
 def validated(cls: type[M], values: Mapping[str, Any]) -> M:
@@ -411,7 +413,8 @@ def _built(cls: type[M], values: Mapping[str, Any]) -> tuple[M | None, list[str]
                 wrong.append(f"unknown setting '{where}'.{hint(where, names_of(cls), values.get('method'))}".rstrip())
                 continue
             # missing settings, and settings that are only invalid together, have no value to show
-            given = f" (given: {e.get('input')!r:.80})" if e["loc"] and e["type"] != "missing" else ""
+            shown = without_passwords(repr(e.get("input")))[:80]
+            given = f" (given: {shown})" if e["loc"] and e["type"] != "missing" else ""
             wrong.append(f"{where}: {e['msg'].removeprefix('Value error, ')}{given}")
         return None, wrong
 

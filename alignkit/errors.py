@@ -7,6 +7,7 @@ traceback and exits with 2.
 from __future__ import annotations
 
 import difflib
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -52,12 +53,21 @@ class RewardError(AlignkitError):
     """A reward or a judge raised an error or returned an invalid value, or its endpoint does not answer."""
 
 
+class RolloutError(AlignkitError):
+    """A sampler failed: no server answers, or one has other weights than it should, or weights cannot be sent."""
+
+
 class TrainingError(AlignkitError):
     """Training cannot continue: too many non-finite steps, or a rank that does not answer."""
 
 
 class AlarmError(AlignkitError):
     """An alarm in `stop_on` ended a run; its checkpoint is saved."""
+
+
+def without_passwords(text: str) -> str:
+    """Return a text without the passwords in its URLs."""
+    return re.sub(r"//[^/\s@\"']+@", "//[password]@", text)
 
 
 def first_line(error: BaseException) -> str:

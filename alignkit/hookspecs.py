@@ -1,4 +1,4 @@
-"""The hooks of plugins. A plugin is a module that an entry point names, in one of four groups:
+"""The hooks of plugins. A plugin is a module that an entry point names, in one of five groups:
 
     [project.entry-points.alignkit]
     mine = "my_module"              # the entry point's name is the method's name
@@ -8,6 +8,9 @@
 
     [project.entry-points."alignkit.listeners"]
     watch = "my_module"             # a listener of every run
+
+    [project.entry-points."alignkit.samplers"]
+    mine = "my_module"              # the name of the backend, as in `rollout: {backend: mine}`
 
 and the module implements the hooks below with `alignkit.hookimpl`. A listener of a single run needs no entry point:
 it is given by the setting `callbacks`.
@@ -45,6 +48,15 @@ def register_judges() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-bo
     """Return the judges of this module, by name.
 
     A judge is a function `judge(prompts, first, second, **columns) -> list[float]` of P(first wins), or such a class.
+    """
+
+
+@hookspec
+def register_samplers() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-body]
+    """Return the samplers of this module, by name.
+
+    A sampler is a subclass of `alignkit.Sampler`, or a function that returns one. It is called with an
+    `alignkit.Setup`, and with `rollout.options` as keywords.
     """
 
 

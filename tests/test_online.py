@@ -136,7 +136,7 @@ class _KilledError(BaseException):
 @contextmanager
 def killed(point: str, step: int) -> Iterator[None]:
     """End the process at a point of a step: before it, while it samples or scores, or between two of its updates."""
-    places = {"sampling": "sample", "scoring": "_on_all_ranks", "update": "_update", "step": "step"}
+    places = {"sampling": "sample", "scoring": "answers", "update": "_update", "step": "step"}
     owner: Any = Online if point in ("sampling", "scoring") else Loop
     original, begin = getattr(owner, places[point]), Loop.step
     now = {"step": -1, "updates": 0}
@@ -458,9 +458,11 @@ def test_what_a_method_needs_is_said_before_anything_is_loaded(online: dict[str,
     with pytest.raises(ConfigError, match="samples, which a policy sharded by fsdp does not support yet"):
         alignkit.run("rloo", **online, reward=reds, fsdp=True)
     with pytest.raises(ConfigError, match="samples from a mixture, which backend: continuous does not support"):
-        alignkit.run("nash", **online | {"judge": redder, "sampling": {"backend": "continuous"}})
+        alignkit.run("nash", **online | {"judge": redder, "rollout": {"backend": "continuous"}})
     with pytest.raises(ConfigError, match="backend: continuous does not support `stop`"):
-        alignkit.run("grpo", **online | {"reward": reds, "sampling": {"backend": "continuous", "stop": ["."]}})
+        alignkit.run(
+            "grpo", **online | {"reward": reds, "rollout": {"backend": "continuous"}, "sampling": {"stop": ["."]}}
+        )
     assert not (online["output"]).exists()
 
 
@@ -480,7 +482,8 @@ def test_continuous_batching_samples_in_a_run_on_a_cpu(
     given = {
         "device": "cpu",
         "max_steps": 2,
-        "sampling": {"backend": "continuous", "max_new_tokens": 6},
+        "rollout": {"backend": "continuous"},
+        "sampling": {"max_new_tokens": 6},
         "batch_size": 3,
     }
     result = alignkit.run("grpo", **online | asks("grpo") | given | more)

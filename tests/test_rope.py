@@ -208,7 +208,7 @@ def test_a_mixture_with_a_copy_of_itself_samples_what_the_policy_samples(name: s
 
 def test_continuous_batching_is_refused_where_a_row_can_pass_the_switch() -> None:
     with pytest.raises(ModelError, match=r"change beyond 24 tokens, and prompt and completion may have 30; use back"):
-        sample(build("phi 3"), Ends(), [PROMPTS[1]], Sampling(max_new_tokens=10, backend="continuous"))
+        sample(build("phi 3"), Ends(), [PROMPTS[1]], Sampling(max_new_tokens=10), backend="continuous")
 
 
 class Custom(nn.Module):

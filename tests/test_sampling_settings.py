@@ -16,7 +16,6 @@ from alignkit.errors import ConfigError
         ({"stop": [""]}, "stop: an empty text would end every completion at once"),
         ({"stop": ["END", ""]}, "stop: an empty text"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9 and max_new_tokens 8"),
-        ({"backend": "continuous", "stop": ["END"]}, "continuous does not support `stop`"),
     ],
 )
 def test_what_cannot_be_is_refused(given: dict[str, Any], says: str) -> None:

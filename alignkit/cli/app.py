@@ -30,6 +30,7 @@ from alignkit.cli.commands import (
     recommend,
     report,
     run,
+    serve,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -79,6 +80,7 @@ def _options(
 # in the order of `alignkit --help`
 app.command(no_args_is_help=True, epilog=run.EXAMPLES)(run.run)
 app.command(no_args_is_help=True)(pipeline.pipeline)
+app.command(no_args_is_help=True, epilog=serve.EXAMPLES)(serve.serve)
 app.command()(compare.compare)
 app.command()(demo.demo)
 app.command(no_args_is_help=True, epilog=audit.EXAMPLES)(audit.audit)

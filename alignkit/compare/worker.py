@@ -88,7 +88,8 @@ def evaluated(job: Job, model: Any, base: Any, tokenizer: Any, held_out: RawRows
 
 def _sampled(model: Any, tokenizer: Any, prompts: list[Example], config: RunConfig, seed: int) -> list[list[Sampled]]:
     n = max(1, N_EVALUATED // len(prompts))  # with few prompts, several answers to each
-    return sample(model, tokenizer, [e.prompt for e in prompts], config.sampling, n=n, seed=seed)
+    backend = config.rollout.local or "generate"  # the servers of a run have no weights of others
+    return sample(model, tokenizer, [e.prompt for e in prompts], config.sampling, n=n, seed=seed, backend=backend)
 
 
 def _win_rate(

@@ -1,4 +1,4 @@
-"""How a run ends before its last step: by an error of rows, rewards or a method, or by an alarm."""
+"""How a run ends before its last step: by an error of rows, rewards, samplers or a method, or by an alarm."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 def halted(state: RunState, done: int, error: AlignkitError, moved: bool, stop: StopSignals) -> BaseException:
-    """Save the state before a step whose rows, scores or method failed, so that nothing is lost; return its error.
+    """Save the state before a step whose rows, samples, scores or method failed, so that nothing is lost.
 
-    Rows and scores fail on all ranks together, a method may fail on one; after an update (moved) there is nothing to
-    save. After a signal the run stops as it was asked to, and the error is a warning.
+    Returns its error. Rows, samples and scores fail on all ranks together, a method may fail on one; after an update
+    (moved) there is nothing to save. After a signal the run stops as it was asked to, and the error is a warning.
     """
     together = not isinstance(error, PluginError) or state.parts.ranks.n == 1
     command = resume_command(state.folder)

@@ -20,7 +20,7 @@ from alignkit.engine.optimizers import rate_factor
 from alignkit.engine.saving import restore, save, save_last
 from alignkit.engine.state import RunState
 from alignkit.engine.step import StepContext
-from alignkit.errors import CacheError, DataError, PluginError, RewardError, TrainingError
+from alignkit.errors import CacheError, DataError, PluginError, RewardError, RolloutError, TrainingError
 from alignkit.models.passes import halved, in_step, least_tokens
 from alignkit.rewards.limits import STOP
 from alignkit.runs.folder import resume_command
@@ -61,7 +61,7 @@ class Loop:
                 if changed or state.saved != done:
                     save_last(state, done)
                 return last
-            except (RewardError, DataError, CacheError, PluginError, RuntimeError) as error:
+            except (RewardError, RolloutError, DataError, CacheError, PluginError, RuntimeError) as error:
                 # before the signals that torchrun then sends are in force again
                 if (told := state.parts.ranks.explained(error)) is not error:
                     raise told from error

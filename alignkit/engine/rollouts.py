@@ -19,20 +19,20 @@ from alignkit.config import RunConfig
 from alignkit.data.stream import seed_of
 from alignkit.engine.sampled import sampled_metrics
 from alignkit.engine.scorers import Scorers
-from alignkit.errors import PluginError, RewardError
+from alignkit.errors import PluginError, RewardError, RolloutError
 from alignkit.method import Context
-from alignkit.models.passes import Autocast
 from alignkit.models.ranks import Ranks
 from alignkit.reference.reference import Reference
 from alignkit.rewards import Answers, Scores
 from alignkit.rewards.answers import text_of
-from alignkit.rollout import Draw, Mixture, Sampled, sample
+from alignkit.rollout import Draw, Mixture, Request, Sampled, Sampler
 from alignkit.rollout.completions import answers_of, with_completions
 from alignkit.runs.folder import StepLines
 from alignkit.types import Batch, Example
 from alignkit_kernels import sequence_sum
 
 T = TypeVar("T")
+TIMED = ("sync", "sampling", "scoring")
 
 
 class SamplingStep(Context, Protocol):
@@ -53,7 +53,8 @@ class SamplingStep(Context, Protocol):
 class Online:
     """Samples, scores and compares completions in a run; `lines` is open while its loop runs.
 
-    model: the policy, as a language model. updates: optimiser steps per collected batch. seconds: of this step.
+    sampler: of the policy, whose weights `model` are put in force before each sampling that needs it. updates:
+    optimiser steps per collected batch. seconds: of this step.
     """
 
     config: RunConfig
@@ -63,10 +64,10 @@ class Online:
     model: nn.Module
     reference: Reference | None
     ranks: Ranks
-    autocast: Autocast
     updates: int
+    sampler: Sampler
     lines: StepLines | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "scoring": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMED, 0.0))
 
     def open(self, folder: Path, done: int, evaluated: int) -> None:
         """Open completions.jsonl (one file per rank), without the lines of steps that will be repeated."""
@@ -74,8 +75,8 @@ class Online:
         self.lines = StepLines(folder / name, done, evaluated)
 
     def close(self) -> None:
-        """Close the file, the rewards and the judge."""
-        for one in (self.lines, self.scorers.rewards, self.scorers.judge):
+        """Close the file, the rewards, the judge and the sampler."""
+        for one in (self.lines, self.scorers.rewards, self.scorers.judge, self.sampler):
             if one is not None:
                 one.close()
 
@@ -121,7 +122,7 @@ class Online:
 
     def took(self, total: float) -> dict[str, float]:
         """Return how the seconds of a step were spent, and start counting those of the next step."""
-        spent, self.seconds = self.seconds, {"sampling": 0.0, "scoring": 0.0}
+        spent, self.seconds = self.seconds, dict.fromkeys(TIMED, 0.0)
         spent["learning"] = total - sum(spent.values())
         return {f"seconds/{name}": value for name, value in spent.items()}
 
@@ -129,21 +130,23 @@ class Online:
         self, ctx: SamplingStep, examples: Sequence[Example], draw: Draw, mixture: float | None
     ) -> list[list[Sampled]]:
         """Return the completions of each of this rank's prompts, [prompt][completion]; mixture: the opponent's."""
-        started, ranks = time.perf_counter(), self.ranks
-        with self.autocast():
-            sampled = sample(
-                self.model,
-                self.tokenizer,
-                [e.prompt for e in examples],
-                draw.sampling,
-                n=draw.n,
-                seed=self._seed(ctx, draw.number, mixture is not None),
-                numbers=[ctx.offset + ranks.own + i * ranks.n for i in range(len(examples))],
-                mixture=None if mixture is None else self._mixture(mixture),
-                greedy=draw.greedy,
-            )
-        self.seconds["sampling"] += time.perf_counter() - started
-        return sampled
+        ranks = self.ranks
+        request = Request(
+            [e.prompt.tolist() for e in examples],
+            draw.sampling,
+            n=draw.n,
+            seed=self._seed(ctx, draw.number, mixture is not None),
+            numbers=[ctx.offset + ranks.own + i * ranks.n for i in range(len(examples))],
+            mixture=None if mixture is None else self._mixture(mixture),
+            greedy=draw.greedy,
+        )
+        if self.sampler.version != ctx.step:
+            self._on_all_ranks("sync", lambda: self.sampler.update(ctx.step, self.model))
+        return self._on_all_ranks("sampling", lambda: self.sampler.sample(request))
+
+    def outdated(self) -> None:
+        """Note that the weights changed other than by a step, so that the sampler gets them again."""
+        self.sampler.version = None
 
     def _seed(self, ctx: SamplingStep, call: int, opponent: bool) -> int:
         """Return the seed of a call's noise: calls of one step share none, and a resumed run repeats it."""
@@ -154,14 +157,14 @@ class Online:
         """Score this rank's completions. Raises RewardError on all ranks where one of them fails."""
         rewards = self.scorers.rewards
         assert rewards is not None
-        return self._on_all_ranks(lambda: rewards.score(answers))
+        return self._on_all_ranks("scoring", lambda: rewards.score(answers))
 
     def compare(self, first: Answers, second: Answers) -> list[float]:
         """Return the judge's P(first wins). Raises RewardError on all ranks where one of them fails."""
         judge = self.scorers.judge
         if judge is None:
             raise PluginError("a mixture was sampled without a judge; the method must declare 'judge' in `uses`")
-        return self._on_all_ranks(lambda: judge.wins(first, second))
+        return self._on_all_ranks("scoring", lambda: judge.wins(first, second))
 
     def answers(self, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]]) -> Answers:
         """Return prompts and completions as rewards receive them."""
@@ -183,16 +186,18 @@ class Online:
         model, context = self.reference.model_and_context()
         return Mixture(model, weight, context)
 
-    def _on_all_ranks(self, call: Callable[[], T]) -> T:
+    def _on_all_ranks(self, doing: str, call: Callable[[], T]) -> T:
+        """Return the call's result, and count its seconds. Raises on all ranks where it fails on one."""
         started = time.perf_counter()
         problem, found = None, None
         try:
             found = call()
-        except RewardError as error:
+        except (RewardError, RolloutError) as error:
             problem = error
         if self.ranks.most(int(problem is not None)):  # else the other ranks would wait for this one
-            raise problem or RewardError("another rank could not score its completions; see that rank's error")
-        self.seconds["scoring"] += time.perf_counter() - started
+            kind = RewardError if doing == "scoring" else RolloutError
+            raise problem or kind(f"another rank failed at {doing} its completions; see that rank's error")
+        self.seconds[doing] += time.perf_counter() - started
         return found  # type: ignore[return-value]
 
 

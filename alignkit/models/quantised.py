@@ -108,7 +108,7 @@ def merged(model: Any) -> Any:
     for name, wrapper in list(model.named_modules()):
         base = getattr(wrapper, "base_layer", None)
         if base is not None and is_4bit(base):
-            _replace(model, name, base, _with_updates(wrapper), dtype)
+            _replace(model, name, base, merged_weight(wrapper), dtype)
     plain = model.merge_and_unload()  # what has adapters on weights that are not quantised
     for name, layer in layers_4bit(plain).items():
         _replace(plain, name, layer, weight(layer), dtype)
@@ -119,7 +119,10 @@ def merged(model: Any) -> Any:
     return plain
 
 
-def _with_updates(wrapper: Any) -> Tensor:
+def merged_weight(wrapper: Any) -> Tensor:
+    """Return the weights [out, in] of a 4-bit layer, in float32, with the adapters around it, if there are any."""
+    if not hasattr(wrapper, "base_layer"):
+        return weight(wrapper)
     found = weight(wrapper.base_layer)
     for adapter in wrapper.active_adapters:
         if variant := wrapper.lora_variant.get(adapter):  # DoRA

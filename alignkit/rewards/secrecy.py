@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import quote
 
-_PASSWORD = re.compile(r"//[^/\s@\"']+@")
+from alignkit.errors import without_passwords
+
 _SHORTEST = 8  # characters; shorter keys are placeholders such as EMPTY, and may be words of a reply
 _LOGGERS = (
     "httpx2",
@@ -30,7 +31,7 @@ def without(text: str, key: str) -> str:
 
 def redacted(text: str, key: str) -> str:
     """Return the text without the key, and without passwords in URLs: for messages and logs."""
-    return _PASSWORD.sub("//[password]@", without(text, key))
+    return without_passwords(without(text, key))
 
 
 @contextmanager

@@ -20,20 +20,7 @@ from alignkit.models.rope import forget_lengths, switch_of
 from alignkit.models.scoring import without_flex
 from alignkit.rollout.mixture import MixedLogits, Mixture, copyable
 from alignkit.rollout.noise import GumbelNoise
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A sampled completion.
-
-    tokens: including the token that ended it, or the one that completed a stop string. ended: whether it ended this
-    way; False where it was cut. logps: the sampler's own log-probabilities of the tokens, in nats; None where it computes
-    what the trainer computes.
-    """
-
-    tokens: list[int]
-    ended: bool
-    logps: list[float] | None = None
+from alignkit.rollout.sampler import Sampled
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from alignkit.config import RunConfig
 from alignkit.errors import ConfigError
 from alignkit.method import Method
 from alignkit.rewards import check_judge, check_rewards
+from alignkit.rollout.backends import check_backend
 
 
 def check_online(config: RunConfig, method: Method[Any]) -> None:
@@ -27,9 +28,7 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
             f"'{method.name}' plays against an opponent that changes, so its evaluations cannot be compared; "
             "remove patience"
         )
-    if "judge" in needs and config.sampling.backend == "continuous":
-        raise ConfigError(
-            f"'{method.name}' samples from a mixture, which backend: continuous does not support; use backend: generate"
-        )
+    if method.data == "prompts":
+        check_backend(config, mixes="judge" in needs)
     if method.data == "prompts" and config.fsdp:
         raise ConfigError(f"'{method.name}' samples, which a policy sharded by fsdp does not support yet; remove fsdp")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignkit.models.packing import batch_of
 from alignkit.rewards import Answers
-from alignkit.rollout.batched import Sampled
+from alignkit.rollout.sampler import Sampled
 from alignkit.rollout.tool_calls import tool_calls
 from alignkit.types import Batch, Completion, Example
 

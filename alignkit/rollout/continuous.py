@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from alignkit.config import Sampling
-from alignkit.errors import ModelError, first_line
+from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.models.branches import BRANCHES
 from alignkit.models.loading import causal_lm
 from alignkit.models.rope import switch_of
 from alignkit.models.scoring import dense_instead_of
-from alignkit.rollout.batched import Sampled, sampling_mode
+from alignkit.rollout.batched import sampling_mode
+from alignkit.rollout.sampler import Sampled
+from alignkit.rollout_settings import continuous_lacks
 
 PAGE = 32  # tokens
 
@@ -32,6 +34,8 @@ def sample_continuously(
     """Return n completions of each prompt, see `alignkit.rollout.sample`."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
+    if why := continuous_lacks(sampling):
+        raise ConfigError(why)
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     lm = causal_lm(model)
     switch = switch_of(lm)

@@ -1,4 +1,4 @@
-"""sample(): checks, and the choice of a backend."""
+"""sample(): checks, and the choice of a backend of this process; the same as samplers of a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from alignkit.config import Sampling
 from alignkit.data.chat import turn_end
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.models.loading import causal_lm
-from alignkit.rollout.batched import Batched, Sampled
+from alignkit.rollout.batched import Batched
 from alignkit.rollout.continuous import sample_continuously
 from alignkit.rollout.mixture import Mixture
+from alignkit.rollout.sampler import Request, Sampled, Sampler, Setup
 
 DEFAULTS = Sampling()
 
@@ -29,24 +30,26 @@ def sample(
     numbers: Sequence[int] | None = None,
     mixture: Mixture | None = None,
     greedy: bool = False,
+    backend: str = "generate",
 ) -> list[list[Sampled]]:
     """Return n sampled completions of each prompt, [prompt][completion].
 
     prompts: text, tokenised as it is, or tokens; they are never cut. seed: from 0 to 2^63 - 1. numbers: identify the
     prompts, default: their positions. mixture: sample from it instead of from the model.
     greedy: take the most likely token each time, whatever temperature, top_p and top_k are.
-    With backend "generate" a completion depends on the weights, the prompt, `seed`, its prompt's number and its own
-    number, and not on batches, ranks or order, except for rounding. With "continuous" the same call on the same machine
-    has returned the same samples, but they depend on everything sampled in that call, and `numbers` is ignored.
+    backend: generate or continuous. With "generate" a completion depends on the weights, the prompt, `seed`, its
+    prompt's number and its own number, and not on batches, ranks or order, except for rounding. With "continuous" the
+    same call on the same machine has returned the same samples, but they depend on everything sampled in that call, and
+    `numbers` is ignored.
     The model and the global generators are restored to their state before the call.
     Raises ConfigError (no end-of-sequence token, or a setting that the backend does not support), DataError (an empty
     prompt) and ModelError (more tokens than the model has positions).
     """
     lm = causal_lm(model)
-    ends = _ends(lm, tokenizer)
+    ends = ends_of(lm, tokenizer)
     tokens = [list(tokenizer(p)["input_ids"] if isinstance(p, str) else map(int, p)) for p in prompts]
-    _check(lm, tokens, sampling.max_new_tokens)
-    if sampling.backend == "continuous":
+    check_prompts(lm, tokens, sampling.max_new_tokens)
+    if backend == "continuous":
         if mixture is not None:
             raise ConfigError("backend: continuous does not support mixtures of two models; use backend: generate")
         return sample_continuously(model, tokens, sampling, ends, n, seed, greedy)
@@ -54,9 +57,41 @@ def sample(
     return work.sample(tokens, n, range(len(tokens)) if numbers is None else numbers)
 
 
-def _ends(lm: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a sequence, the tokenizer's first. A chat model's folder may name others that end a
-    turn; ordinary tokens among them are defaults of the configuration, for another vocabulary, and are ignored."""
+class Local(Sampler):
+    """`sample` with the model that is trained, whose weights are always in force. backend: generate or continuous."""
+
+    mixtures = True
+
+    def __init__(self, setup: Setup, backend: str) -> None:
+        self.setup, self.backend = setup, backend
+
+    def sample(self, request: Request) -> list[list[Sampled]]:
+        """Return the completions, see `alignkit.rollout.sample`."""
+        with self.setup.autocast():
+            return sample(
+                self.setup.model,
+                self.setup.tokenizer,
+                request.prompts,
+                request.sampling,
+                n=request.n,
+                seed=request.seed,
+                numbers=request.numbers,
+                mixture=request.mixture,
+                greedy=request.greedy,
+                backend=self.backend,
+            )
+
+    def update(self, version: int, model: nn.Module) -> None:
+        """Note the version: the weights are the model's own."""
+        self.version = version
+
+
+def ends_of(lm: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a sequence, the tokenizer's first. Raises ConfigError where it has none.
+
+    A chat model's folder may name others that end a turn; ordinary tokens among them are defaults of the configuration,
+    for another vocabulary, and are ignored.
+    """
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token and save it again")
     named = lm.generation_config.eos_token_id
@@ -66,7 +101,8 @@ def _ends(lm: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
-def _check(lm: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(lm: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise DataError for an empty prompt, ModelError for more tokens than the model has positions."""
     config = lm.config.get_text_config()
     rotary = getattr(config, "rope_parameters", None) is not None  # has no limit
     limit = None if rotary else getattr(config, "max_position_embeddings", None)

@@ -8,8 +8,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from alignkit.config import RunConfig, read_yaml, write_yaml
+from alignkit.config import RunConfig, gathered, read_yaml, write_yaml
 from alignkit.errors import ConfigError
+from alignkit.rollout_settings import FREE as FREE_OF_ROLLOUT
 
 FILE = "config.yaml"
 # what only the folder of a run, or of a pipeline, has beside its settings
@@ -20,6 +21,7 @@ FREE = {
     "resume", "name", "output", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_tokens",
     "trackers", "device", "timeout_minutes", "trust_remote_code", "allow_changed_models", "cache_file",
     "reference_cache", "rows_cache", "kept_logits_gib", "health", "stop_on", "callbacks", "quiet", "push_to_hub",
+    *(f"rollout.{name}" for name in FREE_OF_ROLLOUT),
 }  # fmt: skip
 
 
@@ -44,7 +46,8 @@ def write_config(
 
 
 def _filled(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run with the defaults of those that it lacks, also inside of mappings."""
+    """Return the settings of a run by their names of today, with defaults of those that it lacks, also in mappings."""
+    saved = gathered(saved)
     inner = {
         k: {**defaults[k], **v} for k, v in saved.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)
     }
@@ -87,12 +90,12 @@ def located(file: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError naming the settings that differ between a folder's start and now."""
     before, now = dict(before), dict(json.loads(json.dumps(now)))
-    for group in ("lora", "sampling"):  # their settings are named one by one
+    for group in ("lora", "sampling", "rollout"):  # their settings are named one by one
         both: list[dict[str, Any]] = [before, now]
         if all(isinstance(values.get(group), dict) for values in both):
             for values in both:
                 values |= {f"{group}.{key}": value for key, value in values.pop(group).items()}
-    changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    changed = [k for k in sorted({*before, *now} - FREE) if before.get(k) != now.get(k)]
     if changed:
         was = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed[:3])
         raise ConfigError(

@@ -22,6 +22,7 @@ from alignkit.models.loading import from_pretrained, load_tokenizer
 from alignkit.rewards import Rewards, build_rewards, check_rewards
 from alignkit.rollout import sample
 from alignkit.rollout.completions import answers_of
+from alignkit.rollout_settings import local_backend
 from alignkit.types import Example
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ USED = (
     "chat_template_kwargs",
     "special_tokens_in_text",
     "template_date",
+    "rollout",
 )  # settings of a run
 
 
@@ -105,6 +107,7 @@ def best_of_n(
             check_rewards(spec)
     folder = model_folder(model)
     config = _config(folder, settings or {})
+    local_backend(config.rollout, "best-of-n")
     rows = load(data, "prompts", columns)
     rows = replace(rows, rows=rows.rows[:limit])
     tokenizer = load_tokenizer(config)
@@ -157,7 +160,8 @@ def _sample_and_score(
     numbers = range(first, first + len(prompts))
     examples = [e for e, _ in prompts]
     ids = [e.prompt for e in examples]
-    sampled = sample(policy, tokenizer, ids, config.sampling, n=n, seed=config.seed, numbers=numbers)
+    backend = local_backend(config.rollout, "best-of-n")
+    sampled = sample(policy, tokenizer, ids, config.sampling, n=n, seed=config.seed, numbers=numbers, backend=backend)
     answers = answers_of(tokenizer, examples, sampled)
     scores = [scorer.score(answers).numbers for scorer in scorers]
     found = []

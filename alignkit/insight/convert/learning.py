@@ -102,7 +102,7 @@ def lengths(work: Work) -> None:
         if completion is not None:
             work.put("sampling.max_new_tokens", completion)
         if work.get("use_transformers_continuous_batching") or work.get("use_transformers_paged"):
-            work.put("sampling.backend", "continuous")
+            work.put("rollout.backend", "continuous")
         return
     work.put("max_prompt_tokens", longest if prompt is None else prompt)
     work.put("max_completion_tokens", longest if completion is None else completion)

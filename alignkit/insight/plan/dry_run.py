@@ -6,7 +6,7 @@ Samples, scores and cached values are random here, in the shapes that a run has.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +89,8 @@ def _state(config: RunConfig, method: Method[Any], module: nn.Module, layout: La
     if method.data == "prompts":
         updates = (config.epochs_per_batch or method.epochs_per_batch) * config.minibatches
         needs, model = method.roles(), module
-        online = _Online(config, needs, None, Scorers(None, None), model, reference, SINGLE, nullcontext, updates)
+        sampler: Any = None  # `_Online` samples itself
+        online = _Online(config, needs, None, Scorers(None, None), model, reference, SINGLE, updates, sampler)
     parts: Any = SimpleNamespace(
         roles=_Roles(method, module, module, None, config.max_tokens, config.sampling.temperature),  # type: ignore[arg-type]
         reference=reference, online=online, plain=module, layout=layout, ranks=SINGLE, eos=0,

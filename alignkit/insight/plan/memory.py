@@ -208,6 +208,8 @@ def _extrapolate(moments: Sequence[Counter[str]], few: Sequence[int], depth: int
 
 def _rollouts(work: Work, policy: nn.Module, mode: FakeTensorMode) -> int:
     """Return the bytes of keys and values at their longest, one layer counted twice, and of choosing a token."""
+    if work.config.rollout.local is None:
+        return 0  # servers have their own memory
     config, text_config = work.config, causal_lm(policy).config.get_text_config()
     n_layers, heads = (
         text_config.num_hidden_layers,

@@ -1,0 +1,96 @@
+"""The contract of samplers: tokens in, sampled tokens out, from weights of a version that the caller knows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from alignkit.config import Sampling
+from alignkit.models.ranks import SINGLE, Ranks
+from alignkit.rollout.mixture import Mixture
+from alignkit.rollout_settings import Rollout
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A sampled completion.
+
+    tokens: including the token that ended it, or the one that completed a stop string. ended: whether it ended this
+    way; False where it was cut. logps: the sampler's own log-probabilities of the tokens, in nats; None where it
+    computes what the trainer computes.
+    """
+
+    tokens: list[int]
+    ended: bool
+    logps: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sampler is asked for: n completions of each prompt, which are tokens and never cut.
+
+    seed: from 0 to 2^63 - 1. numbers: identify the prompts; with the seed they identify a completion's randomness.
+    mixture: sample from it instead of from the model. greedy: take the most likely token each time.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    n: int = 1
+    seed: int = 0
+    numbers: Sequence[int] = ()
+    mixture: Mixture | None = None
+    greedy: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a sampler is built from. model: the policy, a causal language model, whose weights change between calls.
+
+    ends: tokens that end a completion, the tokenizer's first. settings: those of `rollout`. folder: of the run.
+    autocast: entered around passes of the model.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    ends: Sequence[int]
+    settings: Rollout = field(default_factory=Rollout)
+    folder: Path = Path()
+    ranks: Ranks = SINGLE
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+class Sampler(ABC):
+    """Samples completions. `alignkit.testing.SamplerConformance` checks what a run relies on.
+
+    mixtures: whether it samples from mixtures of two models. processed: whether `Sampled.logps` are of the distribution
+    that was sampled from, after temperature, top_k, top_p and min_new_tokens; False: of the bare model. version: of the
+    weights in force, None before the first `update`, and where they are not known.
+    """
+
+    mixtures: ClassVar[bool] = False
+    processed: bool = True
+    version: int | None = None
+
+    @abstractmethod
+    def sample(self, request: Request) -> list[list[Sampled]]:
+        """Return the completions of each prompt, [prompt][completion], in the order of the request.
+
+        The same request with the same weights asks for the same randomness. Raises RolloutError where completions are
+        missing or come from other weights than those of `version`; a part of them is never returned.
+        """
+
+    @abstractmethod
+    def update(self, version: int, model: nn.Module) -> None:
+        """Put the model's weights in force as `version`; every rank calls it, with the same version.
+
+        Raises RolloutError where that fails; `version` is then None.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most samplers hold nothing
+        """Give back what the sampler holds."""

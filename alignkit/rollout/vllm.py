@@ -1,0 +1,214 @@
+"""vLLM servers as a sampler: prompts are spread over them, and only completions of the right weights are taken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import httpx2
+from torch import nn
+
+from alignkit.errors import ConfigError, RolloutError
+from alignkit.files import remove
+from alignkit.rewards import secrecy
+from alignkit.rewards.event_loop import EventLoop
+from alignkit.rollout.known_prompt import KnownPrompt
+from alignkit.rollout.published import why_no_adapter
+from alignkit.rollout.sampler import Request, Sampled, Sampler, Setup
+from alignkit.rollout.servers import Server, ServerError, client, key_of
+from alignkit.rollout.spread import Spread
+from alignkit.rollout.sync import ROUTES, AdapterSync, FolderSync, Sync, choose, models_of
+from alignkit.rollout.transfer import TransferSync, why_no_transfer
+from alignkit.rollout.vllm_requests import body_of, samples_of
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Vllm(Sampler):
+    """Samples by vLLM servers. processed: False where they run without `--logprobs-mode processed_logprobs`.
+
+    It is found out by a request at the first update, and is the same on all servers. Raises ConfigError where the
+    servers cannot take weights, RolloutError where one does not answer.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        settings = setup.settings
+        if not settings.urls:
+            raise ConfigError(
+                "rollout.backend: vllm needs the addresses of servers; start one with `alignkit serve`, which prints "
+                "`rollout.urls`, and set that"
+            )
+        self.setup, self.settings, self._key = setup, settings, key_of(settings.key_env)
+        servers, own = [Server(url, self._key) for url in settings.urls], setup.ranks.own
+        self.servers = [*servers[own % len(servers) :], *servers[: own % len(servers)]]
+        # the same on all ranks, and of this session only: another run, or a server's restart, is not taken for it
+        self._session = f"{setup.ranks.most(secrets.randbelow(2**31)):08x}"
+        self._tag, self._kinds, self._closed = "", dict[str, bool](), False
+        self._loop = EventLoop()
+        try:
+            routes = self._run(self._look())
+        except BaseException:
+            self._loop.close()
+            raise
+        self._known = KnownPrompt(setup, self.longest, settings.timeout)
+        device = next(setup.model.parameters()).device
+        kind, why = choose(settings.sync, routes, why_no_adapter(setup.model), why_no_transfer(device))
+        self.sync = self._sync(kind)
+        if setup.ranks.is_main:
+            places = ", ".join(server.url for server in self.servers)
+            logger.info("rollouts: vLLM at %s; weights: %s", places, why)
+
+    def update(self, version: int, model: nn.Module) -> None:
+        """Send the weights, on the main rank, and compare a known prompt; all ranks then know how they were sent.
+
+        A server that fails is left out with a warning, while others go on.
+        """
+        self.version, problem = None, None
+        self._tag = f"alignkit-{self._session}-{version}"
+        self._known.read()
+        if self.setup.ranks.is_main:
+            try:
+                self._send(model)
+            except RolloutError as error:
+                problem = error
+        self._agree(problem)
+        self.version = version
+
+    def sample(self, request: Request) -> list[list[Sampled]]:
+        """Return the completions, from servers that had the weights of `version` before and after."""
+        self._check_lengths(request)
+        model = self.sync.called(self._tag, self.model)
+        spread = Spread(self.servers, self.settings, self._holds, self._give)
+
+        async def ask(http: httpx2.AsyncClient, server: Server, at: int) -> list[Sampled]:
+            body = body_of(request, at, self.setup.ends, model)
+            reply = await server.post(http, "/v1/completions", body, self.settings.timeout)
+            return samples_of(reply, request, at, self.setup.ends, self.setup.tokenizer)
+
+        async def all_of_them() -> list[list[Sampled]]:
+            async with client(self._key) as http:
+                return await spread.results(http, ask, len(request.prompts))
+
+        return self._run(all_of_them())
+
+    def close(self) -> None:
+        """Remove the weights that were left for the servers, and end the thread of requests."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.setup.ranks.is_main:
+            self.sync.close()
+        self._loop.close()
+
+    async def _look(self) -> frozenset[str]:
+        """Ask the servers what they serve; return the addresses that all of them have."""
+        common, longest = set(ROUTES), list[int]()
+        names = set[str]()
+        async with client(self._key) as http:
+            for server in self.servers:
+                try:
+                    name, about = next(iter(models_of(await server.get(http, "/v1/models")).items()))
+                    common &= {route for route in ROUTES if await server.has(http, route)}
+                    longest.append(int(about["max_model_len"]))
+                except (ServerError, LookupError, StopIteration, TypeError) as error:
+                    raise RolloutError(
+                        f"{server} does not answer: {error}; start it with `alignkit serve`, or correct rollout.urls"
+                    ) from None
+                names.add(name)
+        if len(names) > 1:
+            raise ConfigError(f"the vLLM servers serve models of different names: {', '.join(sorted(names))}")
+        self.model, self.longest = names.pop(), min(longest)
+        return frozenset(common)
+
+    def _sync(self, kind: str) -> Sync:
+        folder = self.settings.sync_folder
+        if folder is None:
+            folder = self.setup.folder / "weights-for-servers"
+            if self.setup.ranks.is_main:
+                remove(folder)  # of a session that was killed
+        if kind in ("nccl", "ipc"):
+            return TransferSync(folder, self.settings.sync_timeout, kind, self.setup, self.servers)
+        return {"folder": FolderSync, "adapter": AdapterSync}[kind](folder, self.settings.sync_timeout)
+
+    def _send(self, model: nn.Module) -> None:
+        """Publish the weights, and make the servers load them. Raises RolloutError where none does."""
+        self.sync.publish(self._tag, model)
+        failed = self._run(self._update())
+        if self._adapter_is_refused(failed):
+            self.sync = self._sync("folder")
+            self.sync.publish(self._tag, model)
+            failed = self._run(self._update())
+        if len(failed) == len(self.servers):
+            raise RolloutError(f"no vLLM server could be given the weights: {_joined(failed)}")
+        for url, why in failed.items():
+            logger.warning("the vLLM server at %s could not be given the weights, and others go on: %s", url, why)
+
+    async def _update(self) -> dict[str, str]:
+        """Load the published weights into all servers; return those that fail, with the reasons."""
+        async with client(self._key) as http:
+            done = await asyncio.gather(*(self._load(http, server) for server in self.servers))
+        return {server.url: why for server, why in zip(self.servers, done, strict=True) if why}
+
+    async def _load(self, http: httpx2.AsyncClient, server: Server) -> str:
+        try:
+            await self._give(http, server)
+        except ServerError as error:
+            return str(error)
+        return ""
+
+    async def _holds(self, http: httpx2.AsyncClient, server: Server) -> bool:
+        return await self.sync.in_force(http, server, self._tag)
+
+    async def _give(self, http: httpx2.AsyncClient, server: Server) -> None:
+        """Load the published weights into a server, and compare the known prompt."""
+        model = self.sync.called(self._tag, self.model)
+        await self.sync.loaded(http, server, self._tag)
+        await self._known.check(http, server, model, self.settings.tolerance)
+        self._kinds[server.url] = await self._known.processed(http, server, model)
+        if len(set(self._kinds.values())) > 1:
+            raise RolloutError(
+                "the vLLM servers return log-probabilities of different kinds; start all of them with the same "
+                "--logprobs-mode"
+            )
+
+    def _adapter_is_refused(self, failed: dict[str, str]) -> bool:
+        """Return whether no server takes an adapter at the first update, so that weights are sent merged."""
+        if not isinstance(self.sync, AdapterSync) or self.settings.sync != "auto" or self.sync.worked:
+            return False
+        if len(failed) < len(self.servers):
+            return False
+        logger.warning("weights: through a folder, merged, because no server takes the adapter: %s", _joined(failed))
+        self.sync.close()
+        return True
+
+    def _agree(self, problem: RolloutError | None) -> None:
+        """Tell all ranks what the main one found. Raises RolloutError on all of them where it failed."""
+        ranks, kinds = self.setup.ranks, set(self._kinds.values())
+        own = 4 * (problem is not None) + 2 * isinstance(self.sync, FolderSync) + (False in kinds)
+        found = ranks.most(own if ranks.is_main else 0)
+        if found >= 4:
+            raise problem or RolloutError("the first rank could not send the weights; see its error")
+        if found & 2 and not isinstance(self.sync, FolderSync):
+            self.sync = self._sync("folder")
+        self.processed = not found & 1
+
+    def _check_lengths(self, request: Request) -> None:
+        """Raise RolloutError for a prompt that does not fit: vLLM would cut its completions short, silently."""
+        longest = max(map(len, request.prompts), default=0)
+        if longest + request.sampling.max_new_tokens > self.longest:
+            raise RolloutError(
+                f"a prompt of {longest} tokens and max_new_tokens {request.sampling.max_new_tokens} are more than the "
+                f"servers' --max-model-len {self.longest}; lower max_prompt_tokens, or start them with a larger one"
+            )
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        with secrecy.logging(self._key):
+            return self._loop.run(work, lambda: "")
+
+
+def _joined(failed: dict[str, str]) -> str:
+    return "; ".join(f"{url}: {why}" for url, why in failed.items())

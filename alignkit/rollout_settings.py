@@ -1,0 +1,126 @@
+"""Settings of rollouts: what samples the completions, and how weights get there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from alignkit.errors import ConfigError
+
+LOCAL = ("generate", "continuous")  # they sample in the process that trains
+HOTTEST = 2.0  # of vLLM 0.32
+# of a run that samples by servers; they do not change what is sampled, so that a resumed run may change them
+FREE = ("urls", "key_env", "timeout", "retries", "backoff", "concurrency", "sync", "sync_folder", "sync_timeout")
+
+
+class Rollout(BaseModel):
+    """What samples completions: this process, servers, or a plugin."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    backend: str = Field("generate", description="generate, continuous (transformers' batching), vllm, or a plugin's")
+    urls: list[str] = Field([], description="addresses of vLLM servers, such as http://127.0.0.1:8000")
+    key_env: str | None = Field(None, description="NAME of the environment variable that holds the servers' key")
+    timeout: float = Field(600.0, gt=0, description="seconds for the completions of one prompt")
+    retries: int = Field(5, ge=0, le=100, description="after time-outs, lost connections, statuses 429 and 5xx, ...")
+    backoff: float = Field(1.0, ge=0, description="seconds before the first retry at the same server; doubles")
+    concurrency: int = Field(64, ge=1, description="prompts sent to a server at once, by each process")
+    sync: Literal["auto", "folder", "adapter", "nccl", "ipc"] = Field(
+        "auto", description="how weights get to the servers; adapter: of `lora` alone"
+    )
+    sync_folder: Path | None = Field(None, description="where weights are left for the servers; default: in the run's")
+    sync_timeout: float = Field(600.0, gt=0, description="seconds in which a server loads weights")
+    tolerance: float = Field(
+        0.3, gt=0, description="nats by which a server's log-probabilities of a known prompt may differ from ours"
+    )
+    options: dict[str, Any] = Field({}, description="options of a plugin's sampler")
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Rollout:
+        for i, url in enumerate(self.urls, 1):
+            if "@" in url:
+                raise ValueError(
+                    f"urls: number {i} contains a user or a password (@); put the key in an environment variable, and "
+                    "set key_env to the variable's name"
+                )
+            if not _is_base(url):
+                raise ValueError(
+                    f"urls: number {i} must be http:// or https://, a host and a port, without ?, # and /v1, such as "
+                    "http://127.0.0.1:8000"
+                )
+        if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
+            raise ValueError("urls: an address is given twice; remove one of them")
+        others = {"urls", "key_env", "sync", "sync_folder"} & self.model_fields_set
+        given = sorted(name for name in others if getattr(self, name) != type(self).model_fields[name].default)
+        if given and self.backend in LOCAL:
+            raise ValueError(f"{given[0]} has an effect with backend: vllm only; remove it")
+        if self.options and self.backend in (*LOCAL, "vllm"):
+            raise ValueError(f"options are for a plugin's sampler, not for {self.backend}; remove them")
+        return self
+
+    @property
+    def local(self) -> str | None:
+        """The backend that samples in this process, None where another one does."""
+        return self.backend if self.backend in LOCAL else None
+
+    def check_fit(self, sampling: Any) -> None:
+        """Raise ValueError where the backend cannot do what `sampling` asks for."""
+        if self.backend == "continuous" and (why := continuous_lacks(sampling)):
+            raise ValueError(why)
+        if self.backend == "vllm" and sampling.temperature > HOTTEST:
+            raise ValueError(f"vLLM samples at temperatures up to {HOTTEST:g}; lower sampling.temperature")
+
+
+def local_backend(rollout: Rollout, who: str) -> str:
+    """Return the backend of a command that samples in its own process. Raises ConfigError where it is another one."""
+    if rollout.local is None:
+        raise ConfigError(
+            f"{who} samples in its own process, which rollout.backend: {rollout.backend} does not; use generate or "
+            "continuous"
+        )
+    return rollout.local
+
+
+def continuous_lacks(sampling: Any) -> str | None:
+    """Return why transformers' continuous batching cannot sample with these settings, None where it can."""
+    for name in ("stop", "min_new_tokens"):
+        if getattr(sampling, name):
+            return f"backend: continuous does not support `{name}`; remove it, or use backend: generate"
+    return None
+
+
+def moved_backend(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with `sampling.backend`, its name in earlier versions, as `rollout.backend`.
+
+    Raises ConfigError where both are given and differ.
+    """
+    sampling, rollout = settings.get("sampling"), settings.get("rollout")
+    if not isinstance(sampling, Mapping) or "backend" not in sampling:
+        return settings
+    rollout = rollout.model_dump(exclude_unset=True) if isinstance(rollout, Rollout) else (rollout or {})
+    backend = sampling["backend"]
+    if not isinstance(rollout, Mapping) or rollout.get("backend", backend) != backend:
+        raise ConfigError(
+            f"sampling.backend: {backend} is the earlier name of rollout.backend, and `rollout` says something else; "
+            "remove sampling.backend"
+        )
+    kept = {k: v for k, v in sampling.items() if k != "backend"}
+    return {**settings, "sampling": kept, "rollout": {**rollout, "backend": backend}}
+
+
+def _is_base(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and not (parts.query or parts.fragment)
+            and (parts.port is None or parts.port > 0)
+            and parts.path.rstrip("/") != "/v1"
+        )
+    except ValueError:
+        return False
