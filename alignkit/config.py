@@ -22,6 +22,7 @@ from alignkit.files import replace_text
 from alignkit.hints import hint, names_of
 from alignkit.lora_settings import LoraSettings
 from alignkit.method import MethodConfig
+from alignkit.rollout_settings import Rollout
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TrainOn = Literal["all", "last"]
@@ -115,6 +116,9 @@ class RunConfig(BaseModel):
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     quantize: Literal["nf4"] | None = Field(None, description="nf4: the frozen base in 4 bits, for adapters (QLoRA)")
     sampling: Sampling = Field(Sampling(), description="how completions are sampled, for methods that sample")
+    rollout: Rollout = Field(
+        Rollout(), description="corrections for samplers that are not exact, and how far they are ahead"
+    )
     reward: Any = Field(None, description="reward that scores sampled completions, see docs/rewards.md")
     judge: Any = Field(None, description="judge that compares two sampled completions, see docs/rewards.md")
     reward_timeout: float | None = Field(600.0, gt=0, description="seconds for one call of a reward or judge function")

@@ -79,7 +79,9 @@ def _values(annotation: Any) -> str:
         return "mapping"
     if annotation is types.NoneType:
         return "null"
-    known = {"Any": "any", "Sampling": "mapping", "Health": "mapping", "LoraSettings": "mapping or rank"}
+    known = {"Any": "any", "LoraSettings": "mapping or rank"} | dict.fromkeys(
+        ("Sampling", "Rollout", "Health"), "mapping"
+    )
     name = "Any" if annotation is Any else str(annotation.__name__)
     return known.get(name, name.lower())
 

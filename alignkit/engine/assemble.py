@@ -43,6 +43,7 @@ from alignkit.reference.choice import resolve_reference
 from alignkit.reference.reference import Reference
 from alignkit.reference.run_cache import RunCache
 from alignkit.rollout.completions import with_placeholders
+from alignkit.rollout.sampling import ends_of
 from alignkit.types import Example, Layout
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     if scorers:
         updates = (config.epochs_per_batch or method.epochs_per_batch) * config.minibatches
         autocast, needs = accelerator.autocast, method.roles()
-        online = Online(config, needs, tokenizer, scorers, plain.model, reference, ranks, autocast, updates)
+        ends = tuple(ends_of(causal_lm(plain.model), tokenizer))
+        online = Online(config, needs, tokenizer, scorers, plain.model, reference, ranks, autocast, updates, ends)
     eos = int(tokenizer.eos_token_id)
     return Parts(accelerator, ranks, plain, policy, prepared, roles, reference, online, layout, stream, rate, eos)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,17 +18,21 @@ from torch import Tensor, nn
 
 from alignkit.config import RunConfig
 from alignkit.data.stream import seed_of
+from alignkit.engine.roles import Roles
 from alignkit.engine.sampled import sampled_metrics
 from alignkit.engine.scorers import Scorers
 from alignkit.errors import PluginError, RewardError
 from alignkit.method import Context
 from alignkit.models.passes import Autocast
 from alignkit.models.ranks import Ranks
+from alignkit.models.truncation import Truncation
 from alignkit.reference.reference import Reference
 from alignkit.rewards import Answers, Scores
 from alignkit.rewards.answers import text_of
 from alignkit.rollout import Draw, Mixture, Sampled, sample
 from alignkit.rollout.completions import answers_of, with_completions
+from alignkit.rollout.correction import correction_weights, mismatch_metrics
+from alignkit.rollout.elsewhere import Sampler, check_comparable, is_comparable
 from alignkit.runs.folder import StepLines
 from alignkit.types import Batch, Example
 from alignkit_kernels import sequence_sum
@@ -37,6 +42,11 @@ T = TypeVar("T")
 
 class SamplingStep(Context, Protocol):
     """A step in which completions are sampled."""
+
+    @property
+    def models(self) -> Roles:
+        """The roles that the method declared."""
+        ...
 
     @property
     def number(self) -> int:
@@ -53,7 +63,9 @@ class SamplingStep(Context, Protocol):
 class Online:
     """Samples, scores and compares completions in a run; `lines` is open while its loop runs.
 
-    model: the policy, as a language model. updates: optimiser steps per collected batch. seconds: of this step.
+    model: the policy, as a language model. updates: optimiser steps per collected batch. ends: tokens that end a
+    sequence. sampler: samples instead of `model`, with a copy of its weights, those of `version`. seconds: of
+    this step.
     """
 
     config: RunConfig
@@ -65,6 +77,9 @@ class Online:
     ranks: Ranks
     autocast: Autocast
     updates: int
+    ends: tuple[int, ...] = ()
+    sampler: Sampler | None = None
+    version: int | None = None
     lines: StepLines | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "scoring": 0.0})
 
@@ -74,8 +89,8 @@ class Online:
         self.lines = StepLines(folder / name, done, evaluated)
 
     def close(self) -> None:
-        """Close the file, the rewards and the judge."""
-        for one in (self.lines, self.scorers.rewards, self.scorers.judge):
+        """Close the file, the rewards, the judge and the sampler."""
+        for one in (self.lines, self.scorers.rewards, self.scorers.judge, self.sampler):
             if one is not None:
                 one.close()
 
@@ -85,7 +100,7 @@ class Online:
         grown, answers = with_completions(batch.examples, sampled, batch), self.answers(batch.examples, sampled)
         if draw.sampling.temperature != self.config.sampling.temperature:
             grown = replace(grown, temperature=draw.sampling.temperature)
-        grown = self._with_logps(ctx, grown) if draw.logps else grown
+        grown = self._with_logps(ctx, grown, draw) if draw.logps else grown
         lines: dict[str, Sequence[Any]] = {}
         if "reward" in self.roles:
             scores = self.score(answers)
@@ -99,8 +114,11 @@ class Online:
             grown = grown.attach(per_completion={"wins": _float32(lines["wins"], batch.device)})
         measured = sampled_metrics(ctx.sum, sampled, lines, draw.n)
         ctx.log(**{f"{draw.prefix}{name}": value for name, value in measured.items()})
-        if "old_logps" in grown:
-            lines |= {"logp": sequence_sum(grown["old_logps"], grown.cu_seqlens).tolist()}
+        for name, shown in (("old_logps", "logp"), ("sampler_logps", "sampler_logp")):
+            if name in grown:
+                lines |= {shown: sequence_sum(grown[name], grown.cu_seqlens).tolist()}
+        if "rollout_weights" in grown:
+            lines |= {"weight": sequence_sum(grown["rollout_weights"], grown.cu_seqlens, mean=True).tolist()}
         if draw.name:
             lines |= {"rollout": [draw.name] * len(answers)}
         self.write(ctx.step + 1 if ctx.training else ctx.step, ctx.training, answers, lines)
@@ -108,16 +126,32 @@ class Online:
             self.took(0.0)  # the seconds of an evaluation are not those of a step
         return grown
 
-    def _with_logps(self, ctx: SamplingStep, grown: Batch) -> Batch:
+    def _with_logps(self, ctx: SamplingStep, grown: Batch, draw: Draw) -> Batch:
         """Attach the log-probabilities and values of the sampled tokens that the method needs."""
         if "reference" in self.roles and self.reference is not None:
             grown = self.reference.attach(grown, keep=False)
-        if "critic" in self.roles or self.updates > 1:
-            outputs = ctx.models.policy(grown, values="critic" in self.roles)
-            grown = grown.attach(per_token={"old_logps": outputs.logps})
-            if outputs.values is not None:
-                grown = grown.attach(per_token={"values": outputs.values})
-        return grown
+        exact = "sampler_logps" not in grown
+        if exact and "critic" not in self.roles and self.updates == 1:
+            return grown
+        truncated = None if exact else partial(Truncation.of, draw.sampling, self.ends)
+        outputs = ctx.models.policy(grown, values="critic" in self.roles, truncated=truncated)
+        numbers = {"old_logps": outputs.logps, "values": outputs.values}
+        grown = grown.attach(per_token={name: value for name, value in numbers.items() if value is not None})
+        if exact or draw.greedy or not is_comparable(self.sampler is None or self.sampler.processed, draw.sampling):
+            return grown
+        return self._corrected(ctx, grown, outputs.logps if outputs.drawn is None else outputs.drawn, draw.prefix)
+
+    def _corrected(self, ctx: SamplingStep, grown: Batch, drawn: Tensor, prefix: str) -> Batch:
+        """Attach the weights against the mismatch of sampler and trainer, and log how large it is.
+
+        drawn: the trainer's log-probabilities in the distribution that the sampler draws from, [C].
+        """
+        rollout, sampler = self.config.rollout, grown["sampler_logps"]
+        weights, beyond = correction_weights(drawn - sampler, grown.cu_seqlens, rollout)
+        corrects = rollout.corrects != "none"
+        found = mismatch_metrics(ctx.sum, self.ranks.largest, drawn, sampler, beyond if corrects else None)
+        ctx.log(**{f"{prefix}{name}": value for name, value in found.items()})
+        return grown.attach(per_token={"rollout_weights": weights}) if corrects else grown
 
     def took(self, total: float) -> dict[str, float]:
         """Return how the seconds of a step were spent, and start counting those of the next step."""
@@ -129,19 +163,20 @@ class Online:
         self, ctx: SamplingStep, examples: Sequence[Example], draw: Draw, mixture: float | None
     ) -> list[list[Sampled]]:
         """Return the completions of each of this rank's prompts, [prompt][completion]; mixture: the opponent's."""
-        started, ranks = time.perf_counter(), self.ranks
-        with self.autocast():
-            sampled = sample(
-                self.model,
-                self.tokenizer,
-                [e.prompt for e in examples],
-                draw.sampling,
-                n=draw.n,
-                seed=self._seed(ctx, draw.number, mixture is not None),
-                numbers=[ctx.offset + ranks.own + i * ranks.n for i in range(len(examples))],
-                mixture=None if mixture is None else self._mixture(mixture),
-                greedy=draw.greedy,
-            )
+        started, ranks, prompts = time.perf_counter(), self.ranks, [e.prompt.tolist() for e in examples]
+        how: dict[str, Any] = {"n": draw.n, "greedy": draw.greedy}
+        how["seed"] = self._seed(ctx, draw.number, mixture is not None)
+        how["numbers"] = [ctx.offset + ranks.own + i * ranks.n for i in range(len(examples))]
+        if self.sampler is not None and mixture is None:
+            check_comparable(self.sampler.processed, draw.sampling, self.config.rollout)
+            if self.version != ctx.step:
+                self.sampler.update(ctx.step, self.model)
+                self.version = ctx.step
+            sampled = self.sampler.sample(prompts, draw.sampling, **how)
+        else:
+            how["mixture"] = None if mixture is None else self._mixture(mixture)
+            with self.autocast():
+                sampled = sample(self.model, self.tokenizer, prompts, draw.sampling, **how)
         self.seconds["sampling"] += time.perf_counter() - started
         return sampled
 

@@ -8,6 +8,8 @@ noise.py         the random numbers of a sequence, independent of its batch
 continuous.py    transformers' continuous batching
 completions.py   sampled tokens as a batch of trees, and as text for rewards
 tool_calls.py    tool calls in sampled text
+elsewhere.py     samplers that do not use the training process's model
+correction.py    the mismatch of sampler and trainer: metrics and weights
 checks.py        whether rewards, judge and sampling settings fit a method
 """
 

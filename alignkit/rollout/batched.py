@@ -27,8 +27,8 @@ class Sampled:
     """A sampled completion.
 
     tokens: including the token that ended it, or the one that completed a stop string. ended: whether it ended this
-    way; False where it was cut. logps: the sampler's own log-probabilities of the tokens, in nats; None where it computes
-    what the trainer computes.
+    way; False where it was cut. logps: the sampler's own log-probabilities of the tokens, in nats; None where it
+    computes what the trainer computes.
     """
 
     tokens: list[int]

@@ -9,6 +9,8 @@ from alignkit.errors import ConfigError
 from alignkit.method import Method
 from alignkit.rewards import check_judge, check_rewards
 
+IN_PROCESS = ("generate", "continuous")  # backends that use the trained model itself
+
 
 def check_online(config: RunConfig, method: Method[Any]) -> None:
     """Raise ConfigError where the settings that sample and score do not fit the method; loads nothing."""
@@ -22,6 +24,7 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
             )
         if given is not None:
             check(given)
+    _check_rollout(config)
     if "judge" in needs and config.patience is not None:
         raise ConfigError(
             f"'{method.name}' plays against an opponent that changes, so its evaluations cannot be compared; "
@@ -33,3 +36,12 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
         )
     if method.data == "prompts" and config.fsdp:
         raise ConfigError(f"'{method.name}' samples, which a policy sharded by fsdp does not support yet; remove fsdp")
+
+
+def _check_rollout(config: RunConfig) -> None:
+    backend = config.sampling.backend
+    if backend in IN_PROCESS and config.rollout.correction not in ("auto", "none"):
+        raise ConfigError(
+            f"rollout.correction: {config.rollout.correction} corrects a sampler that computes other probabilities "
+            f"than the trainer, but backend: {backend} samples with the trained model itself; remove rollout.correction"
+        )

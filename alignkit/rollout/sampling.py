@@ -43,7 +43,7 @@ def sample(
     prompt) and ModelError (more tokens than the model has positions).
     """
     lm = causal_lm(model)
-    ends = _ends(lm, tokenizer)
+    ends = ends_of(lm, tokenizer)
     tokens = [list(tokenizer(p)["input_ids"] if isinstance(p, str) else map(int, p)) for p in prompts]
     _check(lm, tokens, sampling.max_new_tokens)
     if sampling.backend == "continuous":
@@ -54,7 +54,7 @@ def sample(
     return work.sample(tokens, n, range(len(tokens)) if numbers is None else numbers)
 
 
-def _ends(lm: Any, tokenizer: Any) -> list[int]:
+def ends_of(lm: Any, tokenizer: Any) -> list[int]:
     """Return the tokens that end a sequence, the tokenizer's first. A chat model's folder may name others that end a
     turn; ordinary tokens among them are defaults of the configuration, for another vocabulary, and are ignored."""
     if tokenizer.eos_token_id is None:

@@ -87,7 +87,7 @@ def located(file: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError naming the settings that differ between a folder's start and now."""
     before, now = dict(before), dict(json.loads(json.dumps(now)))
-    for group in ("lora", "sampling"):  # their settings are named one by one
+    for group in ("lora", "sampling", "rollout"):  # their settings are named one by one
         both: list[dict[str, Any]] = [before, now]
         if all(isinstance(values.get(group), dict) for values in both):
             for values in both:
