@@ -116,9 +116,7 @@ class RunConfig(BaseModel):
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     quantize: Literal["nf4"] | None = Field(None, description="nf4: the frozen base in 4 bits, for adapters (QLoRA)")
     sampling: Sampling = Field(Sampling(), description="how completions are sampled, for methods that sample")
-    rollout: Rollout = Field(
-        Rollout(), description="corrections for samplers that are not exact, and how far they are ahead"
-    )
+    rollout: Rollout = Field(Rollout(), description="of samplers with their own weights, see docs/off-policy.md")
     reward: Any = Field(None, description="reward that scores sampled completions, see docs/rewards.md")
     judge: Any = Field(None, description="judge that compares two sampled completions, see docs/rewards.md")
     reward_timeout: float | None = Field(600.0, gt=0, description="seconds for one call of a reward or judge function")

@@ -92,7 +92,7 @@ def test_a_shared_critic_reads_the_policys_hidden_states_and_a_frozen_policy_get
     nn.init.normal_(head.weight)
     batch = batch_of(tiny_examples("text"), Layout("padded"))
     both = ActorCritic(policy, head)
-    _, _, values = both(batch.rows, batch.targets)
+    _, _, values, _ = both(batch.rows, batch.targets)
     e = batch.examples[0]
     ids = torch.cat([e.prompt, e.completions[0].tokens])[None].long()
     own, exact = (
@@ -100,7 +100,7 @@ def test_a_shared_critic_reads_the_policys_hidden_states_and_a_frozen_policy_get
         for m, h in ((model, head), (exact_copy(model), exact_copy(head)))
     )
     assert_rounding_only(values[: len(own)], own, exact)
-    _, _, values = both(batch.rows, batch.targets, frozen=True)
+    _, _, values, _ = both(batch.rows, batch.targets, frozen=True)
     values.sum().backward()
     assert head.weight.grad is not None
     assert all(p.grad is None for p in model.parameters())
