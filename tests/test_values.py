@@ -68,7 +68,7 @@ def test_values_are_read_where_each_token_is_predicted(layout: Layout) -> None:
     policy, critic = Scorer(tiny_model()), tiny_classifier(3)
     batch = batch_of(tiny_examples("pairs"), layout)
     with torch.no_grad():
-        logps, entropy, values = ActorCritic(policy, Valuer(critic))(batch.rows, batch.targets, 1.0, True)
+        logps, entropy, values, _ = ActorCritic(policy, Valuer(critic))(batch.rows, batch.targets, 1.0, True)
 
         def alone_by(model: Any) -> torch.Tensor:
             parts = []
