@@ -22,6 +22,7 @@ from alignkit.insight.health.alarm_messages import DETECTORS
 from alignkit.insight.health.completion_stats import dead_groups, repetition, same_opening, spreads, words
 from alignkit.insight.health.history import History
 from alignkit.insight.health.monitor import held_out
+from alignkit.rollout_settings import Rollout
 
 STEPS = 60
 OFFLINE = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
@@ -45,7 +46,7 @@ def online_line(step: int, rng: random.Random) -> tuple[dict[str, float], list[d
         "reward/mean": statistics.fmean(rewards), "reward/std": statistics.pstdev(rewards),
         "reward/right/mean": statistics.fmean(r["reward/right"] for r in rows),
         "value": 0.3 + rng.random() / 5, "value/explained_variance": 0.1 + rng.gauss(0, 0.1),
-        "lr": 1e-4 * min(step / 6, 1), "rollout/kl": rng.lognormvariate(-7, 0.5),
+        "lr": 1e-4 * min(step / 6, 1), "rollout/kl": 0.001 + 0.001 * part,
     }  # fmt: skip
     return metrics, rows
 
@@ -458,7 +459,8 @@ def test_no_line_is_too_strange(lines: list[Any]) -> None:
 
 
 def test_every_remedy_names_settings_that_there_are() -> None:
-    run = {*RunConfig.model_fields, *(f"sampling.{name}" for name in Sampling.model_fields)}
+    groups = {"sampling": Sampling, "rollout": Rollout}
+    run = {*RunConfig.model_fields, *(f"{group}.{name}" for group, cls in groups.items() for name in cls.model_fields)}
     methods = {f".{name}" for method in registry.names() for name in registry.get(method).Config.model_fields}
     for detector in DETECTORS:
         for name, what in detector.remedies:
