@@ -14,6 +14,13 @@ class Rollout(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    ahead: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="steps that sampling is ahead of learning; 1: the next step's completions are "
+        "sampled while this one's are learned",
+    )
     correction: Literal["auto", Correction] = Field(
         "auto",
         description="weights against the mismatch of sampler and trainer, see docs/off-policy.md; auto: token_truncate "

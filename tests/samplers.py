@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from transformers import AutoTokenizer
 
 from alignkit.config import Sampling
 from alignkit.engine import assemble
-from alignkit.engine.rollouts import Online
-from alignkit.rollout import Sampled, sample
+from alignkit.engine.ahead import Ahead
+from alignkit.rollout import Sampled, checks, sample
 
 
 def drawn_from(logits: Tensor, sampling: Sampling, first: bool, ends: Sequence[int]) -> Tensor:
@@ -36,6 +35,11 @@ def drawn_from(logits: Tensor, sampling: Sampling, first: bool, ends: Sequence[i
     for i in kept:
         found[i] = z[i] - math.log(mass)
     return found
+
+
+def letters(completions: list[str]) -> list[float]:
+    """A reward: how many letters are an e, less a little for every letter."""
+    return [text.count("e") - 0.02 * len(text) for text in completions]
 
 
 class Double:
@@ -78,4 +82,12 @@ class Double:
 
 def uses(monkeypatch: pytest.MonkeyPatch, sampler: Any) -> None:
     """Let runs sample with it."""
-    monkeypatch.setattr(assemble, "Online", functools.partial(Online, sampler=sampler))
+    original = assemble.build
+
+    def build(config: Any, *given: Any) -> Any:
+        parts = original(config, *given)
+        parts.online.ahead = Ahead(sampler, parts.online.model, parts.policy, config.rollout.ahead)
+        return parts
+
+    monkeypatch.setattr(assemble, "build", build)
+    monkeypatch.setattr(checks, "IN_PROCESS", ())

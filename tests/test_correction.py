@@ -22,7 +22,7 @@ from alignkit.errors import ConfigError, PluginError
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
 from alignkit.models.truncation import Truncation
-from alignkit.rollout import Sampled, checks
+from alignkit.rollout import Sampled
 from alignkit.rollout.completions import with_completions
 from alignkit.rollout.correction import correction_weights, mismatch_metrics
 from alignkit.rollout_settings import Correction, Rollout
@@ -403,7 +403,6 @@ def test_the_setting_decides_what_is_attached(
     correction: str, online: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uses(monkeypatch, Double(online["model"], noise=0.5))
-    monkeypatch.setattr(checks, "IN_PROCESS", ())
     given = {"correction": correction} | ({} if correction == "none" else {"correction_floor": 0.5})
     result = alignkit.run("grpo", **online | ASKS["grpo"] | QUIET | {"rollout": given})
     line, said = read_metrics(result.folder)[0], lines_of(result.folder)
@@ -428,7 +427,6 @@ def test_bare_log_probabilities_are_compared_only_where_they_can_be(
     online: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uses(monkeypatch, Double(online["model"], noise=0.0, processed=False))
-    monkeypatch.setattr(checks, "IN_PROCESS", ())
     own = online | ASKS["grpo"] | QUIET
     line = read_metrics(alignkit.run("grpo", **own, name="bare").folder)[0]
     assert line["rollout/ratio_max"] == pytest.approx(1.0, abs=1e-4)

@@ -98,8 +98,8 @@ def take_best(state: RunState, step: int) -> bool:
     found = checkpoint.load(state.folder / "best", logger.warning, take)
     if found is None:
         return False
-    if state.parts.online:
-        state.parts.online.version = None  # a sampler has those of the last step
+    if state.parts.online and state.parts.online.ahead:
+        state.parts.online.ahead.version = None  # it has the weights of the last step
     logger.info("restored the weights of step %d, which had the best evaluation", found.step)
     state.early.best_step = step  # the weights after this step are now the best ones
     return True

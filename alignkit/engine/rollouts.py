@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from alignkit.config import RunConfig
 from alignkit.data.stream import seed_of
+from alignkit.engine.ahead import Ahead, Ask
 from alignkit.engine.roles import Roles
 from alignkit.engine.sampled import sampled_metrics
 from alignkit.engine.scorers import Scorers
@@ -32,7 +34,7 @@ from alignkit.rewards.answers import text_of
 from alignkit.rollout import Draw, Mixture, Sampled, sample
 from alignkit.rollout.completions import answers_of, with_completions
 from alignkit.rollout.correction import correction_weights, mismatch_metrics
-from alignkit.rollout.elsewhere import Sampler, check_comparable, is_comparable
+from alignkit.rollout.elsewhere import check_comparable, is_comparable
 from alignkit.runs.folder import StepLines
 from alignkit.types import Batch, Example
 from alignkit_kernels import sequence_sum
@@ -46,6 +48,11 @@ class SamplingStep(Context, Protocol):
     @property
     def models(self) -> Roles:
         """The roles that the method declared."""
+        ...
+
+    @property
+    def following(self) -> Sequence[Example]:
+        """This rank's examples of the next step of the training; none in an evaluation, and after the last step."""
         ...
 
     @property
@@ -64,8 +71,7 @@ class Online:
     """Samples, scores and compares completions in a run; `lines` is open while its loop runs.
 
     model: the policy, as a language model. updates: optimiser steps per collected batch. ends: tokens that end a
-    sequence. sampler: samples instead of `model`, with a copy of its weights, those of `version`. seconds: of
-    this step.
+    sequence. ahead: the sampler that samples instead of `model`, if there is one. seconds: of this step.
     """
 
     config: RunConfig
@@ -78,8 +84,7 @@ class Online:
     autocast: Autocast
     updates: int
     ends: tuple[int, ...] = ()
-    sampler: Sampler | None = None
-    version: int | None = None
+    ahead: Ahead | None = None
     lines: StepLines | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "scoring": 0.0})
 
@@ -90,7 +95,7 @@ class Online:
 
     def close(self) -> None:
         """Close the file, the rewards, the judge and the sampler."""
-        for one in (self.lines, self.scorers.rewards, self.scorers.judge, self.sampler):
+        for one in (self.lines, self.scorers.rewards, self.scorers.judge, self.ahead):
             if one is not None:
                 one.close()
 
@@ -134,10 +139,11 @@ class Online:
         if exact and "critic" not in self.roles and self.updates == 1:
             return grown
         truncated = None if exact else partial(Truncation.of, draw.sampling, self.ends)
-        outputs = ctx.models.policy(grown, values="critic" in self.roles, truncated=truncated)
+        with self.ahead.as_sampled(self._ask(ctx, draw, grown.examples)) if self.ahead else nullcontext():
+            outputs = ctx.models.policy(grown, values="critic" in self.roles, truncated=truncated)
         numbers = {"old_logps": outputs.logps, "values": outputs.values}
         grown = grown.attach(per_token={name: value for name, value in numbers.items() if value is not None})
-        if exact or draw.greedy or not is_comparable(self.sampler is None or self.sampler.processed, draw.sampling):
+        if exact or draw.greedy or not is_comparable(self.ahead is None or self.ahead.sampler.processed, draw.sampling):
             return grown
         return self._corrected(ctx, grown, outputs.logps if outputs.drawn is None else outputs.drawn, draw.prefix)
 
@@ -163,27 +169,32 @@ class Online:
         self, ctx: SamplingStep, examples: Sequence[Example], draw: Draw, mixture: float | None
     ) -> list[list[Sampled]]:
         """Return the completions of each of this rank's prompts, [prompt][completion]; mixture: the opponent's."""
-        started, ranks, prompts = time.perf_counter(), self.ranks, [e.prompt.tolist() for e in examples]
-        how: dict[str, Any] = {"n": draw.n, "greedy": draw.greedy}
-        how["seed"] = self._seed(ctx, draw.number, mixture is not None)
-        how["numbers"] = [ctx.offset + ranks.own + i * ranks.n for i in range(len(examples))]
-        if self.sampler is not None and mixture is None:
-            check_comparable(self.sampler.processed, draw.sampling, self.config.rollout)
-            if self.version != ctx.step:
-                self.sampler.update(ctx.step, self.model)
-                self.version = ctx.step
-            sampled = self.sampler.sample(prompts, draw.sampling, **how)
+        started, ask = time.perf_counter(), self._ask(ctx, draw, examples, opponent=mixture is not None)
+        if self.ahead and mixture is None:
+            check_comparable(self.ahead.sampler.processed, draw.sampling, self.config.rollout)
+            sampled = self.ahead.sample(ask, lambda: self._following(ctx, draw))
         else:
-            how["mixture"] = None if mixture is None else self._mixture(mixture)
+            mixed = None if mixture is None else self._mixture(mixture)
+            how: dict[str, Any] = {"n": ask.n, "seed": ask.seed, "numbers": ask.numbers, "greedy": ask.greedy}
             with self.autocast():
-                sampled = sample(self.model, self.tokenizer, prompts, draw.sampling, **how)
+                sampled = sample(self.model, self.tokenizer, ask.prompts, draw.sampling, mixture=mixed, **how)
         self.seconds["sampling"] += time.perf_counter() - started
         return sampled
 
-    def _seed(self, ctx: SamplingStep, call: int, opponent: bool) -> int:
-        """Return the seed of a call's noise: calls of one step share none, and a resumed run repeats it."""
-        first = seed_of(self.config.seed, (4 if ctx.training else 6) + opponent, ctx.number)
-        return seed_of(first, 11, call) if call else first
+    def _ask(
+        self, ctx: SamplingStep, draw: Draw, examples: Sequence[Example], later: int = 0, opponent: bool = False
+    ) -> Ask:
+        """Return what a call asks for; later: in as many steps. Its seed: calls of one step share none."""
+        seed = seed_of(self.config.seed, (4 if ctx.training else 6) + opponent, ctx.number + later)
+        seed = seed_of(seed, 11, draw.number) if draw.number else seed
+        prompts = [e.prompt.tolist() for e in examples]
+        numbers = [ctx.offset + self.ranks.own + i * self.ranks.n for i in range(len(examples))]
+        call = draw.number if ctx.training else -1 - draw.number  # what is ahead is for training
+        return Ask(ctx.step + later, call, prompts, draw.sampling, draw.n, draw.greedy, seed, numbers)
+
+    def _following(self, ctx: SamplingStep, draw: Draw) -> Ask | None:
+        examples = ctx.following
+        return self._ask(ctx, draw, examples, later=1) if examples else None
 
     def score(self, answers: Answers) -> Scores:
         """Score this rank's completions. Raises RewardError on all ranks where one of them fails."""

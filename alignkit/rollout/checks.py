@@ -40,6 +40,16 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
 
 def _check_rollout(config: RunConfig) -> None:
     backend = config.sampling.backend
+    if config.rollout.ahead and backend in IN_PROCESS:
+        raise ConfigError(
+            f"rollout.ahead samples while the model is trained, but backend: {backend} samples with that model itself; "
+            "remove rollout.ahead, or use a sampler with weights of its own"
+        )
+    if config.rollout.ahead and (config.streaming or config.fsdp):
+        other = "streaming reads each step's rows once" if config.streaming else "fsdp shards the weights"
+        raise ConfigError(
+            f"rollout.ahead reads the next step's rows and keeps a copy of the weights, but {other}; remove one of them"
+        )
     if backend in IN_PROCESS and config.rollout.correction not in ("auto", "none"):
         raise ConfigError(
             f"rollout.correction: {config.rollout.correction} corrects a sampler that computes other probabilities "
