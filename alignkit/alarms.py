@@ -78,6 +78,7 @@ class Health(BaseModel):
     explained_variance: Limit = Field(-0.02, lt=1, description="value below which the critic does harm")
     grad_spike: Limit = Field(8.0, gt=1, description="times the running median of the gradient's norm")
     truncation: Limit = Field(0.1, gt=0, le=1, description="fraction of the completions that max_new_tokens cut")
+    mismatch: Limit = Field(0.05, gt=0, description="nats a token, of the sampler to the trainer")
 
     @model_validator(mode="before")
     @classmethod

@@ -131,8 +131,8 @@ class Context(Protocol):
 
         The new batch holds, per completion, "ended" (False where it was cut) and, where the method uses a reward,
         "rewards" (raw, float32) and "scored" (False where no reward applies; its reward is then 0); per token
-        "reference_logps" where it uses a reference, and "old_logps", the policy's own, unless the batch is used for a
-        single update, which starts at ratio 1 by construction.
+        "reference_logps" where it uses a reference, and "old_logps", of the policy that sampled, unless the batch is
+        used for a single update and sampled by the policy itself: then it starts at ratio 1 by construction.
         mixture: also sample one completion per prompt from policy^(1 - mixture) * reference^mixture, token by token,
         and query the judge: "wins" (per completion) is P(the policy's beats the mixture's). n must be 1.
         greedy: the most likely token each time; n must be 1. sampling: changes of the run's settings for this call, of

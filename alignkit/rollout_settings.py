@@ -1,4 +1,4 @@
-"""Settings of rollouts: what samples the completions, and how weights get there."""
+"""Settings of rollouts: what samples the completions, how weights get there, and how their mismatch is corrected."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alignkit.errors import ConfigError
 
+Correction = Literal["none", "token_truncate", "sequence_truncate", "token_mask", "sequence_mask"]
 LOCAL = ("generate", "continuous")  # they sample in the process that trains
 HOTTEST = 2.0  # of vLLM 0.32
 # of a run that samples by servers; they do not change what is sampled, so that a resumed run may change them
@@ -38,6 +39,20 @@ class Rollout(BaseModel):
         0.3, gt=0, description="nats by which a server's log-probabilities of a known prompt may differ from ours"
     )
     options: dict[str, Any] = Field({}, description="options of a plugin's sampler")
+    ahead: int = Field(
+        0, ge=0, le=1, description="1: the next step's completions are sampled while this one's are learned"
+    )
+    correction: Literal["auto", Correction] = Field(
+        "auto",
+        description="weights against the mismatch of sampler and trainer, see docs/off-policy.md; auto: token_truncate "
+        "where the sampler is not exact",
+    )
+    correction_threshold: float = Field(
+        2.0, ge=1, description="largest weight; beyond it a weight is lowered to it, or with a mask set to 0"
+    )
+    correction_floor: float = Field(
+        0.0, ge=0, le=1, description="with a mask, weights below it are 0 too; IcePop: 0.5, with a threshold of 5"
+    )
 
     @model_validator(mode="after")
     def _holds_together(self) -> Rollout:
@@ -60,7 +75,32 @@ class Rollout(BaseModel):
             raise ValueError(f"{given[0]} has an effect with backend: vllm only; remove it")
         if self.options and self.backend in (*LOCAL, "vllm"):
             raise ValueError(f"options are for a plugin's sampler, not for {self.backend}; remove them")
+        self._check_correction()
         return self
+
+    def _check_correction(self) -> None:
+        if self.correction_floor and not self.correction.endswith("mask"):
+            raise ValueError(
+                "correction_floor has an effect with correction: token_mask or sequence_mask only; remove it"
+            )
+        unchanged = type(self).model_fields["correction_threshold"].default
+        if self.correction == "none" and self.correction_threshold != unchanged:
+            raise ValueError("correction_threshold has no effect with correction: none; remove it")
+        if self.local and self.correction not in ("auto", "none"):
+            raise ValueError(
+                f"correction: {self.correction} corrects a sampler that computes other probabilities than the trainer, "
+                f"but backend: {self.backend} samples with the trained model itself; remove rollout.correction"
+            )
+        if self.local and self.ahead:
+            raise ValueError(
+                f"ahead samples while the model is trained, but backend: {self.backend} samples with that model; "
+                "remove rollout.ahead, or use a sampler with weights of its own"
+            )
+
+    @property
+    def corrects(self) -> Correction:
+        """What is done where the sampler is not exact."""
+        return "token_truncate" if self.correction == "auto" else self.correction
 
     @property
     def local(self) -> str | None:

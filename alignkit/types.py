@@ -363,13 +363,15 @@ class Outputs(NamedTuple):
     """The results of a model for a batch, float32 [C] each.
 
     logps: of the targets, in nats. entropy: of the distribution that each target was drawn from, in nats, where
-    requested. values: the critic's value before each target, in the reward's units, where requested.
+    requested. values: the critic's value before each target, in the reward's units, where requested. drawn: of the
+    targets in the distribution that sampling leaves of the policy's, in nats, where requested.
     A named tuple, in which the wrappers of data parallelism and FSDP2 look for tensors.
     """
 
     logps: Tensor
     entropy: Tensor | None = None
     values: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 def _borders(lengths: list[int]) -> Tensor:

@@ -50,7 +50,7 @@ LOGGED = {
     "displacement": {"logps/chosen"}, "same_reward": {"reward/std"}, "zero_variance": {"several texts a prompt"},
     "clip_fraction": {"clip_fraction"},
     "value_loss": {"value"}, "explained_variance": {"value/explained_variance"}, "grad_spike": {"grad_norm"},
-    "truncation": {"completion/eos_rate"},
+    "truncation": {"completion/eos_rate"}, "mismatch": {"rollout/kl"},
 }  # fmt: skip
 
 

@@ -129,6 +129,17 @@ def test_rollout_by_servers() -> None:
 
 
 @pytest.mark.slow
+def test_ahead(tmp_path: Path) -> None:
+    done = run("ahead.py", "--tiny", "--json", tmp_path / "a.json")
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((tmp_path / "a.json").read_text())["steps"]
+    assert [s["ahead"] for s in steps] == [0, 1, 0, 1, 0, 1]
+    # where sampling is the longer one, a step takes as long as both, or as that one with some slack for a busy machine
+    assert steps[4]["step"] > steps[4]["sampling"] + 0.5 * steps[4]["learning"]
+    assert steps[5]["step"] < steps[5]["sampling"] + 0.5 * steps[5]["learning"]
+
+
+@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     done = run("demo.py", "--tiny", "--json", tmp_path / "d.json")
     assert done.returncode == 0, done.stderr

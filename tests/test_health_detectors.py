@@ -22,6 +22,7 @@ from alignkit.insight.health.alarm_messages import DETECTORS
 from alignkit.insight.health.completion_stats import dead_groups, repetition, same_opening, spreads, words
 from alignkit.insight.health.history import History
 from alignkit.insight.health.monitor import held_out
+from alignkit.rollout_settings import Rollout
 
 STEPS = 60
 OFFLINE = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
@@ -45,7 +46,7 @@ def online_line(step: int, rng: random.Random) -> tuple[dict[str, float], list[d
         "reward/mean": statistics.fmean(rewards), "reward/std": statistics.pstdev(rewards),
         "reward/right/mean": statistics.fmean(r["reward/right"] for r in rows),
         "value": 0.3 + rng.random() / 5, "value/explained_variance": 0.1 + rng.gauss(0, 0.1),
-        "lr": 1e-4 * min(step / 6, 1),
+        "lr": 1e-4 * min(step / 6, 1), "rollout/kl": 0.001 + 0.001 * part,
     }  # fmt: skip
     return metrics, rows
 
@@ -145,6 +146,7 @@ PLANTED: list[tuple[str, Any, Change]] = [
     ("explained_variance", online_line, sets(value__explained_variance=lambda step: -step / 30)),
     ("grad_spike", online_line, sets(grad_norm=lambda step: 40.0 if step == 33 else 1 + step % 3)),
     ("truncation", online_line, sets(completion__eos_rate=lambda step: 1 - step / 100)),
+    ("mismatch", online_line, sets(rollout__kl=lambda step: 0.0005 * 1.2**step)),
 ]
 
 
@@ -186,6 +188,7 @@ def test_the_mean_of_the_window_is_held_to_the_limit() -> None:
                                                                     (6, "kl_high", 15.5)]  # fmt: skip
     assert alarms([{"clip_fraction": v} for v in (0.125, 0.25, 0.25, 0.5)]) == [(4, "clip_fraction", 0.375)]
     assert alarms([{"completion/eos_rate": v} for v in (0.875, 1, 0.875, 0.75)]) == [(4, "truncation", 0.1875)]
+    assert alarms([{"rollout/kl": v} for v in (0.03125, 0.0625, 0.03125, 0.125)]) == [(4, "mismatch", 0.078125)]
 
 
 def test_a_change_is_looked_at_when_two_windows_are_behind_it() -> None:
@@ -456,7 +459,8 @@ def test_no_line_is_too_strange(lines: list[Any]) -> None:
 
 
 def test_every_remedy_names_settings_that_there_are() -> None:
-    run = {*RunConfig.model_fields, *(f"sampling.{name}" for name in Sampling.model_fields)}
+    groups = {"sampling": Sampling, "rollout": Rollout}
+    run = {*RunConfig.model_fields, *(f"{group}.{name}" for group, cls in groups.items() for name in cls.model_fields)}
     methods = {f".{name}" for method in registry.names() for name in registry.get(method).Config.model_fields}
     for detector in DETECTORS:
         for name, what in detector.remedies:

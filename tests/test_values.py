@@ -68,7 +68,7 @@ def test_values_are_read_where_each_token_is_predicted(layout: Layout) -> None:
     policy, critic = Scorer(tiny_model()), tiny_classifier(3)
     batch = batch_of(tiny_examples("pairs"), layout)
     with torch.no_grad():
-        logps, entropy, values = ActorCritic(policy, Valuer(critic))(batch.rows, batch.targets, 1.0, True)
+        logps, entropy, values, _ = ActorCritic(policy, Valuer(critic))(batch.rows, batch.targets, 1.0, True)
 
         def alone_by(model: Any) -> torch.Tensor:
             parts = []
@@ -92,7 +92,7 @@ def test_a_shared_critic_reads_the_policys_hidden_states_and_a_frozen_policy_get
     nn.init.normal_(head.weight)
     batch = batch_of(tiny_examples("text"), Layout("padded"))
     both = ActorCritic(policy, head)
-    _, _, values = both(batch.rows, batch.targets)
+    _, _, values, _ = both(batch.rows, batch.targets)
     e = batch.examples[0]
     ids = torch.cat([e.prompt, e.completions[0].tokens])[None].long()
     own, exact = (
@@ -100,7 +100,7 @@ def test_a_shared_critic_reads_the_policys_hidden_states_and_a_frozen_policy_get
         for m, h in ((model, head), (exact_copy(model), exact_copy(head)))
     )
     assert_rounding_only(values[: len(own)], own, exact)
-    _, _, values = both(batch.rows, batch.targets, frozen=True)
+    _, _, values, _ = both(batch.rows, batch.targets, frozen=True)
     values.sum().backward()
     assert head.weight.grad is not None
     assert all(p.grad is None for p in model.parameters())

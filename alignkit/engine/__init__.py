@@ -11,6 +11,8 @@ optimizers.py  the optimiser and its groups of parameters
 step.py        a step as a method sees it (alignkit.method.Context)
 roles.py       the models that a method may call
 rollouts.py    prompts -> sampled and scored completions
+ahead.py       a sampler with weights of its own, one step ahead of the learning
+ahead_state.py  what was sampled ahead, in a checkpoint
 scorers.py     the rewards and the judge of a run
 sampled.py     the metrics of sampled completions
 evaluation.py  held-out rows; early stopping

@@ -24,6 +24,7 @@ from accelerate.utils import (
 from alignkit.config import RunConfig
 from alignkit.data.stream import Stream
 from alignkit.data.views import Selected
+from alignkit.engine.ahead import Ahead
 from alignkit.engine.optimizers import build_optimizer
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online
@@ -126,10 +127,10 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     online = None
     if scorers:
         updates = (config.epochs_per_batch or method.epochs_per_batch) * config.minibatches
-        autocast, needs = accelerator.autocast, method.roles()
         place, ends = config.output / (config.name or ""), ends_of(causal_lm(plain.model), tokenizer)
-        sampler = build_sampler(Setup(plain.model, tokenizer, ends, config.rollout, place, ranks, autocast))
-        online = Online(config, needs, tokenizer, scorers, plain.model, reference, ranks, updates, sampler)
+        setup = Setup(plain.model, tokenizer, ends, config.rollout, place, ranks, accelerator.autocast)
+        ahead = Ahead(build_sampler(setup), plain.model, policy, config.rollout.ahead)
+        online = Online(config, method.roles(), scorers, setup, reference, updates, ahead)
     eos = int(tokenizer.eos_token_id)
     return Parts(accelerator, ranks, plain, policy, prepared, roles, reference, online, layout, stream, rate, eos)
 

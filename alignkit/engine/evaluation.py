@@ -100,6 +100,6 @@ def take_best(state: RunState, step: int) -> bool:
         return False
     logger.info("restored the weights of step %d, which had the best evaluation", found.step)
     if state.parts.online is not None:
-        state.parts.online.outdated()
+        state.parts.online.ahead.outdated()
     state.early.best_step = step  # the weights after this step are now the best ones
     return True

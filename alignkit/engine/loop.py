@@ -141,6 +141,8 @@ class Loop:
         if not finite:
             self._skip(step, micros, values["loss"], norm)
         elif not stop:
+            if not self._moved and parts.online:
+                parts.online.ahead.keep_weights()
             self._moved = True
             parts.optimizer.step()
         parts.optimizer.zero_grad()

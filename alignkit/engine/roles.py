@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from alignkit.errors import PluginError
 from alignkit.method import Method
-from alignkit.models.passes import Autocast, in_parts
+from alignkit.models.passes import Autocast, in_parts, weighted
 from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.models.scoring import Scorer
+from alignkit.models.truncation import Truncation
 from alignkit.models.values import ActorCritic, Valuer
 from alignkit.reference.reference import Reference
 from alignkit.types import Batch, Outputs
@@ -40,8 +42,18 @@ class Roles:
         self._method, self._trained, self._plain, self._reference = method, trained, plain, reference
         self.max_tokens, self.temperature, self.ranks, self.autocast = max_tokens, temperature, ranks, autocast
 
-    def policy(self, batch: Batch, entropy: bool = False, values: bool = False, frozen: bool = False) -> Outputs:
-        """Score the batch's targets with the policy; without a gradient in parts of `max_tokens` tokens."""
+    def policy(
+        self,
+        batch: Batch,
+        entropy: bool = False,
+        values: bool = False,
+        frozen: bool = False,
+        truncated: Callable[[Batch], Truncation | None] | None = None,
+    ) -> Outputs:
+        """Score the batch's targets with the policy; without a gradient in parts of `max_tokens` tokens.
+
+        truncated: what sampling left out of a part; with it `drawn` is returned too.
+        """
         self._check_declared("policy")
         if values:
             self._check_declared("critic")
@@ -54,10 +66,11 @@ class Roles:
         temperature = self.temperature if batch.temperature is None else batch.temperature
 
         def score(part: Batch) -> Outputs:
-            return module(part.rows, part.targets, temperature, entropy, **options)  # type: ignore[no-any-return]
+            truncation = truncated(part) if truncated else None
+            return module(part.rows, part.targets, temperature, entropy, truncation, **options)  # type: ignore[no-any-return]
 
         with self._routing(not frozen):
-            outputs = score(batch) if torch.is_grad_enabled() else self._without_gradient(score, batch)
+            outputs = weighted(score(batch), batch) if torch.is_grad_enabled() else self._without_gradient(score, batch)
         return outputs if values else outputs._replace(values=None)
 
     def reference(self, batch: Batch) -> Outputs:

@@ -9,24 +9,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignkit.config import RunConfig
 from alignkit.data.stream import seed_of
+from alignkit.engine.ahead import Ahead, Ask
+from alignkit.engine.roles import Roles
 from alignkit.engine.sampled import sampled_metrics
 from alignkit.engine.scorers import Scorers
 from alignkit.errors import PluginError, RewardError, RolloutError
 from alignkit.method import Context
-from alignkit.models.ranks import Ranks
+from alignkit.models.truncation import Truncation
 from alignkit.reference.reference import Reference
 from alignkit.rewards import Answers, Scores
 from alignkit.rewards.answers import text_of
-from alignkit.rollout import Draw, Mixture, Request, Sampled, Sampler
+from alignkit.rollout import Draw, Mixture, Request, Sampled, Setup
 from alignkit.rollout.completions import answers_of, with_completions
+from alignkit.rollout.correction import check_comparable, correction_weights, is_comparable, mismatch_metrics
+from alignkit.rollout.sampling import Local
 from alignkit.runs.folder import StepLines
 from alignkit.types import Batch, Example
 from alignkit_kernels import sequence_sum
@@ -37,6 +42,16 @@ TIMED = ("sync", "sampling", "scoring")
 
 class SamplingStep(Context, Protocol):
     """A step in which completions are sampled."""
+
+    @property
+    def models(self) -> Roles:
+        """The roles that the method declared."""
+        ...
+
+    @property
+    def following(self) -> Sequence[Example]:
+        """This rank's examples of the next step of the training; none in an evaluation, and after the last step."""
+        ...
 
     @property
     def number(self) -> int:
@@ -53,21 +68,22 @@ class SamplingStep(Context, Protocol):
 class Online:
     """Samples, scores and compares completions in a run; `lines` is open while its loop runs.
 
-    sampler: of the policy, whose weights `model` are put in force before each sampling that needs it. updates:
-    optimiser steps per collected batch. seconds: of this step.
+    setup: what samplers are built from. updates: optimiser steps per collected batch. ahead: the sampler of the policy.
+    seconds: of this step.
     """
 
     config: RunConfig
     roles: frozenset[str]
-    tokenizer: Any
     scorers: Scorers
-    model: nn.Module
+    setup: Setup
     reference: Reference | None
-    ranks: Ranks
     updates: int
-    sampler: Sampler
+    ahead: Ahead
     lines: StepLines | None = None
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMED, 0.0))
+
+    def __post_init__(self) -> None:
+        self.ranks = self.setup.ranks
 
     def open(self, folder: Path, done: int, evaluated: int) -> None:
         """Open completions.jsonl (one file per rank), without the lines of steps that will be repeated."""
@@ -76,7 +92,7 @@ class Online:
 
     def close(self) -> None:
         """Close the file, the rewards, the judge and the sampler."""
-        for one in (self.lines, self.scorers.rewards, self.scorers.judge, self.sampler):
+        for one in (self.lines, self.scorers.rewards, self.scorers.judge, self.ahead):
             if one is not None:
                 one.close()
 
@@ -86,7 +102,7 @@ class Online:
         grown, answers = with_completions(batch.examples, sampled, batch), self.answers(batch.examples, sampled)
         if draw.sampling.temperature != self.config.sampling.temperature:
             grown = replace(grown, temperature=draw.sampling.temperature)
-        grown = self._with_logps(ctx, grown) if draw.logps else grown
+        grown = self._with_logps(ctx, grown, draw) if draw.logps else grown
         lines: dict[str, Sequence[Any]] = {}
         if "reward" in self.roles:
             scores = self.score(answers)
@@ -100,8 +116,11 @@ class Online:
             grown = grown.attach(per_completion={"wins": _float32(lines["wins"], batch.device)})
         measured = sampled_metrics(ctx.sum, sampled, lines, draw.n)
         ctx.log(**{f"{draw.prefix}{name}": value for name, value in measured.items()})
-        if "old_logps" in grown:
-            lines |= {"logp": sequence_sum(grown["old_logps"], grown.cu_seqlens).tolist()}
+        for name, shown in (("old_logps", "logp"), ("sampler_logps", "sampler_logp")):
+            if name in grown:
+                lines |= {shown: sequence_sum(grown[name], grown.cu_seqlens).tolist()}
+        if "rollout_weights" in grown:
+            lines |= {"weight": sequence_sum(grown["rollout_weights"], grown.cu_seqlens, mean=True).tolist()}
         if draw.name:
             lines |= {"rollout": [draw.name] * len(answers)}
         self.write(ctx.step + 1 if ctx.training else ctx.step, ctx.training, answers, lines)
@@ -109,16 +128,33 @@ class Online:
             self.took(0.0)  # the seconds of an evaluation are not those of a step
         return grown
 
-    def _with_logps(self, ctx: SamplingStep, grown: Batch) -> Batch:
+    def _with_logps(self, ctx: SamplingStep, grown: Batch, draw: Draw) -> Batch:
         """Attach the log-probabilities and values of the sampled tokens that the method needs."""
         if "reference" in self.roles and self.reference is not None:
             grown = self.reference.attach(grown, keep=False)
-        if "critic" in self.roles or self.updates > 1:
-            outputs = ctx.models.policy(grown, values="critic" in self.roles)
-            grown = grown.attach(per_token={"old_logps": outputs.logps})
-            if outputs.values is not None:
-                grown = grown.attach(per_token={"values": outputs.values})
-        return grown
+        exact = "sampler_logps" not in grown
+        if exact and "critic" not in self.roles and self.updates == 1:
+            return grown
+        truncated = None if exact else partial(Truncation.of, draw.sampling, tuple(self.setup.ends))
+        with self.ahead.as_sampled(self._ask(ctx, draw, grown.examples)):
+            outputs = ctx.models.policy(grown, values="critic" in self.roles, truncated=truncated)
+        numbers = {"old_logps": outputs.logps, "values": outputs.values}
+        grown = grown.attach(per_token={name: value for name, value in numbers.items() if value is not None})
+        if exact or draw.greedy or not is_comparable(self.ahead.sampler.processed, draw.sampling):
+            return grown
+        return self._corrected(ctx, grown, outputs.logps if outputs.drawn is None else outputs.drawn, draw.prefix)
+
+    def _corrected(self, ctx: SamplingStep, grown: Batch, drawn: Tensor, prefix: str) -> Batch:
+        """Attach the weights against the mismatch of sampler and trainer, and log how large it is.
+
+        drawn: the trainer's log-probabilities in the distribution that the sampler draws from, [C].
+        """
+        rollout, sampler = self.config.rollout, grown["sampler_logps"]
+        weights, beyond = correction_weights(drawn - sampler, grown.cu_seqlens, rollout)
+        corrects = rollout.corrects != "none"
+        found = mismatch_metrics(ctx.sum, self.ranks.largest, drawn, sampler, beyond if corrects else None)
+        ctx.log(**{f"{prefix}{name}": value for name, value in found.items()})
+        return grown.attach(per_token={"rollout_weights": weights}) if corrects else grown
 
     def took(self, total: float) -> dict[str, float]:
         """Return how the seconds of a step were spent, and start counting those of the next step."""
@@ -130,28 +166,30 @@ class Online:
         self, ctx: SamplingStep, examples: Sequence[Example], draw: Draw, mixture: float | None
     ) -> list[list[Sampled]]:
         """Return the completions of each of this rank's prompts, [prompt][completion]; mixture: the opponent's."""
-        ranks = self.ranks
-        request = Request(
-            [e.prompt.tolist() for e in examples],
-            draw.sampling,
-            n=draw.n,
-            seed=self._seed(ctx, draw.number, mixture is not None),
-            numbers=[ctx.offset + ranks.own + i * ranks.n for i in range(len(examples))],
-            mixture=None if mixture is None else self._mixture(mixture),
-            greedy=draw.greedy,
-        )
-        if self.sampler.version != ctx.step:
-            self._on_all_ranks("sync", lambda: self.sampler.update(ctx.step, self.model))
-        return self._on_all_ranks("sampling", lambda: self.sampler.sample(request))
+        if mixture is not None:
+            opponent = self._ask(ctx, draw, examples, mixture=self._mixture(mixture)).request
+            return self._on_all_ranks("sampling", lambda: Local(self.setup).sample(opponent))
+        ask = self._ask(ctx, draw, examples)
+        sampled = self.ahead.sample(ask, lambda: self._following(ctx, draw), self._on_all_ranks)
+        if any(s.logps is not None for some in sampled for s in some):
+            check_comparable(self.ahead.sampler.processed, draw.sampling, self.config.rollout)
+        return sampled
 
-    def outdated(self) -> None:
-        """Note that the weights changed other than by a step, so that the sampler gets them again."""
-        self.sampler.version = None
+    def _ask(
+        self, ctx: SamplingStep, draw: Draw, examples: Sequence[Example], later: int = 0, mixture: Mixture | None = None
+    ) -> Ask:
+        """Return what a call asks for; later: in as many steps. Its seed: calls of one step share none."""
+        seed = seed_of(self.config.seed, (4 if ctx.training else 6) + (mixture is not None), ctx.number + later)
+        seed = seed_of(seed, 11, draw.number) if draw.number else seed
+        prompts = [e.prompt.tolist() for e in examples]
+        numbers = [ctx.offset + self.ranks.own + i * self.ranks.n for i in range(len(examples))]
+        call = draw.number if ctx.training else -1 - draw.number  # what is ahead is for training
+        request = Request(prompts, draw.sampling, draw.n, seed, numbers, mixture, draw.greedy)
+        return Ask(ctx.step + later, call, request)
 
-    def _seed(self, ctx: SamplingStep, call: int, opponent: bool) -> int:
-        """Return the seed of a call's noise: calls of one step share none, and a resumed run repeats it."""
-        first = seed_of(self.config.seed, (4 if ctx.training else 6) + opponent, ctx.number)
-        return seed_of(first, 11, call) if call else first
+    def _following(self, ctx: SamplingStep, draw: Draw) -> Ask | None:
+        examples = ctx.following
+        return self._ask(ctx, draw, examples, later=1) if examples else None
 
     def score(self, answers: Answers) -> Scores:
         """Score this rank's completions. Raises RewardError on all ranks where one of them fails."""
@@ -168,7 +206,7 @@ class Online:
 
     def answers(self, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]]) -> Answers:
         """Return prompts and completions as rewards receive them."""
-        return answers_of(self.tokenizer, examples, sampled, self.scorers.columns)
+        return answers_of(self.setup.tokenizer, examples, sampled, self.scorers.columns)
 
     def write(self, step: int, training: bool, answers: Answers, more: Mapping[str, Sequence[Any]]) -> None:
         """Write one line for each completion to completions.jsonl."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alignkit.engine.ahead_state import ahead_state, restore_ahead
 from alignkit.engine.model_folder import clear_leftovers
 from alignkit.engine.state import RunState, Splits
 from alignkit.errors import CheckpointError
@@ -38,6 +39,10 @@ def save(state: RunState, step: int, more: int = 0) -> None:
         "evaluated": state.evaluated,
         "stream": parts.stream.state_dict(step),
     }
+    if parts.online:
+        early, about = ahead_state(parts.online.ahead, parts.ranks, step, lambda: checkpoint.model_state(parts.policy))
+        tensors |= early
+        kept["ahead"] = about
     try:
         if parts.ranks.is_main:
             keep = state.config.keep_checkpoints + more
@@ -104,6 +109,11 @@ def _take(state: RunState, found: checkpoint.Loaded) -> None:
     if "reference" in found.tensors and parts.reference:
         checkpoint.check_finite(found.tensors["reference"])
         parts.reference.load_state(found.tensors["reference"])
+    if parts.online:
+        restore_ahead(
+            parts.online.ahead, parts.ranks, found.step, found.tensors, kept.get("ahead", {}),
+            lambda weights: checkpoint.set_model_state(parts.policy, weights),
+        )  # fmt: skip
     state.method.load_state_dict(kept["method"])
     state.skipped, state.evaluated = int(kept["skipped"]), int(kept["evaluated"])
     state.early.load_state_dict(kept["early"])

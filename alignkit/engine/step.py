@@ -50,6 +50,12 @@ class StepContext:
         """The roles that the method declared."""
         return self.state.parts.roles
 
+    @property
+    def following(self) -> Sequence[Example]:
+        """This rank's examples of the next step of the training; none in an evaluation, and after the last step."""
+        parts, step = self.state.parts, self.step + 1
+        return parts.ranks.share(parts.stream[step]) if self.training and step < self.state.total_steps else ()
+
     def collect(self) -> Batch:
         """Return this rank's part of the step's examples after the method's `collect`, without gradients."""
         batch = rank_batch(self.state, self.step_examples)

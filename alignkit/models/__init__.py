@@ -8,6 +8,8 @@ quantised.py   a frozen base in 4 bits
 towers.py      the language model of a multimodal one, and the rest of it, which is frozen
 embedding_noise.py  NEFTune's noise
 scoring.py     trunk, the positions that predict, head: log-probabilities of the targets
+truncation.py  what sampling leaves out of a distribution
+earlier_weights.py  the trained weights before an update
 values.py      models with a scalar output: reward models, critics
 critic.py      where PPO's critic comes from
 packing.py     how prompt trees share rows

@@ -66,6 +66,20 @@ def _in_parts(score: Callable[[Batch], Outputs], numbered: Batch, max_tokens: in
     return Outputs(*(values if found else None for values, found in zip(joined, there, strict=True)))  # type: ignore[arg-type]
 
 
+def weighted(outputs: Outputs, batch: Batch) -> Outputs:
+    """Multiply the gradient of each token's log-probability by the batch's "rollout_weights", where it has them.
+
+    The values stay as they are, so that ratios, clips and metrics do not see the weights. Every loss gets its gradient
+    through these numbers, whatever it computes from them and whatever it averages over.
+    """
+    if "rollout_weights" not in batch or not outputs.logps.requires_grad:
+        return outputs
+    logps, weights = outputs.logps.clone(), batch["rollout_weights"]
+    # where(), not a product: a masked infinite gradient times 0 would be nan
+    logps.register_hook(lambda gradient: torch.where(weights == 0, 0.0, gradient * weights))
+    return outputs._replace(logps=logps)
+
+
 def in_step(parts: list[Batch], ranks: Ranks) -> Iterator[tuple[Batch, float]]:
     """Yield (part, 1.0), and after them the last part with weight 0.0, until this rank has made as many as the busiest.
 

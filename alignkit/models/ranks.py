@@ -79,6 +79,18 @@ class Ranks:
         """Return the largest of the ranks' whole numbers."""
         return int(self.largest(torch.tensor([n]))[0])
 
+    def parts(self, value: Tensor) -> list[Tensor]:
+        """Return every rank's tensor, [k] with another k on each, on the CPU."""
+        if self.n == 1:
+            return [value.cpu()]
+        padded = value.new_zeros(self.most(len(value)))
+        padded[: len(value)] = value
+        self._calls += 2
+        device = self.accelerator.device
+        sizes = self.accelerator.gather(torch.tensor([len(value)], device=device)).tolist()
+        rows = self.accelerator.gather(padded[None].to(device)).cpu()
+        return [row[:size] for row, size in zip(rows, sizes, strict=True)]
+
     def all_of(self, numbers: list[int]) -> list[int]:
         """Join the ranks' lists of numbers >= 0."""
         most = self.most(len(numbers))

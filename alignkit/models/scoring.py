@@ -23,8 +23,10 @@ from alignkit.models.quantised import floating
 from alignkit.models.rope import each_as_alone, forget_lengths
 from alignkit.models.router import Router, check_router, router_of
 from alignkit.models.towers import trunk_of
+from alignkit.models.truncation import Truncation
 from alignkit.types import Batch, Example, Layout, Outputs, PackedRows
 from alignkit_kernels import linear_logps, selective_logps
+from alignkit_kernels.transform import Transform
 
 DIFFERS = " differ by "
 BLOCK_LOGITS = 1 << 26  # logits at a time where the head's own forward is called
@@ -42,10 +44,17 @@ class Scorer(nn.Module):
         self.model, self.kept_logits = model, kept_logits
         self.router = router_of(causal_lm(model))
 
-    def forward(self, rows: PackedRows, targets: Tensor, temperature: float = 1.0, entropy: bool = False) -> Outputs:
-        """Return logps [C] float32 of `targets`, and entropy [C] where requested."""
+    def forward(
+        self,
+        rows: PackedRows,
+        targets: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        truncation: Truncation | None = None,
+    ) -> Outputs:
+        """Return logps [C] float32 of `targets`, entropy [C] where requested, and `drawn` [C] with a truncation."""
         hidden_CH = trunk(self.model, rows, router=self.router)
-        return head(self.model, hidden_CH, targets, temperature, entropy, self.kept_logits)
+        return head(self.model, hidden_CH, targets, temperature, entropy, self.kept_logits, truncation)
 
     def probe(self, batch: Batch) -> str | None:
         """Return how packed rows differ from the model's own forward, or None; see `probe`."""
@@ -92,8 +101,9 @@ def head(
     temperature: float,
     entropy: bool,
     kept_logits: int | None = None,
+    truncation: Truncation | None = None,
 ) -> Outputs:
-    """Return logps of the targets, and entropy where requested; the architecture's logit transforms are applied."""
+    """Return logps of the targets, and what else is requested; the architecture's logit transforms are applied."""
     lm = causal_lm(model)
     config = lm.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -110,7 +120,13 @@ def head(
         # inplace is False: the head's own backward may need its output
         options = (temperature, entropy, False, softcap, scale)
         found = _by_rows(layer, hidden_CH, targets, options, config.vocab_size)
-    return Outputs(*found) if isinstance(found, tuple) else Outputs(found)
+    outputs = Outputs(*found) if isinstance(found, tuple) else Outputs(found)
+    if truncation is None:
+        return outputs
+    transform = Transform(softcap, scale, temperature)
+    return outputs._replace(
+        drawn=outputs.logps - _kept(layer, hidden_CH, targets, transform, truncation, config.vocab_size)
+    )
 
 
 def inside_adapter(layer: Any) -> Any:
@@ -136,6 +152,17 @@ def _by_rows(layer: Any, hidden_CH: Tensor, targets: Tensor, options: tuple[Any,
         for h, t in zip(hidden_CH.split(n_rows), targets.split(n_rows), strict=True)
     ]
     return tuple(torch.cat(p) for p in zip(*parts, strict=True)) if options[1] else torch.cat(parts)
+
+
+def _kept(
+    layer: Any, hidden_CH: Tensor, targets: Tensor, transform: Transform, truncation: Truncation, vocabulary: int
+) -> Tensor:
+    """Return the log of the probability that a truncation leaves at each position, [C], a block of rows at a time."""
+    parts, n_rows = [hidden_CH.new_empty(0, dtype=torch.float32)], 0
+    for hidden in hidden_CH.split(max(1, BLOCK_LOGITS // vocabulary)):
+        at = slice(n_rows, n_rows := n_rows + len(hidden))
+        parts.append(truncation.kept(transform.apply(layer(hidden)), targets[at], at))
+    return torch.cat(parts)
 
 
 def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:

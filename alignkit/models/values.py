@@ -16,6 +16,7 @@ from alignkit.models.loading import causal_lm
 from alignkit.models.rope import forget_lengths
 from alignkit.models.router import Router, router_of
 from alignkit.models.scoring import DIFFERS, Scorer, allowed_difference, head, inside_adapter, trunk
+from alignkit.models.truncation import Truncation
 from alignkit.types import Batch, Example, Outputs, PackedRows
 
 
@@ -52,12 +53,19 @@ class ActorCritic(nn.Module):
         self.policy, self.critic = policy, critic
 
     def forward(
-        self, rows: PackedRows, targets: Tensor, temperature: float = 1.0, entropy: bool = False, frozen: bool = False
+        self,
+        rows: PackedRows,
+        targets: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        truncation: Truncation | None = None,
+        frozen: bool = False,
     ) -> Outputs:
-        """Return logps [C], entropy [C] where requested, and values [C]; frozen: the policy gets no gradient."""
+        """Return what `Scorer.forward` does, and values [C]; frozen: the policy gets no gradient."""
         with torch.no_grad() if frozen else nullcontext():
             hidden_CH = trunk(self.policy.model, rows, router=self.policy.router)
-            outputs = head(self.policy.model, hidden_CH, targets, temperature, entropy, self.policy.kept_logits)
+            kept_logits = self.policy.kept_logits
+            outputs = head(self.policy.model, hidden_CH, targets, temperature, entropy, kept_logits, truncation)
         own_trunk = isinstance(self.critic, Valuer)
         values = self.critic(rows, rows.predict_at) if own_trunk else _number(self.critic, hidden_CH)
         return outputs._replace(values=values)

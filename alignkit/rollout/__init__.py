@@ -19,6 +19,7 @@ published.py     weights as a folder: whole or absent, adapters alone or merged
 known_prompt.py  which weights a server has in force, by a prompt that the trainer scores too
 completions.py   sampled tokens as a batch of trees, and as text for rewards
 tool_calls.py    tool calls in sampled text
+correction.py    the mismatch of sampler and trainer: metrics and weights
 checks.py        whether rewards, judge and sampling settings fit a method
 """
 

@@ -33,7 +33,7 @@ def check_backend(config: RunConfig, mixes: bool) -> None:
     name = config.rollout.backend
     if name not in BACKENDS:
         _factory(name)
-    if mixes and name != "generate":
+    if mixes and name == "continuous":
         raise ConfigError(
             f"'{config.method}' samples from a mixture, which backend: {name} does not support; use backend: generate"
         )

@@ -23,6 +23,7 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
             )
         if given is not None:
             check(given)
+    _check_ahead(config)
     if "judge" in needs and config.patience is not None:
         raise ConfigError(
             f"'{method.name}' plays against an opponent that changes, so its evaluations cannot be compared; "
@@ -32,3 +33,11 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
         check_backend(config, mixes="judge" in needs)
     if method.data == "prompts" and config.fsdp:
         raise ConfigError(f"'{method.name}' samples, which a policy sharded by fsdp does not support yet; remove fsdp")
+
+
+def _check_ahead(config: RunConfig) -> None:
+    if config.rollout.ahead and (config.streaming or config.fsdp):
+        other = "streaming reads each step's rows once" if config.streaming else "fsdp shards the weights"
+        raise ConfigError(
+            f"rollout.ahead reads the next step's rows and keeps a copy of the weights, but {other}; remove one of them"
+        )

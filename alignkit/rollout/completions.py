@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignkit.errors import PluginError
 from alignkit.models.packing import batch_of
 from alignkit.rewards import Answers
 from alignkit.rollout.sampler import Sampled
@@ -17,13 +18,27 @@ from alignkit.types import Batch, Completion, Example
 
 
 def with_completions(examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]], like: Batch) -> Batch:
-    """Return the prompts with their completions as a batch with "ended"."""
+    """Return the prompts with their completions as a batch with "ended", and "sampler_logps" where there are some.
+
+    Raises PluginError where a sampler returns another number of log-probabilities than tokens.
+    """
     grown = [
         replace(e, completions=tuple(Completion(torch.tensor(s.tokens, dtype=torch.int32)) for s in some))
         for e, some in zip(examples, sampled, strict=True)
     ]
     ended = torch.tensor([s.ended for some in sampled for s in some], device=like.device)
-    return batch_of(grown, like.layout, like.device).attach(per_completion={"ended": ended})
+    made = batch_of(grown, like.layout, like.device).attach(per_completion={"ended": ended})
+    flat = [s for some in sampled for s in some]
+    if all(s.logps is None for s in flat):
+        return made
+    for s in flat:
+        if s.logps is None or len(s.logps) != len(s.tokens):
+            raise PluginError(
+                f"the sampler returned {len(s.logps or ())} log-probabilities for a completion of {len(s.tokens)} "
+                "tokens; it must return one for each token, or none for all completions"
+            )
+    logps = torch.tensor([x for s in flat for x in s.logps or ()], dtype=torch.float32, device=like.device)
+    return made.attach(per_token={"sampler_logps": logps})
 
 
 def answers_of(

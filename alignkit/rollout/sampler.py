@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -36,7 +36,8 @@ class Request:
     """What a sampler is asked for: n completions of each prompt, which are tokens and never cut.
 
     seed: from 0 to 2^63 - 1. numbers: identify the prompts; with the seed they identify a completion's randomness.
-    mixture: sample from it instead of from the model. greedy: take the most likely token each time.
+    mixture: sample from it instead of from the model; only `generate` is asked for that. greedy: take the most likely
+    token each time.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -68,12 +69,11 @@ class Setup:
 class Sampler(ABC):
     """Samples completions. `alignkit.testing.SamplerConformance` checks what a run relies on.
 
-    mixtures: whether it samples from mixtures of two models. processed: whether `Sampled.logps` are of the distribution
-    that was sampled from, after temperature, top_k, top_p and min_new_tokens; False: of the bare model. version: of the
-    weights in force, None before the first `update`, and where they are not known.
+    processed: whether `Sampled.logps` are of the distribution that was sampled from, after temperature, top_k, top_p
+    and min_new_tokens; False: of the bare model. version: of the weights in force, None before the first `update`, and
+    where they are not known.
     """
 
-    mixtures: ClassVar[bool] = False
     processed: bool = True
     version: int | None = None
 

@@ -60,9 +60,7 @@ def sample(
 class Local(Sampler):
     """`sample` with the model that is trained, whose weights are always in force. backend: generate or continuous."""
 
-    mixtures = True
-
-    def __init__(self, setup: Setup, backend: str) -> None:
+    def __init__(self, setup: Setup, backend: str = "generate") -> None:
         self.setup, self.backend = setup, backend
 
     def sample(self, request: Request) -> list[list[Sampled]]:

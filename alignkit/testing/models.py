@@ -40,7 +40,7 @@ class TinyModels:
         if not values:
             return self.policy_scorer(batch.rows, batch.targets, temperature, entropy)  # type: ignore[no-any-return]
         self._check_role("critic")
-        return self.trained(batch.rows, batch.targets, temperature, entropy, frozen)  # type: ignore[no-any-return]
+        return self.trained(batch.rows, batch.targets, temperature, entropy, frozen=frozen)  # type: ignore[no-any-return]
 
     def reference(self, batch: Batch) -> Outputs:
         """Score with the reference."""

@@ -123,4 +123,10 @@ DETECTORS = (
         (("sampling.max_new_tokens", "raise {}"), ("sampling.stop", "name the end of an answer in {}"),
          (".missing_eos_penalty", "raise {}")),
     ),
+    Detector(
+        d.mismatch,
+        "the sampler is {value:.2g} nats a token from the trainer, above {limit:g}: it draws from another policy",
+        (("rollout", "check precision, weights and logprobs of the sampler in {}, see docs/off-policy.md"),
+         ("rollout.correction", "set {} to token_mask"), SLOWER),
+    ),
 )  # fmt: skip

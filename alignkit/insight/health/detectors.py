@@ -128,6 +128,11 @@ def truncation(h: History, limit: float, _: Health) -> float | None:
     return None if ended is None else _above(1 - ended, limit)
 
 
+def mismatch(h: History, limit: float, _: Health) -> float | None:
+    """The sampler draws from another distribution than the one that is trained."""
+    return _above(h.now("rollout/kl"), limit)
+
+
 def _above(value: float | None, limit: float) -> float | None:
     return value if value is not None and value > limit else None
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from alignkit.config import RunConfig
 from alignkit.data.stream import seeded
+from alignkit.engine.ahead import Ahead
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online
 from alignkit.engine.scorers import Scorers
@@ -30,7 +31,7 @@ from alignkit.models.scoring import Scorer
 from alignkit.models.towers import trunk_of
 from alignkit.models.values import ActorCritic, Valuer
 from alignkit.rewards import Answers, Scores
-from alignkit.rollout import Draw, Sampled
+from alignkit.rollout import Draw, Sampled, Setup
 from alignkit.types import Batch, Example, Layout, Outputs
 from alignkit_kernels import row_stats
 
@@ -88,9 +89,9 @@ def _state(config: RunConfig, method: Method[Any], module: nn.Module, layout: La
     online = None
     if method.data == "prompts":
         updates = (config.epochs_per_batch or method.epochs_per_batch) * config.minibatches
-        needs, model = method.roles(), module
         sampler: Any = None  # `_Online` samples itself
-        online = _Online(config, needs, None, Scorers(None, None), model, reference, SINGLE, updates, sampler)
+        setup, ahead = Setup(module, None, ()), Ahead(sampler, module, module, 0)
+        online = _Online(config, method.roles(), Scorers(None, None), setup, reference, updates, ahead)
     parts: Any = SimpleNamespace(
         roles=_Roles(method, module, module, None, config.max_tokens, config.sampling.temperature),  # type: ignore[arg-type]
         reference=reference, online=online, plain=module, layout=layout, ranks=SINGLE, eos=0,

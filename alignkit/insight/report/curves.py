@@ -17,7 +17,7 @@ from alignkit.runs.results import RESULTS
 
 _GROUPS = (
     ("Reward and loss", r"wins/.*|rewards?/.*|advantage/.*|loss"),
-    ("Distance from the reference", r"kl|kl/.*|entropy|clip_fraction|ratio/max|logps/.*|logratios/.*"),
+    ("Distance from the reference", r"kl|kl/.*|entropy|clip_fraction|ratio/max|logps/.*|logratios/.*|rollout/.*"),
     ("Length and variety", r"completion/.*|length/.*"),
     ("Optimiser and speed", r"grad_norm|lr|skipped|tokens_per_second|seconds/.*"),
 )
@@ -35,6 +35,9 @@ _UNITS = (
     (r"completion/length|length/.*", "tokens"),
     (r"advantage/zero_variance_groups", "groups of a step"),
     (r"ratio/max", "policy / sampling policy"),
+    (r"rollout/kl", "nats a token, sampler against trainer"),
+    (r"rollout/ratio_.*", "trainer / sampler"),
+    (r"rollout/corrected", "fraction of tokens"),
     (r"grad_norm", "before clipping"),
     (r"lr", "learning rate"),
     (r"skipped", "updates skipped so far"),
