@@ -53,6 +53,11 @@ def test_continuous_batching_lacks_two_settings(asked: dict[str, Any]) -> None:
         split({**RUN, "sampling": asked, "rollout": {"backend": "continuous"}}, MethodConfig)
 
 
+def test_vllm_is_not_asked_for_a_temperature_that_it_refuses() -> None:
+    with pytest.raises(ConfigError, match=r"vLLM samples at temperatures up to 2; lower sampling.temperature"):
+        split({**RUN, "sampling": {"temperature": 2.5}, "rollout": {"backend": "vllm"}}, MethodConfig)
+
+
 def reds(completions: list[str], **_: Any) -> list[float]:
     return [float(text.count("red")) for text in completions]
 

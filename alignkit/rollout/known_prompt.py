@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import httpx2
@@ -49,8 +50,10 @@ class KnownPrompt:
         """Compute the trainer's log-probabilities with its weights as they are now."""
         lm = causal_lm(self.setup.model)
         device = next(lm.parameters()).device
+        # only the last position's logits, where the architecture can be asked for them
+        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.forward).parameters else {}
         with torch.no_grad(), self.setup.autocast(), sampling_mode(self.setup.model):
-            logits = lm(input_ids=torch.tensor([self.tokens], device=device), use_cache=False).logits[0, -1]
+            logits = lm(input_ids=torch.tensor([self.tokens], device=device), use_cache=False, **last).logits[0, -1]
         logps_V = logits.double().log_softmax(-1).cpu()
         if self._asked is None:
             likely = logps_V.topk(min(_ASKED // 2, len(logps_V))).indices.tolist()
