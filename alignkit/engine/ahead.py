@@ -99,11 +99,11 @@ class Ahead:
         self.sampler.update(version, self.model)
         self.version = version
 
-    def keep_weights(self) -> None:
+    def keep_weights(self, step: int) -> None:
         """Copy the weights, before the first update of a step moves them, where they sample the next step now."""
-        if self._thread and self.version is not None and any(e.version == self.version for e in self.early.values()):
+        if any(at > step for at, _ in self.early):
             self.weights.take()
-            self.weights_of = self.version
+            self.weights_of = step
 
     @contextmanager
     def as_sampled(self, ask: Ask) -> Iterator[None]:
