@@ -64,7 +64,7 @@ def steps_of(folder: Path, tiny: bool, ahead: int, seconds: float, n: int) -> li
 
     tokens = 8 if tiny else TOKENS
     rows = [{"prompt": f"What is {i} and {i + 1}?"} for i in range(PROMPTS)]
-    settings = {
+    settings: dict[str, Any] = {
         "model": str(folder / "start"), "data": rows, "output": folder / "runs", "max_steps": FIRST + n, "epochs": 100,
         "batch_size": PROMPTS, "group_size": GROUP, "beta": 0.0, "reward": _length, "device": "cpu", "quiet": True,
         "sampling": {"max_new_tokens": tokens}, "health": {"enabled": False}, "save_minutes": 1e6,
