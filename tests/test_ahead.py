@@ -24,7 +24,7 @@ from alignkit.engine.ahead import Ahead, Ask
 from alignkit.engine.ahead_state import decoded, encoded, interleaved
 from alignkit.engine.loop import Loop
 from alignkit.engine.rollouts import Online
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, RewardError
 from alignkit.models.earlier_weights import EarlierWeights
 from alignkit.rollout import Request, Sampled, Sampler
 from alignkit.runs.folder import read_metrics
@@ -314,6 +314,45 @@ def test_a_step_that_fails_before_its_update_is_resumed_with_its_own_completions
     assert len(again.asked) == 1
 
 
+def test_a_sampler_that_fails_ahead_loses_no_checkpoint(
+    online: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that needs it raises the error, after the checkpoint of the step before; it is then sampled anew."""
+
+    class Failing(Double):
+        def sample(self, *args: Any, **how: Any) -> Any:
+            if len(self.asked) == 2:
+                raise RewardError("the server does not answer")
+            return super().sample(*args, **how)
+
+    uses(monkeypatch, Failing(online["model"]))
+    with pytest.raises(RewardError, match=r"(?s)does not answer.*Stopped after step 2; continue with"):
+        alignkit.run("grpo", **online | ASKS["grpo"], name="parts")
+    again = Double(online["model"])
+    uses(monkeypatch, again)
+    parts = alignkit.run("grpo", **online | ASKS["grpo"], name="parts", resume=True)
+    assert [version for version, _ in again.asked] == [2, 2]  # steps 2 and 3
+    assert [line["step"] for line in read_metrics(parts.folder)] == [1, 2, 3, 4]
+
+
+def test_an_update_that_is_skipped_leaves_the_version_in_force(
+    online: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No weights were copied, since none moved: the next step is scored with those that there are."""
+    uses(monkeypatch, Double(online["model"], noise=0.0))
+    original, seen = Online.rollouts, list[float]()
+
+    def poisoned(self: Online, ctx: Any, *args: Any) -> Batch:
+        batch = original(self, ctx, *args)
+        seen.append(float((batch["old_logps"] - batch["sampler_logps"]).abs().max()))
+        return batch.attach(per_completion={"rewards": batch["rewards"] * (float("nan") if ctx.step == 1 else 1.0)})
+
+    monkeypatch.setattr(Online, "rollouts", poisoned)
+    result = alignkit.run("rloo", **online | ASKS["rloo"])
+    assert result.metrics["skipped"] == 1
+    assert max(seen) < 2e-5
+
+
 SCRIPT = """
 import json, os, signal, sys, threading
 sys.path.insert(0, {tests!r})
@@ -354,6 +393,51 @@ def test_a_real_sigkill_while_it_samples_ahead_is_survived(
     assert lines(parts) == lines(whole)
     assert completions(parts) == completions(whole)
     assert (parts / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+OF_TWO = """
+import json, os, signal, sys
+sys.path.insert(0, {tests!r})
+import pytest
+from samplers import Double, uses
+import alignkit
+from alignkit.engine.loop import Loop
+
+original = Loop.step
+def step(self, number, total):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, number, total)
+
+given = json.load(open({file!r}))
+uses(patch := pytest.MonkeyPatch(), Double(given["model"]))
+patch.setattr(Loop, "step", step)
+alignkit.run("grpo", **given)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sample_ahead_what_one_does_and_one_resumes_what_two_began(
+    online: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_rows: Any
+) -> None:
+    given = online | ASKS["grpo"] | {"data": write_rows(online["data"]), "learning_rate": 1e-4}
+    given |= {"output": str(online["output"]), "cache_file": str(online["cache_file"])}
+    uses(monkeypatch, Double(online["model"]))
+    whole = alignkit.run("grpo", **given, name="whole").folder
+    file, script = tmp_path / "given.json", tmp_path / "two.py"
+    file.write_text(json.dumps(given | {"name": "parts"}))
+    script.write_text(OF_TWO.format(tests=str(Path(__file__).parent), file=str(file)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert (online["output"] / "parts/checkpoints/step-00000002").is_dir(), done.stderr[-3000:]
+    again = Double(online["model"])
+    uses(monkeypatch, again)
+    parts = alignkit.run("grpo", **given, name="parts", resume=True).folder
+    assert len(again.asked) == 1  # step 2 of all ranks was in the checkpoint
+    for a, b in zip(lines(whole), lines(parts), strict=True):
+        for name in set(a) - {"completion/distinct_2"}:  # counted on each rank
+            assert b[name] == pytest.approx(a[name], abs=2e-5, rel=2e-5), name
 
 
 def test_completions_survive_the_checkpoint_and_another_number_of_ranks() -> None:

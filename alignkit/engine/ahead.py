@@ -82,12 +82,11 @@ class Ahead:
             self.early[later.step, later.call] = Early(ask.step, later.marks, later.how, found)
         return made
 
-    def keep_weights(self) -> None:
+    def keep_weights(self, step: int) -> None:
         """Copy the weights, before the first update of a step moves them, where they sample the next step now."""
-        version = self.sampler.version
-        if self._thread and version is not None and any(e.version == version for e in self.early.values()):
+        if any(at > step for at, _ in self.early):
             self.weights.take()
-            self.weights_of = version
+            self.weights_of = step
 
     def outdated(self) -> None:
         """Note that the weights changed other than by a step, so that the sampler gets them again."""

@@ -27,10 +27,13 @@ def ahead_state(
 ) -> tuple[dict[str, Mapping[str, Any]], dict[str, Any]]:
     """Return tensors and JSON values of what was sampled for `step`, both empty without; waits until it is sampled.
 
+    Where sampling fails on a rank they are empty too: the step that needs it raises the error, or samples again.
+
     weights: returns the state of the trained weights that are in force. Every rank must call it.
     """
     calls = {call: early for (at, call), early in sorted(ahead.early.items()) if at == step}
-    if not calls:
+    failed = any(early.made.exception() for early in calls.values())
+    if ranks.most(int(failed)) or not calls:
         return {}, {}
     version = next(iter(calls.values())).version
     moved = version == ahead.weights_of

@@ -142,7 +142,7 @@ class Loop:
             self._skip(step, micros, values["loss"], norm)
         elif not stop:
             if not self._moved and parts.online:
-                parts.online.ahead.keep_weights()
+                parts.online.ahead.keep_weights(step)
             self._moved = True
             parts.optimizer.step()
         parts.optimizer.zero_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alignkit.errors import PluginError
 from alignkit.method import Method
+from alignkit.models.passes import weighted
 from alignkit.models.scoring import Scorer
 from alignkit.models.values import ActorCritic, Valuer
 from alignkit.testing.world import blend, tiny_classifier, tiny_model
@@ -38,9 +39,9 @@ class TinyModels:
         self._check_role("policy")
         temperature = batch.temperature or 1.0
         if not values:
-            return self.policy_scorer(batch.rows, batch.targets, temperature, entropy)  # type: ignore[no-any-return]
+            return weighted(self.policy_scorer(batch.rows, batch.targets, temperature, entropy), batch)
         self._check_role("critic")
-        return self.trained(batch.rows, batch.targets, temperature, entropy, frozen=frozen)  # type: ignore[no-any-return]
+        return weighted(self.trained(batch.rows, batch.targets, temperature, entropy, frozen=frozen), batch)
 
     def reference(self, batch: Batch) -> Outputs:
         """Score with the reference."""

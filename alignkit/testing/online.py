@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from alignkit.engine.averages import counts, term_sums
 from alignkit.testing.bench import Bench
 from alignkit.testing.suite import Suite, only_for
 from alignkit.testing.world import VOCABULARY
@@ -35,6 +37,16 @@ class OnlineChecks(Suite):
             terms = bench.method.loss(batch, bench.models)
         assert any(t.coef and t.value.requires_grad for t in terms.values()), "no term has a gradient"
         assert not [n for n, t in terms.items() if not t.coef and t.value.requires_grad], "a metric has a gradient"
+
+    @only_for("prompts")
+    def test_a_correction_scales_the_gradient_once(self, config: dict[str, Any]) -> None:
+        """The weights against a sampler's mismatch act in `models.policy` alone: the gradient is linear in them."""
+        bench = Bench(self.made(config))
+        (batch,) = bench.collect(self.examples())
+        none, half, whole = (_gradient(bench, batch, weight) for weight in (0.0, 0.5, 1.0))
+        scale = float(whole.abs().max())
+        worst = float((half - (none + whole) / 2).abs().max())
+        assert worst <= 1e-6 * scale, "the loss uses 'rollout_weights' itself; models.policy applies them already"
 
     @only_for("prompts")
     def test_steps_repeat(self, config: dict[str, Any]) -> None:
@@ -70,6 +82,16 @@ class OnlineChecks(Suite):
 
         got = sum(float(policy[token].exp()) * only(token) for token in range(VOCABULARY))
         assert math.isclose(got, want, rel_tol=1e-5), f"the mean of the estimates is {got}, the KL is {want}"
+
+
+def _gradient(bench: Bench, batch: Batch, weight: float) -> Tensor:
+    """Return the gradient of the trained module, flat, where every token has this weight of a correction."""
+    weights = torch.full((len(batch.targets),), weight)
+    summed = term_sums(bench.method, batch.attach(per_token={"rollout_weights": weights}), bench.models)
+    parameters = [p for p in bench.models.trained.parameters() if p.requires_grad]
+    share = summed.loss_share(counts(batch, lambda t: t))
+    found = torch.autograd.grad(share, parameters, materialize_grads=True)
+    return torch.cat([g.flatten() for g in found])
 
 
 def _numbers(batch: Batch) -> list[str]:
