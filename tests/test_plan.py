@@ -159,8 +159,8 @@ def test_fsdp_spreads_what_is_trained_and_gathers_a_few_layers(tiny: str) -> Non
     for phase in ("learning", "updating"):
         for part in ("weights", "optimiser", "gradients"):
             assert ranks[phase].get(part, 0) == -(-alone[phase].get(part, 0) // 4)
-    for part in ("activations", "reference"):
-        assert ranks["learning"][part] == alone["learning"][part]
+        assert ranks[phase]["reference"] == -(-alone[phase]["reference"] // 4)
+    assert ranks["learning"]["activations"] == alone["learning"]["activations"]
     assert ranks["learning"]["gathered"] == outside + 3 * layer
     assert "gathered" not in ranks["updating"]
 
@@ -173,8 +173,17 @@ def test_a_plan_of_several_processes_is_of_the_busiest_of_them(tiny: str) -> Non
     assert "buckets" in two.memory.phases["learning"]
     assert {"fsdp": True} in [r.settings for r in two.remedies]
     assert {"fsdp": True} not in [r.settings for r in one.remedies]
-    online = plan(of("grpo", tiny), processes=2)
-    assert {"fsdp": True} not in [r.settings for r in online.remedies]
+    online = plan(of("grpo", tiny), gpu=True, processes=2)
+    assert {"fsdp": True} in [r.settings for r in online.remedies]
+
+
+def test_a_sharded_policy_is_whole_while_it_samples(tiny: str) -> None:
+    layer, outside = sizes_of(tiny)
+    for method, more in (("grpo", {}), ("ppo", {"critic": "policy"}), ("ppo", {"critic": "shared"})):
+        alone, rank = (memory(replace(work_of(method, tiny, fsdp=True, **more), processes=n)).phases for n in (1, 2))
+        assert rank["sampling"]["gathered"] == 2 * layer + outside
+        assert rank["updating"].get("critic", 0) == -(-alone["updating"].get("critic", 0) // 2)
+    assert rank["learning"]["gathered"] >= outside + 2 * layer
 
 
 def test_processes_that_a_run_would_refuse_are_refused(tiny: str) -> None:

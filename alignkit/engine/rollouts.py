@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignkit.config import RunConfig
 from alignkit.data.stream import seed_of
@@ -23,6 +23,8 @@ from alignkit.errors import PluginError, RewardError
 from alignkit.method import Context
 from alignkit.models.passes import Autocast
 from alignkit.models.ranks import Ranks
+from alignkit.models.scoring import Scorer
+from alignkit.models.sharding import gathered
 from alignkit.reference.reference import Reference
 from alignkit.rewards import Answers, Scores
 from alignkit.rewards.answers import text_of
@@ -53,14 +55,15 @@ class SamplingStep(Context, Protocol):
 class Online:
     """Samples, scores and compares completions in a run; `lines` is open while its loop runs.
 
-    model: the policy, as a language model. updates: optimiser steps per collected batch. seconds: of this step.
+    policy: gathered on each rank while it samples, where it is sharded. updates: optimiser steps per collected batch.
+    seconds: of this step.
     """
 
     config: RunConfig
     roles: frozenset[str]
     tokenizer: Any
     scorers: Scorers
-    model: nn.Module
+    policy: Scorer
     reference: Reference | None
     ranks: Ranks
     autocast: Autocast
@@ -130,16 +133,17 @@ class Online:
     ) -> list[list[Sampled]]:
         """Return the completions of each of this rank's prompts, [prompt][completion]; mixture: the opponent's."""
         started, ranks = time.perf_counter(), self.ranks
-        with self.autocast():
+        opponent = None if mixture is None else self._mixture(mixture)
+        with gathered(*self._sampled(mixture)), self.autocast():
             sampled = sample(
-                self.model,
+                self.policy.model,
                 self.tokenizer,
                 [e.prompt for e in examples],
                 draw.sampling,
                 n=draw.n,
                 seed=self._seed(ctx, draw.number, mixture is not None),
                 numbers=[ctx.offset + ranks.own + i * ranks.n for i in range(len(examples))],
-                mixture=None if mixture is None else self._mixture(mixture),
+                mixture=opponent,
                 greedy=draw.greedy,
             )
         self.seconds["sampling"] += time.perf_counter() - started
@@ -180,20 +184,21 @@ class Online:
 
     def _mixture(self, weight: float) -> Mixture:
         assert self.reference is not None
-        model, context = self.reference.model_and_context()
-        return Mixture(model, weight, context)
+        scorer, context = self.reference.scorer_and_context()
+        return Mixture(scorer.model, weight, context)
+
+    def _sampled(self, mixture: float | None) -> list[Scorer]:
+        """Return the models that a call samples from."""
+        if mixture is None or self.reference is None:
+            return [self.policy]
+        other = self.reference.scorer_and_context()[0]
+        return [self.policy] if other is self.policy else [self.policy, other]
 
     def _on_all_ranks(self, call: Callable[[], T]) -> T:
         started = time.perf_counter()
-        problem, found = None, None
-        try:
-            found = call()
-        except RewardError as error:
-            problem = error
-        if self.ranks.most(int(problem is not None)):  # else the other ranks would wait for this one
-            raise problem or RewardError("another rank could not score its completions; see that rank's error")
+        found = self.ranks.together(call, RewardError)
         self.seconds["scoring"] += time.perf_counter() - started
-        return found  # type: ignore[return-value]
+        return found
 
 
 def _float32(values: Sequence[float], device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ Only this package knows architectures, and it knows no method.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -42,10 +42,23 @@ class Scorer(nn.Module):
         self.model, self.kept_logits = model, kept_logits
         self.router = router_of(causal_lm(model))
 
-    def forward(self, rows: PackedRows, targets: Tensor, temperature: float = 1.0, entropy: bool = False) -> Outputs:
-        """Return logps [C] float32 of `targets`, and entropy [C] where requested."""
-        hidden_CH = trunk(self.model, rows, router=self.router)
-        return head(self.model, hidden_CH, targets, temperature, entropy, self.kept_logits)
+    def forward(
+        self,
+        rows: PackedRows,
+        targets: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        critic: nn.Module | None = None,
+        frozen: bool = False,
+    ) -> Outputs:
+        """Return logps [C] float32 of `targets`, and entropy [C] where requested.
+
+        critic: a layer that reads the last hidden states, for `values` [C]. frozen: all else has no gradient.
+        """
+        with torch.no_grad() if frozen else nullcontext():
+            hidden_CH = trunk(self.model, rows, router=self.router)
+            outputs = head(self.model, hidden_CH, targets, temperature, entropy, self.kept_logits)
+        return outputs if critic is None else outputs._replace(values=critic(hidden_CH))
 
     def probe(self, batch: Batch) -> str | None:
         """Return how packed rows differ from the model's own forward, or None; see `probe`."""

@@ -27,8 +27,8 @@ class Sampled:
     """A sampled completion.
 
     tokens: including the token that ended it, or the one that completed a stop string. ended: whether it ended this
-    way; False where it was cut. logps: the sampler's own log-probabilities of the tokens, in nats; None where it computes
-    what the trainer computes.
+    way; False where it was cut. logps: the sampler's own log-probabilities of the tokens, in nats; None where it
+    computes what the trainer computes.
     """
 
     tokens: list[int]
@@ -122,6 +122,7 @@ class Batched:
                 *noise,
             ],
             stopping_criteria=[stops] if self.sampling.stop else [],
+            synced_gpus=False,  # else a model with sharded blocks waits at each token, though they are gathered
             **({} if shared is None else {"past_key_values": shared}),
         )
         return [self._cut(tokens, stops.lengths.get(row)) for row, tokens in enumerate(done[:, width:].tolist())]
@@ -200,7 +201,13 @@ def _prefix(lm: Any, ids_PT: Tensor, mask_PT: Tensor, at_R: Tensor) -> Any | Non
     width, switch = ids_PT.shape[1], switch_of(lm)
     if width == 1 or (switch and switch.same_as(width - 1) != switch.same_as(width)):
         return None
-    read = lm.generate(ids_PT[:, :-1], attention_mask=mask_PT[:, :-1], max_new_tokens=1, return_dict_in_generate=True)
+    read = lm.generate(
+        ids_PT[:, :-1],
+        attention_mask=mask_PT[:, :-1],
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+        synced_gpus=False,
+    )
     cache = read.get("past_key_values")
     if not copyable(cache):
         return None

@@ -31,5 +31,3 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
         raise ConfigError(
             f"'{method.name}' samples from a mixture, which backend: continuous does not support; use backend: generate"
         )
-    if method.data == "prompts" and config.fsdp:
-        raise ConfigError(f"'{method.name}' samples, which a policy sharded by fsdp does not support yet; remove fsdp")

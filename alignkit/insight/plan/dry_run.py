@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def _state(config: RunConfig, method: Method[Any], module: nn.Module, layout: La
     online = None
     if method.data == "prompts":
         updates = (config.epochs_per_batch or method.epochs_per_batch) * config.minibatches
-        needs, model = method.roles(), module
+        needs, model = method.roles(), cast(Any, module)
         online = _Online(config, needs, None, Scorers(None, None), model, reference, SINGLE, nullcontext, updates)
     parts: Any = SimpleNamespace(
         roles=_Roles(method, module, module, None, config.max_tokens, config.sampling.temperature),  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ from alignkit.method import Method
 from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
-from alignkit.models.values import ActorCritic, Valuer
+from alignkit.models.values import ActorCritic, ValueHead, Valuer
 from alignkit.reference.choice import resolve_reference
 from alignkit.rewards import judge_folders, reward_folders
 from alignkit.rollout.noise import GumbelNoise
@@ -147,7 +147,7 @@ def _module(config: RunConfig, method: Method[Any], mode: FakeTensorMode) -> Any
         return policy
     if config.critic == "shared":
         with mode:
-            return ActorCritic(policy, nn.Linear(causal_lm(policy.model).config.get_text_config().hidden_size, 1))
+            return ActorCritic(policy, ValueHead(causal_lm(policy.model).config.get_text_config().hidden_size, 1))
     folders = reward_folders(config.reward) if config.reward is not None else []
     own = {"policy": config.model, "reward": next(iter(folders), config.model)}
     initial = own["reward"] if config.critic == "auto" else own.get(config.critic, config.critic)

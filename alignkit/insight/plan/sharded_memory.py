@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignkit.models.sharding import blocks_of
+from alignkit.models.values import ActorCritic
 
 # gathered on each rank while a pass is in a block: this block, the next one, and its receive buffer
 BLOCKS = 3
@@ -23,17 +24,21 @@ def per_rank(phases: Phases, module: Any, processes: int, fsdp: bool) -> dict[st
         return {**with_buckets, "updating": dict(phases["updating"])}
     shards = {name: _shard(parts, processes) for name, parts in phases.items()}
     shards["learning"]["gathered"] = _gathered(module)
-    whole = {name: phases["learning"].get(name, 0) for name in ("program", "weights", "reference")}
+    if "sampling" in shards:
+        policy = module.policy if isinstance(module, ActorCritic) else module
+        shards["sampling"]["gathered"] = sum(p.nbytes for p in policy.parameters())
+    whole = {name: phases["learning"].get(name, 0) for name in ("program", "weights", "critic", "reference")}
     return {"loading": whole, **shards}
 
 
 def _shard(parts: Mapping[str, int], processes: int) -> dict[str, int]:
-    sharded = ("weights", "gradients", "optimiser")
+    sharded = ("weights", "critic", "reference", "gradients", "optimiser")
     return {name: -(-size // processes) if name in sharded else size for name, size in parts.items()}
 
 
 def _gathered(module: Any) -> int:
     """Return the bytes of weights gathered at one time: weights outside all blocks stay gathered until a pass ends."""
-    blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(module)]
+    models = [module.policy, module.critic] if isinstance(module, ActorCritic) else [module]
+    blocks = [sum(p.nbytes for p in block.parameters()) for model in models for block in blocks_of(model)]
     outside: int = sum(p.nbytes for p in module.parameters()) - sum(blocks)
     return outside + BLOCKS * max(blocks, default=0)
