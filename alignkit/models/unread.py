@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
@@ -67,20 +68,29 @@ def zero(head: nn.Module) -> None:
 
 @contextmanager
 def adapters_in_memory() -> Iterator[None]:
-    """Inside, peft makes the adapters of an unread model in memory, with the random numbers of any other model."""
+    """Inside, peft makes the adapters of an unread model in memory, with the random numbers of any other model.
+
+    It would move them to the device of the weights that they adapt, which is none yet.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    move = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    move, to = BaseTunerLayer._move_adapter_to_device_of_base_layer, nn.Module.to
 
-    def stay(layer: Any, name: str, device: Any = None) -> None:
+    def moved(layer: Any, name: str, device: Any = None) -> None:
         meta = any(p.is_meta for p in layer.get_base_layer().parameters())
         move(layer, name, torch.device("cpu") if meta else device)
 
-    BaseTunerLayer._move_adapter_to_device_of_base_layer = stay  # type: ignore[method-assign]
-    try:
+    def kept(module: nn.Module, *args: Any, **options: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **options)
+        if device is None or device.type != "meta":
+            return to(module, *args, **options)
+        return module if dtype is None else to(module, dtype)
+
+    with (
+        patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", moved),
+        patch.object(nn.Module, "to", kept),
+    ):
         yield
-    finally:
-        BaseTunerLayer._move_adapter_to_device_of_base_layer = move  # type: ignore[method-assign]
 
 
 @torch.no_grad()
