@@ -38,13 +38,9 @@ def save(state: RunState, step: int, more: int = 0) -> None:
         "evaluated": state.evaluated,
         "stream": parts.stream.state_dict(step),
     }
-    try:
-        if parts.ranks.is_main:
-            keep = state.config.keep_checkpoints + more
-            path = checkpoint.save(state.folder / "checkpoints", step, tensors, kept, keep)
-            logger.info("checkpoint %s", path)
-    finally:
-        parts.ranks.wait()
+    keep = state.config.keep_checkpoints + more
+    path = checkpoint.save(state.folder / "checkpoints", step, tensors, kept, keep, parts.ranks)
+    logger.info("checkpoint %s", path)
     state.saved, state.saved_at, state.only_for_model = step, time.monotonic(), False
 
 
@@ -65,7 +61,9 @@ def restore(state: RunState) -> int:
     """Load the newest checkpoint that is whole and fits, and return its step, 0 without one. Raises CheckpointError."""
     if state.parts.ranks.is_main:
         clear_leftovers(state.folder)
-    found = checkpoint.load(state.folder / "checkpoints", logger.warning, lambda one: _take(state, one))
+    found = checkpoint.load(
+        state.folder / "checkpoints", logger.warning, lambda one: _take(state, one), state.parts.ranks
+    )
     if found is None and (state.folder / "model").is_dir():
         raise CheckpointError(
             f"{state.folder} is finished: its model is in {state.folder / 'model'}. "
@@ -97,13 +95,16 @@ def _take(state: RunState, found: checkpoint.Loaded) -> None:
         raise _other_rows(found.path)
     if found.step > state.total_steps:
         raise CheckpointError(f"its step is {found.step}, but the run has {state.total_steps} steps")
-    checkpoint.set_model_state(parts.policy, found.tensors["model"])
+    like = checkpoint.weight_like(parts.policy)
+    checkpoint.set_model_state(parts.policy, found.group("model", like))
     checkpoint.set_optimizer_state(
-        parts.policy, parts.optimizer.optimizer, found.tensors["optimizer"], kept["optimizer"]
+        parts.policy, parts.optimizer.optimizer, found.group("optimizer", like), kept["optimizer"]
     )
-    if "reference" in found.tensors and parts.reference:
-        checkpoint.check_finite(found.tensors["reference"])
-        parts.reference.load_state(found.tensors["reference"])
+    if "reference" in found.groups and parts.reference:
+        own = parts.reference.state()
+        moved = found.group("reference", lambda name, shape: own.get(name))
+        checkpoint.check_finite(moved)
+        parts.reference.load_state(moved)
     state.method.load_state_dict(kept["method"])
     state.skipped, state.evaluated = int(kept["skipped"]), int(kept["evaluated"])
     state.early.load_state_dict(kept["early"])

@@ -128,7 +128,7 @@ def local(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_part(own: Tensor, values: Tensor) -> None:
-    """Copy this rank's part of whole values, which every rank has, into `own`."""
-    if isinstance(own, DTensor):
+    """Copy this rank's part of values, sharded in the same way or whole on every rank, into `own`."""
+    if isinstance(own, DTensor) and not isinstance(values, DTensor):
         values = distribute_tensor(values.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
     local(own).copy_(local(values))

@@ -26,7 +26,7 @@ from alignkit.models.packing import batch_of
 from alignkit.models.passes import Autocast, scored
 from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.models.scoring import Scorer
-from alignkit.models.sharding import load_part, local, settle, whole
+from alignkit.models.sharding import load_part, local, settle
 from alignkit.reference.int8 import to_int8
 from alignkit.reference.keys import cached_logps, fill, fingerprint
 from alignkit.reference.run_cache import RunCache
@@ -119,10 +119,10 @@ class Reference:
     def state(self) -> dict[str, Tensor]:
         """Return the weights of a reference that moves, for a checkpoint."""
         assert self._scorer is not None
-        return {name: whole(t).cpu() for name, t in self._scorer.state_dict().items()}
+        return dict(self._scorer.state_dict())
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` returned."""
+        """Take back what `state` returned, sharded or whole."""
         assert self._scorer is not None
         own = self._scorer.state_dict()
         if own.keys() != tensors.keys():
