@@ -177,7 +177,8 @@ def _made(name: str, config: RunConfig, kind: Kind, weights: bool) -> nn.Module:
             outside = towers(auto.from_config(about, **options))
         options |= {"quantization_config": nf4(compute_dtype(config), outside), "device_map": {"": _place(config)}}
     if weights:
-        model = _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
+        with torch.random.fork_rng(devices=[]):  # a new head would draw numbers, which adapters then lack
+            model = _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
         settle(model, compute_dtype(config))
         return model
     with torch.device("meta"):

@@ -35,6 +35,7 @@ def unread(name: str, auto: Any, about: Any, options: Mapping[str, Any]) -> nn.M
 
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         model = auto.from_config(about, **options)
+    model.tie_weights()  # `init_empty_weights` makes a weight of its own under each name
     files = _files(name)
     reason = "it is not in safetensors files" if files is None else _reason(model, files)
     if reason is not None:
