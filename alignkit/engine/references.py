@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -84,6 +85,10 @@ def reference_of(
     logger.info("reference: %s%s", mode, f", cache {reference.cache.path}" if reference.cache else "")
     reference.prepare(examples, accelerator.process_index, accelerator.num_processes)
     ranks.wait()
+    if (there := int(os.environ.get("LOCAL_WORLD_SIZE", ranks.n))) < ranks.n:
+        # several nodes: a cache on a node's own disk lacks the rows of the others
+        reference.prepare(examples, accelerator.local_process_index, there)
+        ranks.wait()
     if mode == "cached" and reference.cache and ranks.most(int(not reference.cache.stores)):
         reference.prepare(examples)  # a rank could not store its share, so that the others cannot read it
     reference.release()

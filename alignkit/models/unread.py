@@ -53,6 +53,18 @@ def unread(name: str, auto: Any, about: Any, options: Mapping[str, Any]) -> nn.M
     return model  # type: ignore[no-any-return]
 
 
+def needs_whole(model: Any) -> str | None:
+    """Return why an architecture cannot be read in parts, or None."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    kept = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return f"transformers rearranges the weights of {type(model).__name__}"
+    if kept and model.dtype != torch.float32:
+        return f"{type(model).__name__} keeps some weights in 32 bits"
+    return None
+
+
 def is_unread(model: nn.Module) -> bool:
     """Return whether a model has weights that were not read yet."""
     return any(p.is_meta for p in model.parameters())
@@ -150,13 +162,8 @@ def _files(name: str) -> dict[str, str] | None:
 
 def _reason(model: Any, files: Mapping[str, str]) -> str | None:
     """Return why the files cannot be read in parts, or None."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    kept = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
-    if get_model_conversion_mapping(model, add_legacy=False):
-        return f"transformers rearranges the weights of {type(model).__name__}"
-    if kept and model.dtype != torch.float32:
-        return f"{type(model).__name__} keeps some weights in 32 bits"
+    if (reason := needs_whole(model)) is not None:
+        return reason
     shapes = _shapes(files)
     names = dict[int, list[str]]()
     for key, p in model.named_parameters(remove_duplicate=False):

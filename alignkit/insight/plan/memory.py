@@ -25,9 +25,10 @@ from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.meta_models import base_layers, in_8_bits, n_bytes, resident, unloaded
 from alignkit.insight.plan.sharded_memory import per_rank
 from alignkit.method import Method
-from alignkit.models.loading import causal_lm
+from alignkit.models.loading import causal_lm, in_parts
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
+from alignkit.models.unread import needs_whole
 from alignkit.models.values import ActorCritic, ValueHead, Valuer
 from alignkit.reference.choice import resolve_reference
 from alignkit.rewards import judge_folders, reward_folders
@@ -124,7 +125,8 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     }
     if method.data == "prompts":
         phases["sampling"] = {**kept, "rollouts": _rollouts(work, policy, mode)}
-    phases = per_rank(phases, module, work.processes, config.fsdp)
+    whole = not in_parts(config) or needs_whole(causal_lm(policy)) is not None
+    phases = per_rank(phases, module, work.processes, config.fsdp, whole)
     alone = batch_of([e for micro in micros for e in micro.examples], Layout("padded")).micro_batches(config.max_tokens)
     if work.program:
         for parts in phases.values():

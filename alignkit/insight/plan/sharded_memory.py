@@ -14,8 +14,11 @@ BLOCKS = 3
 Phases = Mapping[str, Mapping[str, int]]
 
 
-def per_rank(phases: Phases, module: Any, processes: int, fsdp: bool) -> dict[str, dict[str, int]]:
-    """Return the phases of one of several ranks, in bytes by part; phases: of a single process."""
+def per_rank(phases: Phases, module: Any, processes: int, fsdp: bool, whole: bool = False) -> dict[str, dict[str, int]]:
+    """Return the phases of one of several ranks, in bytes by part; phases: of a single process.
+
+    whole: the models are loaded as a whole before they are sharded.
+    """
     if processes == 1:
         return {name: dict(parts) for name, parts in phases.items()}
     if not fsdp:  # DistributedDataParallel has buckets for all gradients, which the last micro-batch's gradients view
@@ -27,8 +30,10 @@ def per_rank(phases: Phases, module: Any, processes: int, fsdp: bool) -> dict[st
     if "sampling" in shards:
         policy = module.policy if isinstance(module, ActorCritic) else module
         shards["sampling"]["gathered"] = sum(p.nbytes for p in policy.parameters())
-    whole = {name: phases["learning"].get(name, 0) for name in ("program", "weights", "critic", "reference")}
-    return {"loading": whole, **shards}
+    if not whole:  # a weight at a time is read: less than in any other phase
+        return shards
+    loading = {name: phases["learning"].get(name, 0) for name in ("program", "weights", "critic", "reference")}
+    return {"loading": loading, **shards}
 
 
 def _shard(parts: Mapping[str, int], processes: int) -> dict[str, int]:
