@@ -5,7 +5,7 @@
 
 A rank's peak is the largest growth of its resident set (VmHWM, which is reset before) over what it had before loading,
 after a first model was loaded to import everything. The exit code is 1 where a peak of a model that is read in parts is
-above 1.3 times the rank's share plus one block, and with --tiny 32 MiB more.
+above 1.3 times the rank's share plus one block, and with --tiny 10 MiB more.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main() -> None:
         common.write_start(work / "model", texts, tiny=False, **(TINY_SIZE if args.tiny else SIZE))
         counts = [2] if args.tiny else [2, 4]
         rows = [measure(work, n, how) for n in counts for how in ("parts", "whole")]
-    slack, off = 32.0 * args.tiny, False
+    slack, off = 10.0 * args.tiny, False
     for row in rows:
         row["allowed"] = round(1.3 * row["share"] + row["block"] + slack, 1)
         off |= row["read"] == "parts" and row["peak"] > row["allowed"]

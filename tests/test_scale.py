@@ -1,4 +1,4 @@
-"""Every command of docs/scale.md runs, with two processes for each node, on gloo; nodes are processes of this machine."""
+"""Every command of docs/scale.md runs, with two processes for each node, on gloo; all nodes are this machine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def smaller(text: str) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, write_rows: object) -> Path:
-    write_tiny(tmp_path / "MODEL")
+    write_tiny(tmp_path / "MODEL", max_position_embeddings=512)
     write_rows(make_rows("pairs", 12), "prefs.jsonl")  # type: ignore[operator]
     prompts = [{"prompt": row["prompt"], "answer": "2"} for row in make_rows("text", 8)]
     write_rows(prompts, "prompts.jsonl")  # type: ignore[operator]
