@@ -161,7 +161,8 @@ class RunConfig(BaseModel):
     kept_logits_gib: float = Field(
         1.0, ge=0, description="logits kept for the backward of a trained head; others are computed twice"
     )
-    fsdp: bool = Field(False, description="shard the policy over the ranks (FSDP2)")
+    fsdp: bool = Field(False, description="shard the models over the ranks (FSDP2)")
+    fsdp_replicas: int = Field(1, ge=1, description="groups of ranks that each hold all shards (HSDP); one for a node")
     timeout_minutes: float = Field(
         30.0, gt=0, le=100_000, description="the run ends where a rank does not answer for this long"
     )
@@ -291,6 +292,7 @@ class RunConfig(BaseModel):
             ("shuffle_buffer", self.streaming, "streaming: true"),
             ("rows_cache", not self.streaming, "streaming: false"),
             ("decay_fraction", self.schedule == "wsd", "schedule: wsd"),
+            ("fsdp_replicas", self.fsdp, "fsdp: true"),
             ("row_tokens", self.layout != "padded", "layout: auto or forest"),
             ("adam_betas", self.optimizer not in ("sgd", "adafactor"), "AdamW or Muon"),
             ("adam_epsilon", self.optimizer not in ("sgd", "adafactor"), "AdamW or Muon"),

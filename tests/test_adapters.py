@@ -323,7 +323,7 @@ def test_dropout_is_refused_where_a_ratio_is_computed(method: str, other: str, s
 
 def test_dropout_is_of_the_adapters_alone() -> None:
     from alignkit.models.adapters import set_adapter_dropout
-    from alignkit.models.loading import drop_dropout
+    from alignkit.models.dropout import drop_dropout
 
     model = adapted("gpt 2", dropout=0.5)
     drop_dropout(model)

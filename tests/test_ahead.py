@@ -24,7 +24,7 @@ from alignkit.engine.ahead import Ahead, Ask
 from alignkit.engine.ahead_state import decoded, encoded, interleaved
 from alignkit.engine.loop import Loop
 from alignkit.engine.rollouts import Online
-from alignkit.errors import ConfigError, RewardError
+from alignkit.errors import ConfigError, RolloutError
 from alignkit.models.earlier_weights import EarlierWeights
 from alignkit.rollout import Request, Sampled, Sampler
 from alignkit.runs.folder import read_metrics
@@ -320,13 +320,13 @@ def test_a_sampler_that_fails_ahead_loses_no_checkpoint(
     """The step that needs it raises the error, after the checkpoint of the step before; it is then sampled anew."""
 
     class Failing(Double):
-        def sample(self, *args: Any, **how: Any) -> Any:
+        def sample(self, request: Request) -> Any:
             if len(self.asked) == 2:
-                raise RewardError("the server does not answer")
-            return super().sample(*args, **how)
+                raise RolloutError("the server does not answer")
+            return super().sample(request)
 
     uses(monkeypatch, Failing(online["model"]))
-    with pytest.raises(RewardError, match=r"(?s)does not answer.*Stopped after step 2; continue with"):
+    with pytest.raises(RolloutError, match=r"(?s)does not answer.*Stopped after step 2; continue with"):
         alignkit.run("grpo", **online | ASKS["grpo"], name="parts")
     again = Double(online["model"])
     uses(monkeypatch, again)

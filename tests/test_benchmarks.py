@@ -439,3 +439,11 @@ def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
     done = gpu_sh(tmp_path, STAGES="kernel")
     assert done.returncode == 2
     assert "unknown stage 'kernel'; choose from tests, kernels and engine" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_reads_little_more_than_its_share_of_a_model() -> None:
+    done = run("loading.py", "--tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    peaks = {line.split()[3]: float(line.split("peak ")[1].split()[0]) for line in done.stdout.splitlines()}
+    assert 32 < peaks["parts"] < 0.8 * peaks["whole"]

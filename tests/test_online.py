@@ -455,8 +455,8 @@ def test_what_a_method_needs_is_said_before_anything_is_loaded(online: dict[str,
         alignkit.run("nash", **online)
     with pytest.raises(ConfigError, match="'nash' does not use a reward; remove `reward`"):
         alignkit.run("nash", **online, judge=redder, reward=reds)
-    with pytest.raises(ConfigError, match="samples, which a policy sharded by fsdp does not support yet"):
-        alignkit.run("rloo", **online, reward=reds, fsdp=True)
+    with pytest.raises(ConfigError, match="reference: int8 would be whole on each rank; use reference: full"):
+        alignkit.run("nash", **online, judge=redder, fsdp=True, reference="int8")
     with pytest.raises(ConfigError, match="samples from a mixture, which backend: continuous does not support"):
         alignkit.run("nash", **online | {"judge": redder, "rollout": {"backend": "continuous"}})
     with pytest.raises(ConfigError, match="backend: continuous does not support `stop`"):

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import MixtralConfig
 from typer.testing import CliRunner
 from zoo import CPU
 
@@ -155,14 +156,21 @@ def test_fsdp_spreads_what_is_trained_and_gathers_a_few_layers(tiny: str) -> Non
     layer, outside = sizes_of(tiny)
     alone = memory(work_of("dpo", tiny, reference="full")).phases
     ranks = memory(replace(work_of("dpo", tiny, reference="full", fsdp=True), processes=4)).phases
-    assert ranks["loading"] == {"weights": alone["learning"]["weights"], "reference": alone["learning"]["reference"]}
+    assert "loading" not in ranks  # each rank reads its own parts
     for phase in ("learning", "updating"):
         for part in ("weights", "optimiser", "gradients"):
             assert ranks[phase].get(part, 0) == -(-alone[phase].get(part, 0) // 4)
-    for part in ("activations", "reference"):
-        assert ranks["learning"][part] == alone["learning"][part]
+        assert ranks[phase]["reference"] == -(-alone[phase]["reference"] // 4)
+    assert ranks["learning"]["activations"] == alone["learning"]["activations"]
     assert ranks["learning"]["gathered"] == outside + 3 * layer
     assert "gathered" not in ranks["updating"]
+
+
+def test_a_model_that_cannot_be_read_in_parts_is_whole_until_it_is_sharded(tmp_path: Path) -> None:
+    write_tiny(tmp_path, MixtralConfig, num_local_experts=4)
+    alone = memory(work_of("dpo", str(tmp_path), reference="full")).phases
+    ranks = memory(replace(work_of("dpo", str(tmp_path), reference="full", fsdp=True), processes=4)).phases
+    assert ranks["loading"] == {"weights": alone["learning"]["weights"], "reference": alone["learning"]["reference"]}
 
 
 def test_a_plan_of_several_processes_is_of_the_busiest_of_them(tiny: str) -> None:
@@ -173,8 +181,17 @@ def test_a_plan_of_several_processes_is_of_the_busiest_of_them(tiny: str) -> Non
     assert "buckets" in two.memory.phases["learning"]
     assert {"fsdp": True} in [r.settings for r in two.remedies]
     assert {"fsdp": True} not in [r.settings for r in one.remedies]
-    online = plan(of("grpo", tiny), processes=2)
-    assert {"fsdp": True} not in [r.settings for r in online.remedies]
+    online = plan(of("grpo", tiny), gpu=True, processes=2)
+    assert {"fsdp": True} in [r.settings for r in online.remedies]
+
+
+def test_a_sharded_policy_is_whole_while_it_samples(tiny: str) -> None:
+    layer, outside = sizes_of(tiny)
+    for method, more in (("grpo", {}), ("ppo", {"critic": "policy"}), ("ppo", {"critic": "shared"})):
+        alone, rank = (memory(replace(work_of(method, tiny, fsdp=True, **more), processes=n)).phases for n in (1, 2))
+        assert rank["sampling"]["gathered"] == 2 * layer + outside
+        assert rank["updating"].get("critic", 0) == -(-alone["updating"].get("critic", 0) // 2)
+    assert rank["learning"]["gathered"] >= outside + 2 * layer
 
 
 def test_processes_that_a_run_would_refuse_are_refused(tiny: str) -> None:

@@ -16,8 +16,8 @@ import alignkit
 from alignkit.engine.averages import TermSums, sum_terms
 from alignkit.engine.balance import Balance
 from alignkit.errors import ModelError
+from alignkit.models.dropout import drop_dropout
 from alignkit.models.layouts import choose_layout
-from alignkit.models.loading import drop_dropout
 from alignkit.models.packing import batch_of
 from alignkit.models.ranks import SINGLE
 from alignkit.models.router import balance_loss, router_of, token_weights

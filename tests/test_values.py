@@ -15,8 +15,9 @@ from alignkit.config import RunConfig
 from alignkit.errors import ModelError
 from alignkit.lora_settings import LoraSettings
 from alignkit.models.adapters import add_lora
+from alignkit.models.dropout import drop_dropout
 from alignkit.models.layouts import choose_layout
-from alignkit.models.loading import classifier_like, drop_dropout, from_pretrained, load_model
+from alignkit.models.loading import classifier_like, from_pretrained, load_model
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
 from alignkit.models.values import ActorCritic, Valuer, number_head, plain_score, value_head

@@ -10,7 +10,7 @@ import transformers as tf
 from torch import Tensor
 
 from alignkit.config import RunConfig
-from alignkit.models.loading import drop_dropout
+from alignkit.models.dropout import drop_dropout
 from alignkit.types import Completion, Example, Layout
 
 CPU = torch.device("cpu")

@@ -7,6 +7,7 @@ ending.py      a run that ends before its last step
 state.py       the state of a run, as plain data
 reading.py     settings -> examples, to train on and held out
 assemble.py    settings and examples -> models, reference
+references.py  the reference of a run; the sharding of its models
 optimizers.py  the optimiser and its groups of parameters
 step.py        a step as a method sees it (alignkit.method.Context)
 roles.py       the models that a method may call
@@ -21,6 +22,7 @@ balance.py     the load-balancing loss of mixtures of experts
 padding.py     the padding of a saved reward model
 saving.py      checkpoints and resumption
 model_folder.py  the saved model
+gathering.py   the weights of a sharded model, for the saved model
 """
 
 from alignkit.engine.engine import Engine, Result, resume, run

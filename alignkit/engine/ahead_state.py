@@ -19,6 +19,7 @@ from alignkit.models.ranks import Ranks
 from alignkit.rollout import Sampled
 
 Tensors = dict[str, Tensor]
+OF_AHEAD = ("ahead", "ahead_model", "model")  # groups of a checkpoint that `restore_ahead` reads
 Prompt = tuple[int, list[Sampled]]  # its mark, and its completions
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -25,7 +24,9 @@ from alignkit.config import RunConfig
 from alignkit.data.stream import Stream
 from alignkit.data.views import Selected
 from alignkit.engine.ahead import Ahead
+from alignkit.engine.gathering import gathered_weights
 from alignkit.engine.optimizers import build_optimizer
+from alignkit.engine.references import reference_of, shard_models
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online
 from alignkit.engine.scorers import Scorers
@@ -34,16 +35,13 @@ from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import Method
 from alignkit.models.adapters import Kind, set_adapter_dropout
 from alignkit.models.critic import with_critic
+from alignkit.models.dropout import drop_dropout
 from alignkit.models.layouts import check_fit, choose_layout
-from alignkit.models.loading import causal_lm, drop_dropout, load_model, on_cpu
-from alignkit.models.quantised import floating
+from alignkit.models.loading import causal_lm, load_model, on_cpu
 from alignkit.models.ranks import Ranks
 from alignkit.models.scoring import Scorer
-from alignkit.models.sharding import shard
+from alignkit.models.sharding import gathered
 from alignkit.models.values import Valuer
-from alignkit.reference.choice import resolve_reference
-from alignkit.reference.reference import Reference
-from alignkit.reference.run_cache import RunCache
 from alignkit.rollout import Setup
 from alignkit.rollout.backends import build_sampler
 from alignkit.rollout.completions import with_placeholders
@@ -104,20 +102,19 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     set_seed(config.seed)  # new adapters are initialised at random
     scorers = Scorers.of_run(config, method, splits.both, device)
     plain, came_with_adapter = _trained_model(config, method, device)
-    known, layout = _layout(config, method, splits, plain, accelerator)
-    reference = _reference(config, method, plain, layout, ranks, known) if isinstance(plain, Scorer) else None
-    drop_dropout(plain.model, method.dropout())
-    if config.lora:
-        set_adapter_dropout(plain.model, config.lora.dropout)
-    if config.fsdp:
-        shard(plain, device.type, ranks.n)
-    rate = config.learning_rate
-    if rate is None:
-        rate = method.lora_learning_rate if config.lora or came_with_adapter else method.learning_rate
     trained: Any = plain
     if "critic" in method.roles():
         folder = scorers.rewards.model_folder if scorers and scorers.rewards else None
         trained = with_critic(plain, config, folder, device)
+    frozen = shard_models(config, method, plain, trained, ranks) if config.fsdp else None
+    known, layout = _layout(config, method, splits, plain, accelerator)
+    reference = reference_of(config, method, plain, layout, ranks, known, frozen) if isinstance(plain, Scorer) else None
+    drop_dropout(plain.model, method.dropout())
+    if config.lora:
+        set_adapter_dropout(plain.model, config.lora.dropout)
+    rate = config.learning_rate
+    if rate is None:
+        rate = method.lora_learning_rate if config.lora or came_with_adapter else method.learning_rate
     optimizer = build_optimizer(trained, config, rate)
     # evaluation_mode: a sharded module needs its precision set, but no data-parallel wrapper
     policy = accelerator.prepare_model(trained, evaluation_mode=config.fsdp)
@@ -127,8 +124,11 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     online = None
     if scorers:
         updates = (config.epochs_per_batch or method.epochs_per_batch) * config.minibatches
-        place, ends = config.output / (config.name or ""), ends_of(causal_lm(plain.model), tokenizer)
-        setup = Setup(plain.model, tokenizer, ends, config.rollout, place, ranks, accelerator.autocast)
+        assert isinstance(plain, Scorer)
+        setup = Setup(
+            plain.model, tokenizer, ends_of(causal_lm(plain.model), tokenizer), config.rollout,
+            config.output / (config.name or ""), ranks, accelerator.autocast, plain, gathered_weights,
+        )  # fmt: skip
         ahead = Ahead(build_sampler(setup), plain.model, policy, config.rollout.ahead)
         online = Online(config, method.roles(), scorers, setup, reference, updates, ahead)
     eos = int(tokenizer.eos_token_id)
@@ -160,7 +160,7 @@ def _layout(
     fits(known)
     if splits.streamed is not None:
         splits.streamed.check = lambda examples: fits([method.longest(e) for e in examples])
-    with accelerator.autocast():
+    with gathered(plain, blocks=False), accelerator.autocast():  # the model's own forward is a part of it
         return known, choose_layout(plain.train(), known[: len(splits.train)], config, accelerator.device)
 
 
@@ -183,39 +183,3 @@ def least_examples(config: RunConfig, method: Method[Any], splits: Splits, n_ran
 
 def _ranks(n: int) -> str:
     return f"{n} rank{'s' * (n > 1)}"
-
-
-def _reference(
-    config: RunConfig,
-    method: Method[Any],
-    plain: Scorer,
-    layout: Layout,
-    ranks: Ranks,
-    examples: Sequence[Example],
-) -> Reference | None:
-    accelerator: Accelerator = ranks.accelerator
-    n_bytes = sum(p.nbytes for p in plain.parameters())
-    mode = resolve_reference(config, method, accelerator.device, n_bytes)
-    if mode is None:
-        return None
-    sampled = method.data == "prompts"  # no other run will score the same completions
-    cached = config.caches_reference and method.reference_need() != "moving" and not sampled
-    mixed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-    reference = Reference(
-        mode,
-        plain,
-        layout=layout,
-        device=accelerator.device,
-        max_tokens=config.max_tokens,
-        cache=RunCache(config.cache_file) if cached else None,
-        compute_dtype=mixed or floating(plain),
-        autocast=accelerator.autocast if mixed else nullcontext,
-        temperature=config.sampling.temperature if sampled else 1.0,
-    )
-    logger.info("reference: %s%s", mode, f", cache {reference.cache.path}" if reference.cache else "")
-    reference.prepare(examples, accelerator.process_index, accelerator.num_processes)
-    ranks.wait()
-    if mode == "cached" and reference.cache and ranks.most(int(not reference.cache.stores)):
-        reference.prepare(examples)  # a rank could not store its share, so that the others cannot read it
-    reference.release()
-    return reference

@@ -79,8 +79,7 @@ def watch(state: RunState, step: int, values: Mapping[str, float]) -> None:
         return
     state.early.best, state.early.best_step, state.early.waited = value, step, 0
     weights = checkpoint.model_state(state.parts.policy)
-    if state.parts.ranks.is_main:
-        checkpoint.save(state.folder / "best", step, {"model": weights}, {}, keep=1)
+    checkpoint.save(state.folder / "best", step, {"model": weights}, {}, 1, state.parts.ranks)
 
 
 def take_best(state: RunState, step: int) -> bool:
@@ -93,9 +92,10 @@ def take_best(state: RunState, step: int) -> bool:
         return False
 
     def take(found: checkpoint.Loaded) -> None:
-        checkpoint.set_model_state(state.parts.policy, found.tensors["model"])
+        policy = state.parts.policy
+        checkpoint.set_model_state(policy, found.group("model", checkpoint.weight_like(policy)))
 
-    found = checkpoint.load(state.folder / "best", logger.warning, take)
+    found = checkpoint.load(state.folder / "best", logger.warning, take, state.parts.ranks)
     if found is None:
         return False
     logger.info("restored the weights of step %d, which had the best evaluation", found.step)

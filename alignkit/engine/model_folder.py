@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from alignkit.config import RunConfig
 from alignkit.data.chat import turn_end
+from alignkit.engine.gathering import gathered_weights
 from alignkit.engine.padding import pad_with, padding_tokenizer
 from alignkit.engine.state import RunState
 from alignkit.errors import AlignkitError
@@ -25,6 +24,7 @@ from alignkit.models.values import Valuer
 from alignkit.runs import card, checkpoint
 from alignkit.runs.space import ROOM, and_resume, saving
 
+SHARD = "5GB"  # largest file of a saved model, which transformers holds in memory while it writes it
 logger = logging.getLogger(__name__)
 
 
@@ -38,17 +38,14 @@ def save_model(state: RunState, tokenizer: Any) -> Any:
     model = parts.plain.model
     causal_lm(model).config.get_text_config().use_cache = True
     _name_turn_end(model, tokenizer)
-    weights = None
-    if config.fsdp:
-        weights = get_model_state_dict(parts.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        weights = {k.removeprefix("model."): v for k, v in weights.items()}
+    left = "The checkpoint of the last step is whole" if state.saved >= 0 else "No checkpoint could be written"
+    then = f"{left}. {and_resume(state.folder)}, which saves the model and repeats no step that a checkpoint holds"
+    weights = gathered_weights(model, state.folder, parts.ranks, then) if config.fsdp else None
     if config.merge_adapter:
         model = merged(model) if layers_4bit(model) else model.merge_and_unload()  # type: ignore[operator]
     if isinstance(parts.plain, Valuer):
-        tokenizer = _padded(model, tokenizer, config)
+        tokenizer = _padded(model, tokenizer, weights)
     if parts.ranks.is_main:
-        left = "The checkpoint of the last step is whole" if state.saved >= 0 else "No checkpoint could be written"
-        then = f"{left}. {and_resume(state.folder)}, which saves the model and repeats no step that a checkpoint holds"
         with saving("the model", state.folder, model_bytes(model) + ROOM, then):
             _replace(model, tokenizer, state.folder / "model", weights)
         if state.only_for_model:  # it was written in case this had failed
@@ -94,11 +91,11 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(int(p.numel()) * p.element_size() for p in parameters)
 
 
-def _padded(model: Any, tokenizer: Any, config: RunConfig) -> Any:
+def _padded(model: Any, tokenizer: Any, weights: dict[str, Any] | None) -> Any:
     """Give a reward model the padding that it is used with; return its tokenizer."""
     tokenizer = padding_tokenizer(tokenizer)
     only_adapter = hasattr(model, "peft_config")
-    pad_with(model, tokenizer, only_adapter=only_adapter, sharded=config.fsdp)
+    pad_with(model, tokenizer, only_adapter=only_adapter, weights=weights)
     if only_adapter:
         logger.warning(
             "the reward model is saved as an adapter: to score rows of a padded batch with it, set "
@@ -138,7 +135,7 @@ def _write(model: Any, folder: Path, weights: dict[str, Any] | None) -> None:
     if hasattr(model, "peft_config"):
         save_adapter(model, folder, weights)
     else:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)
 
 
 def _name_turn_end(model: Any, tokenizer: Any) -> None:

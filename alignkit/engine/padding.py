@@ -7,14 +7,13 @@ the end-of-sequence token, and not the one that closes a turn of a chat.
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
+
+from torch import Tensor, nn
 
 from alignkit.data.chat import turn_end
 from alignkit.models.critic import PADDING_ROW
 from alignkit.models.loading import causal_lm
-
-logger = logging.getLogger(__name__)
 
 PAD = "<|pad|>"
 _OF_MEDIA = ("image", "video", "vision", "audio")
@@ -44,21 +43,24 @@ def _reserved(tokenizer: Any, ends: set[int | None]) -> str | None:
     return next(iter(kept_for_it), None)
 
 
-def pad_with(model: Any, tokenizer: Any, only_adapter: bool, sharded: bool) -> None:
-    """Let a classifier ignore the padding of `padding_tokenizer`; a new token gets a row of the embeddings.
+def pad_with(model: Any, tokenizer: Any, only_adapter: bool, weights: dict[str, Tensor] | None) -> None:
+    """Let a classifier ignore the padding of `padding_tokenizer`; a new token gets a row of zeros in the embeddings.
 
-    An adapter is loaded into its base, whose configuration this does not change: the model card says how to load it.
+    weights: of a sharded model, gathered on the main rank: the row is added there. An adapter is loaded into its base,
+    whose configuration this does not change: the model card says how to load it.
     """
     lm = causal_lm(model)
     lm.config.pad_token_id = lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     rows = lm.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id < rows or only_adapter:
         return
-    if sharded:
-        logger.warning(
-            "the tokenizer's padding token %s has no row in the embeddings: to score batches, load model/ and call "
-            "resize_token_embeddings(%d)", tokenizer.pad_token, tokenizer.pad_token_id + 1,
-        )  # fmt: skip
+    more = tokenizer.pad_token_id + 1 - rows
+    setattr(lm.config, PADDING_ROW, more)
+    if weights is None:
+        lm.resize_token_embeddings(rows + more, mean_resizing=False)
+        nn.init.zeros_(lm.get_input_embeddings().weight.data[rows:])
         return
-    lm.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
-    setattr(lm.config, PADDING_ROW, tokenizer.pad_token_id + 1 - rows)
+    lm.config.get_text_config().vocab_size = rows + more
+    embeddings = lm.get_input_embeddings().weight
+    for name in {n for n, p in lm.named_parameters(remove_duplicate=False) if p is embeddings} & weights.keys():
+        weights[name] = nn.functional.pad(weights[name], (0, 0, 0, more))

@@ -24,6 +24,7 @@ from alignkit.engine.sampled import sampled_metrics
 from alignkit.engine.scorers import Scorers
 from alignkit.errors import PluginError, RewardError, RolloutError
 from alignkit.method import Context
+from alignkit.models.sharding import gathered
 from alignkit.models.truncation import Truncation
 from alignkit.reference.reference import Reference
 from alignkit.rewards import Answers, Scores
@@ -168,7 +169,7 @@ class Online:
         """Return the completions of each of this rank's prompts, [prompt][completion]; mixture: the opponent's."""
         if mixture is not None:
             opponent = self._ask(ctx, draw, examples, mixture=self._mixture(mixture)).request
-            return self._on_all_ranks("sampling", lambda: Local(self.setup).sample(opponent))
+            return self._on_all_ranks("sampling", lambda: self._opponents(opponent))
         ask = self._ask(ctx, draw, examples)
         sampled = self.ahead.sample(ask, lambda: self._following(ctx, draw), self._on_all_ranks)
         if any(s.logps is not None for some in sampled for s in some):
@@ -221,22 +222,22 @@ class Online:
 
     def _mixture(self, weight: float) -> Mixture:
         assert self.reference is not None
-        model, context = self.reference.model_and_context()
-        return Mixture(model, weight, context)
+        scorer, context = self.reference.scorer_and_context()
+        return Mixture(scorer.model, weight, context)
+
+    def _opponents(self, request: Request) -> list[list[Sampled]]:
+        """Sample from a mixture, in this process whatever samples from the policy."""
+        assert self.reference is not None
+        other = self.reference.scorer_and_context()[0]
+        with gathered(*([] if other is self.setup.policy else [other])):
+            return Local(self.setup).sample(request)
 
     def _on_all_ranks(self, doing: str, call: Callable[[], T]) -> T:
         """Return the call's result, and count its seconds. Raises on all ranks where it fails on one."""
         started = time.perf_counter()
-        problem, found = None, None
-        try:
-            found = call()
-        except (RewardError, RolloutError) as error:
-            problem = error
-        if self.ranks.most(int(problem is not None)):  # else the other ranks would wait for this one
-            kind = RewardError if doing == "scoring" else RolloutError
-            raise problem or kind(f"another rank failed at {doing} its completions; see that rank's error")
+        found = self.ranks.together(call, RewardError if doing == "scoring" else RolloutError)
         self.seconds[doing] += time.perf_counter() - started
-        return found  # type: ignore[return-value]
+        return found
 
 
 def _float32(values: Sequence[float], device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignkit.engine.ahead_state import ahead_state, restore_ahead
+from alignkit.engine.ahead_state import OF_AHEAD, ahead_state, restore_ahead
 from alignkit.engine.model_folder import clear_leftovers
 from alignkit.engine.state import RunState, Splits
 from alignkit.errors import CheckpointError
@@ -43,13 +43,9 @@ def save(state: RunState, step: int, more: int = 0) -> None:
         early, about = ahead_state(parts.online.ahead, parts.ranks, step, lambda: checkpoint.model_state(parts.policy))
         tensors |= early
         kept["ahead"] = about
-    try:
-        if parts.ranks.is_main:
-            keep = state.config.keep_checkpoints + more
-            path = checkpoint.save(state.folder / "checkpoints", step, tensors, kept, keep)
-            logger.info("checkpoint %s", path)
-    finally:
-        parts.ranks.wait()
+    keep = state.config.keep_checkpoints + more
+    path = checkpoint.save(state.folder / "checkpoints", step, tensors, kept, keep, parts.ranks)
+    logger.info("checkpoint %s", path)
     state.saved, state.saved_at, state.only_for_model = step, time.monotonic(), False
 
 
@@ -70,7 +66,9 @@ def restore(state: RunState) -> int:
     """Load the newest checkpoint that is whole and fits, and return its step, 0 without one. Raises CheckpointError."""
     if state.parts.ranks.is_main:
         clear_leftovers(state.folder)
-    found = checkpoint.load(state.folder / "checkpoints", logger.warning, lambda one: _take(state, one))
+    found = checkpoint.load(
+        state.folder / "checkpoints", logger.warning, lambda one: _take(state, one), state.parts.ranks
+    )
     if found is None and (state.folder / "model").is_dir():
         raise CheckpointError(
             f"{state.folder} is finished: its model is in {state.folder / 'model'}. "
@@ -102,17 +100,20 @@ def _take(state: RunState, found: checkpoint.Loaded) -> None:
         raise _other_rows(found.path)
     if found.step > state.total_steps:
         raise CheckpointError(f"its step is {found.step}, but the run has {state.total_steps} steps")
-    checkpoint.set_model_state(parts.policy, found.tensors["model"])
+    like = checkpoint.weight_like(parts.policy)
+    checkpoint.set_model_state(parts.policy, found.group("model", like))
     checkpoint.set_optimizer_state(
-        parts.policy, parts.optimizer.optimizer, found.tensors["optimizer"], kept["optimizer"]
+        parts.policy, parts.optimizer.optimizer, found.group("optimizer", like), kept["optimizer"]
     )
-    if "reference" in found.tensors and parts.reference:
-        checkpoint.check_finite(found.tensors["reference"])
-        parts.reference.load_state(found.tensors["reference"])
-    if parts.online:
+    if "reference" in found.groups and parts.reference:
+        own = parts.reference.state()
+        moved = found.group("reference", lambda name, shape: own.get(name))
+        checkpoint.check_finite(moved)
+        parts.reference.load_state(moved)
+    if parts.online and kept.get("ahead"):
         restore_ahead(
-            parts.online.ahead, parts.ranks, found.step, found.tensors, kept.get("ahead", {}),
-            lambda weights: checkpoint.set_model_state(parts.policy, weights),
+            parts.online.ahead, parts.ranks, found.step, {name: found.group(name, like) for name in OF_AHEAD},
+            kept["ahead"], lambda weights: checkpoint.set_model_state(parts.policy, weights),
         )  # fmt: skip
     state.method.load_state_dict(kept["method"])
     state.skipped, state.evaluated = int(kept["skipped"]), int(kept["evaluated"])

@@ -1,6 +1,8 @@
 """Models: loading them, packing rows for them, and computing log-probabilities and scalar values with them.
 
-loading.py     tokenizer, model, dropout
+loading.py     tokenizer, model
+unread.py      models that are sharded before their weights are read
+dropout.py     no dropout
 places.py      where a model is looked up, and what is said where it is not there
 refusals.py    what is said where a model cannot be loaded safely
 adapters/      low-rank adapters, and the model before they were trained; what they leave out

@@ -14,6 +14,7 @@ from alignkit.models.adapters import add_lora
 from alignkit.models.loading import causal_lm, classifier_like, from_pretrained, readied
 from alignkit.models.rope import switch_of
 from alignkit.models.scoring import Scorer
+from alignkit.models.unread import adapters_in_memory, zero
 from alignkit.models.values import ActorCritic, Valuer, number_head, value_head
 
 logger = logging.getLogger(__name__)
@@ -48,9 +49,10 @@ def with_critic(
             "than the policy's, and both read the same rows; use critic: policy or shared"
         )
     # a reward model's head scores whole answers, in its own units
-    nn.init.zeros_(number_head(model).get_parameter("weight"))
+    zero(number_head(model))
     if config.lora:
-        model = add_lora(model, config.lora, "classifier")
+        with adapters_in_memory():
+            model = add_lora(model, config.lora, "classifier")
     return ActorCritic(policy, Valuer(readied(model, config, device)).train())
 
 

@@ -17,11 +17,13 @@ from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.hub import is_path
 from alignkit.models.adapters import Kind, add_lora, check_mergeable, summary
 from alignkit.models.branches import attend_by_branches
+from alignkit.models.dropout import drop_dropout
 from alignkit.models.embedding_noise import ALPHA
 from alignkit.models.places import look, where
 from alignkit.models.quantised import check_frozen, copy_marks, floating, layers_4bit, nf4, settle
 from alignkit.models.refusals import cause, reason
 from alignkit.models.towers import auto_class, freeze_towers, towers
+from alignkit.models.unread import FILES, adapters_in_memory, is_unread, unread, zero
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,7 +62,8 @@ def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -
     if config.lora and came_with_adapter:
         raise ModelError("the model already has an adapter, which is trained further; leave out `lora`")
     if config.lora:
-        model = add_lora(model, config.lora, kind)
+        with adapters_in_memory():
+            model = add_lora(model, config.lora, kind)
     check_frozen(model, config.quantize is not None)
     if config.lora is not None:
         logger.info("%s", summary(model))
@@ -72,7 +75,7 @@ def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -
 def readied(model: nn.Module, config: RunConfig, device: torch.device) -> nn.Module:
     """Set up a model for training on `device`, and move it there."""
     set_up(model, config, device)
-    return model.to(device)
+    return model if is_unread(model) else model.to(device)
 
 
 def set_up(model: nn.Module, config: RunConfig, device: torch.device) -> None:
@@ -119,7 +122,8 @@ def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights
             look(base)
             model = _made(base, config, kind, weights)
             if weights:
-                return PeftModel.from_pretrained(model, name, is_trainable=True)  # type: ignore[no-any-return]
+                with adapters_in_memory():
+                    return PeftModel.from_pretrained(model, name, is_trainable=True)  # type: ignore[no-any-return]
             settings = PeftConfig.from_pretrained(name)
             settings.inference_mode = False
             return get_peft_model(model, settings)  # type: ignore[no-any-return]
@@ -147,6 +151,12 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return DTYPES[config.dtype]
 
 
+def in_parts(config: RunConfig) -> bool:
+    """Return whether each rank reads only its parts of a model, where its files allow it."""
+    lora = config.lora
+    return config.fsdp and not config.trust_remote_code and not (lora and (lora.dora or lora.init != "default"))
+
+
 def _place(config: RunConfig) -> torch.device:
     # bitsandbytes quantises on a device, a layer at a time
     return torch.device("cpu") if on_cpu(config) else torch.device("cuda", torch.cuda.current_device())
@@ -160,12 +170,15 @@ def _made(name: str, config: RunConfig, kind: Kind, weights: bool) -> nn.Module:
     labels = {"num_labels": 1} if kind == "classifier" else {}
     about = AutoConfig.from_pretrained(name, trust_remote_code=trusted, **labels)
     auto = auto_class(about, kind)
+    if weights and in_parts(config) and (model := unread(name, auto, about, options)) is not None:
+        return model
     if weights and config.quantize:
         with torch.device("meta"):
             outside = towers(auto.from_config(about, **options))
         options |= {"quantization_config": nf4(compute_dtype(config), outside), "device_map": {"": _place(config)}}
     if weights:
-        model = _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
+        with torch.random.fork_rng(devices=[]):  # a new head would draw numbers, which adapters then lack
+            model = _whole(name, *auto.from_pretrained(name, **options, **labels, output_loading_info=True))
         settle(model, compute_dtype(config))
         return model
     with torch.device("meta"):
@@ -183,20 +196,6 @@ def _whole(name: str, model: nn.Module, loading: Mapping[str, Any]) -> nn.Module
     if "score.weight" in loading["missing_keys"]:
         nn.init.zeros_(model.get_parameter("score.weight"))  # as in `classifier_like`
     return model
-
-
-def drop_dropout(model: nn.Module, probability: float = 0.0) -> None:
-    """Set every dropout probability; 0 makes policy, reference and old policy compute the same function.
-
-    Attributes are found by name too (residual_dropout, layerdrop, router_jitter_noise, ...): those that do not end in
-    "dropout" are always set to 0.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = probability
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(module, name, probability if name.endswith("dropout") else 0.0)
 
 
 def causal_lm(model: Any) -> Any:
@@ -224,7 +223,8 @@ def classifier_like(model: nn.Module) -> nn.Module:
     setattr(made, made.base_model_prefix, body)
     device = next(body.parameters()).device
     made.score = nn.Linear(made.score.in_features, 1, bias=False, device=device, dtype=floating(body))
-    nn.init.zeros_(made.score.weight)
+    zero(made.score)
+    setattr(made, FILES, getattr(copied, FILES, {}))
     copy_marks(copied, made)
     for parameter in made.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -234,11 +234,17 @@ def classifier_like(model: nn.Module) -> nn.Module:
 def _without_adapters(model: Any) -> Any:
     if not hasattr(model, "merge_and_unload"):
         return model
-    if not layers_4bit(model):
+    if is_unread(model) and _trained(model):
+        raise ModelError("under fsdp a critic cannot start from a trained adapter: merge it first, or use a folder")
+    if not layers_4bit(model) and not is_unread(model):
         return model.merge_and_unload()
-    if any(bool(p.any()) for n, p in model.named_parameters() if ".lora_B." in n):
+    if _trained(model):
         raise ModelError(
             "a critic cannot start from a trained adapter on a 4-bit base: merging it would round its update away; use "
             "critic: shared, or a folder"
         )
     return model.unload()  # new adapters change nothing yet
+
+
+def _trained(model: Any) -> bool:
+    return any(bool(p.any()) for n, p in model.named_parameters() if ".lora_B." in n)

@@ -41,9 +41,9 @@ def least_tokens(batch: Batch, max_tokens: int, ranks: Ranks) -> int:
     return max_tokens if ranks.n > 1 else max(batch.cost(i) for i in range(len(batch)))
 
 
-def scored(scorer: nn.Module, batch: Batch, max_tokens: int, temperature: float = 1.0) -> Tensor:
+def scored(scorer: nn.Module, batch: Batch, max_tokens: int, temperature: float = 1.0, ranks: Ranks = SINGLE) -> Tensor:
     """Score a batch of any size in parts of `max_tokens` tokens; float32 [C] in the batch's order."""
-    return in_parts(lambda part: scorer(part.rows, part.targets, temperature), batch, max_tokens).logps
+    return in_parts(lambda part: scorer(part.rows, part.targets, temperature), batch, max_tokens, ranks).logps
 
 
 def in_parts(score: Callable[[Batch], Outputs], batch: Batch, max_tokens: int, ranks: Ranks = SINGLE) -> Outputs:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from alignkit.errors import AlignkitError
 from alignkit.models.heartbeat import Heartbeat
 
 T = TypeVar("T")
@@ -90,6 +91,17 @@ class Ranks:
         sizes = self.accelerator.gather(torch.tensor([len(value)], device=device)).tolist()
         rows = self.accelerator.gather(padded[None].to(device)).cpu()
         return [row[:size] for row, size in zip(rows, sizes, strict=True)]
+
+    def together(self, call: Callable[[], T], kind: type[AlignkitError]) -> T:
+        """Return `call()`; where it raises an error of this kind on one rank, all raise one, so that none waits."""
+        problem, found = None, None
+        try:
+            found = call()
+        except kind as error:
+            problem = error
+        if self.most(int(problem is not None)):
+            raise problem or kind("another rank failed here; see its error")
+        return found  # type: ignore[return-value]
 
     def all_of(self, numbers: list[int]) -> list[int]:
         """Join the ranks' lists of numbers >= 0."""

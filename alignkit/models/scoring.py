@@ -6,7 +6,7 @@ Only this package knows architectures, and it knows no method.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -51,10 +51,17 @@ class Scorer(nn.Module):
         temperature: float = 1.0,
         entropy: bool = False,
         truncation: Truncation | None = None,
+        critic: nn.Module | None = None,
+        frozen: bool = False,
     ) -> Outputs:
-        """Return logps [C] float32 of `targets`, entropy [C] where requested, and `drawn` [C] with a truncation."""
-        hidden_CH = trunk(self.model, rows, router=self.router)
-        return head(self.model, hidden_CH, targets, temperature, entropy, self.kept_logits, truncation)
+        """Return logps [C] float32 of `targets`, entropy [C] where requested, and `drawn` [C] with a truncation.
+
+        critic: a layer that reads the last hidden states, for `values` [C]. frozen: all else has no gradient.
+        """
+        with torch.no_grad() if frozen else nullcontext():
+            hidden_CH = trunk(self.model, rows, router=self.router)
+            outputs = head(self.model, hidden_CH, targets, temperature, entropy, self.kept_logits, truncation)
+        return outputs if critic is None else outputs._replace(values=critic(hidden_CH))
 
     def probe(self, batch: Batch) -> str | None:
         """Return how packed rows differ from the model's own forward, or None; see `probe`."""

@@ -5,7 +5,6 @@ Both are sequence classifiers with one label. The critic can also be a linear la
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from alignkit.errors import ModelError, first_line
 from alignkit.models.loading import causal_lm
 from alignkit.models.rope import forget_lengths
 from alignkit.models.router import Router, router_of
-from alignkit.models.scoring import DIFFERS, Scorer, allowed_difference, head, inside_adapter, trunk
+from alignkit.models.scoring import DIFFERS, Scorer, allowed_difference, inside_adapter, trunk
 from alignkit.models.truncation import Truncation
 from alignkit.types import Batch, Example, Outputs, PackedRows
 
@@ -42,13 +41,22 @@ class Valuer(nn.Module):
         """Do nothing: transformers' classifiers have no auxiliary loss to compare with."""
 
 
+class ValueHead(nn.Linear):
+    """A critic on the policy's trunk: a linear layer [H, 1]."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return float32 [k]: the values of hidden states [k, H]."""
+        return _product(self, hidden)
+
+
 class ActorCritic(nn.Module):
     """Policy and critic as one module: one forward pass computes both, and data parallelism wraps both.
 
-    critic: a Valuer with its own trunk, or a linear layer [H, 1] that reads the policy's last hidden states.
+    critic: a Valuer with its own trunk, or a layer that reads the policy's last hidden states. Each is called as a
+    module, because FSDP2 gathers the weights of a module that is called.
     """
 
-    def __init__(self, policy: Scorer, critic: Valuer | nn.Linear) -> None:
+    def __init__(self, policy: Scorer, critic: Valuer | ValueHead) -> None:
         super().__init__()
         self.policy, self.critic = policy, critic
 
@@ -62,13 +70,11 @@ class ActorCritic(nn.Module):
         frozen: bool = False,
     ) -> Outputs:
         """Return what `Scorer.forward` does, and values [C]; frozen: the policy gets no gradient."""
-        with torch.no_grad() if frozen else nullcontext():
-            hidden_CH = trunk(self.policy.model, rows, router=self.policy.router)
-            kept_logits = self.policy.kept_logits
-            outputs = head(self.policy.model, hidden_CH, targets, temperature, entropy, kept_logits, truncation)
-        own_trunk = isinstance(self.critic, Valuer)
-        values = self.critic(rows, rows.predict_at) if own_trunk else _number(self.critic, hidden_CH)
-        return outputs._replace(values=values)
+        given = rows, targets, temperature, entropy, truncation
+        if isinstance(self.critic, ValueHead):
+            return self.policy(*given, self.critic, frozen)  # type: ignore[no-any-return]
+        outputs: Outputs = self.policy(*given, frozen=frozen)
+        return outputs._replace(values=self.critic(rows, rows.predict_at))
 
     @property
     def router(self) -> Router | None:
@@ -77,14 +83,19 @@ class ActorCritic(nn.Module):
 
 
 def _number(layer: nn.Module, hidden: Tensor) -> Tensor:
-    # float32, outside autocast: bfloat16 scores near 12 are 0.06 apart
     layer = inside_adapter(layer)
+    if type(layer) is nn.Linear:
+        return _product(layer, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        if type(layer) is nn.Linear:
-            wide = torch.promote_types(layer.weight.dtype, torch.float32)
-            bias = None if layer.bias is None else layer.bias.to(wide)
-            return nn.functional.linear(hidden.to(wide), layer.weight.to(wide), bias).squeeze(-1)
         return layer(hidden.to(next(layer.parameters()).dtype)).squeeze(-1).float()  # type: ignore[no-any-return]
+
+
+def _product(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    # float32, outside autocast: bfloat16 scores near 12 are 0.06 apart
+    with torch.autocast(hidden.device.type, enabled=False):
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        bias = None if layer.bias is None else layer.bias.to(wide)
+        return nn.functional.linear(hidden.to(wide), layer.weight.to(wide), bias).squeeze(-1)
 
 
 def number_head(model: Any) -> nn.Module:
@@ -98,10 +109,11 @@ def number_head(model: Any) -> nn.Module:
     return layer
 
 
-def value_head(model: nn.Module) -> nn.Linear:
-    """Return a linear layer, initialised to 0, for a critic on the policy's trunk."""
+def value_head(model: nn.Module) -> ValueHead:
+    """Return a critic on the policy's trunk, initialised to 0."""
     lm = causal_lm(model)
-    made = nn.Linear(lm.config.get_text_config().hidden_size, 1, device=next(lm.parameters()).device)
+    device = next(lm.parameters()).device
+    made = ValueHead(lm.config.get_text_config().hidden_size, 1, device="cpu" if device.type == "meta" else device)
     nn.init.zeros_(made.weight)
     nn.init.zeros_(made.bias)
     return made

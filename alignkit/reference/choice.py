@@ -17,9 +17,9 @@ def check_reference(config: RunConfig, method: Method[Any]) -> None:
     if "reference" not in method.roles():
         return
     need, mode = method.reference_need(), config.reference
-    if need == "moving" and (config.fsdp or config.lora):
+    if need == "moving" and config.lora:
         # averaging the factors of two adapters does not average their weights
-        raise ConfigError(f"'{method.name}' moves its reference, which needs all weights: remove lora and fsdp")
+        raise ConfigError(f"'{method.name}' moves its reference, which needs all weights: remove lora")
     if need == "moving" and mode not in ("auto", "full"):
         raise ConfigError(f"'{method.name}' moves its reference, which needs reference: full, got {mode}")
     if mode == "adapter-off" and config.lora is None:
@@ -29,10 +29,10 @@ def check_reference(config: RunConfig, method: Method[Any]) -> None:
             f"lora.bias: {config.lora.bias} trains biases of the base, which stay when the adapters are switched off; "
             "use reference: auto, or lora.bias: none"
         )
-    if mode == "adapter-off" and not _switchable(config, method):
-        raise ConfigError(f"'{method.name}' cannot use reference: adapter-off under fsdp; use reference: full")
     if mode == "int8" and config.quantize:
         raise ConfigError("reference: int8 would round 4-bit weights again; use reference: auto, which needs no memory")
+    if mode == "int8" and config.fsdp:
+        raise ConfigError("reference: int8 would be whole on each rank; use reference: full, which fsdp shards")
     if mode == "cached" and need != "rows":
         raise ConfigError(
             f"'{method.name}' cannot use reference: cached, because it scores rows that are created during the run; "
@@ -72,18 +72,10 @@ def resolve_reference(
     need = method.reference_need()
     if need == "moving":
         return "full"
-    if _switchable(config, method):
+    if config.lora is not None and config.lora.bias == "none":
         return "adapter-off"
     if need == "rows" and config.caches_reference:
         return "cached"
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 3 * n_bytes:
+    if device.type == "cuda" and not config.fsdp and torch.cuda.mem_get_info(device)[0] < 3 * n_bytes:
         return "int8"
     return "full"
-
-
-def _switchable(config: RunConfig, method: Method[Any]) -> bool:
-    """Return whether the policy with its adapters off can be the reference."""
-    if config.lora is None or config.lora.bias != "none":
-        return False
-    # ranks would wait for each other where they score different numbers of rows with a sharded policy
-    return not config.fsdp or (method.reference_need() == "rows" and config.caches_reference)

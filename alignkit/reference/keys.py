@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from alignkit.data.views import Selected, raws
 from alignkit.models.loading import causal_lm
+from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.models.rope import switch_of
+from alignkit.models.sharding import identity, whole
 from alignkit.reference.cache import LogpCache, default_path
 from alignkit.reference.run_cache import RunCache
 from alignkit.types import Example
@@ -68,7 +70,7 @@ def fingerprint(
     whole = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     digests: dict[object, bytes] = {}  # tied weights are hashed once
     for name, t in sorted(_named_tensors(model, adapters).items()):
-        same = (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) if t.numel() else name
+        same = (identity(t), t.device, t.dtype, t.shape, t.stride()) if t.numel() else name
         if same not in digests:
             digests[same] = _digest(t)
         whole.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode() + digests[same])
@@ -92,15 +94,23 @@ def key(fingerprint: str, prompt: Tensor, completion: Tensor, trained_at: Tensor
     return digest.digest()
 
 
-def cached_logps(examples: Sequence[Example], cache: Cache, fingerprint: str, score: Score) -> Tensor:
-    """Return the reference's log-probabilities of all trained tokens, float32 [C]; `score` computes missing ones."""
+def cached_logps(
+    examples: Sequence[Example], cache: Cache, fingerprint: str, score: Score, ranks: Ranks = SINGLE
+) -> Tensor:
+    """Return the reference's log-probabilities of all trained tokens, float32 [C]; `score` computes missing ones.
+
+    ranks: those that must call `score` together.
+    """
     keys = [_keys(e, fingerprint) for e in examples]
     found = cache.get([k for ks in keys for k in ks])
     missing = [(e, ks) for e, ks in zip(examples, keys, strict=True) if any(k not in found for k in ks)]
+    busy = ranks.most(len(missing))
     if missing:
         # a stored value wins over a value that was just computed, so that every reader sees the same
         scored = _compute([e for e, _ in missing], [ks for _, ks in missing], cache, fingerprint, score)
         found = scored | found
+    elif busy:
+        score([examples[0]])
     return torch.cat([torch.empty(0), *(found[k] for ks in keys for k in ks)])
 
 
@@ -114,19 +124,25 @@ def fill(
     *,
     rank: int = 0,
     world: int = 1,
+    ranks: Ranks = SINGLE,
 ) -> None:
     """Compute the missing values, longest examples first, in batches of about `batch_tokens` tokens.
 
     Each batch is stored before the next one starts: a killed fill loses one batch and continues where it stopped.
     progress: called with (examples done, examples missing) after each batch.
-    rank, world: each rank takes its share of the examples, whatever the cache holds; no rank waits.
+    rank, world: each rank takes its share of the examples, whatever the cache holds.
+    ranks: those that must call `score` together; where one is done, it scores an example again. Others do not wait.
     """
     cache.use(fingerprint)
     lengths = [raw.n_tokens for raw in raws(examples)]
     own = Selected(examples, sorted(range(len(examples)), key=lambda i: -lengths[i])[rank::world])
     missing = dict(_missing(own, cache, fingerprint))
     keys, done = iter(missing.values()), 0
-    for batch in _cut(Selected(own, [*missing]), batch_tokens):
+    batches = _cut(Selected(own, [*missing]), batch_tokens)
+    while ranks.most((batch := next(batches, None)) is not None):
+        if batch is None:
+            score([examples[0]])
+            continue
         _compute(batch, list(itertools.islice(keys, len(batch))), cache, fingerprint, score)
         done += len(batch)
         if progress:
@@ -227,5 +243,5 @@ def _config(model: nn.Module) -> Any:
 
 def _digest(t: Tensor) -> bytes:
     # as bytes, because numpy has no bfloat16; one tensor at a time, so a GPU's weights are never copied as a whole
-    raw: np.ndarray[Any, Any] = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw: np.ndarray[Any, Any] = whole(t.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(raw.data).digest()

@@ -24,7 +24,9 @@ from alignkit.errors import CacheError
 from alignkit.models.adapters import before_training, has_start
 from alignkit.models.packing import batch_of
 from alignkit.models.passes import Autocast, scored
+from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.models.scoring import Scorer
+from alignkit.models.sharding import load_part, local, settle
 from alignkit.reference.int8 import to_int8
 from alignkit.reference.keys import cached_logps, fill, fingerprint
 from alignkit.reference.run_cache import RunCache
@@ -34,7 +36,10 @@ logger = logging.getLogger(__name__)
 
 
 class Reference:
-    """The reference of a run; `logps(examples)` is its main call."""
+    """The reference of a run; `logps(examples)` is its main call.
+
+    frozen: the copy of mode "full", where it is sharded. ranks: those that make the passes of a sharded model together.
+    """
 
     def __init__(
         self,
@@ -48,13 +53,15 @@ class Reference:
         compute_dtype: torch.dtype,
         autocast: Autocast = nullcontext,
         temperature: float = 1.0,
+        frozen: Scorer | None = None,
+        ranks: Ranks = SINGLE,
     ) -> None:
-        self.temperature = temperature
+        self.temperature, self._ranks = temperature, ranks
         self.mode, self.layout, self.device, self.max_tokens = mode, layout, device, max_tokens
         self.cache, self._autocast = cache, autocast
         self.scored_examples = 0
         quantisation = "llm.int8" if mode == "int8" else "none"
-        self._scorer, self._context = _frozen(mode, policy)
+        self._scorer, self._context = _frozen(mode, policy, frozen)
         self.fingerprint = ""
         if cache is not None:
             adapters = mode != "adapter-off" or has_start(policy.model)  # else the base alone is not the reference
@@ -66,7 +73,15 @@ class Reference:
         """Add the missing values of these examples to the cache; an interrupted fill continues where it stopped."""
         if self.cache is not None:
             fill(
-                examples, self.cache, self.fingerprint, self._score, self.max_tokens, _log_fill, rank=rank, world=world
+                examples,
+                self.cache,
+                self.fingerprint,
+                self._score,
+                self.max_tokens,
+                _log_fill,
+                rank=rank,
+                world=world,
+                ranks=self._ranks,
             )
 
     def release(self) -> None:
@@ -80,7 +95,7 @@ class Reference:
         temperature: of completions that were sampled at another one than the run's; these are in no cache.
         """
         if self.cache is not None and temperature is None:
-            return cached_logps(examples, self.cache, self.fingerprint, self._score)
+            return cached_logps(examples, self.cache, self.fingerprint, self._score, self._ranks)
         return self._score(examples, temperature)
 
     def attach(self, batch: Batch, keep: bool = True) -> Batch:
@@ -94,12 +109,12 @@ class Reference:
         assert self._scorer is not None
         with torch.no_grad():
             for own, new in zip(self._scorer.parameters(), policy.parameters(), strict=True):
-                own.lerp_(new.to(own.dtype), alpha)
+                local(own).lerp_(local(new).to(own.dtype), alpha)
 
-    def model_and_context(self) -> tuple[nn.Module, Autocast]:
-        """Return the reference as a language model, and the context to call it in (its adapters off)."""
+    def scorer_and_context(self) -> tuple[Scorer, Autocast]:
+        """Return the reference, and the context to call it in (its adapters off)."""
         assert self._scorer is not None
-        return self._scorer.model, self._context
+        return self._scorer, self._context
 
     def state(self) -> dict[str, Tensor]:
         """Return the weights of a reference that moves, for a checkpoint."""
@@ -107,9 +122,15 @@ class Reference:
         return dict(self._scorer.state_dict())
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` returned."""
+        """Take back what `state` returned, sharded or whole."""
         assert self._scorer is not None
-        self._scorer.load_state_dict(tensors)
+        own = self._scorer.state_dict()
+        if own.keys() != tensors.keys():
+            raise KeyError(f"the reference's weights differ in {sorted(own.keys() ^ tensors.keys())[:4]}")
+        for name, t in tensors.items():
+            if t.shape != own[name].shape:
+                raise ValueError(f"'{name}' has shape {list(t.shape)}, but the reference's {list(own[name].shape)}")
+            load_part(own[name], t)
 
     def _score(self, examples: Sequence[Example], temperature: float | None = None) -> Tensor:
         if self._scorer is None:
@@ -121,18 +142,26 @@ class Reference:
         batch = batch_of(examples, self.layout, self.device)
         with torch.no_grad(), self._context(), self._autocast():
             at = self.temperature if temperature is None else temperature
-            return scored(self._scorer, batch, self.max_tokens, temperature=at).cpu()
+            logps = scored(self._scorer, batch, self.max_tokens, at, self._ranks).cpu()
+        settle(self._scorer)
+        return logps
 
 
-def _frozen(mode: ReferenceMode, policy: Scorer) -> tuple[Scorer | None, Autocast]:
+def _frozen(mode: ReferenceMode, policy: Scorer, frozen: Scorer | None) -> tuple[Scorer | None, Autocast]:
     if mode == "adapter-off":
         return policy, partial(before_training, policy.model)
     if mode == "cached":
         return policy, nullcontext
-    frozen = copy.deepcopy(policy).requires_grad_(False).eval()
+    if frozen is None:
+        frozen = frozen_copy(policy)
     if mode == "int8":
         frozen.model = to_int8(frozen.model)
     return frozen, nullcontext
+
+
+def frozen_copy(policy: Scorer) -> Scorer:
+    """Return a copy that is not trained."""
+    return copy.deepcopy(policy).requires_grad_(False).eval()
 
 
 def _log_fill(done: int, missing: int) -> None:

@@ -109,6 +109,7 @@ class Batched:
                 *noise,
             ],
             stopping_criteria=[stops] if self.sampling.stop else [],
+            synced_gpus=False,  # else a model with sharded blocks waits at each token, though they are gathered
             **({} if shared is None else {"past_key_values": shared}),
         )
         return [self._cut(tokens, stops.lengths.get(row)) for row, tokens in enumerate(done[:, width:].tolist())]
@@ -187,7 +188,13 @@ def _prefix(lm: Any, ids_PT: Tensor, mask_PT: Tensor, at_R: Tensor) -> Any | Non
     width, switch = ids_PT.shape[1], switch_of(lm)
     if width == 1 or (switch and switch.same_as(width - 1) != switch.same_as(width)):
         return None
-    read = lm.generate(ids_PT[:, :-1], attention_mask=mask_PT[:, :-1], max_new_tokens=1, return_dict_in_generate=True)
+    read = lm.generate(
+        ids_PT[:, :-1],
+        attention_mask=mask_PT[:, :-1],
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+        synced_gpus=False,
+    )
     cache = read.get("past_key_values")
     if not copyable(cache):
         return None

@@ -31,8 +31,6 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
         )
     if method.data == "prompts":
         check_backend(config, mixes="judge" in needs)
-    if method.data == "prompts" and config.fsdp:
-        raise ConfigError(f"'{method.name}' samples, which a policy sharded by fsdp does not support yet; remove fsdp")
 
 
 def _check_ahead(config: RunConfig) -> None:

@@ -52,7 +52,7 @@ class KnownPrompt:
         device = next(lm.parameters()).device
         # only the last position's logits, where the architecture can be asked for them
         last = {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.forward).parameters else {}
-        with torch.no_grad(), self.setup.autocast(), sampling_mode(self.setup.model):
+        with torch.no_grad(), self.setup.gathered(blocks=False), self.setup.autocast(), sampling_mode(self.setup.model):
             logits = lm(input_ids=torch.tensor([self.tokens], device=device), use_cache=False, **last).logits[0, -1]
         logps_V = logits.double().log_softmax(-1).cpu()
         if self._asked is None:

@@ -59,6 +59,7 @@ class MixedLogits:
                 max_new_tokens=1,
                 output_logits=True,
                 return_dict_in_generate=True,
+                synced_gpus=False,
                 **kept,
             )
         if self.cache is None and copyable(out.get("past_key_values")):

@@ -17,17 +17,22 @@ from alignkit.models.adapters import save_adapter
 from alignkit.models.loading import causal_lm
 from alignkit.models.quantised import is_4bit, layers_4bit, merged_weight
 
+Weights = dict[str, Tensor] | None
 
-def publish(model: Any, folder: Path, adapter: bool) -> None:
-    """Write the weights, or the adapter alone, as `folder`, under a temporary name first. Raises RolloutError."""
+
+def publish(model: Any, folder: Path, adapter: bool, weights: Weights = None) -> None:
+    """Write the weights, or the adapter alone, as `folder`, under a temporary name first. Raises RolloutError.
+
+    weights: those of a sharded model, whole; None: the model's own.
+    """
     temporary = folder.with_name(f".{folder.name}")
     try:
         remove(temporary)
         folder.parent.mkdir(parents=True, exist_ok=True)
         if adapter:
-            save_adapter(model, temporary, None)
+            save_adapter(model, temporary, weights)
         else:
-            _save_whole(model, temporary)
+            _save_whole(model, temporary, weights)
         share(temporary)
         sync(temporary)
         remove(folder)
@@ -62,11 +67,16 @@ def why_no_adapter(model: Any) -> str | None:
     return None
 
 
-def _save_whole(model: Any, folder: Path) -> None:
+def _save_whole(model: Any, folder: Path, weights: Weights) -> None:
     lm = causal_lm(model)
     if model is lm and not layers_4bit(model):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         return
+    if weights is not None:
+        raise RolloutError(
+            "adapters of a sharded policy are not merged for the servers; let these load adapters at run time "
+            "(start them with `alignkit serve`), or remove fsdp"
+        )
     whole = {name: value.contiguous() for name, value in merged_state(model, lm)}
     if not layers_4bit(model):
         lm.save_pretrained(folder, state_dict=whole)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from alignkit.config import Sampling
 from alignkit.models.ranks import SINGLE, Ranks
+from alignkit.models.sharding import gathered
 from alignkit.rollout.mixture import Mixture
 from alignkit.rollout_settings import Rollout
 
@@ -54,7 +55,8 @@ class Setup:
     """What a sampler is built from. model: the policy, a causal language model, whose weights change between calls.
 
     ends: tokens that end a completion, the tokenizer's first. settings: those of `rollout`. folder: of the run.
-    autocast: entered around passes of the model.
+    autocast: entered around passes of the model. policy: the module that holds the model, which may be sharded. gather:
+    returns a sharded model's whole weights on the main rank, gathered a tensor at a time; all ranks call it.
     """
 
     model: nn.Module
@@ -64,6 +66,12 @@ class Setup:
     folder: Path = Path()
     ranks: Ranks = SINGLE
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    policy: nn.Module | None = None
+    gather: Callable[[nn.Module, Path, Ranks, str], dict[str, Tensor]] | None = None
+
+    def gathered(self, blocks: bool = True) -> AbstractContextManager[None]:
+        """Inside, each rank holds all weights of a sharded policy, or with blocks=False those outside its blocks."""
+        return gathered(*([] if self.policy is None else [self.policy]), blocks=blocks)
 
 
 class Sampler(ABC):

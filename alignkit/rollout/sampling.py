@@ -65,7 +65,7 @@ class Local(Sampler):
 
     def sample(self, request: Request) -> list[list[Sampled]]:
         """Return the completions, see `alignkit.rollout.sample`."""
-        with self.setup.autocast():
+        with self.setup.gathered(), self.setup.autocast():
             return sample(
                 self.setup.model,
                 self.setup.tokenizer,

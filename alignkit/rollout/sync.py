@@ -16,7 +16,7 @@ import httpx2
 
 from alignkit.errors import ConfigError, RolloutError
 from alignkit.files import remove
-from alignkit.rollout.published import publish
+from alignkit.rollout.published import Weights, publish
 from alignkit.rollout.servers import NoRouteError, Server, ServerError
 
 RELOAD = "/collective_rpc"
@@ -37,8 +37,8 @@ class Sync(ABC):
         self._newest: Path | None = None
 
     @abstractmethod
-    def publish(self, tag: str, model: Any) -> None:
-        """Leave the weights where servers get them; the main rank calls it. Raises RolloutError."""
+    def publish(self, tag: str, model: Any, weights: Weights) -> None:
+        """Leave the weights where servers get them; the main rank calls it. weights: see `published.publish`."""
 
     @abstractmethod
     def called(self, tag: str, model: str) -> str:
@@ -88,9 +88,9 @@ class FolderSync(Sync):
 
     name = "folder"
 
-    def publish(self, tag: str, model: Any) -> None:
+    def publish(self, tag: str, model: Any, weights: Weights) -> None:
         """Write the weights, with adapters merged in."""
-        publish(model, self._replace(tag).resolve(), adapter=False)
+        publish(model, self._replace(tag).resolve(), False, weights)
 
     def called(self, tag: str, model: str) -> str:
         """Return the server's own model."""
@@ -125,9 +125,9 @@ class AdapterSync(Sync):
         """Whether a server has loaded an adapter."""
         return bool(self._loaded)
 
-    def publish(self, tag: str, model: Any) -> None:
+    def publish(self, tag: str, model: Any, weights: Weights) -> None:
         """Write the adapter."""
-        publish(model, self._replace(tag).resolve(), adapter=True)
+        publish(model, self._replace(tag).resolve(), True, weights)
 
     def called(self, tag: str, model: str) -> str:
         """Return the adapter's name."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alignkit.errors import RolloutError, first_line
 from alignkit.models.loading import causal_lm
-from alignkit.rollout.published import merged_state
+from alignkit.rollout.published import Weights, merged_state
 from alignkit.rollout.sampler import Setup
 from alignkit.rollout.servers import Server, ServerError
 from alignkit.rollout.sync import VERSION, FolderSync
@@ -27,8 +27,10 @@ from alignkit.rollout.sync import VERSION, FolderSync
 _PACKAGE = "vllm.distributed.weight_transfer"
 
 
-def why_no_transfer(device: torch.device) -> str:
-    """Return why weights cannot go to servers from GPU to GPU, empty where they can. device: of the policy."""
+def why_no_transfer(device: torch.device, sharded: bool = False) -> str:
+    """Return why weights cannot go to servers from GPU to GPU, empty where they can. device, sharded: of the policy."""
+    if sharded:
+        return "no transfer between GPUs, the policy is sharded"
     if device.type != "cuda":
         return f"no transfer between GPUs, the policy is on a {device.type}"
     if find_spec("vllm") is None:
@@ -48,7 +50,7 @@ class TransferSync(FolderSync):
         self.name, self.setup, self.servers = kind, setup, servers
         self._engine: Any = None
 
-    def publish(self, tag: str, model: Any) -> None:
+    def publish(self, tag: str, model: Any, weights: Weights) -> None:
         """Send the weights to all servers at once. Raises RolloutError."""
         control = _Control(self.servers, self.seconds)
         try:

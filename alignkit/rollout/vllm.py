@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import httpx2
 from torch import nn
 
-from alignkit.errors import ConfigError, RolloutError
+from alignkit.errors import CheckpointError, ConfigError, RolloutError
 from alignkit.files import remove
+from alignkit.models.sharding import is_sharded
 from alignkit.rewards import secrecy
 from alignkit.rewards.event_loop import EventLoop
 from alignkit.rollout.known_prompt import KnownPrompt
-from alignkit.rollout.published import why_no_adapter
+from alignkit.rollout.published import Weights, why_no_adapter
 from alignkit.rollout.sampler import Request, Sampled, Sampler, Setup
 from alignkit.rollout.servers import Server, ServerError, client, key_of
 from alignkit.rollout.spread import Spread
@@ -56,7 +57,8 @@ class Vllm(Sampler):
             raise
         self._known = KnownPrompt(setup, self.longest, settings.timeout)
         device = next(setup.model.parameters()).device
-        kind, why = choose(settings.sync, routes, why_no_adapter(setup.model), why_no_transfer(device))
+        self._sharded = setup.policy is not None and is_sharded(setup.policy)
+        kind, why = choose(settings.sync, routes, why_no_adapter(setup.model), why_no_transfer(device, self._sharded))
         self.sync = self._sync(kind)
         if setup.ranks.is_main:
             places = ", ".join(server.url for server in self.servers)
@@ -70,9 +72,10 @@ class Vllm(Sampler):
         self.version, problem = None, None
         self._tag = f"alignkit-{self._session}-{version}"
         self._known.read()
+        weights = self._gathered(model)
         if self.setup.ranks.is_main:
             try:
-                self._send(model)
+                self._send(model, weights)
             except RolloutError as error:
                 problem = error
         self._agree(problem)
@@ -134,13 +137,23 @@ class Vllm(Sampler):
             return TransferSync(folder, self.settings.sync_timeout, kind, self.setup, self.servers)
         return {"folder": FolderSync, "adapter": AdapterSync}[kind](folder, self.settings.sync_timeout)
 
-    def _send(self, model: nn.Module) -> None:
+    def _gathered(self, model: nn.Module) -> Weights:
+        """Return a sharded model's whole weights, on the main rank. Raises RolloutError on all ranks."""
+        if not self._sharded or self.setup.gather is None:
+            return None
+        try:
+            then = "Free some space there"
+            return self.setup.gather(model, self.setup.folder, self.setup.ranks, then)
+        except CheckpointError as error:
+            raise RolloutError(f"the weights for the servers: {error}") from error
+
+    def _send(self, model: nn.Module, weights: Weights) -> None:
         """Publish the weights, and make the servers load them. Raises RolloutError where none does."""
-        self.sync.publish(self._tag, model)
+        self.sync.publish(self._tag, model, weights)
         failed = self._run(self._update())
         if self._adapter_is_refused(failed):
             self.sync = self._sync("folder")
-            self.sync.publish(self._tag, model)
+            self.sync.publish(self._tag, model, weights)
             failed = self._run(self._update())
         if len(failed) == len(self.servers):
             raise RolloutError(f"no vLLM server could be given the weights: {_joined(failed)}")
@@ -177,7 +190,7 @@ class Vllm(Sampler):
 
     def _adapter_is_refused(self, failed: dict[str, str]) -> bool:
         """Return whether no server takes an adapter at the first update, so that weights are sent merged."""
-        if not isinstance(self.sync, AdapterSync) or self.settings.sync != "auto" or self.sync.worked:
+        if self._sharded or not isinstance(self.sync, AdapterSync) or self.settings.sync != "auto" or self.sync.worked:
             return False
         if len(failed) < len(self.servers):
             return False

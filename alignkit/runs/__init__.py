@@ -13,7 +13,8 @@ upload.py      the saved model on the hub
 results.py     the headline metrics, before and after training
 checkpoint.py  checkpoints that are whole or absent
 space.py       space on the disk, and what is said where it runs out
-runstate.py    random generators and optimisers as tensors and JSON
+parts.py       sharded tensors in a checkpoint; loaded.py a checkpoint that was read; manifest.py its sums
+runstate.py    weights and optimisers as tensors and JSON; rng.py random generators
 card.py        the model card; usage.py its code
 pipeline.py    chains of methods; stages.py what a stage takes from the earlier ones
 """

@@ -14,28 +14,31 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from alignkit.errors import CheckpointError, first_line
-from alignkit.files import leftovers, remove, sha256, share, sync
+from alignkit.files import leftovers, remove, sync
+from alignkit.models.ranks import SINGLE, Ranks
+from alignkit.runs.loaded import Loaded
+from alignkit.runs.manifest import seal, verify
+from alignkit.runs.parts import Groups, any_sharded, n_bytes, write_parts
+from alignkit.runs.rng import rng_state, set_rng_state
 from alignkit.runs.runstate import (
     check_finite,
     flatten_optimizer,
     model_state,
     optimizer_state,
     packed,
-    rng_state,
     set_model_state,
     set_optimizer_state,
-    set_rng_state,
     unflatten_optimizer,
+    weight_like,
+    with_aliases,
     without_aliases,
 )
 from alignkit.runs.space import ROOM, and_resume, saving
@@ -55,52 +58,61 @@ __all__ = [
     "set_optimizer_state",
     "set_rng_state",
     "unflatten_optimizer",
+    "weight_like",
 ]
 
-VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})(\.new)?")
 _TEMPORARY = r"\.tmp-step-\d+-(\d+)"
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A complete checkpoint: its step, its groups of tensors (on the CPU), its state, its folder."""
-
-    step: int
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-    path: Path
-
-
-def save(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
-) -> Path:
+def save(folder: Path, step: int, tensors: Groups, state: Mapping[str, Any], keep: int, ranks: Ranks = SINGLE) -> Path:
     """Write the checkpoint of `step` into `folder`, then remove all but the `keep` newest up to this step.
 
-    tensors: groups such as "model", "optimizer", "rng", one file each; tensors that share memory are stored once.
+    tensors: groups such as "model", "optimizer", "rng", one file each; tensors that share memory are stored once. A
+    group with sharded tensors is written in parts by all `ranks`, which must then all call it.
     state: JSON values with text keys. Returns the checkpoint's folder.
     Raises CheckpointError where the disk is full or cannot be written; older checkpoints are not touched.
     """
     unique = {group: without_aliases(named) for group, named in tensors.items()}
     aliases = {group: pair[1] for group, pair in unique.items()}
-    text = json.dumps({"step": step, "aliases": aliases, "state": dict(state)})
-    needed = sum(t.nbytes for kept, _ in unique.values() for t in kept.values()) + len(text.encode()) + ROOM
-    temporary = folder / f".tmp-step-{step:08d}-{os.getpid()}"
-    for left in leftovers(folder, _TEMPORARY):
-        remove(left)
+    parts = {group: kept for group, (kept, _) in unique.items() if any_sharded({group: kept})}
+    head = {"step": step, "aliases": aliases, "state": dict(state)} | ({"parts": sorted(parts)} if parts else {})
+    text = json.dumps(head)
+    needed = sum(n_bytes(kept.values()) for kept, _ in unique.values()) + len(text.encode()) + ROOM
+    temporary = folder / f".tmp-step-{step:08d}-{ranks.most(os.getpid() if ranks.is_main else 0)}"
+    what = f"the checkpoint of step {step}"
     then = f"Older checkpoints are whole. {and_resume(folder.parent)}"
-    with saving(f"the checkpoint of step {step}", folder, needed, then):
-        try:
-            temporary.mkdir()
-            for group, (kept, _) in unique.items():
-                save_file(packed(kept), temporary / f"{group}.safetensors")
+
+    def begin() -> None:
+        if ranks.is_main:
+            for left in leftovers(folder, _TEMPORARY):
+                remove(left)
+            with saving(what, folder, needed, then):
+                temporary.mkdir()
+
+    def write() -> Path:
+        final = folder / f"step-{step:08d}"
+        if not ranks.is_main:
+            return final
+        with saving(what, folder, needed, then, checked=True):
+            for group in unique.keys() - parts.keys():
+                save_file(packed(unique[group][0]), temporary / f"{group}.safetensors")
             (temporary / "state.json").write_text(text, encoding="utf-8")
-            _seal(temporary)
-            final = _publish(temporary, folder / f"step-{step:08d}")
-        except BaseException:
+            seal(temporary)
+            return _publish(temporary, final)
+
+    try:
+        ranks.together(begin, CheckpointError)
+        if parts:
+            with saving(what, folder, needed, then, checked=True):
+                write_parts(temporary, parts)
+        final = ranks.together(write, CheckpointError)
+    except BaseException:
+        if ranks.is_main:
             remove(temporary)
-            raise
-    _prune(folder, step, keep)
+        raise
+    if ranks.is_main:
+        _prune(folder, step, keep)
     return final
 
 
@@ -109,19 +121,23 @@ class OtherRows(CheckpointError):
 
 
 def load(
-    folder: Path, log: Callable[[str], object] = print, take: Callable[[Loaded], object] = lambda one: None
+    folder: Path,
+    log: Callable[[str], object] = print,
+    take: Callable[[Loaded], object] = lambda one: None,
+    ranks: Ranks = SINGLE,
 ) -> Loaded | None:
     """Return the newest complete checkpoint in `folder`, or None without any checkpoint.
 
     Every file's sha256 is verified. take: uses the contents, and fails where they do not fit. A damaged checkpoint, or
     one with wrong contents, is reported through `log`, and the one before it is used.
+    ranks: those that load it together: what one of them cannot use, none does.
     Raises CheckpointError where no checkpoint can be used.
     """
     problems = []
     for path in _checkpoints(folder):
         try:
-            found = _read(path)
-            _taken(found, take)
+            found = ranks.together(lambda path=path: _read(path, ranks), CheckpointError)  # type: ignore[misc]
+            ranks.together(lambda found=found: _taken(found, take), CheckpointError)  # type: ignore[misc]
             return found
         except OtherRows:
             raise
@@ -153,20 +169,6 @@ def remove_step(folder: Path, step: int) -> None:
         folder.rmdir()
 
 
-def _seal(temporary: Path) -> None:
-    """Sync all files to the disk and write the manifest, which makes the folder a checkpoint."""
-    files = {}
-    share(temporary)
-    for path in sorted(temporary.iterdir()):
-        sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    sync(temporary)
-    manifest = temporary / "manifest.json"
-    manifest.write_text(json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8")
-    sync(manifest)
-    sync(temporary)
-
-
 def _publish(temporary: Path, final: Path) -> Path:
     """Rename into place; a checkpoint of the same step is removed once the new one has a name that `load` reads."""
     if final.exists():
@@ -181,28 +183,21 @@ def _publish(temporary: Path, final: Path) -> Path:
     return final
 
 
-def _read(path: Path) -> Loaded:
+def _read(path: Path, ranks: Ranks) -> Loaded:
     """Read a checkpoint after verifying each file. Raises CheckpointError naming the file and its problem."""
     try:
-        for name, entry in _manifest(path).items():
-            file = path / name
-            if not file.is_file():
-                raise CheckpointError(f"{name} is missing")
-            if file.stat().st_size != entry["size"]:
-                raise CheckpointError(f"{name} has {file.stat().st_size} bytes, but {entry['size']} were written")
-            if sha256(file) != entry["sha256"]:
-                raise CheckpointError(f"{name} has changed since it was written: its sha256 differs")
+        verify(path, ranks.own, ranks.n)
         head = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = {}
+        tensors, parts = {}, {group: head["aliases"][group] for group in head.get("parts", [])}
         for group, aliases in head["aliases"].items():
-            named = load_file(path / f"{group}.safetensors")
-            tensors[group] = named | {name: named[first] for name, first in aliases.items()}
+            if group not in parts:
+                tensors[group] = with_aliases(load_file(path / f"{group}.safetensors"), aliases)
         step, state = head["step"], head["state"]
         if type(step) is not int or f"step-{step:08d}" != path.name.removesuffix(".new"):
             raise CheckpointError(f"state.json has step {step!r:.40}, which is not that of the folder's name")
         if not isinstance(state, dict):
             raise CheckpointError(f"state.json has no object as its state: {state!r:.40}")
-        return Loaded(step, tensors, state, path)
+        return Loaded(step, tensors, state, path, parts)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"it cannot be read: {error!r}") from error
 
@@ -215,22 +210,6 @@ def _taken(found: Loaded, take: Callable[[Loaded], object]) -> None:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"its contents do not fit this run: {first_line(error)}") from error
-
-
-def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        version = manifest["version"]
-        files = {str(n): {"size": int(e["size"]), "sha256": str(e["sha256"])} for n, e in manifest["files"].items()}
-    except FileNotFoundError:
-        raise CheckpointError("manifest.json is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"manifest.json is damaged: {error!r}") from error
-    if version != VERSION:
-        raise CheckpointError(f"manifest.json has format version {version}, but this alignkit reads version {VERSION}")
-    if any(Path(name).name != name for name in files):
-        raise CheckpointError("manifest.json names files outside the checkpoint")
-    return files
 
 
 def _checkpoints(folder: Path) -> list[Path]:

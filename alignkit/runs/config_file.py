@@ -21,7 +21,7 @@ FREE = {
     "resume", "name", "output", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_tokens",
     "trackers", "device", "timeout_minutes", "trust_remote_code", "allow_changed_models", "cache_file",
     "reference_cache", "rows_cache", "kept_logits_gib", "health", "stop_on", "callbacks", "quiet", "push_to_hub",
-    *(f"rollout.{name}" for name in FREE_OF_ROLLOUT),
+    "fsdp", "fsdp_replicas", *(f"rollout.{name}" for name in FREE_OF_ROLLOUT),
 }  # fmt: skip
 
 

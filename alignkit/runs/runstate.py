@@ -1,16 +1,14 @@
-"""The state in a checkpoint besides weights: random generators and the optimiser, as tensors and JSON values.
+"""The weights and the optimiser of a checkpoint, as tensors and JSON values.
 
 No pickle: a value that is not a tensor is a number, a text, or a list or dict of these.
 """
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -20,54 +18,22 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from alignkit.errors import CheckpointError
+from alignkit.models.sharding import identity, local
 
 # of frozen 4-bit weights, which are in the state dict without being parameters
 _STATISTICS = re.compile(r"\.weight\.((nested_)?(absmax|quant_map)|quant_state\..+)$")
 _WRAPPERS = re.compile(r"\b(?:module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
-def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state of every global random generator: torch (CPU, each CUDA device), numpy, python.
-
-    Returns (tensors, JSON values) for `save`; `set_rng_state` takes both back.
-    """
-    tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, internal, gauss_next = random.getstate()
-    return tensors, {
-        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
-        "python": [version, list(internal), gauss_next],
-    }
-
-
-def set_rng_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Restore what `rng_state` returned; CUDA devices that this machine does not have are ignored.
-
-    Raises CheckpointError where the generators do not accept the state.
-    """
-    try:
-        torch.set_rng_state(tensors["torch"])
-        for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-            if f"cuda.{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
-        name, keys, position, has_gauss, gauss = state["numpy"]
-        np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss))
-        version, internal, gauss_next = state["python"]
-        random.setstate((version, tuple(internal), gauss_next))
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"the saved state of the random generators cannot be restored: {error!r}") from error
-
-
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained weights and the buffers, whole where they are sharded; every rank must call it.
+    """Return the trained weights and the buffers, sharded where they are; every rank must call it.
 
     Tied weights are one tensor under several names.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    options = StateDictOptions(cpu_offload=not _sharded(model), ignore_frozen_params=True)
     state: dict[str, Any] = dict(get_model_state_dict(model, options=options))
     first: dict[int, str] = {}
     for name, parameter in _parameters(model).items():
@@ -79,7 +45,7 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `model_state` returned; every rank must call it with the whole state.
+    """Load what `model_state` returned, sharded as the model is, or whole on every rank; every rank must call it.
 
     Raises CheckpointError naming a weight that is missing, unknown, of another shape, or not finite.
     """
@@ -94,14 +60,33 @@ def set_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if t.shape != there[name].shape:
             raise CheckpointError(f"'{name}' has shape {list(t.shape)}, but the model's has {list(there[name].shape)}")
     check_finite({name: tensors[name] for name in trained})
-    options = StateDictOptions(full_state_dict=True, strict=False)
+    options = StateDictOptions(full_state_dict=_whole(tensors), strict=False)
     set_model_state_dict(model, dict[str, Any](tensors), options=options)
+
+
+def weight_like(model: nn.Module) -> Callable[[str, torch.Size], Tensor | None]:
+    """Return what finds the weight that a tensor of `model_state` or `optimizer_state` belongs to."""
+    own = _parameters(model)
+
+    def find(name: str, shape: torch.Size) -> Tensor | None:
+        weight = own.get(name) if name in own else own.get(name.removeprefix("optimizer/state/").rpartition("/")[0])
+        return weight if weight is not None and weight.shape == shape else None
+
+    return find
+
+
+def _sharded(model: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> bool:
+    return not any(isinstance(t, DTensor) for t in tensors.values())
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError where a number is not finite: such a state is never saved."""
     for name, t in tensors.items():
-        if t.is_floating_point() and not bool(t.isfinite().all()):
+        if t.is_floating_point() and not bool(local(t).isfinite().all()):
             raise CheckpointError(f"'{name}' has numbers that are not finite")
 
 
@@ -111,19 +96,19 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
-    """Return the whole optimiser's state, sharded or not, as (tensors, JSON value); every rank must call it."""
+    """Return the optimiser's state as (tensors, sharded as the weights are, JSON value); every rank must call it."""
     if not optimizer.state:
         # torch would create the missing state by a step on zero gradients, which sets AdamW's step count to 1
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return flatten_optimizer({"groups": groups})
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = StateDictOptions(cpu_offload=not _sharded(model))
     return flatten_optimizer(get_optimizer_state_dict(model, optimizer, options=options))
 
 
 def set_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], layout: Any
 ) -> None:
-    """Load what `optimizer_state` returned into a new optimiser; every rank must call it with the whole state.
+    """Load what `optimizer_state` returned into a new optimiser; every rank must call it, see `set_model_state`.
 
     Raises CheckpointError where the state belongs to other parameters.
     """
@@ -134,7 +119,7 @@ def set_optimizer_state(
             group.update(values)
         return
     _check_shapes(model, saved["state"])
-    options = StateDictOptions(full_state_dict=True, strict=False)
+    options = StateDictOptions(full_state_dict=_whole(tensors), strict=False)
     set_optimizer_state_dict(model, optimizer, saved, options=options)
     names: dict[Tensor, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -210,12 +195,17 @@ def without_aliases(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
     for name, t in named.items():
-        same = (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) if t.numel() else (name,)
+        same = (identity(t), t.device, t.dtype, t.shape, t.stride()) if t.numel() else (name,)
         if seen.setdefault(same, name) == name:
             kept[name] = t
         else:
             aliases[name] = seen[same]
     return kept, aliases
+
+
+def with_aliases(named: dict[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """Give the tensors their other names back."""
+    return named | {name: named[first] for name, first in aliases.items()}
 
 
 def packed(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

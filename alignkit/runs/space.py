@@ -24,14 +24,15 @@ def free(folder: Path) -> int:
 
 
 @contextmanager
-def saving(what: str, folder: Path, needed: int, then: str) -> Iterator[None]:
+def saving(what: str, folder: Path, needed: int, then: str, checked: bool = False) -> Iterator[None]:
     """Check that `folder`, which is created, has `needed` bytes; inside, a fault of the disk becomes one message.
 
-    then: what is left and what to type. Raises CheckpointError saying what was needed, what is free, and where.
+    checked: the space was checked before. then: what is left and what to type. Raises CheckpointError saying what was
+    needed, what is free, and where.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if free(folder) < needed:
+        if not checked and free(folder) < needed:
             raise OSError(errno.ENOSPC, "not enough space")
         yield
     except Exception as error:

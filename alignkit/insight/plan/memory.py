@@ -25,10 +25,11 @@ from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.meta_models import base_layers, in_8_bits, n_bytes, resident, unloaded
 from alignkit.insight.plan.sharded_memory import per_rank
 from alignkit.method import Method
-from alignkit.models.loading import causal_lm
+from alignkit.models.loading import causal_lm, in_parts
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
-from alignkit.models.values import ActorCritic, Valuer
+from alignkit.models.unread import needs_whole
+from alignkit.models.values import ActorCritic, ValueHead, Valuer
 from alignkit.reference.choice import resolve_reference
 from alignkit.rewards import judge_folders, reward_folders
 from alignkit.rollout.noise import GumbelNoise
@@ -124,7 +125,8 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     }
     if method.data == "prompts":
         phases["sampling"] = {**kept, "rollouts": _rollouts(work, policy, mode)}
-    phases = per_rank(phases, module, work.processes, config.fsdp)
+    whole = not in_parts(config) or needs_whole(causal_lm(policy)) is not None
+    phases = per_rank(phases, module, work.processes, config.fsdp, whole)
     alone = batch_of([e for micro in micros for e in micro.examples], Layout("padded")).micro_batches(config.max_tokens)
     if work.program:
         for parts in phases.values():
@@ -147,7 +149,7 @@ def _module(config: RunConfig, method: Method[Any], mode: FakeTensorMode) -> Any
         return policy
     if config.critic == "shared":
         with mode:
-            return ActorCritic(policy, nn.Linear(causal_lm(policy.model).config.get_text_config().hidden_size, 1))
+            return ActorCritic(policy, ValueHead(causal_lm(policy.model).config.get_text_config().hidden_size, 1))
     folders = reward_folders(config.reward) if config.reward is not None else []
     own = {"policy": config.model, "reward": next(iter(folders), config.model)}
     initial = own["reward"] if config.critic == "auto" else own.get(config.critic, config.critic)

@@ -82,8 +82,8 @@ def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
         yield {"sampling.batch_size": config.sampling.batch_size // 2}
     if not config.gradient_checkpointing and large("activations", "workspace"):
         yield {"gradient_checkpointing": True}
-    moves = work.method.reference_need() == "moving"  # which needs all weights on each rank
-    if work.processes > 1 and not (config.fsdp or moves) and work.method.data != "prompts":
+    moves = work.method.reference_need() == "moving"  # which needs all weights, not those of adapters
+    if work.processes > 1 and not config.fsdp:
         yield {"fsdp": True}
     if config.lora is None and not moves and not is_adapter(config.model):
         yield {"lora": 16}

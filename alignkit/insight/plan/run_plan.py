@@ -161,7 +161,7 @@ def _cache(work: Work, form: str | None, examples: Sequence[Example], hits: bool
         return len(keys("")), None
     if not (config.cache_file or default_path()).is_file():
         return len(keys("")), 0
-    model, _ = load_model(config, CPU)
+    model, _ = load_model(config.model_copy(update={"fsdp": False}), CPU)
     known_as = fingerprint(
         model,
         quantisation="llm.int8" if form == "int8" else "none",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignkit.models.sharding import blocks_of
+from alignkit.models.values import ActorCritic
 
 # gathered on each rank while a pass is in a block: this block, the next one, and its receive buffer
 BLOCKS = 3
@@ -13,8 +14,11 @@ BLOCKS = 3
 Phases = Mapping[str, Mapping[str, int]]
 
 
-def per_rank(phases: Phases, module: Any, processes: int, fsdp: bool) -> dict[str, dict[str, int]]:
-    """Return the phases of one of several ranks, in bytes by part; phases: of a single process."""
+def per_rank(phases: Phases, module: Any, processes: int, fsdp: bool, whole: bool = False) -> dict[str, dict[str, int]]:
+    """Return the phases of one of several ranks, in bytes by part; phases: of a single process.
+
+    whole: the models are loaded as a whole before they are sharded.
+    """
     if processes == 1:
         return {name: dict(parts) for name, parts in phases.items()}
     if not fsdp:  # DistributedDataParallel has buckets for all gradients, which the last micro-batch's gradients view
@@ -23,17 +27,23 @@ def per_rank(phases: Phases, module: Any, processes: int, fsdp: bool) -> dict[st
         return {**with_buckets, "updating": dict(phases["updating"])}
     shards = {name: _shard(parts, processes) for name, parts in phases.items()}
     shards["learning"]["gathered"] = _gathered(module)
-    whole = {name: phases["learning"].get(name, 0) for name in ("program", "weights", "reference")}
-    return {"loading": whole, **shards}
+    if "sampling" in shards:
+        policy = module.policy if isinstance(module, ActorCritic) else module
+        shards["sampling"]["gathered"] = sum(p.nbytes for p in policy.parameters())
+    if not whole:  # a weight at a time is read: less than in any other phase
+        return shards
+    loading = {name: phases["learning"].get(name, 0) for name in ("program", "weights", "critic", "reference")}
+    return {"loading": loading, **shards}
 
 
 def _shard(parts: Mapping[str, int], processes: int) -> dict[str, int]:
-    sharded = ("weights", "gradients", "optimiser")
+    sharded = ("weights", "critic", "reference", "gradients", "optimiser")
     return {name: -(-size // processes) if name in sharded else size for name, size in parts.items()}
 
 
 def _gathered(module: Any) -> int:
     """Return the bytes of weights gathered at one time: weights outside all blocks stay gathered until a pass ends."""
-    blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(module)]
+    models = [module.policy, module.critic] if isinstance(module, ActorCritic) else [module]
+    blocks = [sum(p.nbytes for p in block.parameters()) for model in models for block in blocks_of(model)]
     outside: int = sum(p.nbytes for p in module.parameters()) - sum(blocks)
     return outside + BLOCKS * max(blocks, default=0)

@@ -1,0 +1,61 @@
+"""Runs on several gloo processes, each job in turn, so that a start of torchrun serves all of them.
+
+torchrun ... tests/on_ranks.py jobs.json      a list of [method, settings]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+Job = tuple[str, dict[str, Any]]
+REDS, REDDER = "on_ranks:reds", "on_ranks:redder"
+
+
+def reds(completions: list[str], **_: Any) -> list[float]:
+    """How often a completion says red, less a little for every character."""
+    return [text.count("red") - 0.01 * len(text) for text in completions]
+
+
+def redder(first: list[str], second: list[str], **_: Any) -> list[float]:
+    """P(the first says red more often)."""
+    return [0.5 + 0.5 * (a > b) - 0.5 * (a < b) for a, b in zip(reds(first), reds(second), strict=True)]
+
+
+def started(n: int, jobs: list[Job], folder: Path) -> subprocess.Popen[str]:
+    """Start the jobs on n processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    with (folder / "said").open("w") as said:
+        command = [sys.executable, *launcher, __file__, str(folder / "jobs.json")]
+        return subprocess.Popen(command, stdout=said, stderr=said, env=env, text=True)
+
+
+def run_on(n: int, jobs: list[Job], folder: Path, timeout: float = 600) -> str:
+    """Run the jobs on n processes; return what they said. Raises AssertionError with its end where they fail."""
+    process = started(n, jobs, folder)
+    try:
+        code = process.wait(timeout)
+    finally:
+        process.kill()
+    said = (folder / "said").read_text()
+    assert code == 0, said[-4000:]
+    return said
+
+
+def main() -> None:
+    import alignkit
+
+    for method, settings in json.loads(Path(sys.argv[1]).read_text()):
+        alignkit.run(method, **settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""One process, two, two with sharded models and four with replicas of shards train the same model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from on_ranks import REDDER, REDS, Job, run_on
+from safetensors.torch import load_file
+
+from alignkit.runs.folder import read_metrics
+from helpers import make_rows, write_tiny
+
+pytestmark = pytest.mark.slow
+
+SAMPLING = {"max_new_tokens": 8, "batch_size": 8}
+# what every method is run with: steps of 5 rows, so that ranks have unequal shares, in parts of 60 tokens
+COMMON = {
+    "batch_size": 5, "max_steps": 4, "learning_rate": 1e-4, "max_tokens": 60, "eval_fraction": 0.25, "device": "cpu",
+    "timeout_minutes": 1,
+}  # fmt: skip
+# n-grams are counted on each rank, and time is not repeated
+PER_RANK = ("tokens_per_second", "seconds/", "completion/distinct", "eval/completion/distinct")
+# AdamW turns the rounding of gradients next to 0 into whole steps, unless its epsilon is above it
+JOBS: dict[str, Job] = {
+    "dpo": ("dpo", {}),
+    "dpo, full": ("dpo", {"reference": "full", "reference_cache": False}),
+    "dpo, moving": ("dpo", {"reference": "full", "sync_every": 2, "sync_alpha": 0.6}),
+    "dpo, lora": ("dpo", {"lora": 4}),
+    "kto": ("kto", {}),
+    "kto, lora": ("kto", {"lora": 4}),
+    "reward": ("reward", {}),
+    "grpo": ("grpo", {"reward": REDS, "group_size": 3, "epochs_per_batch": 2, "beta": 0.05, "sampling": SAMPLING}),
+    "ppo": ("ppo", {"reward": REDS, "epochs_per_batch": 2, "minibatches": 2, "sampling": SAMPLING}),
+    "ppo, shared": (
+        "ppo",
+        {"adam_epsilon": 1e-6, "reward": REDS, "critic": "shared", "critic_warmup_steps": 1, "sampling": SAMPLING},
+    ),
+    "nash": ("nash", {"judge": REDDER, "sampling": SAMPLING}),
+    "nash, lora": ("nash", {"judge": REDDER, "lora": 4, "sampling": SAMPLING}),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and rows of each kind."""
+    folder = tmp_path_factory.mktemp("sharded")
+    write_tiny(folder / "base")
+    for kind in ("pairs", "unpaired", "text"):
+        rows = make_rows(kind, 20)
+        rows = [{"prompt": r["prompt"]} for r in rows] if kind == "text" else rows
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def jobs_of(place: Path, name: str, *titles: str, **more: Any) -> list[Job]:
+    """The jobs, of these titles or all, in the folder `name`, with a cache of its own."""
+    kinds = {"kto": "unpaired", "grpo": "text", "ppo": "text", "nash": "text"}
+    made = []
+    for title in titles or JOBS:
+        method, own = JOBS[title]
+        data = place / f"{kinds.get(method, 'pairs')}.jsonl"
+        given = {"model": place / "base", "data": data, "output": place / name, "name": folder_of(title)}
+        given |= {"cache_file": place / name / f"{title}.sqlite", "save_every": 2}
+        made.append((method, COMMON | given | own | more))
+    return json.loads(json.dumps(made, default=str))
+
+
+def folder_of(title: str) -> str:
+    return title.replace(", ", "-")
+
+
+def same(one: Path, other: Path) -> None:
+    """Compare metrics and weights of two runs."""
+    a, b = read_metrics(one), read_metrics(other)
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in {k for k in x if not k.startswith(PER_RANK)}:
+            assert y[key] == pytest.approx(x[key], abs=1e-5, rel=1e-5), (x["step"], key)
+    file = next((one / "model").glob("*model.safetensors")).name
+    ours, theirs = load_file(one / "model" / file), load_file(other / "model" / file)
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(theirs[key], ours[key], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def runs(place: Path) -> Path:
+    """The folder of the runs: one, two, fsdp, hsdp."""
+    run_on(1, jobs_of(place, "one"), place / "one")
+    run_on(2, jobs_of(place, "two"), place / "two")
+    said = run_on(2, jobs_of(place, "fsdp", fsdp=True), place / "fsdp")
+    assert said.count("each rank gathers the whole policy") == sum("sampling" in own for _, own in JOBS.values())
+    assert said.count("each rank reads its own parts of the weights") >= len(JOBS)
+    run_on(4, jobs_of(place, "hsdp", fsdp=True, fsdp_replicas=2), place / "hsdp")
+    return place
+
+
+@pytest.mark.parametrize("name", ["two", "fsdp", "hsdp"])
+@pytest.mark.parametrize("title", JOBS)
+def test_ranks_train_what_one_process_trains(title: str, name: str, runs: Path) -> None:
+    same(runs / "one" / folder_of(title), runs / name / folder_of(title))
+
+
+def test_the_runs_learn(runs: Path) -> None:
+    for title in JOBS:
+        lines = read_metrics(runs / "one" / folder_of(title))
+        assert any(line.get("grad_norm", 0.0) > 1e-4 for line in lines)
+
+
+RESUMED = ("dpo, moving", "dpo, lora", "ppo")
+
+
+@pytest.mark.parametrize(("before", "after"), [("fsdp", 4), ("hsdp", 2), ("fsdp", 1), ("one", 2)], ids=lambda x: str(x))
+def test_any_number_of_ranks_resumes_what_another_wrote(before: str, after: int, runs: Path) -> None:
+    name = f"{before}-on-{after}"
+    for title in RESUMED:
+        folder = runs / name / folder_of(title)
+        shutil.copytree(runs / before / folder_of(title), folder)
+        shutil.rmtree(folder / "checkpoints" / "step-00000004")
+        shutil.rmtree(folder / "model")
+        assert bool([*folder.glob("checkpoints/step-00000002/shard-*")]) == (before != "one")
+    more = {"resume": True, "fsdp": after > 1, "fsdp_replicas": max(after // 2, 1)}
+    said = run_on(after, jobs_of(runs, name, *RESUMED, **more), runs / name)
+    assert said.count("resumed from") == len(RESUMED)
+    for title in RESUMED:
+        same(runs / "one" / folder_of(title), runs / name / folder_of(title))
