@@ -268,6 +268,10 @@ def test_what_cannot_be_done(base: str) -> None:
         best_of_n("a/none", ROWS, "lenght")
     with pytest.raises(ConfigError, match="temperature"):
         best_of_n(base, ROWS, longest, settings={"sampling.temperature": 0})
+    with pytest.raises(
+        ConfigError, match=r"best-of-n samples in its own process, which rollout.backend: vllm does not"
+    ):
+        best_of_n(base, ROWS, longest, settings={"rollout.backend": "vllm", "rollout.urls": ["http://a:1"]})
     with pytest.raises(RewardError, match="needs the column 'answer'"):
         best_of_n(base, ROWS, "exact", n=1, settings=SHORT)
 

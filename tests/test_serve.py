@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,9 +48,9 @@ def test_the_options_are_those_of_the_run(tiny: str) -> None:
     assert made.command[:3] == ["vllm", "serve", tiny]
     assert options(made).items() >= {
         "--dtype": "float32", "--logprobs-mode": "processed_logprobs", "--generation-config": "vllm",
-        "--max-model-len": "160", "--x": "1",
+        "--max-model-len": "160", "--x": "1", "--max-num-batched-tokens": "2048",
     }.items()  # fmt: skip
-    assert "--enforce-eager" in made.command
+    assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= {*made.command}
     assert "--enable-lora" not in made.command
     assert made.environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in made.environment
@@ -111,8 +112,6 @@ def running(mark: Path) -> list[str]:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
@@ -128,6 +127,18 @@ def test_servers_start_and_end_with_their_children(program: Path, tmp_path: Path
             said = servers.log_of(port).read_text()
             assert said.startswith(f"{i + 4} 1 ")
             assert f"serve m --host 127.0.0.1 --port {port}\n" in said
+    assert running(tmp_path) == []
+
+
+def test_a_port_in_use_is_refused(program: Path, tmp_path: Path) -> None:
+    """Who answers there would be taken for the new server."""
+    made = Plan([str(program), "serve", "m"], {"VLLM_SERVER_DEV_MODE": "1"}, [])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1: .*in use; choose another --port"):
+            Servers(made, "127.0.0.1", port, 1, tmp_path / "logs").__enter__()
     assert running(tmp_path) == []
 
 

@@ -35,7 +35,7 @@ from helpers import make_rows
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [TOKENIZER(text)["input_ids"] for text in ("hello? what is there", "the fox. ", "a", "b?", "the ")]
 ASKED = Request(PROMPTS, Sampling(max_new_tokens=6), n=3, seed=5, numbers=(0, 1, 2, 3, 4))
-QUICK = {"retries": 3, "backoff": 0.02, "timeout": 5.0, "sync_timeout": 5.0}
+QUICK = {"retries": 3, "backoff": 0.02, "timeout": 60.0, "sync_timeout": 60.0}
 Build = Callable[..., Vllm]
 
 
@@ -212,6 +212,18 @@ def test_an_adapter_is_sent_alone_where_the_server_takes_it(build: Build, caplog
         assert_from(model, sampler.sample(ASKED))
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_other_weights_of_the_same_number_of_steps_are_sent_too(build: Build, adapter: bool) -> None:
+    """As where early stopping takes the best ones back."""
+    model = lora() if adapter else tiny_model()
+    with vllm_double(tiny_model(), TOKENIZER, lora=adapter) as double:
+        sampler = build(double, model=model)
+        sampler.update(3, model)
+        sampler.version = None
+        sampler.update(3, moved(model, 0.05))
+        assert_from(model, sampler.sample(ASKED))
+
+
 def test_an_adapter_that_no_server_takes_is_sent_merged(build: Build, caplog: Any) -> None:
     model = lora()
     with vllm_double(tiny_model(), TOKENIZER, lora=True) as double, caplog.at_level(logging.WARNING):
@@ -331,8 +343,10 @@ def test_one_server_that_fails_once_is_asked_again(build: Build, double: VllmDou
 @pytest.mark.parametrize("fault", ["500*", "drop*", "fewer*", "no logprobs*", "hang*"])
 def test_another_server_takes_over(build: Build, pair: list[VllmDouble], fault: str, caplog: Any) -> None:
     model = tiny_model()
-    sampler = build(*pair, model=model, timeout=0.5)
+    sampler = build(*pair, model=model, timeout=60.0)
     sampler.update(1, moved(model))
+    if fault == "hang*":
+        sampler.settings = sampler.settings.model_copy(update={"timeout": 3.0})
     pair[0].faults.append(fault)
     with caplog.at_level(logging.WARNING):
         assert_from(model, sampler.sample(ASKED))
@@ -351,8 +365,10 @@ def test_another_server_takes_over(build: Build, pair: list[VllmDouble], fault: 
     ],
 )
 def test_where_no_server_is_left_the_error_says_why(build: Build, double: VllmDouble, fault: str, says: str) -> None:
-    sampler = build(double, timeout=0.2 if fault == "hang*" else 20.0, retries=1)
+    sampler = build(double, timeout=60.0, retries=1)
     sampler.update(0, tiny_model())
+    if fault == "hang*":
+        sampler.settings = sampler.settings.model_copy(update={"timeout": 0.2})
     double.faults.append(fault)
     with pytest.raises(RolloutError, match=f"(?s){says}"):
         sampler.sample(ASKED)

@@ -171,6 +171,18 @@ def test_what_does_not_fit_is_cut_without_an_error(fresh: Served) -> None:
     assert (len(choice["token_ids"]), choice["finish_reason"]) == (5, "length")
 
 
+def test_more_prompts_than_one_pass_reads_do_not_end_the_server(fresh: Served) -> None:
+    """vLLM 0.32 on a CPU dies of a prompt that it reads in parts, where the request has a seed."""
+    model = load(fresh.model)
+    sampler = fresh.sampler(model)
+    sampler.update(0, model)
+    prompts = [[(i * k) % 290 + 5 for k in range(430)] for i in range(1, 13)]  # 5160 tokens, and 2048 in a pass
+    made = sampler.sample(Request(prompts, Sampling(max_new_tokens=4), n=2, seed=1, numbers=range(12)))
+    assert [len(some) for some in made] == [2] * 12
+    assert httpx2.get(f"{fresh.url}/health").status_code == 200
+    sampler.close()
+
+
 def test_whole_weights_are_in_force_after_each_update(fresh: Served) -> None:
     torch.manual_seed(0)
     model = load(fresh.model)

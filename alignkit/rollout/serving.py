@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from alignkit.lora_settings import LoraSettings
 from alignkit.rollout.servers import key_of
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 takes for --max-lora-rank
+AT_ONCE = 2048  # tokens of a pass on a CPU, vLLM's default
 _LAST_LINES = 15  # of the log of a server that failed
 _GRACE = 20.0  # seconds for a server to end
 
@@ -84,7 +86,9 @@ def plan(
     if on_gpu:
         options += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     else:
-        options.append("--enforce-eager")
+        # a prompt that is read in parts ends vLLM 0.32 on a CPU, where the request has a seed
+        at_once = max(AT_ONCE, longest or 0)
+        options += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(at_once)]
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
     if key := key_of(config.rollout.key_env):
         environment["VLLM_API_KEY"] = key  # never on the command line, which every user of the machine can read
@@ -142,6 +146,8 @@ class Servers:
 
     def __enter__(self) -> Servers:
         self.logs.mkdir(parents=True, exist_ok=True)
+        for port in self.ports:
+            self._check_free(port)
         try:
             for i, port in enumerate(self.ports):
                 self._running[port] = self._start(i, port)
@@ -180,6 +186,15 @@ class Servers:
             _signal(process, signal.SIGKILL)  # its children have its group
             process.wait()
         self._running.clear()
+
+    def _check_free(self, port: int) -> None:
+        """Raise ConfigError where something listens on a port: its answers would be taken for the server's."""
+        with socket.socket() as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                one.bind((self.host, port))
+            except OSError as error:
+                raise ConfigError(f"port {port} of {self.host}: {error.strerror}; choose another --port") from None
 
     def _start(self, number: int, port: int) -> subprocess.Popen[bytes]:
         command = [*self.plan.command, "--host", self.host, "--port", str(port)]

@@ -48,7 +48,7 @@ class Vllm(Sampler):
         self.servers = [*servers[own % len(servers) :], *servers[: own % len(servers)]]
         # the same on all ranks, and of this session only: another run, or a server's restart, is not taken for it
         self._session = f"{setup.ranks.most(secrets.randbelow(2**31)):08x}"
-        self._tag, self._kinds, self._closed = "", dict[str, bool](), False
+        self._tag, self._updates, self._kinds, self._closed = "", 0, dict[str, bool](), False
         self._loop = EventLoop()
         try:
             routes = self._run(self._look())
@@ -70,7 +70,8 @@ class Vllm(Sampler):
         A server that fails is left out with a warning, while others go on.
         """
         self.version, problem = None, None
-        self._tag = f"alignkit-{self._session}-{version}"
+        self._updates += 1  # the best weights of a run may be put in force at the same number of steps as its last
+        self._tag = f"alignkit-{self._session}-{self._updates}-{version}"
         self._known.read()
         weights = self._gathered(model)
         if self.setup.ranks.is_main:
