@@ -86,7 +86,7 @@ def uses(monkeypatch: pytest.MonkeyPatch, sampler: Any) -> None:
 
     def build(config: Any, *given: Any) -> Any:
         parts = original(config, *given)
-        parts.online.ahead = Ahead(sampler, parts.online.model, parts.policy, config.rollout.ahead)
+        parts.online.ahead = Ahead(sampler, parts.online.model, parts.policy, config.rollout.ahead, parts.ranks)
         return parts
 
     monkeypatch.setattr(assemble, "build", build)

@@ -18,6 +18,7 @@ from torch import nn
 
 from alignkit.config import Sampling
 from alignkit.models.earlier_weights import EarlierWeights
+from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.rollout import Sampled
 from alignkit.rollout.elsewhere import Sampler
 
@@ -69,8 +70,10 @@ class Ahead:
     early: by step and call, what was sampled ahead; kept until a later step begins, so that a checkpoint has it.
     """
 
-    def __init__(self, sampler: Sampler, model: nn.Module, trained: nn.Module, steps: int) -> None:
-        self.sampler, self.model, self.steps = sampler, model, steps
+    def __init__(
+        self, sampler: Sampler, model: nn.Module, trained: nn.Module, steps: int, ranks: Ranks = SINGLE
+    ) -> None:
+        self.sampler, self.model, self.ranks = sampler, model, ranks
         self.version: int | None = None
         self.early: dict[tuple[int, int], Early] = {}
         self.weights, self.weights_of = EarlierWeights(trained), -1
@@ -92,10 +95,11 @@ class Ahead:
         return made
 
     def put_in_force(self, version: int) -> None:
-        """Give the sampler the weights as they are now, unless it has them; nothing is sampled meanwhile."""
+        """Give the sampler the weights as they are now, unless it has them; no rank samples meanwhile."""
         if self.version == version:
             return
         wait([one.made for one in self.early.values()])
+        self.ranks.wait()  # they may share a server, and another rank's completions are of the version before
         self.sampler.update(version, self.model)
         self.version = version
 
