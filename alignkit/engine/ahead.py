@@ -109,10 +109,11 @@ class Ahead:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _put_in_force(self, version: int, together: Together) -> None:
-        """Give the sampler the weights as they are now, unless it has them; nothing is sampled meanwhile."""
+        """Give the sampler the weights as they are now, unless it has them; no rank samples meanwhile."""
         if self.sampler.version == version:
             return
-        wait([one.made for one in self.early.values()])
+        # ranks may share a server, and another rank's completions are of the version before: all wait for all
+        together("sync", lambda: wait([one.made for one in self.early.values()]))
         together("sync", lambda: self.sampler.update(version, self.model))
 
     def _early(self, ask: Ask) -> Early | None:
