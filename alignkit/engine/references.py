@@ -58,6 +58,10 @@ def reference_of(
     examples: Sequence[Example],
     frozen: Scorer | None,
 ) -> Reference | None:
+    """Return the reference with its cache filled by all ranks, None where the method has none. Raises CacheError.
+
+    frozen: the sharded copy of mode "full", from `shard_models`.
+    """
     accelerator: Accelerator = ranks.accelerator
     mode = _mode(config, method, plain, accelerator.device)
     if mode is None:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from alignkit.errors import CheckpointError, first_line
@@ -40,7 +39,7 @@ def write_parts(folder: Path, groups: Groups) -> None:
     """Write this rank's parts, and what is whole once; every rank must call it. Raises on all where one cannot."""
     flat = {f"{group}/{name}": t.detach() for group, named in groups.items() for name, t in named.items()}
     with _plain_errors():
-        save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        state_dict_saver.save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 def read_parts(folder: Path, group: str, like: Like) -> dict[str, Tensor]:
@@ -53,7 +52,7 @@ def read_parts(folder: Path, group: str, like: Like) -> dict[str, Tensor]:
             if name.startswith(f"{group}/") and isinstance(about, TensorStorageMetadata)
         }
         made = {name: _empty(about, like(name, about.size)) for name, about in known.items()}
-        load(
+        state_dict_loader.load(
             {f"{group}/{name}": t for name, t in made.items()},
             storage_reader=HuggingFaceStorageReader(str(folder)),
             no_dist=True,
