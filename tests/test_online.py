@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from test_data_parallel import torchrun
 from test_engine import close, same
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -537,32 +536,6 @@ def test_a_column_that_no_row_has_is_named_before_a_model_is_loaded(method: str,
     with pytest.raises(RewardError, match="'exact' needs the column 'answer'; the rows have tag"):
         alignkit.run(method, **online | asked | {"model": tiny_model(), "tokenizer": online["model"]})
     assert not any(online["output"].glob("*"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_equal_one(method: str, online: dict[str, Any], write_rows: Any) -> None:
-    data = write_rows(online.pop("data"))
-    judged = "judge={bradley_terry: {use: length, max: 5}}" if method == "nash" else "reward={use: length, max: 5}"
-    own = [f"{k}={v}" for k, v in asks(method).items() if k not in ("reward", "judge")]
-    sets = [judged, *own, "sampling={max_new_tokens: 12}", "device=cpu", "learning_rate=1e-4", "max_tokens=200"]
-    sets += [f"cache_file={online['cache_file']}"]
-    flags = ["--output", str(online["output"]), "--batch-size", "4", "--max-steps", "3", "--model", online["model"]]
-    flags += ["--data", data, "--eval-fraction", "0.2", *[word for pair in sets for word in ("--set", pair)]]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "alignkit", "run", method, *flags, "--name", "one"]
-    alone = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    both = torchrun(["run", method, *flags, "--name", "two"])
-    assert both.returncode == 0, both.stderr[-3000:]
-    one, two = online["output"] / "one", online["output"] / "two"
-    for x, y in zip(lines(one), lines(two), strict=True):
-        for name in set(x) - {"completion/distinct_2", "eval/completion/distinct_2"}:  # counted on each rank
-            assert x[name] == pytest.approx(y[name], abs=1e-5, rel=1e-5), name
-    others = [json.loads(line) for line in (two / "completions-1.jsonl").read_text().splitlines()]
-    key = lambda s: (s["step"], s["training"], s["row"], s["completion"])  # noqa: E731
-    assert sorted(map(key, completions(one))) == sorted(map(key, [*completions(two), *others]))
-    close(*(AutoModelForCausalLM.from_pretrained(f / "model", dtype=torch.float32) for f in (one, two)), atol=1e-5)
 
 
 @pytest.mark.slow

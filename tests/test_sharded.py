@@ -31,10 +31,13 @@ JOBS: dict[str, Job] = {
     "dpo, full": ("dpo", {"reference": "full", "reference_cache": False}),
     "dpo, moving": ("dpo", {"reference": "full", "sync_every": 2, "sync_alpha": 0.6}),
     "dpo, lora": ("dpo", {"lora": 4}),
+    "dpo, frozen in 16 bits": ("dpo", {"lora": 4, "dtype": "bfloat16"}),
+    "sft": ("sft", {}),
     "kto": ("kto", {}),
     "kto, lora": ("kto", {"lora": 4}),
     "reward": ("reward", {}),
     "grpo": ("grpo", {"reward": REDS, "group_size": 3, "epochs_per_batch": 2, "beta": 0.05, "sampling": SAMPLING}),
+    "rloo": ("rloo", {"reward": REDS, "group_size": 2, "sampling": SAMPLING}),
     "ppo": ("ppo", {"reward": REDS, "epochs_per_batch": 2, "minibatches": 2, "sampling": SAMPLING}),
     "ppo, shared": (
         "ppo",
@@ -59,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def jobs_of(place: Path, name: str, *titles: str, **more: Any) -> list[Job]:
     """The jobs, of these titles or all, in the folder `name`, with a cache of its own."""
-    kinds = {"kto": "unpaired", "grpo": "text", "ppo": "text", "nash": "text"}
+    kinds = {"kto": "unpaired"} | dict.fromkeys(("grpo", "rloo", "ppo", "nash"), "text")
     made = []
     for title in titles or JOBS:
         method, own = JOBS[title]
@@ -68,6 +71,12 @@ def jobs_of(place: Path, name: str, *titles: str, **more: Any) -> list[Job]:
         given |= {"cache_file": place / name / f"{title}.sqlite", "save_every": 2}
         made.append((method, COMMON | given | own | more))
     return json.loads(json.dumps(made, default=str))
+
+
+def completions(folder: Path) -> list[Any]:
+    """What all ranks of a run sampled, sorted."""
+    said = [json.loads(line) for file in folder.glob("completions*.jsonl") for line in file.read_text().splitlines()]
+    return sorted([s["step"], s["training"], s["row"], s["completion"]] for s in said)
 
 
 def folder_of(title: str) -> str:
@@ -82,6 +91,7 @@ def same(one: Path, other: Path) -> None:
         assert x.keys() == y.keys()
         for key in {k for k in x if not k.startswith(PER_RANK)}:
             assert y[key] == pytest.approx(x[key], abs=1e-5, rel=1e-5), (x["step"], key)
+    assert completions(one) == completions(other)
     file = next((one / "model").glob("*model.safetensors")).name
     ours, theirs = load_file(one / "model" / file), load_file(other / "model" / file)
     assert ours.keys() == theirs.keys()

@@ -16,7 +16,8 @@ EXAMPLES = """\b
 Examples:
   alignkit plan config.yaml
   alignkit plan config.yaml --memory 24GB --set lora=16
-  alignkit plan config.yaml --gpu --processes 8 --set fsdp=true --json plan.json"""
+  alignkit plan config.yaml --gpu --processes 8 --set fsdp=true --json plan.json
+  alignkit plan config.yaml --gpu --memory 80GB --processes 64 --servers 2 --server-gpus 8"""
 _UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, "tb": 10**12, "tib": 2**40}
 
 
@@ -27,6 +28,8 @@ def plan(
         bool | None, typer.Option("--gpu/--cpu", help="Plan for a GPU or a CPU  [default: this machine]")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes of torchrun, each with its own GPU")] = 1,
+    servers: Annotated[int, typer.Option(min=0, help="vLLM servers that sample, on GPUs of their own")] = 0,
+    server_gpus: Annotated[int, typer.Option(min=1, help="GPUs of each server")] = 1,
     hits: Annotated[bool, typer.Option("--hits", help="Load the weights, to count the values in the cache")] = False,
     columns: console.Columns = None,
     more: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting")] = None,
@@ -40,7 +43,9 @@ def plan(
     console.show_log()
     from alignkit.insight import plan as planning
 
-    found = planning.plan(settings, limit=limit, gpu=gpu, processes=processes, hits=hits)
+    found = planning.plan(
+        settings, limit=limit, gpu=gpu, processes=processes, hits=hits, servers=servers, server_gpus=server_gpus
+    )
     planning.print_plan(found)
     if json:
         from alignkit.files import write_text

@@ -126,7 +126,7 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     if method.data == "prompts":
         phases["sampling"] = {**kept, "rollouts": _rollouts(work, policy, mode)}
     whole = not in_parts(config) or needs_whole(causal_lm(policy)) is not None
-    phases = per_rank(phases, module, work.processes, config.fsdp, whole)
+    phases = per_rank(phases, module, work.processes, config, whole)
     alone = batch_of([e for micro in micros for e in micro.examples], Layout("padded")).micro_batches(config.max_tokens)
     if work.program:
         for parts in phases.values():

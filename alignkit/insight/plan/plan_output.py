@@ -7,6 +7,7 @@ from rich.table import Table
 from alignkit.insight import terminal
 from alignkit.insight.plan.experts import Experts
 from alignkit.insight.plan.run_plan import Plan
+from alignkit.insight.plan.server_memory import Servers
 
 
 def print_plan(plan: Plan) -> None:
@@ -28,6 +29,8 @@ def print_plan(plan: Plan) -> None:
     terminal.show(table)
     others = [f"{name} {terminal.size(sum(p.values()))}" for name, p in plan.memory.phases.items()]
     terminal.show(f"by phase: {', '.join(others)}")
+    if plan.servers is not None:
+        terminal.show(servers(plan.servers))
     if plan.limit is not None:
         terminal.show(verdict(plan))
     for remedy in plan.remedies:
@@ -69,6 +72,20 @@ def reference(plan: Plan) -> str:
             f"reference: {plan.reference}; {needed:,} values (--hits loads the weights, and counts those in the cache)"
         )
     return f"reference: {plan.reference}; {known:,} of {needed:,} values are in the cache ({known / needed:.0%})"
+
+
+def servers(s: Servers) -> str:
+    """Return the memory of the servers."""
+    several = f"{s.n} vLLM servers" if s.n > 1 else "one vLLM server"
+    text = (
+        f"{several} of {s.gpus} GPU{'s' * (s.gpus > 1)}: on each GPU {terminal.size(s.weights)} of weights, and "
+        f"{s.per_token / 2**10:,.0f} KiB a token"
+    )
+    if s.fit is None:
+        return f"{text} (--memory: how many sequences fit)"
+    if not s.fit:
+        return f"{text}; not one sequence of {s.length:,} tokens fits: raise --server-gpus"
+    return f"{text}; a server has space for {s.fit:,} sequences of {s.length:,} tokens at once"
 
 
 def verdict(plan: Plan) -> str:

@@ -19,6 +19,7 @@ from alignkit.errors import ConfigError
 from alignkit.insight.plan.experts import Experts, experts_of
 from alignkit.insight.plan.memory import Memory, Work, memory
 from alignkit.insight.plan.remedies import Remedy, find_remedies
+from alignkit.insight.plan.server_memory import Servers, servers_of
 from alignkit.models.adapters import has_start
 from alignkit.models.branches import BRANCHES
 from alignkit.models.layouts import DENSE_ROW_TOKENS
@@ -41,6 +42,7 @@ class Plan:
 
     reference: its form, None without one. cache: the number of values that the run needs, and of those in the cache
     (None: not looked up). limit: the memory that the run must fit into. experts: of a mixture of experts, else None.
+    servers: those that sample, None without.
     """
 
     method: str
@@ -57,6 +59,7 @@ class Plan:
     limit: int | None = None
     processes: int = 1
     experts: Experts | None = None
+    servers: Servers | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -71,12 +74,15 @@ def plan(
     processes: int = 1,
     hits: bool = False,
     remedies: bool = True,
+    servers: int = 0,
+    server_gpus: int = 1,
 ) -> Plan:
     """Plan a run with these flat settings.
 
     limit: bytes that it must fit into. gpu: plan for a GPU, by default if there is one. processes: of torchrun, each on
     its own GPU. hits: load the weights, and count the reference values in the cache. remedies: also plan settings that
-    need less memory. Raises what a run raises before its first step.
+    need less memory. servers, server_gpus: vLLM servers, and the GPUs of each. Raises what a run raises before its first
+    step.
     """
     method_class = registry.get(str(settings.get("method")))
     config, own = split(settings, method_class.Config)
@@ -95,10 +101,11 @@ def plan(
     gpu = torch.cuda.is_available() and config.device == "auto" if gpu is None else gpu
     rows = reading.read(config, method, load_tokenizer(config))
     examples = [method.longest(e) for e in rows.train]
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu)
+    sampling = servers_of(config, servers, server_gpus, examples, limit, bf16)
     least = assemble.least_examples(config, method, rows, processes)
     stream = Stream(rows.train, config.batch_size, config.seed, least, rows.weights)
     steps = stream.total_steps(config.epochs, config.max_steps)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu)
     layout = _layout(config)
     step = heaviest(stream, steps, layout, config.max_tokens, processes)
     work = Work(config, method, layout, step, 0 if gpu else _program(config), bf16, limit if gpu else None, processes)
@@ -107,7 +114,7 @@ def plan(
         config.method, _device(gpu, processes), len(rows.train), len(rows.held_out), steps,
         config.batch_size, sum(e.n_tokens for e in examples), found.reference,
         _cache(work, found.reference, [*examples, *map(method.longest, rows.held_out)], hits), found,
-        tuple(find_remedies(work, found, limit)) if remedies else (), limit, processes, experts_of(config),
+        tuple(find_remedies(work, found, limit)) if remedies else (), limit, processes, experts_of(config), sampling,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from alignkit.config import RunConfig
 from alignkit.models.sharding import blocks_of
 from alignkit.models.values import ActorCritic
 
@@ -14,22 +15,25 @@ BLOCKS = 3
 Phases = Mapping[str, Mapping[str, int]]
 
 
-def per_rank(phases: Phases, module: Any, processes: int, fsdp: bool, whole: bool = False) -> dict[str, dict[str, int]]:
+def per_rank(phases: Phases, module: Any, processes: int, config: RunConfig, whole: bool) -> dict[str, dict[str, int]]:
     """Return the phases of one of several ranks, in bytes by part; phases: of a single process.
 
     whole: the models are loaded as a whole before they are sharded.
     """
     if processes == 1:
         return {name: dict(parts) for name, parts in phases.items()}
-    if not fsdp:  # DistributedDataParallel has buckets for all gradients, which the last micro-batch's gradients view
+    if (
+        not config.fsdp
+    ):  # DistributedDataParallel has buckets for all gradients, which the last micro-batch's gradients view
         buckets = sum(p.nbytes for p in module.parameters() if p.requires_grad)
         with_buckets = {name: {**parts, "buckets": buckets} for name, parts in phases.items()}
         return {**with_buckets, "updating": dict(phases["updating"])}
-    shards = {name: _shard(parts, processes) for name, parts in phases.items()}
+    shards = {name: _shard(parts, processes // config.fsdp_replicas) for name, parts in phases.items()}
     shards["learning"]["gathered"] = _gathered(module)
     if "sampling" in shards:
         policy = module.policy if isinstance(module, ActorCritic) else module
-        shards["sampling"]["gathered"] = sum(p.nbytes for p in policy.parameters())
+        local = config.rollout.local is not None  # else a known prompt is scored, layer by layer
+        shards["sampling"]["gathered"] = sum(p.nbytes for p in policy.parameters()) if local else _gathered(policy)
     if not whole:  # a weight at a time is read: less than in any other phase
         return shards
     loading = {name: phases["learning"].get(name, 0) for name in ("program", "weights", "critic", "reference")}
