@@ -81,8 +81,8 @@ def plan(
 
     limit: bytes that it must fit into. gpu: plan for a GPU, by default if there is one. processes: of torchrun, each on
     its own GPU. hits: load the weights, and count the reference values in the cache. remedies: also plan settings that
-    need less memory. servers, server_gpus: vLLM servers, and the GPUs of each. Raises what a run raises before its first
-    step.
+    need less memory. servers, server_gpus: vLLM servers, and the GPUs of each. Raises what a run raises before its
+    first step.
     """
     method_class = registry.get(str(settings.get("method")))
     config, own = split(settings, method_class.Config)

@@ -58,4 +58,4 @@ def _kept(about: Any, gpus: int) -> int:
         return int(latent + about.qk_rope_head_dim)
     heads = getattr(about, "num_key_value_heads", None) or about.num_attention_heads
     width = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
-    return 2 * max(1, -(-heads // gpus)) * width
+    return int(2 * max(1, -(-heads // gpus)) * width)
