@@ -31,7 +31,7 @@ JOBS: dict[str, Job] = {
     "dpo, full": ("dpo", {"reference": "full", "reference_cache": False}),
     "dpo, moving": ("dpo", {"reference": "full", "sync_every": 2, "sync_alpha": 0.6}),
     "dpo, lora": ("dpo", {"lora": 4}),
-    "dpo, frozen in 16 bits": ("dpo", {"lora": 4, "dtype": "bfloat16"}),
+    "dpo, lora, bf16": ("dpo", {"lora": 4, "dtype": "bfloat16"}),
     "sft": ("sft", {}),
     "kto": ("kto", {}),
     "kto, lora": ("kto", {"lora": 4}),
@@ -80,7 +80,7 @@ def completions(folder: Path) -> list[Any]:
 
 
 def folder_of(title: str) -> str:
-    return title.replace(", ", "-")
+    return title.replace(", ", "-").replace(" ", "-")
 
 
 def same(one: Path, other: Path) -> None:
