@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import common
 
@@ -35,8 +36,8 @@ def _length(completions: list[str]) -> list[float]:
 class Sleeping(Sampler):
     """Returns `tokens` random tokens for each completion, after `seconds`."""
 
-    def __init__(self, vocabulary: int, tokens: int) -> None:
-        self.vocabulary, self.tokens, self.seconds = vocabulary, tokens, 0.0
+    def __init__(self, vocabulary: int, tokens: int, seconds: float) -> None:
+        self.vocabulary, self.tokens, self.seconds = vocabulary, tokens, seconds
 
     def update(self, version: int, model: Any) -> None:
         """Note the version: it has no weights."""
@@ -55,8 +56,8 @@ class Sleeping(Sampler):
 
 def steps_of(folder: Path, tiny: bool, ahead: int, seconds: float, n: int) -> list[tuple[float, float]]:
     """Return the seconds of n steps, and those of each in which it learned and scored."""
-    from alignkit.engine.ahead import Ahead
     from alignkit.engine.phases import Run
+    from alignkit.rollout import backends
 
     tokens = 8 if tiny else TOKENS
     rows = [{"prompt": f"What is {i} and {i + 1}?"} for i in range(PROMPTS)]
@@ -64,14 +65,16 @@ def steps_of(folder: Path, tiny: bool, ahead: int, seconds: float, n: int) -> li
         "model": str(folder / "start"), "data": rows, "output": folder / "runs", "max_steps": FIRST + n, "epochs": 100,
         "batch_size": PROMPTS, "group_size": GROUP, "beta": 0.0, "reward": _length, "device": "cpu", "quiet": True,
         "sampling": {"max_new_tokens": tokens}, "health": {"enabled": False}, "save_minutes": 1e6,
+        "rollout": {"backend": "sleeping", "ahead": ahead},
     }  # fmt: skip
-    with Run("grpo", **settings) as run:
+
+    def as_plugin(name: str) -> Any:
+        return lambda setup: Sleeping(setup.model.config.vocab_size, tokens, seconds)
+
+    with mock.patch.object(backends, "_factory", as_plugin), Run("grpo", **settings) as run:
         run.read()
         parts = run.build().parts
         assert parts.online is not None
-        sampler = Sleeping(parts.model.config.vocab_size, tokens)
-        sampler.seconds = seconds
-        parts.online.ahead = Ahead(sampler, parts.online.setup.model, parts.policy, ahead)
         parts.online.open(run.state.folder, 0, -1)
         found = []
         for step in range(FIRST + n):

@@ -134,9 +134,6 @@ def test_ahead(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     steps = json.loads((tmp_path / "a.json").read_text())["steps"]
     assert [s["ahead"] for s in steps] == [0, 1, 0, 1, 0, 1]
-    # where sampling is the longer one, a step takes as long as both, or as that one with some slack for a busy machine
-    assert steps[4]["step"] > steps[4]["sampling"] + 0.5 * steps[4]["learning"]
-    assert steps[5]["step"] < steps[5]["sampling"] + 0.5 * steps[5]["learning"]
 
 
 @pytest.mark.slow

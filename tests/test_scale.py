@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from test_readme import blocks
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_double import vllm_double
 
 from alignkit.runs.folder import read_metrics
 from helpers import make_rows, write_tiny
@@ -65,10 +68,26 @@ def ended(process: subprocess.Popen[str]) -> str:
     return said
 
 
+def by_servers(text: str, place: Path) -> None:
+    """Run the commands about servers: no vLLM is here to be started, and a double answers in its place."""
+    run = {"method": "grpo", "model": "MODEL", "data": "prompts.jsonl", "reward": "numeric", "device": "cpu"}
+    run |= {"max_steps": 2, "batch_size": 4, "group_size": 2, "sampling": {"max_new_tokens": 6}}
+    (place / "run.yaml").write_text(yaml.safe_dump(run))
+    serve, trained = text.splitlines()
+    refused = bash(serve, place)
+    assert "vLLM is not installed here: pip install vllm, or name the program" in refused.communicate(timeout=120)[0]
+    model = AutoModelForCausalLM.from_pretrained(place / "MODEL")
+    with vllm_double(model, AutoTokenizer.from_pretrained(place / "MODEL")) as double:
+        trained = re.sub(r"urls: \[.*\]", f"urls: [{double.url}]", trained).replace("node=6", "node=2")
+        ended(bash(trained, place))
+        assert len(double.asked("/collective_rpc")) == 2
+
+
 def test_every_command_of_the_page_on_scale_runs(place: Path) -> None:
-    alone, nodes, slurm, resume = (text for _, text in blocks("docs/scale.md"))
+    alone, servers, nodes, slurm, resume = (text for _, text in blocks("docs/scale.md"))
     for line in alone.splitlines():
         ended(bash(smaller(line), place))
+    by_servers(servers, place)
     both = [bash(line, place, node) for node, line in enumerate(smaller(nodes).splitlines())]
     assert len(both) == 2
     for process in both:
@@ -83,5 +102,5 @@ def test_every_command_of_the_page_on_scale_runs(place: Path) -> None:
         for x, y in zip(read_metrics(sharded), other, strict=True):
             assert x["loss"] == pytest.approx(y["loss"], abs=1e-5)
     assert {p.parents[1].name for p in place.glob("runs/*/model/model.safetensors")} == {
-        "plain", "sharded", "online", "nodes", "slurm",
+        "plain", "sharded", "online", "nodes", "slurm", "grpo-001",
     }  # fmt: skip

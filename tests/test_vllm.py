@@ -471,9 +471,9 @@ def test_the_best_weights_are_sent_before_they_are_evaluated(served: tuple[VllmD
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize(("dies", "fsdp"), [(False, False), (True, False), (False, True)])
 def test_two_processes_share_the_servers_and_end_together(
-    served: tuple[VllmDouble, dict[str, Any]], tmp_path: Path, dies: bool, monkeypatch: pytest.MonkeyPatch
+    served: tuple[VllmDouble, dict[str, Any]], tmp_path: Path, dies: bool, fsdp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one sends the weights; each asks for its prompts. Where sending fails, both end with a checkpoint."""
     double, given = served
@@ -485,7 +485,14 @@ def test_two_processes_share_the_servers_and_end_together(
 
     monkeypatch.setattr(double, "answer", counted)
     rows = [{"prompt": r["prompt"], "answer": "7"} for r in make_rows("text", 8)]
-    run = given | {"method": "grpo", "data": "rows.jsonl", "reward": "numeric", "name": "two", "max_steps": 4}
+    run = given | {
+        "method": "grpo",
+        "data": "rows.jsonl",
+        "reward": "numeric",
+        "name": "two",
+        "max_steps": 4,
+        "fsdp": fsdp,
+    }
     run |= {"output": str(tmp_path / "runs"), "cache_file": str(tmp_path / "cache.sqlite")}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run["data"] = str(tmp_path / "rows.jsonl")
