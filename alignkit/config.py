@@ -379,10 +379,7 @@ def split(settings: Mapping[str, Any], method_config: type[MethodConfig]) -> tup
 
 
 def gathered(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Move keys such as "sampling.temperature" into the mapping `sampling`, and `sampling.backend` into `rollout`.
-
-    Raises ConfigError: not a mapping, or two backends.
-    """
+    """Move "sampling.temperature" into `sampling`, and `sampling.backend` into `rollout`. Raises ConfigError."""
     found = {k: v for k, v in settings.items() if "." not in k}
     for key, value in settings.items():
         name, dot, inner = key.partition(".")

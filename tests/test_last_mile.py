@@ -274,7 +274,7 @@ WRONG = {
     "text": (of_state(lambda head: head.update(step="2")), "step '2', which is not"),
     "deep": (of_state(lambda head: "[" * 200_000), "it cannot be read: RecursionError"),
     "list": (of_state(lambda head: head.update(state=[1])), r"no object as its state: \[1\]"),
-    "bare": (of_state(lambda head: "[]"), "it cannot be read: TypeError"),
+    "bare": (of_state(lambda head: "[]"), "it cannot be read: AttributeError"),
     "empty": (of_state(lambda head: head.update(state={})), "contents do not fit this run: KeyError: 'rows'"),
     "method": (of_state(lambda head: head["state"].update(skipped="many")), "contents do not fit this run: ValueError"),
     "generator": (

@@ -67,7 +67,7 @@ def test_temperature_and_entropy_are_those_of_the_capped_logits() -> None:
     model, given = model_of("gemma 2"), examples()[:2]
     batch = batch_of(given, Layout())
     with torch.no_grad():
-        logps, entropy, _ = Scorer(model)(batch.rows, batch.targets, temperature=0.5, entropy=True)
+        logps, entropy, *_ = Scorer(model)(batch.rows, batch.targets, temperature=0.5, entropy=True)
         e = given[0]
         n, sequence = len(e.completions[0].tokens), torch.cat([e.prompt, e.completions[0].tokens]).long()
         wanted = []
@@ -178,7 +178,7 @@ def test_a_head_with_low_rank_updates_is_called_on_a_few_rows_at_a_time(monkeypa
         layer = causal_lm(model).get_output_embeddings()
         hook = layer.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
         model.zero_grad()
-        logps, entropy, _ = Scorer(model)(batch.rows, batch.targets, 0.7, True)
+        logps, entropy, *_ = Scorer(model)(batch.rows, batch.targets, 0.7, True)
         (logps + 0.3 * entropy).sum().backward()
         hook.remove()
         return [logps.detach(), entropy.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], rows

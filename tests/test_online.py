@@ -325,7 +325,7 @@ def test_without_a_kl_no_reference_is_loaded(online: dict[str, Any], monkeypatch
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("a reference was made")
 
-    monkeypatch.setattr("alignkit.engine.assemble.Reference", refused)
+    monkeypatch.setattr("alignkit.engine.references.Reference", refused)
     line = read_metrics(alignkit.run("grpo", **online | asks("grpo") | {"beta": 0.0}).folder)[-1]
     assert "kl" not in line
     with pytest.raises(AssertionError, match="a reference was made"):

@@ -5,6 +5,8 @@ Models with several layer types (full and sliding-window attention) take a dict 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,3 +62,29 @@ def _block_mask(rows: PackedRows, window: int | None) -> Any:
     return create_block_mask(
         tree_mask(rows, window), n_rows, None, width, width, device=rows.input_ids.device, BLOCK_SIZE=BLOCK
     )
+
+
+@contextmanager
+def without_flex(lm: Any) -> Iterator[None]:
+    """Replace FlexAttention, which recompiles for every length, inside the block; restore it afterwards."""
+    with dense_instead_of(lm, "flex_attention"):
+        yield
+
+
+@contextmanager
+def dense_instead_of(lm: Any, *implementations: str) -> Iterator[None]:
+    """Replace these attention implementations with a dense one inside the block; restore them afterwards."""
+    before = lm.config._attn_implementation
+    if before not in implementations:
+        yield
+        return
+    lm.set_attn_implementation(dense_attention(lm))
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(before)
+
+
+def dense_attention(lm: Any) -> str:
+    """Return the attention implementation to use instead of FlexAttention."""
+    return "sdpa" if getattr(lm, "_supports_sdpa", False) else "eager"

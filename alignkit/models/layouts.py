@@ -12,12 +12,12 @@ from torch import nn
 
 from alignkit.config import RunConfig
 from alignkit.errors import ModelError
-from alignkit.models.attention import BLOCK
+from alignkit.models.attention import BLOCK, dense_attention
 from alignkit.models.branches import BRANCHES
 from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
 from alignkit.models.rope import switch_of
-from alignkit.models.scoring import DIFFERS, dense_attention
+from alignkit.models.scoring import DIFFERS
 from alignkit.types import Batch, Example, Layout, Switch
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,7 @@ Only this package knows architectures, and it knows no method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from alignkit.errors import ModelError, first_line
-from alignkit.models.attention import attention_mask
+from alignkit.models.attention import attention_mask, without_flex
 from alignkit.models.embedding_noise import noisy
 from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
@@ -180,32 +179,6 @@ def plain_logps(model: nn.Module, sequence: Tensor, n_prompt: int) -> Tensor:
         logits = lm(input_ids=sequence[None].long(), use_cache=False).logits[0].float()
     logps = logits[:-1].log_softmax(-1).gather(1, sequence[1:, None].long()).squeeze(1)
     return logps[n_prompt - 1 :]  # type: ignore[no-any-return]
-
-
-@contextmanager
-def without_flex(lm: Any) -> Iterator[None]:
-    """Replace FlexAttention, which recompiles for every length, inside the block; restore it afterwards."""
-    with dense_instead_of(lm, "flex_attention"):
-        yield
-
-
-@contextmanager
-def dense_instead_of(lm: Any, *implementations: str) -> Iterator[None]:
-    """Replace these attention implementations with a dense one inside the block; restore them afterwards."""
-    before = lm.config._attn_implementation
-    if before not in implementations:
-        yield
-        return
-    lm.set_attn_implementation(dense_attention(lm))
-    try:
-        yield
-    finally:
-        lm.set_attn_implementation(before)
-
-
-def dense_attention(lm: Any) -> str:
-    """Return the attention implementation to use instead of FlexAttention."""
-    return "sdpa" if getattr(lm, "_supports_sdpa", False) else "eager"
 
 
 def probe(scorer: Scorer, batch: Batch) -> str | None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.config import Sampling
+from alignkit.models.attention import without_flex
 from alignkit.models.loading import causal_lm
 from alignkit.models.passes import halved
 from alignkit.models.rope import forget_lengths, switch_of
-from alignkit.models.scoring import without_flex
 from alignkit.rollout.mixture import MixedLogits, Mixture, copyable
 from alignkit.rollout.noise import GumbelNoise
 from alignkit.rollout.sampler import Sampled

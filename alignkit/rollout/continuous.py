@@ -11,10 +11,10 @@ from torch import nn
 
 from alignkit.config import Sampling
 from alignkit.errors import ConfigError, ModelError, first_line
+from alignkit.models.attention import dense_instead_of
 from alignkit.models.branches import BRANCHES
 from alignkit.models.loading import causal_lm
 from alignkit.models.rope import switch_of
-from alignkit.models.scoring import dense_instead_of
 from alignkit.rollout.batched import sampling_mode
 from alignkit.rollout.sampler import Sampled
 from alignkit.rollout_settings import continuous_lacks
