@@ -60,6 +60,13 @@ def test_a_rank_holds_no_keys_and_values_and_no_whole_policy(model: str) -> None
     assert halves["weights"] == pytest.approx(2 * here["weights"], rel=1e-3)
 
 
+def test_a_sharded_reference_is_not_quantised(model: str) -> None:
+    """However little memory there is: `reference: int8` is refused with fsdp."""
+    scarce = {"limit": 10**4, "gpu": True, "processes": 4, "remedies": False}
+    assert plan(run_of(model, fsdp=True), **scarce).reference == "full"
+    assert plan(run_of(model), **scarce).reference == "int8"
+
+
 def test_the_command_tells_how_many_sequences_fit(model: str, tmp_path: Path) -> None:
     rows, config = tmp_path / "rows.jsonl", tmp_path / "run.yaml"
     rows.write_text('{"prompt": "2 red:"}\n' * 8)

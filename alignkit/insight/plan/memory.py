@@ -169,7 +169,8 @@ def _gaps(parts: Mapping[str, int], adapters: bool) -> int:
 def _form(work: Work, size: int) -> str | None:
     """Return the form of the reference that a run would choose; size: of the policy's weights, in bytes."""
     form = resolve_reference(work.config, work.method, torch.device("cpu"), 0)
-    if form == "full" and work.config.reference == "auto" and work.method.reference_need() != "moving":
+    free = work.config.reference == "auto" and not work.config.fsdp and work.method.reference_need() != "moving"
+    if form == "full" and free:
         return "int8" if work.gpu is not None and work.gpu - size < 3 * size else form
     return form
 
