@@ -137,6 +137,17 @@ def test_ahead(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_servers() -> None:
+    program = os.environ.get("ALIGNKIT_VLLM", "")
+    by_server = ["--vllm", program] if Path(program).is_file() else []
+    done = run("servers.py", "--tiny", *by_server)
+    assert done.returncode == 0, done.stderr
+    found = rows(done.stdout, "generate, 0")
+    assert all(value == "-" for value in found["generate, 0"][3:7])  # nothing differs from the trainer
+    assert not by_server or "vllm, none: reward " in done.stdout
+
+
+@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     done = run("demo.py", "--tiny", "--json", tmp_path / "d.json")
     assert done.returncode == 0, done.stderr
