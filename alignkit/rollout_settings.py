@@ -15,7 +15,18 @@ Correction = Literal["none", "token_truncate", "sequence_truncate", "token_mask"
 LOCAL = ("generate", "continuous")  # they sample in the process that trains
 HOTTEST = 2.0  # of vLLM 0.32
 # of a run that samples by servers; they do not change what is sampled, so that a resumed run may change them
-FREE = ("urls", "key_env", "timeout", "retries", "backoff", "concurrency", "sync", "sync_folder", "sync_timeout")
+FREE = (
+    "urls",
+    "key_env",
+    "timeout",
+    "retries",
+    "backoff",
+    "concurrency",
+    "sync",
+    "sync_folder",
+    "sync_timeout",
+    "tolerance",
+)
 
 
 class Rollout(BaseModel):

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from alignkit.engine.loop import Loop
 from alignkit.engine.rollouts import Online
 from alignkit.errors import ConfigError, RolloutError
 from alignkit.models.earlier_weights import EarlierWeights
+from alignkit.models.ranks import Ranks
 from alignkit.rollout import Request, Sampled, Sampler
 from alignkit.runs.folder import read_metrics
 from alignkit.types import Batch
@@ -186,6 +189,50 @@ def test_what_a_method_does_not_ask_for_again_is_sampled_anew() -> None:
     assert ahead.sample(ask(1, [[2]]), lambda: ask(2, [[3]]), alone)[0][0].tokens == [2, 0]
     assert len(ahead.sample(ask(2, [[3]], n=2), lambda: ask(3, [[4]], n=2), alone)[0]) == 2  # another number
     assert ahead.sample(ask(3, [[5]], n=2), lambda: None, alone)[0][0].tokens == [5, 3]  # another prompt
+    ahead.close()
+
+
+def test_a_step_ahead_has_the_log_probabilities_of_its_version_also_by_an_exact_sampler(
+    online: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that returns no log-probabilities: what was learned meanwhile is in the ratio all the same."""
+
+    class Exact(Double):
+        def sample(self, request: Request) -> list[list[Sampled]]:
+            return [[replace(s, logps=None) for s in some] for some in super().sample(request)]
+
+    uses(monkeypatch, Exact(online["model"], noise=0.0))
+    folder = alignkit.run("grpo", **online | ASKS["grpo"]).folder
+    for line in read_metrics(folder):
+        assert (line["ratio/max"] > 1.001) == (line["step"] > 1)
+
+
+def test_a_sampler_is_asked_for_one_thing_at_a_time_and_all_ranks_take_what_is_ahead_or_none() -> None:
+    class Alone(Counting):
+        busy = 0
+
+        def sample(self, request: Request) -> list[list[Sampled]]:
+            self.busy += 1
+            time.sleep(0.05)
+            assert self.busy == 1
+            self.busy -= 1
+            return super().sample(request)
+
+    class Others(Ranks):
+        lack = 0
+
+        def most(self, n: int) -> int:
+            return max(n, self.lack)
+
+    sampler, ranks = Alone(), Others()
+    ahead = Ahead(sampler, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), 1, ranks)
+    first, second = ask(0, [[1]]), replace(ask(0, [[9]]), call=1)
+    ahead.sample(first, lambda: ask(1, [[2]]), alone)
+    assert ahead.sample(second, lambda: None, alone)[0][0].tokens == [9, 0]
+    ranks.lack = 1  # another rank asks for other prompts than it said
+    assert ahead.sample(ask(1, [[2]]), lambda: None, alone)[0][0].tokens == [2, 1]
+    with ahead.as_sampled(ask(1, [[2]])):
+        assert not ahead.early
     ahead.close()
 
 

@@ -60,6 +60,8 @@ def test_the_options_are_those_of_the_run(tiny: str) -> None:
     assert options(on_gpus)["--dtype"] == "bfloat16"
     assert options(on_gpus)["--weight-transfer-config"] == '{"backend": "nccl"}'
     assert on_gpus.gpus == ["4,5", "6,7"]
+    assert options(on_gpus)["--tensor-parallel-size"] == "2"
+    assert "--tensor-parallel-size" not in plan(config(tiny), "vllm", 2, ["4", "5"], None, []).command
     with pytest.raises(ConfigError, match="--processes 3 needs as many GPUs, and 2 are visible"):
         plan(config(tiny), "vllm", 3, ["0", "1"], None, [])
 

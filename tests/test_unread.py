@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from zoo import CONFIGS, CPU, fresh
 
 from alignkit.config import RunConfig
@@ -70,6 +72,40 @@ def test_new_adapters_have_the_random_numbers_of_any_other_model(lora: dict[str,
     parts, whole = both(tmp_path, lora=lora, dtype="bfloat16")
     assert_same(parts, whole)
     assert any(bool(p.any()) for n, p in parts.named_parameters() if ".lora_A." in n or "embedding_B" in n)
+
+
+def test_a_trained_copy_of_a_tied_head_is_read_too(tmp_path: Path) -> None:
+    """The files hold it under the embedding's name alone."""
+    fresh("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    parts, whole = both(tmp_path, lora={"r": 4, "modules_to_save": ["lm_head"]})
+    assert_same(parts, whole)
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}], ids=str)
+def test_an_adapter_with_more_than_matrices_is_loaded_with_a_whole_base(more: dict[str, Any], tmp_path: Path) -> None:
+    """peft reads such weights into a model that is there, and into no other one."""
+    fresh("llama", attention_bias=True).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], **more))
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.fill_(0.125)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded, came = load_model(config(tmp_path / "adapter", fsdp=True), CPU)
+    assert came
+    assert not is_unread(loaded)
+    trained = [p for p in loaded.parameters() if p.requires_grad]
+    assert len(trained) > 2
+    assert all(bool((p == 0.125).all()) for p in trained)
+
+
+def test_ends_are_those_of_the_generation_settings(tmp_path: Path) -> None:
+    model = fresh("llama")
+    model.generation_config.eos_token_id = [2, 7]
+    model.save_pretrained(tmp_path)
+    parts, whole = both(tmp_path)
+    assert parts.generation_config.eos_token_id == whole.generation_config.eos_token_id == [2, 7]
 
 
 def test_a_trained_adapter_is_read_with_its_base(tmp_path: Path) -> None:

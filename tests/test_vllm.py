@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_data_parallel import torchrun
 from transformers import AutoModelForCausalLM
@@ -309,11 +310,14 @@ def test_a_server_that_takes_no_weights_is_refused_at_once(build: Build) -> None
             build(double)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")], ids=repr
+)
 def test_a_disk_that_is_full_is_an_error_with_the_way_out(
-    build: Build, double: VllmDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build, double: VllmDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     sampler, model = build(double), tiny_model()
     sampler.update(0, model)

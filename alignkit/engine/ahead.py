@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from alignkit.models.earlier_weights import EarlierWeights
+from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.rollout import Request, Sampled, Sampler
 
 Made = list[list[Sampled]]
@@ -61,21 +62,23 @@ class Ahead:
     early: by step and call, what was sampled ahead; kept until a later step begins, so that a checkpoint has it.
     """
 
-    def __init__(self, sampler: Sampler, model: nn.Module, trained: nn.Module, steps: int) -> None:
-        self.sampler, self.model, self.steps = sampler, model, steps
+    def __init__(
+        self, sampler: Sampler, model: nn.Module, trained: nn.Module, steps: int, ranks: Ranks = SINGLE
+    ) -> None:
+        self.sampler, self.model, self.steps, self.ranks = sampler, model, steps, ranks
         self.early: dict[tuple[int, int], Early] = {}
         self.weights, self.weights_of = EarlierWeights(trained), -1
         self._thread = ThreadPoolExecutor(1, "sampling-ahead") if steps else None
 
     def sample(self, ask: Ask, following: Callable[[], Ask | None], together: Together) -> Made:
         """Return the completions of a call, and begin with the same call of the next step. Raises as the sampler."""
-        early = self._early(ask)
+        early = self._fitting(ask)
         made: Made | None = together("sampling", early.made.result) if early else None
         later = following() if self._thread else None
         if made is None or later is not None:
             self._put_in_force(ask.step, together)
         if made is None:
-            made = together("sampling", lambda: self.sampler.sample(ask.request))
+            made = together("sampling", lambda: self._now(ask))
         if self._thread and later is not None:
             self.early = {k: v for k, v in self.early.items() if k[0] >= ask.step}
             found = self._thread.submit(self.sampler.sample, later.request)
@@ -115,6 +118,22 @@ class Ahead:
         # ranks may share a server, and another rank's completions are of the version before: all wait for all
         together("sync", lambda: wait([one.made for one in self.early.values()]))
         together("sync", lambda: self.sampler.update(version, self.model))
+
+    def _fitting(self, ask: Ask) -> Early | None:
+        """Return what was sampled ahead for a call, where all ranks have it; all must call it."""
+        if self._thread is None:
+            return None
+        early = self._early(ask)
+        if self.ranks.most(int(early is None)):
+            self.early.pop((ask.step, ask.call), None)
+            return None
+        return early
+
+    def _now(self, ask: Ask) -> Made:
+        """Sample a call; in the thread where there is one, so that a sampler is asked for one thing at a time."""
+        if self._thread is None:
+            return self.sampler.sample(ask.request)
+        return self._thread.submit(self.sampler.sample, ask.request).result()
 
     def _early(self, ask: Ask) -> Early | None:
         """Return what was sampled ahead for a call; None where the method asks for something else than a step ago."""

@@ -129,7 +129,7 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
             plain.model, tokenizer, ends_of(causal_lm(plain.model), tokenizer), config.rollout,
             config.output / (config.name or ""), ranks, accelerator.autocast, plain, gathered_weights,
         )  # fmt: skip
-        ahead = Ahead(build_sampler(setup), plain.model, policy, config.rollout.ahead)
+        ahead = Ahead(build_sampler(setup), plain.model, policy, config.rollout.ahead, ranks)
         online = Online(config, method.roles(), scorers, setup, reference, updates, ahead)
     eos = int(tokenizer.eos_token_id)
     return Parts(accelerator, ranks, plain, policy, prepared, roles, reference, online, layout, stream, rate, eos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,13 +62,19 @@ def _mapped(tensors: Iterable[Tensor], path: Path) -> list[Tensor]:
     shapes = [(t.shape, t.dtype, t.element_size()) for t in tensors]
     sizes = [-(-shape.numel() * each // _ALIGNED) * _ALIGNED for shape, _, each in shapes]
     try:
-        with path.open("wb") as file:
+        with path.open("w+b") as file:
             os.posix_fallocate(file.fileno(), 0, max(sum(sizes), 1))  # a full disk would kill the process at a write
-        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=max(sum(sizes), 1))
+            mapped = mmap.mmap(file.fileno(), max(sum(sizes), 1))
     finally:
         path.unlink(missing_ok=True)
     made, at = [], 0
-    for (shape, dtype, each), size in zip(shapes, sizes, strict=True):
-        made.append(torch.empty(0, dtype=dtype).set_(storage, at // each, shape))  # type: ignore[call-overload]
+    for (shape, dtype, _), size in zip(shapes, sizes, strict=True):
+        # a storage each: transformers copies tensors that share one into memory
+        there = (
+            torch.frombuffer(mapped, dtype=dtype, count=shape.numel(), offset=at)
+            if size
+            else torch.empty(0, dtype=dtype)
+        )
+        made.append(there.view(shape))
         at += size
     return made

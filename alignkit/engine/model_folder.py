@@ -57,7 +57,7 @@ def save_model(state: RunState, tokenizer: Any) -> Any:
 def clear_leftovers(run: Path) -> None:
     """Remove what killed saves of model/ left in a run's folder; a model that one had put aside gets its name back."""
     model = run / "model"
-    for path in [*leftovers(run, r"\.model-before-(\d+)"), *leftovers(run, r"\.model-(\d+)")]:
+    for path in [*leftovers(run, r"\.model-before-(\d+)"), *leftovers(run, r"\.(?:model|weights)-(\d+)")]:
         if "before" in path.name and not model.exists():
             path.rename(model)
         else:
@@ -79,7 +79,9 @@ def check_space(state: RunState) -> None:
     config, parts = state.config, state.parts
     of_checkpoint = _bytes(p for p in parts.policy.parameters() if p.requires_grad)
     copies = 0 if config.resume else 2 if config.patience is not None else 1
-    needed = model_bytes(parts.plain.model) + copies * of_checkpoint + ROOM
+    # a sharded model is gathered into a file before it is written
+    models = model_bytes(parts.plain.model) * (2 if config.fsdp else 1)
+    needed = models + copies * of_checkpoint + ROOM
     what = "the model" if config.resume else "the run's checkpoint and model"
     then = and_resume(state.folder) if config.resume else "Free some space there, or choose another --output"
     with saving(what, state.folder, needed, then):

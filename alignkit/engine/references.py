@@ -39,7 +39,7 @@ def shard_models(
         if module is not None:
             shard(module, mesh)
             ready(module, ranks.accelerator.device)
-    if method.data == "prompts":
+    if method.data == "prompts" and config.rollout.local:
         size = sum(p.numel() * p.element_size() for p in plain.parameters()) / 2**30
         logger.info("sampling: each rank gathers the whole policy (%.2f GiB) while it samples", size)
     return frozen

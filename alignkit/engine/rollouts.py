@@ -90,6 +90,10 @@ class Online:
         """Open completions.jsonl (one file per rank), without the lines of steps that will be repeated."""
         name = "completions.jsonl" if self.ranks.is_main else f"completions-{self.ranks.own}.jsonl"
         self.lines = StepLines(folder / name, done, evaluated)
+        if self.ranks.is_main:  # those of ranks that there were before a resumption
+            for path in folder.glob("completions-*.jsonl"):
+                if int(path.stem.rsplit("-", 1)[1]) >= self.ranks.n:
+                    StepLines(path, done, evaluated).close()
 
     def close(self) -> None:
         """Close the file, the rewards, the judge and the sampler."""
@@ -134,7 +138,7 @@ class Online:
         if "reference" in self.roles and self.reference is not None:
             grown = self.reference.attach(grown, keep=False)
         exact = "sampler_logps" not in grown
-        if exact and "critic" not in self.roles and self.updates == 1:
+        if exact and "critic" not in self.roles and self.updates == 1 and not self.ahead.steps:
             return grown
         truncated = None if exact else partial(Truncation.of, draw.sampling, tuple(self.setup.ends))
         with self.ahead.as_sampled(self._ask(ctx, draw, grown.examples)):
@@ -154,7 +158,8 @@ class Online:
         weights, beyond = correction_weights(drawn - sampler, grown.cu_seqlens, rollout)
         corrects = rollout.corrects != "none"
         found = mismatch_metrics(ctx.sum, self.ranks.largest, drawn, sampler, beyond if corrects else None)
-        ctx.log(**{f"{prefix}{name}": value for name, value in found.items()})
+        if ctx.training:  # an evaluation is in pieces, whose largest ratios have no mean
+            ctx.log(**{f"{prefix}{name}": value for name, value in found.items()})
         return grown.attach(per_token={"rollout_weights": weights}) if corrects else grown
 
     def took(self, total: float) -> dict[str, float]:

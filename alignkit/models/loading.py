@@ -23,7 +23,7 @@ from alignkit.models.places import look, where
 from alignkit.models.quantised import check_frozen, copy_marks, floating, layers_4bit, nf4, settle
 from alignkit.models.refusals import cause, reason
 from alignkit.models.towers import auto_class, freeze_towers, towers
-from alignkit.models.unread import FILES, adapters_in_memory, is_unread, unread, zero
+from alignkit.models.unread import FILES, adapters_in_memory, has_only_matrices, in_parts, is_unread, unread, zero
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -120,7 +120,9 @@ def from_pretrained(name: str, config: RunConfig, kind: Kind = "causal", weights
             if is_path(base) and not Path(base).expanduser().exists():
                 raise ModelError(f"cannot load a {what} from '{name}': its base '{base}' is gone; name it in {adapter}")
             look(base)
-            model = _made(base, config, kind, weights)
+            # peft reads only low-rank matrices into a model that is not read itself
+            whole = config if has_only_matrices(Path(name)) else config.model_copy(update={"fsdp": False})
+            model = _made(base, whole, kind, weights)
             if weights:
                 with adapters_in_memory():
                     return PeftModel.from_pretrained(model, name, is_trainable=True)  # type: ignore[no-any-return]
@@ -149,12 +151,6 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     if config.precision == "bf16" or (config.precision == "auto" and not on_cpu(config)):
         return torch.bfloat16
     return DTYPES[config.dtype]
-
-
-def in_parts(config: RunConfig) -> bool:
-    """Return whether each rank reads only its parts of a model, where its files allow it."""
-    lora = config.lora
-    return config.fsdp and not config.trust_remote_code and not (lora and (lora.dora or lora.init != "default"))
 
 
 def _place(config: RunConfig) -> torch.device:

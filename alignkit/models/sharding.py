@@ -6,7 +6,7 @@ Policy, critic and a frozen reference are sharded each on its own. Between passe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,14 +35,19 @@ def mesh_of(device_type: str, world: int, replicas: int) -> DeviceMesh:
             "fsdp needs several processes, but there is one; start it with "
             "`torchrun --standalone --nproc_per_node=N -m alignkit run ...`"
         )
+    check_replicas(world, replicas)
     if replicas == 1:
         return init_device_mesh(device_type, (world,))
+    return init_device_mesh(device_type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def check_replicas(world: int, replicas: int) -> None:
+    """Raise ConfigError where the replicas do not divide the ranks into groups of two or more."""
     if world % replicas or world == replicas:
         raise ConfigError(
             f"fsdp_replicas: {replicas} does not divide {world} processes into equal groups of two or more; "
             "give the number of nodes"
         )
-    return init_device_mesh(device_type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(module: Sharded | ActorCritic, mesh: DeviceMesh) -> None:
@@ -51,10 +56,25 @@ def shard(module: Sharded | ActorCritic, mesh: DeviceMesh) -> None:
         shard(module.policy, mesh)
         shard(module.critic, mesh)
         return
-    for block in blocks_of(module):
+    blocks = blocks_of(module)
+    _check_types([*blocks, module])
+    for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     assert isinstance(module, FSDPModule)  # torch really sharded it
+
+
+def _check_types(units: Sequence[nn.Module]) -> None:
+    """Raise ConfigError where a unit trains weights of two data types. units: the whole module is the last one."""
+    inside: set[int] = set()
+    for unit in units:
+        own = [p for p in unit.parameters() if id(p) not in inside]
+        inside |= {id(p) for p in own}
+        if len(kinds := {str(p.dtype).removeprefix("torch.") for p in own if p.requires_grad}) > 1:
+            raise ConfigError(
+                f"fsdp shards trained weights of one data type, and these are {' and '.join(sorted(kinds))} (adapters "
+                "are float32, trained biases and modules of the model's dtype): use dtype: float32"
+            )
 
 
 def ready(module: Sharded | ActorCritic, device: torch.device) -> None:

@@ -10,7 +10,8 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from alignkit.config import RunConfig
+
 logger = logging.getLogger(__name__)
 
-FILES = "alignkit_files"  # attribute of an unread transformers model: its tensors -> their files
+FILES = "alignkit_files"  # attribute of an unread transformers model: its tensors -> file, and name there
 _OF_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
 
 
@@ -32,6 +35,7 @@ def unread(name: str, auto: Any, about: Any, options: Mapping[str, Any]) -> nn.M
     auto, about, options: transformers' class, the configuration, and what `from_config` takes.
     """
     from accelerate import init_empty_weights
+    from transformers import GenerationConfig
 
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         model = auto.from_config(about, **options)
@@ -42,7 +46,10 @@ def unread(name: str, auto: Any, about: Any, options: Mapping[str, Any]) -> nn.M
         logger.info("each rank loads the whole model before it is sharded: %s", reason)
         return None
     assert files is not None
-    setattr(model, FILES, files)
+    setattr(model, FILES, _by_all_names(model, files))
+    if model.can_generate():  # `from_config` has only what config.json says
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(name)
     if (head := getattr(model, "score", None)) is not None and "score.weight" not in files:
         zero(head)  # as in `classifier_like`
     with torch.no_grad():
@@ -51,6 +58,21 @@ def unread(name: str, auto: Any, about: Any, options: Mapping[str, Any]) -> nn.M
                 buffer.copy_(_part(files[key], key, None))
     logger.info("each rank reads its own parts of the weights")
     return model  # type: ignore[no-any-return]
+
+
+def in_parts(config: RunConfig) -> bool:
+    """Return whether each rank reads only its parts of a model, where its files allow it."""
+    lora = config.lora
+    return config.fsdp and not config.trust_remote_code and not (lora and (lora.dora or lora.init != "default"))
+
+
+def has_only_matrices(adapter: Path) -> bool:
+    """Return whether an adapter's file holds low-rank matrices alone: no biases, trained modules or embeddings."""
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return False
+    with safe_open(file, framework="pt") as opened:
+        return all("lora_" in key for key in list(opened.keys()))
 
 
 def needs_whole(model: Any) -> str | None:
@@ -112,7 +134,8 @@ def read_parts(root: nn.Module, lm: Any, device: torch.device) -> None:
 
     root: the sharded module around the transformers model `lm`.
     """
-    files, names = getattr(lm, FILES, {}), dict[int, list[str]]()
+    files: dict[str, tuple[str, str]] = getattr(lm, FILES, {})
+    names = dict[int, list[str]]()
     for name, p in lm.named_parameters(remove_duplicate=False):
         if p.is_meta:
             names.setdefault(id(p), []).append(name)
@@ -125,7 +148,7 @@ def read_parts(root: nn.Module, lm: Any, device: torch.device) -> None:
         key = next(k for k in map(_plain, tied) if k in files)
         own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if own.numel():
-            own.copy_(_part(files[key], key, parameter))
+            own.copy_(_part(*files[key], parameter))
 
 
 def _plain(name: str) -> str:
@@ -158,6 +181,18 @@ def _files(name: str) -> dict[str, str] | None:
         files = json.load(opened)["weight_map"]
     paths = {file: cached_file(name, file, **there) for file in sorted(set(files.values()))}
     return None if None in paths.values() else {key: str(paths[file]) for key, file in files.items()}
+
+
+def _by_all_names(model: Any, files: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return file and name there for every tensor, also for the tied names that files leave out."""
+    found = {key: (file, key) for key, file in files.items()}
+    names = dict[int, list[str]]()
+    for key, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(key)
+    for tied in names.values():
+        if held := next((key for key in tied if key in files), None):
+            found |= {key: found[held] for key in tied if key not in files}
+    return found
 
 
 def _reason(model: Any, files: Mapping[str, str]) -> str | None:

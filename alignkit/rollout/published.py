@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,10 +38,11 @@ def publish(model: Any, folder: Path, adapter: bool, weights: Weights = None) ->
         sync(temporary)
         remove(folder)
         temporary.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the writer of safetensors has an error of its own for a full disk
         remove(temporary)
+        why = (error.strerror if isinstance(error, OSError) else None) or error
         raise RolloutError(
-            f"the weights for the servers cannot be written to {folder}: {error.strerror or error}; free some space, "
+            f"the weights for the servers cannot be written to {folder}: {why}; free some space, "
             "or set rollout.sync_folder to a folder with room that the servers see too"
         ) from error
     except BaseException:

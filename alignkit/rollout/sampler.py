@@ -89,8 +89,9 @@ class Sampler(ABC):
     def sample(self, request: Request) -> list[list[Sampled]]:
         """Return the completions of each prompt, [prompt][completion], in the order of the request.
 
-        The same request with the same weights asks for the same randomness. Raises RolloutError where completions are
-        missing or come from other weights than those of `version`; a part of them is never returned.
+        The same request with the same weights asks for the same randomness. With `rollout.ahead` it is called in a
+        thread of its own, one call at a time. Raises RolloutError where completions are missing or come from other
+        weights than those of `version`; a part of them is never returned.
         """
 
     @abstractmethod

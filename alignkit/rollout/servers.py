@@ -46,7 +46,9 @@ def client(key: str) -> httpx2.AsyncClient:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     # concurrency is limited by the caller: waiting for a connection must not time out
     limits = httpx2.Limits(max_connections=None)
-    return httpx2.AsyncClient(headers={"Accept-Encoding": "identity", **headers}, timeout=None, limits=limits)
+    return httpx2.AsyncClient(
+        headers={"Accept-Encoding": "identity", **headers}, timeout=httpx2.Timeout(None, connect=CONNECT), limits=limits
+    )
 
 
 class Server:

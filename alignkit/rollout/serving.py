@@ -83,7 +83,10 @@ def plan(
     if config.lora is not None and (rank := _served_rank(config.lora)) and config.quantize is None:
         options += ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(rank)]
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    shares = _shares(gpus, processes) if on_gpu else []
     if on_gpu:
+        if (size := shares[0].count(",") + 1) > 1:
+            options += ["--tensor-parallel-size", str(size)]
         options += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     else:
         # a prompt that is read in parts ends vLLM 0.32 on a CPU, where the request has a seed
@@ -92,7 +95,7 @@ def plan(
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
     if key := key_of(config.rollout.key_env):
         environment["VLLM_API_KEY"] = key  # never on the command line, which every user of the machine can read
-    return Plan([program, *options, *more], environment, _shares(gpus, processes) if on_gpu else [])
+    return Plan([program, *options, *more], environment, shares)
 
 
 def _longest(config: RunConfig) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import httpx2
 from torch import nn
 
-from alignkit.errors import CheckpointError, ConfigError, RolloutError
+from alignkit.errors import CheckpointError, ConfigError, RolloutError, first_line
 from alignkit.files import remove
 from alignkit.models.sharding import is_sharded
 from alignkit.rewards import secrecy
@@ -49,6 +49,7 @@ class Vllm(Sampler):
         # the same on all ranks, and of this session only: another run, or a server's restart, is not taken for it
         self._session = f"{setup.ranks.most(secrets.randbelow(2**31)):08x}"
         self._tag, self._updates, self._kinds, self._closed = "", 0, dict[str, bool](), False
+        self._judged = False  # whether `processed` was found out
         self._loop = EventLoop()
         try:
             routes = self._run(self._look())
@@ -79,6 +80,9 @@ class Vllm(Sampler):
                 self._send(model, weights)
             except RolloutError as error:
                 problem = error
+            except Exception as error:  # the other ranks wait to be told
+                problem = RolloutError(f"the weights could not be sent: {first_line(error)}")
+                problem.__cause__ = error
         self._agree(problem)
         self.version = version
 
@@ -182,8 +186,8 @@ class Vllm(Sampler):
         model = self.sync.called(self._tag, self.model)
         await self.sync.loaded(http, server, self._tag)
         await self._known.check(http, server, model, self.settings.tolerance)
-        self._kinds[server.url] = await self._known.processed(http, server, model)
-        if len(set(self._kinds.values())) > 1:
+        self._kinds[server.url] = kind = await self._known.processed(http, server, model)
+        if len(set(self._kinds.values())) > 1 or (self._judged and kind != self.processed):
             raise RolloutError(
                 "the vLLM servers return log-probabilities of different kinds; start all of them with the same "
                 "--logprobs-mode"
@@ -208,7 +212,7 @@ class Vllm(Sampler):
             raise problem or RolloutError("the first rank could not send the weights; see its error")
         if found & 2 and not isinstance(self.sync, FolderSync):
             self.sync = self._sync("folder")
-        self.processed = not found & 1
+        self.processed, self._judged = not found & 1, True
 
     def _check_lengths(self, request: Request) -> None:
         """Raise RolloutError for a prompt that does not fit: vLLM would cut its completions short, silently."""

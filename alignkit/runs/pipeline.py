@@ -153,8 +153,17 @@ def _comparable(before: Any, now: list[dict[str, Any]]) -> tuple[dict[str, Any],
     names = [[stage["name"] for stage in stages] for stages in (before, now)]
     if names[0] != names[1]:
         return {"stages": ", ".join(names[0])}, {"stages": ", ".join(names[1])}
-    flat = [{f"{s['name']}: {k}": v for s in stages for k, v in s.items() if k not in FREE} for stages in (before, now)]
+    flat = [
+        {f"{s['name']}: {k}": v for s in stages for k, v in _flat(s).items() if k not in FREE}
+        for stages in (before, now)
+    ]
     return flat[0], flat[1]
+
+
+def _flat(stage: dict[str, Any]) -> dict[str, Any]:
+    """Return a stage's settings with those of `rollout`, of which some are free, one by one."""
+    rollout = stage.get("rollout") or {}
+    return {k: v for k, v in stage.items() if k != "rollout"} | {f"rollout.{k}": v for k, v in rollout.items()}
 
 
 @contextmanager

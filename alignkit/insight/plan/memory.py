@@ -25,10 +25,10 @@ from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.meta_models import base_layers, in_8_bits, n_bytes, resident, unloaded
 from alignkit.insight.plan.sharded_memory import per_rank
 from alignkit.method import Method
-from alignkit.models.loading import causal_lm, in_parts
+from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
-from alignkit.models.unread import needs_whole
+from alignkit.models.unread import in_parts, needs_whole
 from alignkit.models.values import ActorCritic, ValueHead, Valuer
 from alignkit.reference.choice import resolve_reference
 from alignkit.rewards import judge_folders, reward_folders

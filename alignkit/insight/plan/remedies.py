@@ -83,7 +83,8 @@ def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
     if not config.gradient_checkpointing and large("activations", "workspace"):
         yield {"gradient_checkpointing": True}
     moves = work.method.reference_need() == "moving"  # which needs all weights, not those of adapters
-    if work.processes > 1 and not config.fsdp:
+    able = not (config.quantize or config.merge_adapter or config.rollout.ahead or config.streaming)
+    if work.processes > 1 and not config.fsdp and able and config.reference != "int8":
         yield {"fsdp": True}
     if config.lora is None and not moves and not is_adapter(config.model):
         yield {"lora": 16}
@@ -91,7 +92,7 @@ def _changes(work: Work, found: Memory) -> Iterator[dict[str, Any]]:
         yield {"critic": "shared"}
     if config.dtype != "bfloat16" and _frozen(work):
         yield {"dtype": "bfloat16"}
-    if large("reference") and config.reference != "int8" and not (moves or config.quantize):
+    if large("reference") and config.reference != "int8" and not (moves or config.quantize or config.fsdp):
         yield {"reference": "int8"}
     lora = config.lora
     if lora and not (config.quantize or config.fsdp or lora.changes_base) and large("weights", "critic"):

@@ -26,6 +26,7 @@ from alignkit.models.layouts import DENSE_ROW_TOKENS
 from alignkit.models.loading import DTYPES, causal_lm, from_pretrained, load_model, load_tokenizer, set_up
 from alignkit.models.packing import batch_of
 from alignkit.models.ranks import part_of
+from alignkit.models.sharding import check_replicas
 from alignkit.reference.cache import LogpCache, default_path
 from alignkit.reference.choice import check_reference
 from alignkit.reference.keys import fingerprint, key
@@ -98,6 +99,8 @@ def plan(
     check_online(config, method)
     if config.fsdp and processes == 1:
         raise ConfigError("fsdp shards over several processes, and this plans one; give their number: --processes 8")
+    if config.fsdp:
+        check_replicas(processes, config.fsdp_replicas)
     gpu = torch.cuda.is_available() and config.device == "auto" if gpu is None else gpu
     rows = reading.read(config, method, load_tokenizer(config))
     examples = [method.longest(e) for e in rows.train]
