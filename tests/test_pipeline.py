@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from alignkit.cli import console
 from alignkit.engine import Engine
 from alignkit.engine.loop import Loop
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
+from alignkit.runs import pipeline
 from alignkit.runs.folder import read_metrics
 from alignkit.runs.pipeline import FILE, PipelineResult, read_pipeline, run_pipeline, table
 from alignkit.runs.stages import check, resolve
@@ -524,3 +526,12 @@ def test_an_engines_reward_goes_to_the_stages_that_need_one(shared: dict[str, An
     engine = Engine(**shared, **SHORT, reward={"use": "brevity", "limit": 3})
     result = engine.pipeline([SFT, {"method": "grpo", "group_size": 2}], max_steps=1)
     assert [config["reward"] for config in configs(result)] == [None, {"use": "brevity", "limit": 3}]
+
+
+def test_addresses_of_servers_may_change_where_a_pipeline_is_resumed_and_the_backend_may_not() -> None:
+    def stages(**rollout: Any) -> list[dict[str, Any]]:
+        return [{"name": "one", "method": "grpo", "rollout": rollout}]
+
+    before = stages(backend="vllm", urls=["http://a:1"])
+    assert eq(*pipeline._comparable(before, stages(backend="vllm", urls=["http://b:1"])))
+    assert not eq(*pipeline._comparable(before, stages(backend="generate", urls=["http://a:1"])))

@@ -86,3 +86,15 @@ def test_what_cannot_be_is_named(model: str) -> None:
         plan(of("grpo", model), gpu=True, servers=1)
     with pytest.raises(ConfigError, match="the model's 8 attention heads cannot be split; give a divisor"):
         plan(run_of(model), gpu=True, servers=1, server_gpus=3)
+
+
+def test_no_remedy_is_offered_that_a_run_refuses(model: str) -> None:
+    """`reference: int8` is refused with fsdp, and fsdp with `rollout.ahead`."""
+    scarce: dict[str, Any] = {"limit": 10**4, "gpu": True, "processes": 4}
+
+    def offered(**more: Any) -> list[dict[str, Any]]:
+        return [dict(remedy.settings) for remedy in plan(run_of(model, **more), **scarce).remedies]
+
+    assert not [one for one in offered(fsdp=True) if "reference" in one]
+    assert not [one for one in offered(rollout={"backend": "vllm", "ahead": 1}) if "fsdp" in one]
+    assert [one for one in offered() if "fsdp" in one]

@@ -310,6 +310,15 @@ def test_a_server_that_takes_no_weights_is_refused_at_once(build: Build) -> None
             build(double)
 
 
+def test_a_server_that_returns_other_log_probabilities_than_before_is_named(build: Build, double: VllmDouble) -> None:
+    """One that was restarted without its option would be corrected as if it had it."""
+    sampler, model = build(double), tiny_model()
+    sampler.update(0, model)
+    double.processed = not double.processed
+    with pytest.raises(RolloutError, match="log-probabilities of different kinds"):
+        sampler.update(1, model)
+
+
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")], ids=repr
 )
