@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import re
+import socket
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,19 @@ def make_rows(kind: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
         else:
             rows.append({"prompt": prompt, "completion": f" {sentence(rng)}"})
     return rows
+
+
+def free_port(n: int = 1) -> int:
+    """The first of n free ports in a row, below those that a system lends to clients, which any test may be lent."""
+    while True:
+        first = random.SystemRandom().randrange(10_000, 32_000)
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + n):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
 
 
 def write_plugin(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from classifiers import EOS, byte_tokenizer
 
 from alignkit.errors import RewardError
 from alignkit.rewards import Answers, build_judge, build_rewards
+from helpers import free_port
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     process = subprocess.Popen([sys.executable, "-c", serve, "serve", str(folder), *options])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_double import vllm_double
 
 from alignkit.runs.folder import read_metrics
-from helpers import make_rows, write_tiny
+from helpers import free_port, make_rows, write_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -26,12 +25,6 @@ SRUN = """#!/bin/bash
 for node in 0 1; do SLURM_NODEID=$node ALIGNKIT_CACHE=$PWD/slurm-$node.sqlite "$@" & done
 wait -n && wait -n
 """
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def smaller(text: str) -> str:

@@ -17,6 +17,7 @@ import yaml
 from alignkit.config import RunConfig
 from alignkit.errors import ConfigError, RolloutError
 from alignkit.rollout.serving import Plan, Servers, plan, vllm_program
+from helpers import free_port
 
 # it answers /health as vllm does, and starts a process of its own, as vllm does
 STANDS_IN = """#!{python}
@@ -113,15 +114,9 @@ def running(mark: Path) -> list[str]:
     return found.stdout.split()
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def test_servers_start_and_end_with_their_children(program: Path, tmp_path: Path) -> None:
     made = Plan([str(program), "serve", "m"], {"VLLM_SERVER_DEV_MODE": "1"}, ["4", "5"])
-    with Servers(made, "127.0.0.1", free_port(), 2, tmp_path / "logs") as servers:
+    with Servers(made, "127.0.0.1", free_port(2), 2, tmp_path / "logs") as servers:
         servers.wait_until_ready(20)
         assert len(running(tmp_path)) == 2
         servers.check()

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -34,7 +33,7 @@ from alignkit.rollout.vllm import Vllm
 from alignkit.rollout_settings import Rollout
 from alignkit.runs.folder import read_metrics
 from alignkit.testing import SamplerConformance
-from helpers import make_rows, write_tiny
+from helpers import free_port, make_rows, write_tiny
 
 pytestmark = pytest.mark.slow
 PROGRAM = os.environ.get("ALIGNKIT_VLLM", "")
@@ -49,9 +48,7 @@ class Served:
         model = folder / "model"
         sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
         write_tiny(model, max_position_embeddings=1024, **sizes)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         run = {"method": "grpo", "model": str(model), "data": "-", "reward": "numeric", "lora": 8}
         (folder / "run.yaml").write_text(yaml.safe_dump({**run, "max_prompt_tokens": 440}))
         command = ["serve", str(folder / "run.yaml"), "--port", str(port), "--set", "sampling={max_new_tokens: 60}"]

@@ -20,6 +20,7 @@ from alignkit.insight.plan.experts import Experts, experts_of
 from alignkit.insight.plan.memory import Memory, Work, memory
 from alignkit.insight.plan.remedies import Remedy, find_remedies
 from alignkit.insight.plan.server_memory import Servers, servers_of
+from alignkit.method import Method
 from alignkit.models.adapters import has_start
 from alignkit.models.branches import BRANCHES
 from alignkit.models.layouts import DENSE_ROW_TOKENS
@@ -88,19 +89,7 @@ def plan(
     method_class = registry.get(str(settings.get("method")))
     config, own = split(settings, method_class.Config)
     method = method_class(own)
-    if not isinstance(config.model, str):
-        raise ConfigError("a plan needs the model's folder or hub name, not a loaded model")
-    if config.streaming:
-        raise ConfigError(
-            "a plan counts all rows, but streaming does not hold them; plan without it, on a part of them"
-        )
-    check_used(config, method)
-    check_reference(config, method)
-    check_online(config, method)
-    if config.fsdp and processes == 1:
-        raise ConfigError("fsdp shards over several processes, and this plans one; give their number: --processes 8")
-    if config.fsdp:
-        check_replicas(processes, config.fsdp_replicas)
+    _check(config, method, processes)
     gpu = torch.cuda.is_available() and config.device == "auto" if gpu is None else gpu
     rows = reading.read(config, method, load_tokenizer(config))
     examples = [method.longest(e) for e in rows.train]
@@ -119,6 +108,23 @@ def plan(
         _cache(work, found.reference, [*examples, *map(method.longest, rows.held_out)], hits), found,
         tuple(find_remedies(work, found, limit)) if remedies else (), limit, processes, experts_of(config), sampling,
     )  # fmt: skip
+
+
+def _check(config: RunConfig, method: Method[Any], processes: int) -> None:
+    """Raise ConfigError for settings that a run refuses, or that a plan cannot count; loads nothing."""
+    if not isinstance(config.model, str):
+        raise ConfigError("a plan needs the model's folder or hub name, not a loaded model")
+    if config.streaming:
+        raise ConfigError(
+            "a plan counts all rows, but streaming does not hold them; plan without it, on a part of them"
+        )
+    check_used(config, method)
+    check_reference(config, method)
+    check_online(config, method)
+    if config.fsdp and processes == 1:
+        raise ConfigError("fsdp shards over several processes, and this plans one; give their number: --processes 8")
+    if config.fsdp:
+        check_replicas(processes, config.fsdp_replicas)
 
 
 def _device(gpu: bool, processes: int) -> str:
