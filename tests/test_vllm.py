@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,7 @@ from vllm_double import VllmDouble, vllm_double
 import alignkit
 from alignkit.config import Sampling
 from alignkit.errors import ConfigError, RolloutError
+from alignkit.rewards.limits import GRACE, STOP
 from alignkit.rollout.sampler import Request, Sampled, Setup
 from alignkit.rollout.vllm import Vllm
 from alignkit.rollout.vllm_requests import seed_of
@@ -387,6 +389,24 @@ def test_where_no_server_is_left_the_error_says_why(build: Build, double: VllmDo
         sampler.sample(ASKED)
 
 
+@pytest.mark.parametrize("asks", ["other ranks", "a signal"])
+@pytest.mark.parametrize("fault", ["hang*", "reload hangs*"])
+def test_a_hanging_server_is_not_waited_for_longer_than_others_wait(
+    build: Build, double: VllmDouble, fault: str, asks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = build(double)
+    sampler.update(0, tiny_model())
+    double.faults.append(fault)
+    says = "5 s after a signal asked the run to stop"
+    if asks == "a signal":
+        monkeypatch.setattr(STOP, "at", time.monotonic() - GRACE + 0.3)
+    else:
+        says = "after 0.3 s, and the other ranks wait no longer; lower rollout.timeout"
+        monkeypatch.setattr(type(sampler.setup.ranks), "patience", 0.3)
+    with pytest.raises(RolloutError, match=f"the vLLM servers had not answered {says}"):
+        sampler.sample(ASKED) if fault == "hang*" else sampler.update(1, tiny_model())
+
+
 def test_a_server_that_cannot_be_given_weights_is_left_out_and_comes_back(
     build: Build, pair: list[VllmDouble], caplog: Any
 ) -> None:
@@ -514,7 +534,7 @@ def test_two_processes_share_the_servers_and_end_together(
     folder = tmp_path / "runs" / "two"
     if dies:
         assert "no vLLM server could be given the weights" in done.stderr
-        assert "the first rank could not send the weights" in done.stderr
+        assert "rank 0: no vLLM server could be given the weights" in done.stderr  # as the other one says it
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
         return
     assert done.returncode == 0, done.stderr

@@ -19,14 +19,15 @@ from alignkit.runs.space import ROOM, saving
 _ALIGNED = 64  # bytes
 
 
-def gathered_weights(model: nn.Module, folder: Path, ranks: Ranks, then: str) -> dict[str, Tensor]:
+def gathered_weights(model: nn.Module, folder: Path, ranks: Ranks, then: str, ends: bool = True) -> dict[str, Tensor]:
     """Return the whole weights that saving a sharded model needs, on the main rank; every rank must call it.
 
     They are gathered a tensor at a time into a mapped file in `folder`, which has no name and goes with them: the
-    memory of a rank holds one whole tensor. Of a model with adapters, frozen weights are left out. Others get {}.
+    memory of a rank holds one whole tensor. Of a model with adapters, frozen weights are left out, but not those at its
+    ends (embeddings, head), which peft may save, unless `ends` is False. Others get {}.
     Raises CheckpointError on all ranks where the disk is full. then: what to type then, see `saving`.
     """
-    left_out = _frozen(model)
+    left_out = _frozen(model, ends)
     state = {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in left_out}
     unique = {id(t): t for t in state.values()}  # tied weights are one
     needed = sum(t.numel() * t.element_size() for t in unique.values()) + ROOM
@@ -46,13 +47,13 @@ def gathered_weights(model: nn.Module, folder: Path, ranks: Ranks, then: str) ->
     return {name: made[id(t)] for name, t in state.items()} if ranks.is_main else {}
 
 
-def _frozen(model: nn.Module) -> set[str]:
-    """Return the names of weights that an adapter's file never holds; peft may save embeddings."""
+def _frozen(model: nn.Module, ends: bool) -> set[str]:
+    """Return the names of weights that an adapter's file does not hold. ends: it may hold embeddings and the head."""
     if not hasattr(model, "peft_config"):
         return set()
     lm = causal_lm(model)
-    ends = [m for m in (lm.get_input_embeddings(), lm.get_output_embeddings()) if m is not None]
-    kept = {id(p) for m in ends for p in m.parameters()}
+    outer = [m for m in (lm.get_input_embeddings(), lm.get_output_embeddings()) if m is not None and ends]
+    kept = {id(p) for m in outer for p in m.parameters()}
     named = model.named_parameters(remove_duplicate=False)
     return {n for n, p in named if not p.requires_grad and id(p) not in kept}
 

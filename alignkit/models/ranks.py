@@ -33,6 +33,7 @@ class Ranks:
         self.n = 1 if accelerator is None else int(accelerator.num_processes)
         self.own = 0 if accelerator is None else int(accelerator.process_index)
         self.step = self._calls = 0
+        self._minutes = minutes
         self._heartbeat: Heartbeat | None = None
         if minutes is not None and self.n > 1 and "MASTER_ADDR" in os.environ:
             self._heartbeat = Heartbeat(self.own, self.n, minutes, lambda: (self._calls, self.step))
@@ -41,6 +42,11 @@ class Ranks:
     def is_main(self) -> bool:
         """True for the rank that writes the files."""
         return self.own == 0
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds that a rank may work alone, a little less than the others wait for it; None: nobody waits."""
+        return None if self.n == 1 or self._minutes is None else 0.9 * 60 * self._minutes
 
     def explained(self, error: Exception) -> Exception:
         """Return a TrainingError naming the ranks that do not answer, where `error` comes from that, else `error`."""
@@ -92,15 +98,21 @@ class Ranks:
         rows = self.accelerator.gather(padded[None].to(device)).cpu()
         return [row[:size] for row, size in zip(rows, sizes, strict=True)]
 
+    def texts(self, text: str) -> list[str]:
+        """Return every rank's text."""
+        raw = bytearray(text, "utf-8", "replace")
+        return [bytes(part.tolist()).decode() for part in self.parts(torch.tensor(list(raw), dtype=torch.uint8))]
+
     def together(self, call: Callable[[], T], kind: type[AlignkitError]) -> T:
-        """Return `call()`; where it raises an error of this kind on one rank, all raise one, so that none waits."""
+        """Return `call()`; where it raises an error of this kind on one rank, all raise one that says the same."""
         problem, found = None, None
         try:
             found = call()
         except kind as error:
             problem = error
         if self.most(int(problem is not None)):
-            raise problem or kind("another rank failed here; see its error")
+            said = self.texts("" if problem is None else str(problem) or "no message")
+            raise problem or kind(next(f"rank {rank}: {text}" for rank, text in enumerate(said) if text))
         return found  # type: ignore[return-value]
 
     def all_of(self, numbers: list[int]) -> list[int]:

@@ -56,7 +56,7 @@ class Setup:
 
     ends: tokens that end a completion, the tokenizer's first. settings: those of `rollout`. folder: of the run.
     autocast: entered around passes of the model. policy: the module that holds the model, which may be sharded. gather:
-    returns a sharded model's whole weights on the main rank, gathered a tensor at a time; all ranks call it.
+    returns a sharded model's whole weights on the main rank, see `engine.gathering.gathered_weights`.
     """
 
     model: nn.Module
@@ -67,7 +67,7 @@ class Setup:
     ranks: Ranks = SINGLE
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     policy: nn.Module | None = None
-    gather: Callable[[nn.Module, Path, Ranks, str], dict[str, Tensor]] | None = None
+    gather: Callable[[nn.Module, Path, Ranks, str, bool], dict[str, Tensor]] | None = None
 
     def gathered(self, blocks: bool = True) -> AbstractContextManager[None]:
         """Inside, each rank holds all weights of a sharded policy, or with blocks=False those outside its blocks."""

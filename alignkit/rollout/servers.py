@@ -14,6 +14,7 @@ import httpx2
 from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, RolloutError
 from alignkit.rewards import secrecy
+from alignkit.rewards.limits import GRACE, STOP, Deadline
 
 _TRANSIENT = frozenset({408, 409, 425, 429})  # and 5xx: the same request may succeed later
 _LARGEST = 1 << 30  # bytes of a reply: a group of long completions has some MB
@@ -48,6 +49,18 @@ def client(key: str) -> httpx2.AsyncClient:
     limits = httpx2.Limits(max_connections=None)
     return httpx2.AsyncClient(
         headers={"Accept-Encoding": "identity", **headers}, timeout=httpx2.Timeout(None, connect=CONNECT), limits=limits
+    )
+
+
+def overdue(deadline: Deadline) -> str:
+    """Return why servers are waited for no longer, empty while they are. deadline: with the ranks' patience."""
+    if (left := deadline.left()) is None or left > 0:
+        return ""
+    if STOP.at is not None:
+        return f"the vLLM servers had not answered {GRACE:g} s after a signal asked the run to stop"
+    return (
+        f"the vLLM servers had not answered after {deadline.seconds:g} s, and the other ranks wait no longer; "
+        "lower rollout.timeout or rollout.retries, or raise timeout_minutes"
     )
 
 

@@ -16,10 +16,11 @@ from alignkit.files import remove
 from alignkit.models.sharding import is_sharded
 from alignkit.rewards import secrecy
 from alignkit.rewards.event_loop import EventLoop
+from alignkit.rewards.limits import Deadline, LateError
 from alignkit.rollout.known_prompt import KnownPrompt
 from alignkit.rollout.published import Weights, why_no_adapter
 from alignkit.rollout.sampler import Request, Sampled, Sampler, Setup
-from alignkit.rollout.servers import Server, ServerError, client, key_of
+from alignkit.rollout.servers import Server, ServerError, client, key_of, overdue
 from alignkit.rollout.spread import Spread
 from alignkit.rollout.sync import ROUTES, AdapterSync, FolderSync, Sync, choose, models_of
 from alignkit.rollout.transfer import TransferSync, why_no_transfer
@@ -70,20 +71,13 @@ class Vllm(Sampler):
 
         A server that fails is left out with a warning, while others go on.
         """
-        self.version, problem = None, None
+        self.version = None
         self._updates += 1  # the best weights of a run may be put in force at the same number of steps as its last
         self._tag = f"alignkit-{self._session}-{self._updates}-{version}"
         self._known.read()
         weights = self._gathered(model)
-        if self.setup.ranks.is_main:
-            try:
-                self._send(model, weights)
-            except RolloutError as error:
-                problem = error
-            except Exception as error:  # the other ranks wait to be told
-                problem = RolloutError(f"the weights could not be sent: {first_line(error)}")
-                problem.__cause__ = error
-        self._agree(problem)
+        self.setup.ranks.together(lambda: self._send(model, weights), RolloutError)
+        self._agree()
         self.version = version
 
     def sample(self, request: Request) -> list[list[Sampled]]:
@@ -148,22 +142,35 @@ class Vllm(Sampler):
             return None
         try:
             then = "Free some space there"
-            return self.setup.gather(model, self.setup.folder, self.setup.ranks, then)
+            ends = not isinstance(self.sync, AdapterSync)
+            return self.setup.gather(model, self.setup.folder, self.setup.ranks, then, ends)
         except CheckpointError as error:
             raise RolloutError(f"the weights for the servers: {error}") from error
 
     def _send(self, model: nn.Module, weights: Weights) -> None:
-        """Publish the weights, and make the servers load them. Raises RolloutError where none does."""
+        """On the main rank, make the servers load the weights. Raises RolloutError where none does."""
+        if not self.setup.ranks.is_main:
+            return
+        try:
+            failed = self._published(model, weights)
+        except RolloutError:
+            raise
+        except Exception as error:  # the other ranks wait to be told
+            raise RolloutError(f"the weights could not be sent: {first_line(error)}") from error
+        if len(failed) == len(self.servers):
+            raise RolloutError(f"no vLLM server could be given the weights: {_joined(failed)}")
+        for url, why in failed.items():
+            logger.warning("the vLLM server at %s could not be given the weights, and others go on: %s", url, why)
+
+    def _published(self, model: nn.Module, weights: Weights) -> dict[str, str]:
+        """Publish the weights for all servers; return those that fail to load them, with the reasons."""
         self.sync.publish(self._tag, model, weights)
         failed = self._run(self._update())
         if self._adapter_is_refused(failed):
             self.sync = self._sync("folder")
             self.sync.publish(self._tag, model, weights)
             failed = self._run(self._update())
-        if len(failed) == len(self.servers):
-            raise RolloutError(f"no vLLM server could be given the weights: {_joined(failed)}")
-        for url, why in failed.items():
-            logger.warning("the vLLM server at %s could not be given the weights, and others go on: %s", url, why)
+        return failed
 
     async def _update(self) -> dict[str, str]:
         """Load the published weights into all servers; return those that fail, with the reasons."""
@@ -203,13 +210,11 @@ class Vllm(Sampler):
         self.sync.close()
         return True
 
-    def _agree(self, problem: RolloutError | None) -> None:
-        """Tell all ranks what the main one found. Raises RolloutError on all of them where it failed."""
+    def _agree(self) -> None:
+        """Tell all ranks what the main one found: whether weights go through a folder, and the kind of logprobs."""
         ranks, kinds = self.setup.ranks, set(self._kinds.values())
-        own = 4 * (problem is not None) + 2 * isinstance(self.sync, FolderSync) + (False in kinds)
+        own = 2 * isinstance(self.sync, FolderSync) + (False in kinds)
         found = ranks.most(own if ranks.is_main else 0)
-        if found >= 4:
-            raise problem or RolloutError("the first rank could not send the weights; see its error")
         if found & 2 and not isinstance(self.sync, FolderSync):
             self.sync = self._sync("folder")
         self.processed, self._judged = not found & 1, True
@@ -224,8 +229,13 @@ class Vllm(Sampler):
             )
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of `work`. Raises RolloutError where a signal, or the other ranks, cannot wait for it."""
+        deadline = Deadline(self.setup.ranks.patience)
         with secrecy.logging(self._key):
-            return self._loop.run(work, lambda: "")
+            try:
+                return self._loop.run(work, lambda: overdue(deadline))
+            except LateError as error:
+                raise RolloutError(str(error)) from None
 
 
 def _joined(failed: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from alignkit.errors import CheckpointError, first_line
 from alignkit.files import leftovers, remove, sync
 from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.runs.loaded import Loaded
-from alignkit.runs.manifest import seal, verify
+from alignkit.runs.manifest import described, seal, verify
 from alignkit.runs.parts import Groups, any_sharded, n_bytes, write_parts
 from alignkit.runs.rng import rng_state, set_rng_state
 from alignkit.runs.runstate import (
@@ -90,22 +90,22 @@ def save(folder: Path, step: int, tensors: Groups, state: Mapping[str, Any], kee
             with saving(what, folder, needed, then):
                 temporary.mkdir()
 
+    def shards() -> dict[str, Any]:
+        with saving(what, folder, needed, then, checked=True):
+            write_parts(temporary, parts)
+            return described(sorted(temporary.iterdir())[ranks.own :: ranks.n])
+
     def write() -> Path:
         final = folder / f"step-{step:08d}"
         if not ranks.is_main:
             return final
         with saving(what, folder, needed, then, checked=True):
-            for group in unique.keys() - parts.keys():
-                save_file(packed(unique[group][0]), temporary / f"{group}.safetensors")
-            (temporary / "state.json").write_text(text, encoding="utf-8")
-            seal(temporary)
+            _write_whole(temporary, {g: kept for g, (kept, _) in unique.items() if g not in parts}, text, sums)
             return _publish(temporary, final)
 
     try:
         ranks.together(begin, CheckpointError)
-        if parts:
-            with saving(what, folder, needed, then, checked=True):
-                write_parts(temporary, parts)
+        sums = ranks.texts(json.dumps(ranks.together(shards, CheckpointError))) if parts else []
         final = ranks.together(write, CheckpointError)
     except BaseException:
         if ranks.is_main:
@@ -114,6 +114,15 @@ def save(folder: Path, step: int, tensors: Groups, state: Mapping[str, Any], kee
     if ranks.is_main:
         _prune(folder, step, keep)
     return final
+
+
+def _write_whole(folder: Path, groups: Groups, text: str, sums: Sequence[str]) -> None:
+    """Write what no rank has written yet, and the manifest of all files. sums: of the ranks' parts, as JSON."""
+    for group, named in groups.items():
+        save_file(packed(named), folder / f"{group}.safetensors")
+    (folder / "state.json").write_text(text, encoding="utf-8")
+    known = {name: entry for one in sums for name, entry in json.loads(one).items()}
+    seal(folder, known | described(path for path in sorted(folder.iterdir()) if path.name not in known))
 
 
 class OtherRows(CheckpointError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,23 @@ from alignkit.files import sha256, share, sync
 VERSION = 1
 
 
-def seal(temporary: Path) -> None:
-    """Sync all files to the disk and write the manifest, which makes the folder a checkpoint."""
+def described(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of files by their names, once they are on the disk."""
     files = {}
-    share(temporary)
-    for path in sorted(temporary.iterdir()):
+    for path in paths:
         sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    return files
+
+
+def seal(temporary: Path, files: Mapping[str, Any]) -> None:
+    """Write the manifest of these files, which makes the folder a checkpoint."""
+    share(temporary)
     sync(temporary)
     manifest = temporary / "manifest.json"
-    manifest.write_text(json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8")
+    manifest.write_text(
+        json.dumps({"version": VERSION, "files": dict(sorted(files.items()))}, indent=1), encoding="utf-8"
+    )
     sync(manifest)
     sync(temporary)
 
