@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 Job = tuple[str, dict[str, Any]]
-REDS, REDDER = "on_ranks:reds", "on_ranks:redder"
+REDS, REDDER, ODD = "on_ranks:reds", "on_ranks:redder", "on_ranks:odd"
+CALLS: list[int] = []
 
 
 def reds(completions: list[str], **_: Any) -> list[float]:
@@ -24,6 +25,14 @@ def reds(completions: list[str], **_: Any) -> list[float]:
 def redder(first: list[str], second: list[str], **_: Any) -> list[float]:
     """P(the first says red more often)."""
     return [0.5 + 0.5 * (a > b) - 0.5 * (a < b) for a, b in zip(reds(first), reds(second), strict=True)]
+
+
+def odd(completions: list[str], **_: Any) -> list[float]:
+    """As `reds`, but its third call fails on rank 1; the first is the evaluation before the first step."""
+    CALLS.append(1)
+    if len(CALLS) == 3 and os.environ["RANK"] == "1":
+        raise ValueError("planted by the test")
+    return reds(completions)
 
 
 def started(n: int, jobs: list[Job], folder: Path) -> subprocess.Popen[str]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from alignkit.config import RunConfig
 from alignkit.errors import ModelError
 from alignkit.models.loading import from_pretrained, load_tokenizer
-from alignkit.rewards.models import Classifier
+from alignkit.rewards.classifier import Classifier
 from helpers import write_tiny
 
 INVITING = ("weights_only", "torch.load", "`trust_remote_code=True`", "prompt in future")

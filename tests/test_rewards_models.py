@@ -14,7 +14,9 @@ from classifiers import EOS, alone, byte_tokenizer, ids_of, write_classifier
 from alignkit.data import load
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, ModelError, RewardError
+from alignkit.models.ranks import Ranks
 from alignkit.rewards import PAIRWISE, Answers, build_rewards, check_rewards, pairwise_ids
+from alignkit.rewards.functions import RowError
 from alignkit.rewards.models import RewardModel, trees
 
 
@@ -198,3 +200,36 @@ def test_what_a_pairwise_model_reads() -> None:
     assert pairwise_ids([1, 2], [3], [4, 5], 9) == [1, 2, 3, 9, 4, 5, 9]
     assert pairwise_ids([1], [3, 9], [9], 9) == [1, 3, 9, 9]
     assert pairwise_ids([1], [], [2], 9) == [1, 9, 2, 9]
+
+
+class Two(Ranks):
+    """One of two ranks, of which the other one makes three passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 2
+
+    def most(self, n: int) -> int:
+        return max(n, 3)
+
+
+@pytest.mark.parametrize("given", [["a", "b"], [], ["far too long " * 9], None])
+def test_a_rank_takes_part_in_all_passes_of_a_shared_model(given: list[str] | None, tmp_path: Path) -> None:
+    """Also with fewer answers, none, or those that it cannot read: the other one waits for its part of the weights."""
+    model = RewardModel(write_classifier(tmp_path / "gpt2", "gpt2"), "cpu", 1)
+    want = [alone(model.folder, ids_of(text)) for text in given or [] if len(text) < 9]
+    passes: list[int] = []
+    model.grader.register_forward_hook(lambda *_: passes.append(1))
+    model.ranks = Two()
+
+    def sequences() -> list[list[int]]:
+        if given is None:
+            raise ValueError("planted by the test")
+        return [ids_of(text) for text in given]
+
+    if given is None or len("".join(given)) > 64:
+        with pytest.raises((ValueError, RowError), match=r"planted|reads at most 64"):
+            model.scores(sequences)
+    else:
+        assert model.scores(sequences) == pytest.approx(want, abs=1e-6)
+    assert len(passes) == 3

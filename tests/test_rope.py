@@ -24,7 +24,7 @@ from alignkit.models.rope import switch_of
 from alignkit.models.scoring import Scorer
 from alignkit.models.values import Valuer
 from alignkit.reference.keys import fingerprint
-from alignkit.rewards.models import Classifier
+from alignkit.rewards.classifier import Classifier
 from alignkit.rollout import Mixture, sample
 from alignkit.rollout.noise import GumbelNoise
 from alignkit.testing.world import tiny_tokenizer

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from on_ranks import REDDER, REDS, Job, run_on
+from classifiers import write_classifier
+from on_ranks import ODD, REDDER, REDS, Job, run_on
 from safetensors.torch import load_file
 
+from alignkit.rewards import PAIRWISE
 from alignkit.runs.folder import read_metrics
 from helpers import make_rows, write_tiny
 
@@ -37,14 +39,17 @@ JOBS: dict[str, Job] = {
     "kto, lora": ("kto", {"lora": 4}),
     "reward": ("reward", {}),
     "grpo": ("grpo", {"reward": REDS, "group_size": 3, "epochs_per_batch": 2, "beta": 0.05, "sampling": SAMPLING}),
-    "rloo": ("rloo", {"reward": REDS, "group_size": 2, "sampling": SAMPLING}),
+    "rloo, reward model": (
+        "rloo",
+        {"reward": [REDS, {"use": "@scorer", "max_tokens": 60}], "group_size": 2, "sampling": SAMPLING},
+    ),
     "ppo": ("ppo", {"reward": REDS, "epochs_per_batch": 2, "minibatches": 2, "sampling": SAMPLING}),
     "ppo, shared": (
         "ppo",
         {"adam_epsilon": 1e-6, "reward": REDS, "critic": "shared", "critic_warmup_steps": 1, "sampling": SAMPLING},
     ),
     "nash": ("nash", {"judge": REDDER, "sampling": SAMPLING}),
-    "nash, lora": ("nash", {"judge": REDDER, "lora": 4, "sampling": SAMPLING}),
+    "nash, lora, judge model": ("nash", {"judge": "@judge", "lora": 4, "sampling": SAMPLING}),
 }
 
 
@@ -53,6 +58,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and rows of each kind."""
     folder = tmp_path_factory.mktemp("sharded")
     write_tiny(folder / "base")
+    write_classifier(folder / "scorer")
+    write_classifier(folder / "judge", seed=1, **{PAIRWISE: True})
     for kind in ("pairs", "unpaired", "text"):
         rows = make_rows(kind, 20)
         rows = [{"prompt": r["prompt"]} for r in rows] if kind == "text" else rows
@@ -70,7 +77,7 @@ def jobs_of(place: Path, name: str, *titles: str, **more: Any) -> list[Job]:
         given = {"model": place / "base", "data": data, "output": place / name, "name": folder_of(title)}
         given |= {"cache_file": place / name / f"{title}.sqlite", "save_every": 2}
         made.append((method, COMMON | given | own | more))
-    return json.loads(json.dumps(made, default=str))
+    return json.loads(json.dumps(made, default=str).replace("@", f"{place}/"))
 
 
 def completions(folder: Path) -> list[Any]:
@@ -121,6 +128,16 @@ def test_the_runs_learn(runs: Path) -> None:
     for title in JOBS:
         lines = read_metrics(runs / "one" / folder_of(title))
         assert any(line.get("grad_norm", 0.0) > 1e-4 for line in lines)
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all_of_them_where_they_share_a_model(place: Path) -> None:
+    """The others do not wait for it inside of the model: the time-out is a minute."""
+    own = {"reward": [ODD, {"use": "@scorer"}], "max_steps": 3, "fsdp": True}
+    (job,) = jobs_of(place, "odd", "rloo, reward model", **own)
+    with pytest.raises(AssertionError, match=r"(?s)reward 'odd' failed") as found:
+        run_on(2, [job], place / "odd", timeout=50)
+    assert "rank 1: reward 'odd' failed" in str(found.value)  # as the other one says it
+    assert [path.name for path in (place / "odd" / job[1]["name"] / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 RESUMED = ("dpo, moving", "dpo, lora", "ppo")

@@ -100,7 +100,7 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     for line in stream.lines():
         logger.info(line)
     set_seed(config.seed)  # new adapters are initialised at random
-    scorers = Scorers.of_run(config, method, splits.both, device)
+    scorers = Scorers.of_run(config, method, splits.both, device, ranks)
     plain, came_with_adapter = _trained_model(config, method, device)
     trained: Any = plain
     if "critic" in method.roles():

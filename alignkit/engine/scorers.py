@@ -10,7 +10,8 @@ import torch
 
 from alignkit.config import RunConfig
 from alignkit.method import Method
-from alignkit.rewards import Judge, Rewards, build_judge, build_rewards
+from alignkit.models.ranks import Ranks
+from alignkit.rewards import Judge, Rewards, Shared, build_judge, build_rewards
 from alignkit.rollout.completions import unanswered
 from alignkit.types import Example
 
@@ -25,13 +26,17 @@ class Scorers:
 
     @classmethod
     def of_run(
-        cls, config: RunConfig, method: Method[Any], examples: Sequence[Example], device: torch.device
+        cls, config: RunConfig, method: Method[Any], examples: Sequence[Example], device: torch.device, ranks: Ranks
     ) -> Scorers | None:
-        """Load them; None for a method that does not sample. examples: all of the run. Raises RewardError."""
+        """Load them, with `fsdp` each rank its shards; None for a method that does not sample.
+
+        examples: all of the run. Raises RewardError.
+        """
         if method.data != "prompts":
             return None
-        rewards = build_rewards(config.reward, device, config.reward_timeout) if config.reward is not None else None
-        judge = build_judge(config.judge, device, config.reward_timeout) if config.judge is not None else None
+        how = device, config.reward_timeout, Shared(ranks, config.fsdp_replicas) if config.fsdp else None
+        rewards = build_rewards(config.reward, *how) if config.reward is not None else None
+        judge = build_judge(config.judge, *how) if config.judge is not None else None
         columns = tuple(dict.fromkeys(name for e in examples for name in e.columns))
         asked = unanswered(examples[:64], columns)
         for one in (rewards, judge):

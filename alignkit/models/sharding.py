@@ -1,7 +1,7 @@
 """FSDP2: weights, gradients and optimiser state sharded over the ranks (torch's `fully_shard`).
 
 Called directly, not through Accelerate, which silently ignores it without a GPU; so the same code is tested with gloo.
-Policy, critic and a frozen reference are sharded each on its own. Between passes all weights are sharded.
+Policy, critic, frozen reference and reward models are sharded each on its own; between passes all weights are sharded.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from alignkit.errors import ConfigError
 from alignkit.models.loading import causal_lm
 from alignkit.models.scoring import Scorer
 from alignkit.models.unread import is_unread, read_parts
-from alignkit.models.values import ActorCritic, ValueHead, Valuer
+from alignkit.models.values import ActorCritic, Grader, ValueHead, Valuer
 
-Sharded = Scorer | Valuer | ValueHead
+Sharded = Scorer | Valuer | ValueHead | Grader
 
 
 def mesh_of(device_type: str, world: int, replicas: int) -> DeviceMesh:

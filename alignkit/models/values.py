@@ -41,6 +41,28 @@ class Valuer(nn.Module):
         """Do nothing: transformers' classifiers have no auxiliary loss to compare with."""
 
 
+class Grader(nn.Module):
+    """A sequence classifier with one label as a function from padded rows to a number for each.
+
+    It is called as a module, because FSDP2 gathers the weights of a module that is called.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor, last: Tensor) -> Tensor:
+        """Return float32 [B]. ids, mask: [B, T], padded on the right. last: the position of each row's last token."""
+        model: Any = self.model
+        forget_lengths(model)
+        head = getattr(model, "score", None)
+        if head is None:  # an encoder's head reads its first token, so padding does not matter
+            return model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()  # type: ignore[no-any-return]
+        # a decoder's own forward reads the last token that is not the padding token: the last but one where EOS pads
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return head(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).float()  # type: ignore[no-any-return]
+
+
 class ValueHead(nn.Linear):
     """A critic on the policy's trunk: a linear layer [H, 1]."""
 

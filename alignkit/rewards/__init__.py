@@ -10,7 +10,7 @@ probing.py     whether a function reads completions as text or as messages
 combine.py     weighted sums and ensembles of rewards
 judges.py      judges, and rewards as a judge (Bradley-Terry)
 verifiers.py   rewards without a model; numeric.py numbers in answers; expressions.py expressions and words
-models.py      reward models and pairwise preference models
+models.py      reward models and pairwise preference models; classifier.py their scores, whole or sharded
 llm.py         language models as rewards and judges; endpoint.py their HTTP client; judgements.py its cache;
                secrecy.py what it does not print
 answers.py     the input and output of rewards; running.py the running mean of rewards
@@ -19,12 +19,13 @@ answers.py     the input and output of rewards; running.py the running mean of r
 from __future__ import annotations
 
 from alignkit.rewards.answers import Answers, Scores
+from alignkit.rewards.classifier import Shared
 from alignkit.rewards.combine import Rewards, build_rewards, check_rewards, reward_folders
 from alignkit.rewards.judges import Judge, build_judge, check_columns, check_judge, columns_read, judge_folders
 from alignkit.rewards.models import PAIRWISE, pairwise_ids
 from alignkit.rewards.running import RunningStats
 
 __all__ = [
-    "PAIRWISE", "Answers", "Judge", "Rewards", "RunningStats", "Scores", "build_judge", "build_rewards",
+    "PAIRWISE", "Answers", "Judge", "Rewards", "RunningStats", "Scores", "Shared", "build_judge", "build_rewards",
     "check_columns", "check_judge", "check_rewards", "columns_read", "judge_folders", "pairwise_ids", "reward_folders",
 ]  # fmt: skip

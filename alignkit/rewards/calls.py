@@ -7,6 +7,7 @@ from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
 from alignkit.errors import RewardError
+from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.rewards.answers import Answers
 from alignkit.rewards.event_loop import EventLoop
 from alignkit.rewards.functions import Function, Values, called
@@ -24,6 +25,7 @@ class Functions:
 
     def __init__(self, functions: Sequence[Function], timeout: float | None = TIMEOUT) -> None:
         self._functions, self._timeout = list(functions), timeout
+        self._ranks: Ranks = next((getattr(f.call, "ranks", SINGLE) for f in functions if _is_shared(f)), SINGLE)
         self._loop: EventLoop | None = None
         self._hung: set[str] = set()
 
@@ -41,15 +43,21 @@ class Functions:
         if any(function.reads is None for function in self._functions) and (made := made_up(answers)):
             self._functions = [f if f.reads else probed(f, made, given(made), self._limit(f)) for f in self._functions]
 
-    def call(self, answers: Answers, given: Mapping[str, Any]) -> list[Values]:
-        """Call every function, the async ones concurrently.
+    def call(self, answers: Answers, given: Given) -> list[Values]:
+        """Probe, then call every function, the async ones concurrently; without answers none, but shared models.
 
-        given: the arguments besides the columns. Raises RewardError naming the function, the row and what it returned.
+        given: the arguments besides the columns. Raises RewardError naming the function, the row and what it returned;
+        with a model that ranks share, on all of them before they wait for each other in it.
         """
-        arguments = [function.arguments(answers, given) for function in self._functions]
+        arguments = self._ranks.together(lambda: self._arguments(answers, given), RewardError)
         results: dict[int, object] = {}
+        for i in filter(lambda i: _is_shared(self._functions[i]), range(len(arguments))):
+            one, its = self._functions[i], arguments[i]
+            results[i] = self._ranks.together(lambda one=one, its=its: _scored(one, answers, its), RewardError)  # type: ignore[misc]
+        if not len(answers):
+            return [[] for _ in arguments]
         for i, function in enumerate(self._functions):
-            if not function.is_async:
+            if not function.is_async and i not in results:
                 results[i] = self._called(function, answers, arguments[i])
         waiting = {i: arguments[i] for i, function in enumerate(self._functions) if function.is_async}
         if waiting:
@@ -64,6 +72,12 @@ class Functions:
         if self._loop is not None:
             self._loop.close()
             self._loop = None
+
+    def _arguments(self, answers: Answers, given: Given) -> list[dict[str, Any]]:
+        if not len(answers):
+            return [{} for _ in self._functions]
+        self.probe(answers, given)
+        return [function.arguments(answers, given(answers)) for function in self._functions]
 
     def _called(self, function: Function, answers: Answers, arguments: Mapping[str, Any]) -> object:
         deadline = Deadline(self._limit(function))
@@ -111,6 +125,21 @@ class Functions:
 
     def _limit(self, function: Function) -> float | None:
         return None if getattr(function.call, "limits_itself", False) else self._timeout
+
+
+def _is_shared(function: Function) -> bool:
+    return bool(getattr(function.call, "is_shared", False))
+
+
+def _scored(function: Function, answers: Answers, arguments: Mapping[str, Any]) -> object:
+    """Call a model that ranks share, which is not interrupted: the others would wait for ever."""
+    model: Any = function.call
+    if not len(answers):
+        return model.scores([])
+    try:
+        return model(**arguments)
+    except Exception as error:
+        raise function.failed(answers, error) from error
 
 
 async def _together(calls: Sequence[Coroutine[Any, Any, object]]) -> list[object]:

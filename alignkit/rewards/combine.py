@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, nearest
 from alignkit.rewards.answers import Answers, Scores
 from alignkit.rewards.calls import TIMEOUT, Functions
+from alignkit.rewards.classifier import Shared
 from alignkit.rewards.functions import Values
 from alignkit.rewards.spec import REWARD, Device, Leaf, leaf, number
 
@@ -45,9 +45,8 @@ class Ensemble:
 class Rewards:
     """All rewards of a run; `build_rewards` creates it."""
 
-    def __init__(self, parts: Sequence[Leaf | Ensemble], device: Device, timeout: float | None = TIMEOUT) -> None:
-        self._parts = list(parts)
-        self._functions = Functions([f.build(device) for part in parts for f in _leaves(part)], timeout)
+    def __init__(self, parts: Sequence[Leaf | Ensemble], built: Functions) -> None:
+        self._parts, self._functions = list(parts), built
         self.names = [part.name for part in parts]
 
     @property
@@ -65,8 +64,7 @@ class Rewards:
 
     def score(self, answers: Answers) -> Scores:
         """Score S completions. Raises RewardError naming the reward, the row and what it returned."""
-        self.probe(answers)
-        results: Iterator[Values] = iter(self._functions.call(answers, _given(answers))) if len(answers) else repeat([])
+        results: Iterator[Values] = iter(self._functions.call(answers, _given))
         total: Values = [None] * len(answers)
         parts: dict[str, Values] = {}
         for part in self._parts:
@@ -83,12 +81,16 @@ class Rewards:
         self._functions.close()
 
 
-def build_rewards(spec: Any, device: Device = "cpu", timeout: float | None = TIMEOUT) -> Rewards:
+def build_rewards(
+    spec: Any, device: Device = "cpu", timeout: float | None = TIMEOUT, shared: Shared | None = None
+) -> Rewards:
     """Load the rewards of a spec (docs/rewards.md), models onto `device`. Raises as `check_rewards`, and ModelError.
 
-    timeout: seconds for a call of one function, None for no limit.
+    timeout: seconds for a call of one function, None for no limit. shared: the ranks over which models are sharded;
+    all of them must then call `score` equally often, with answers or without.
     """
-    return Rewards(_parts(spec), device, timeout)
+    parts = _parts(spec)
+    return Rewards(parts, Functions([f.build(device, shared) for part in parts for f in _leaves(part)], timeout))
 
 
 def check_rewards(spec: Any) -> None:

@@ -11,6 +11,7 @@ from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, RewardError, nearest
 from alignkit.rewards.answers import Answers
 from alignkit.rewards.calls import TIMEOUT, Functions
+from alignkit.rewards.classifier import Shared
 from alignkit.rewards.combine import (
     Rewards,
     build_rewards,
@@ -51,10 +52,7 @@ class FunctionJudge:
 
     def wins(self, first: Answers, second: Answers) -> list[float]:
         """See `Judge.wins`."""
-        if not len(first):
-            return []
-        self.probe(first)
-        (values,) = self._functions.call(first, _given(first, second))
+        (values,) = self._functions.call(first, lambda made: _given(made, second if made is first else made))
         return [self._probability(first, i, p) for i, p in enumerate(values)]
 
     def check_columns(self, there: Collection[str]) -> None:
@@ -104,15 +102,17 @@ class BradleyTerry:
         self._rewards.close()
 
 
-def build_judge(spec: Any, device: Device = "cpu", timeout: float | None = TIMEOUT) -> Judge:
+def build_judge(
+    spec: Any, device: Device = "cpu", timeout: float | None = TIMEOUT, shared: Shared | None = None
+) -> Judge:
     """Load the judge of a spec (see docs/rewards.md), models onto `device`. Raises as `check_judge`, and ModelError.
 
-    timeout: seconds for a call of one function, None for no limit.
+    timeout, shared: see `build_rewards`.
     """
     if (found := _bradley_terry(spec)) is not None:
         rewards, scale = found
-        return BradleyTerry(build_rewards(rewards, device, timeout), scale)
-    return FunctionJudge(leaf(spec, JUDGE).build(device), timeout)
+        return BradleyTerry(build_rewards(rewards, device, timeout, shared), scale)
+    return FunctionJudge(leaf(spec, JUDGE).build(device, shared), timeout)
 
 
 def check_judge(spec: Any) -> None:

@@ -1,4 +1,4 @@
-"""Reward models and pairwise preference models: sequence classifiers with one label, loaded from a folder.
+"""Reward models and pairwise preference models: sequence classifiers with one label, from a folder.
 
 They read the tokens that they were trained on: prompts and completions are tokenised as training data is.
 """
@@ -6,7 +6,6 @@ They read the tokens that they were trained on: prompts and completions are toke
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,15 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from alignkit.data import Dataset
 from alignkit.data.chat import Chat
 from alignkit.data.rows import Content, Report, Row
 from alignkit.data.tokenise import tokenise
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import ConfigError
 from alignkit.hub import meant
-from alignkit.models.refusals import cause, reason
-from alignkit.models.rope import forget_lengths, switch_of
 from alignkit.rewards.answers import text_of
-from alignkit.rewards.functions import RowError
+from alignkit.rewards.classifier import Classifier
 from alignkit.rewards.verifiers import Options
 
 PAIRWISE = "alignkit_pairwise"  # set in config.json of a model that compares two completions
@@ -69,74 +65,6 @@ def check_folder(folder: str, pairwise: bool) -> None:
         raise ConfigError(f"the model in '{folder}' {plain if pairwise else other}")
 
 
-class Classifier:
-    """A sequence classifier with one label and its tokenizer: token ids -> scores, float32.
-
-    A score depends on its own tokens alone: the padding is masked, and the last token is found by length.
-    Raises ModelError where the folder cannot be loaded, or lacks weights.
-    """
-
-    limits_itself = True  # a large model may be slow, but it does end
-
-    def __init__(self, folder: str, device: torch.device | str, max_tokens: int) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        try:  # without trust_remote_code=False, transformers asks on the terminal
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-            )
-        except Exception as error:  # transformers raises many types here
-            why = reason(error, folder, code=False)
-            raise ModelError(f"cannot load a reward model from '{folder}': {why}") from cause(error)
-        if missing := sorted(loading["missing_keys"]):  # transformers initialises them at random and only warns
-            raise ModelError(f"the reward model in '{folder}' lacks weights: {', '.join(missing[:4])}")
-        self.folder, self.device, self.max_tokens = folder, torch.device(device), max_tokens
-        self.model = model.to(self.device).eval().requires_grad_(False)
-
-    def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Score every sequence, longest first, in batches of similar length; equal ones get bitwise equal scores.
-
-        Raises RowError for one that is longer than the model's positions.
-        """
-        config = self.model.config.get_text_config()
-        rotary = getattr(config, "rope_parameters", None) is not None  # without a limit
-        limit = math.inf if rotary else getattr(config, "max_position_embeddings", math.inf)
-        for i, ids in enumerate(sequences):
-            if len(ids) > limit:
-                raise RowError(
-                    i,
-                    f"prompt and completion have {len(ids)} tokens, the model in '{self.folder}' reads at most {limit}",
-                )
-        found: dict[tuple[int, ...], float] = {}
-        switch = switch_of(self.model)
-        left = sorted({tuple(ids) for ids in sequences}, key=lambda ids: (len(ids), ids), reverse=True)
-        while left:
-            n = max(1, self.max_tokens // len(left[0]))
-            if switch:  # no pass mixes lengths that have different rotary frequencies
-                n = sum(switch.same_as(len(ids)) == switch.same_as(len(left[0])) for ids in left[:n])
-            batch, left = left[:n], left[n:]
-            found |= zip(batch, self._score(batch), strict=True)
-        return [found[tuple(ids)] for ids in sequences]
-
-    @torch.no_grad()
-    def _score(self, batch: Sequence[tuple[int, ...]]) -> list[float]:
-        lengths = torch.tensor([len(ids) for ids in batch], device=self.device)
-        width = len(batch[0])
-        ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in batch], device=self.device)
-        mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
-        return self._forward(ids, mask, lengths - 1).tolist()  # type: ignore[no-any-return]
-
-    def _forward(self, ids: Tensor, mask: Tensor, last: Tensor) -> Tensor:
-        forget_lengths(self.model)
-        head = getattr(self.model, "score", None)
-        if head is None:  # an encoder's head reads its first token, so padding does not matter
-            return self.model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()  # type: ignore[no-any-return]
-        # a decoder's own forward reads the last token that is not the padding token: the last but one where EOS pads
-        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return head(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).float()  # type: ignore[no-any-return]
-
-
 class RewardModel(Classifier):
     """A reward: the classifier's score of prompt + completion."""
 
@@ -144,10 +72,12 @@ class RewardModel(Classifier):
         self, prompts: Sequence[Content], completions: Sequence[Content], ended: Sequence[bool]
     ) -> list[float]:
         """Score each completion; cut completions have no end-of-sequence token."""
-        made = trees(self.tokenizer, prompts, [[c] for c in completions])
-        return self.scores(
-            [[*t.prompt, *cut(self.tokenizer, t.completions[0], e)] for t, e in zip(made, ended, strict=True)]
-        )
+
+        def sequences() -> list[list[int]]:
+            made = trees(self.tokenizer, prompts, [[c] for c in completions])
+            return [[*t.prompt, *cut(self.tokenizer, t.completions[0], e)] for t, e in zip(made, ended, strict=True)]
+
+        return self.scores(sequences)
 
 
 class PairwiseModel(Classifier):
@@ -156,12 +86,13 @@ class PairwiseModel(Classifier):
     def __call__(self, prompts: Sequence[Content], first: Sequence[Content], second: Sequence[Content]) -> list[float]:
         """Compare each pair in both orders."""
         eos, n = self.tokenizer.eos_token_id, len(prompts)
-        forwards, backwards = [], []
-        for tree in trees(self.tokenizer, prompts, list(zip(first, second, strict=True))):
-            a, b = tree.completions
-            forwards.append(pairwise_ids(tree.prompt, a, b, eos))
-            backwards.append(pairwise_ids(tree.prompt, b, a, eos))
-        scores = torch.tensor(self.scores([*forwards, *backwards]), dtype=torch.float64)
+
+        def sequences() -> list[list[int]]:
+            made = trees(self.tokenizer, prompts, list(zip(first, second, strict=True)))
+            forwards = [pairwise_ids(t.prompt, t.completions[0], t.completions[1], eos) for t in made]
+            return forwards + [pairwise_ids(t.prompt, t.completions[1], t.completions[0], eos) for t in made]
+
+        scores = torch.tensor(self.scores(sequences), dtype=torch.float64)
         return torch.sigmoid(scores[:n] - scores[n:]).tolist()  # type: ignore[no-any-return]
 
 

@@ -21,9 +21,10 @@ from alignkit import registry
 from alignkit.config import validated
 from alignkit.data.rows import shown
 from alignkit.errors import ConfigError, PluginError, nearest
+from alignkit.rewards.classifier import Classifier, Shared
 from alignkit.rewards.functions import Function, Values
 from alignkit.rewards.llm import LlmJudge, LlmScore
-from alignkit.rewards.models import Classifier, ModelOptions, PairwiseModel, RewardModel, check_folder
+from alignkit.rewards.models import ModelOptions, PairwiseModel, RewardModel, check_folder
 from alignkit.rewards.verifiers import Brevity, Exact, Format, Json, Length, Numeric, Options
 from alignkit.user_code import NAMED, imported
 
@@ -71,7 +72,7 @@ class Leaf:
 
     name: str
     weight: float
-    build: Callable[[Device], Function]
+    build: Callable[[Device, Shared | None], Function]
     folder: str | None = None
     ready: Function | None = None
     clip: tuple[float, float] | None = None
@@ -112,7 +113,7 @@ def _leaf(given: dict[str, Any], kind: Kind) -> Leaf:
         return _of_folder(target, name, weight, given, kind)
     if isinstance(target, type) and issubclass(target, Options):
         ready = Function(kind.word, name, _optioned(target, name, given, kind), kind.given)
-        return Leaf(name, weight, lambda _: ready, ready=ready)
+        return Leaf(name, weight, lambda *_: ready, ready=ready)
     probe = given.pop("probe", True)
     if not isinstance(probe, bool):
         raise ConfigError(f"{kind.word} '{name}': probe is {shown(probe)}; give true or false")
@@ -120,7 +121,7 @@ def _leaf(given: dict[str, Any], kind: Kind) -> Leaf:
         return _of_class(target, name, weight, given, kind, probe)
     function = _of_user(Function(kind.word, name, target, kind.given, given), probe)
     _ = function.parameters  # checks them
-    return Leaf(name, weight, lambda _: function, ready=function)
+    return Leaf(name, weight, lambda *_: function, ready=function)
 
 
 def number(value: Any, what: str) -> float:
@@ -144,8 +145,8 @@ def _range(value: Any) -> tuple[float, float]:
 def _of_folder(folder: str, name: str, weight: float, options: Mapping[str, Any], kind: Kind) -> Leaf:
     checked = _optioned(ModelOptions, name, options, kind)
 
-    def build(device: Device) -> Function:
-        model: Any = kind.model(folder, device, checked.max_tokens)
+    def build(device: Device, shared: Shared | None) -> Function:
+        model: Any = kind.model(folder, device, checked.max_tokens, shared)
         return Function(kind.word, name, model, kind.given, reads="messages")
 
     return Leaf(name, weight, build, folder)
@@ -161,7 +162,7 @@ def _of_class(cls: type[Any], name: str, weight: float, options: Mapping[str, An
         inspect.signature(cls).bind(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{kind.word} '{name}': {error}; its options go to {cls.__qualname__}(...)") from None
-    return Leaf(name, weight, lambda _: _of_user(Function(kind.word, name, cls(**options), kind.given), probe))
+    return Leaf(name, weight, lambda *_: _of_user(Function(kind.word, name, cls(**options), kind.given), probe))
 
 
 def _optioned(cls: Any, name: str, options: Mapping[str, Any], kind: Kind) -> Any:

@@ -17,8 +17,9 @@ from alignkit.insight.inspect.token_texts import token_texts
 from alignkit.insight.model_paths import device, model_folder
 from alignkit.rewards import Answers, build_rewards
 from alignkit.rewards.answers import text_of
+from alignkit.rewards.classifier import Classifier
 from alignkit.rewards.functions import RowError
-from alignkit.rewards.models import Classifier, ModelOptions, RewardModel, check_folder, trees
+from alignkit.rewards.models import ModelOptions, RewardModel, check_folder, trees
 
 SAME = 1e-3  # of the largest score: rounding, smaller than the effect of a later token
 
