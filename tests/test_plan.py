@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from classifiers import write_classifier
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import MixtralConfig
+from transformers import AutoModelForSequenceClassification, MixtralConfig
 from typer.testing import CliRunner
 from zoo import CPU
 
@@ -192,6 +193,19 @@ def test_a_sharded_policy_is_whole_while_it_samples(tiny: str) -> None:
         assert rank["sampling"]["gathered"] == 2 * layer + outside
         assert rank["updating"].get("critic", 0) == -(-alone["updating"].get("critic", 0) // 2)
     assert rank["learning"]["gathered"] >= outside + 2 * layer
+
+
+def test_fsdp_spreads_reward_models_too(tiny: str, tmp_path: Path) -> None:
+    scorer = write_classifier(tmp_path / "scorer", hidden_size=64, intermediate_size=256)  # larger than the policy
+    work = work_of("grpo", tiny, fsdp=True, reward=[scorer, "numeric"])
+    alone, rank = (memory(replace(work, processes=n)).phases for n in (1, 4))
+    model = AutoModelForSequenceClassification.from_pretrained(scorer)
+    size = sum(p.nbytes for p in model.parameters())
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    kept = size + sum(b.nbytes for b in model.buffers())
+    assert alone["learning"]["reward models"] == kept
+    assert {phase["reward models"] for phase in rank.values()} == {-(-kept // 4)}
+    assert rank["sampling"]["gathered"] == size - 2 * layer + 3 * layer  # a block, the next one, and its receive buffer
 
 
 def test_processes_that_a_run_would_refuse_are_refused(tiny: str) -> None:

@@ -159,4 +159,15 @@ def test_what_cannot_be_read_in_parts_is_loaded_as_a_whole_and_says_why(
         caplog.clear()
         assert not is_unread(load_model(config(tmp_path / name, fsdp=True), CPU)[0])
         assert f"each rank loads the whole model before it is sharded: {reason}" in caplog.text
+    caplog.clear()
     assert not is_unread(load_model(config(tmp_path / "experts"), CPU)[0])
+    assert "each rank loads" not in caplog.text
+    for more, reason in (
+        ({"trust_remote_code": True}, "its code is not known"),
+        ({"lora": {"dora": True}}, "(lora.dora"),
+    ):
+        caplog.clear()
+        fresh("llama").save_pretrained(tmp_path / "plain")
+        assert not is_unread(load_model(config(tmp_path / "plain", fsdp=True, **more), CPU)[0])
+        assert "each rank loads the whole model before it is sharded: its" in caplog.text
+        assert reason in caplog.text

@@ -25,6 +25,7 @@ from alignkit.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
+WHOLE = "each rank loads the whole model before it is sharded: %s"
 FILES = "alignkit_files"  # attribute of an unread transformers model: its tensors -> file, and name there
 _OF_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
 
@@ -43,7 +44,7 @@ def unread(name: str, auto: Any, about: Any, options: Mapping[str, Any]) -> nn.M
     files = _files(name)
     reason = "it is not in safetensors files" if files is None else _reason(model, files)
     if reason is not None:
-        logger.info("each rank loads the whole model before it is sharded: %s", reason)
+        logger.info(WHOLE, reason)
         return None
     assert files is not None
     setattr(model, FILES, _by_all_names(model, files))
@@ -61,9 +62,16 @@ def unread(name: str, auto: Any, about: Any, options: Mapping[str, Any]) -> nn.M
 
 
 def in_parts(config: RunConfig) -> bool:
-    """Return whether each rank reads only its parts of a model, where its files allow it."""
+    """Return whether each rank reads only its parts of a model, where its files allow it; logs why not, with fsdp."""
     lora = config.lora
-    return config.fsdp and not config.trust_remote_code and not (lora and (lora.dora or lora.init != "default"))
+    reason = ""
+    if config.trust_remote_code:
+        reason = "its code is not known (trust_remote_code)"
+    elif lora and (lora.dora or lora.init != "default"):
+        reason = "its adapter is computed from whole weights (lora.dora, lora.init)"
+    if reason and config.fsdp:
+        logger.info(WHOLE, reason)
+    return config.fsdp and not reason
 
 
 def has_only_matrices(adapter: Path) -> bool:

@@ -29,7 +29,7 @@ from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
 from alignkit.models.unread import in_parts, needs_whole
-from alignkit.models.values import ActorCritic, ValueHead, Valuer
+from alignkit.models.values import ActorCritic, Grader, ValueHead, Valuer
 from alignkit.reference.choice import resolve_reference
 from alignkit.rewards import judge_folders, reward_folders
 from alignkit.rollout.noise import GumbelNoise
@@ -104,7 +104,8 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     kept = {"program": work.program, "weights": resident(policy, config), "optimiser": state_bytes(module, config)}
     form = _form(work, kept["weights"])
-    kept |= _other_models(config, form, policy, mode)
+    scorers = _scorers(config, mode)
+    kept |= {"reference": _reference(form, policy, config), "reward models": sum(map(n_bytes, scorers))}
     if isinstance(module, ActorCritic):
         critic = module.critic
         kept["critic"] = resident(critic.model, config) if isinstance(critic, Valuer) else n_bytes(critic)
@@ -126,7 +127,7 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     if method.data == "prompts":
         phases["sampling"] = {**kept, "rollouts": _rollouts(work, policy, mode)}
     whole = not in_parts(config) or needs_whole(causal_lm(policy)) is not None
-    phases = per_rank(phases, module, work.processes, config, whole)
+    phases = per_rank(phases, module, [Grader(one) for one in scorers], work.processes, config, whole)
     alone = batch_of([e for micro in micros for e in micro.examples], Layout("padded")).micro_batches(config.max_tokens)
     if work.program:
         for parts in phases.values():
@@ -175,16 +176,17 @@ def _form(work: Work, size: int) -> str | None:
     return form
 
 
-def _other_models(config: RunConfig, form: str | None, policy: nn.Module, mode: FakeTensorMode) -> dict[str, int]:
-    """Return the bytes of the models that are not trained."""
-    sizes: dict[str, Any] = {"full": lambda model: resident(model, config), "int8": in_8_bits}
+def _reference(form: str | None, policy: nn.Module, config: RunConfig) -> int:
+    """Return the bytes of a reference that stands beside the policy."""
+    return resident(policy, config) if form == "full" else in_8_bits(policy) if form == "int8" else 0
+
+
+def _scorers(config: RunConfig, mode: FakeTensorMode) -> list[nn.Module]:
+    """Return the reward models and judges of a run."""
     folders = reward_folders(config.reward) if config.reward is not None else []
     folders += judge_folders(config.judge) if config.judge is not None else []
     plain = config.model_copy(update={"lora": None, "quantize": None, "dtype": "float32"})
-    return {
-        "reference": sizes[form](policy) if form is not None and form in sizes else 0,
-        "reward models": sum(n_bytes(unloaded(folder, plain, mode, "classifier")) for folder in folders),
-    }
+    return [unloaded(folder, plain, mode, "classifier") for folder in folders]
 
 
 def _dry_run(work: Work, module: Any, n_layers: int) -> tuple[Counter[str], list[Batch]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from alignkit.config import RunConfig
 from alignkit.models.sharding import blocks_of
@@ -15,10 +17,12 @@ BLOCKS = 3
 Phases = Mapping[str, Mapping[str, int]]
 
 
-def per_rank(phases: Phases, module: Any, processes: int, config: RunConfig, whole: bool) -> dict[str, dict[str, int]]:
+def per_rank(
+    phases: Phases, module: Any, scorers: Sequence[nn.Module], processes: int, config: RunConfig, whole: bool
+) -> dict[str, dict[str, int]]:
     """Return the phases of one of several ranks, in bytes by part; phases: of a single process.
 
-    whole: the models are loaded as a whole before they are sharded.
+    scorers: reward models and judges. whole: the models are loaded as a whole before they are sharded.
     """
     if processes == 1:
         return {name: dict(parts) for name, parts in phases.items()}
@@ -33,15 +37,16 @@ def per_rank(phases: Phases, module: Any, processes: int, config: RunConfig, who
     if "sampling" in shards:
         policy = module.policy if isinstance(module, ActorCritic) else module
         local = config.rollout.local is not None  # else a known prompt is scored, layer by layer
-        shards["sampling"]["gathered"] = sum(p.nbytes for p in policy.parameters()) if local else _gathered(policy)
+        sampling = sum(p.nbytes for p in policy.parameters()) if local else _gathered(policy)
+        shards["sampling"]["gathered"] = max([sampling, *map(_gathered, scorers)])  # they score after it
     if not whole:  # a weight at a time is read: less than in any other phase
         return shards
     loading = {name: phases["learning"].get(name, 0) for name in ("program", "weights", "critic", "reference")}
-    return {"loading": loading, **shards}
+    return {"loading": loading | {"reward models": shards["learning"].get("reward models", 0)}, **shards}
 
 
 def _shard(parts: Mapping[str, int], processes: int) -> dict[str, int]:
-    sharded = ("weights", "critic", "reference", "gradients", "optimiser")
+    sharded = ("weights", "critic", "reference", "reward models", "gradients", "optimiser")
     return {name: -(-size // processes) if name in sharded else size for name, size in parts.items()}
 
 
