@@ -143,17 +143,31 @@ def test_a_reward_that_fails_on_one_rank_ends_all_of_them_where_they_share_a_mod
 RESUMED = ("dpo, moving", "dpo, lora", "ppo")
 
 
+def damaged(checkpoint: Path, ranks: int) -> str:
+    """Change a byte of a shard whose sum the main rank does not compute; return what it then says."""
+    names = list(json.loads((checkpoint / "manifest.json").read_text())["files"])
+    at, name = next((i, n) for i, n in enumerate(names) if n.startswith("shard-") and i % ranks)
+    raw = bytearray((checkpoint / name).read_bytes())
+    raw[-1] ^= 1
+    (checkpoint / name).write_bytes(raw)
+    return f"step-00000004 is damaged (rank {at % ranks}: {name} has changed since it was written"
+
+
 @pytest.mark.parametrize(("before", "after"), [("fsdp", 4), ("hsdp", 2), ("fsdp", 1), ("one", 2)], ids=lambda x: str(x))
 def test_any_number_of_ranks_resumes_what_another_wrote(before: str, after: int, runs: Path) -> None:
-    name = f"{before}-on-{after}"
+    name, finder = f"{before}-on-{after}", ""
     for title in RESUMED:
         folder = runs / name / folder_of(title)
         shutil.copytree(runs / before / folder_of(title), folder)
-        shutil.rmtree(folder / "checkpoints" / "step-00000004")
+        if (before, after) == ("fsdp", 4):
+            finder = damaged(folder / "checkpoints" / "step-00000004", after)
+        else:
+            shutil.rmtree(folder / "checkpoints" / "step-00000004")
         shutil.rmtree(folder / "model")
         assert bool([*folder.glob("checkpoints/step-00000002/shard-*")]) == (before != "one")
     more = {"resume": True, "fsdp": after > 1, "fsdp_replicas": max(after // 2, 1)}
     said = run_on(after, jobs_of(runs, name, *RESUMED, **more), runs / name)
     assert said.count("resumed from") == len(RESUMED)
+    assert said.count(finder) >= len(RESUMED)
     for title in RESUMED:
         same(runs / "one" / folder_of(title), runs / name / folder_of(title))

@@ -426,6 +426,22 @@ def test_a_server_that_cannot_be_given_weights_is_left_out_and_comes_back(
         sampler.update(1, moved(model))
 
 
+def test_weights_are_sent_again_where_no_server_takes_them(build: Build, pair: list[VllmDouble], caplog: Any) -> None:
+    """A network that was away for a moment, or a server that restarts."""
+    model = tiny_model()
+    sampler = build(*pair, model=model)
+    for one in pair:
+        one.faults += ["reload fails", "reload fails"]
+    sampler.update(0, moved(model))
+    assert_from(model, sampler.sample(ASKED))
+    assert [len(one.asked("/collective_rpc")) for one in pair] == [3, 3]
+    for one in pair:
+        one.faults.append("reload fails*")
+    with pytest.raises(RolloutError, match="no vLLM server could be given the weights"):
+        sampler.update(1, moved(model))
+    assert [len(one.asked("/collective_rpc")) for one in pair] == [3 + 4, 3 + 4]  # the first time and 3 retries
+
+
 def test_a_url_of_nothing_is_an_error_that_says_what_to_type(build: Build, double: VllmDouble) -> None:
     url = double.url
     with pytest.raises(ConfigError, match="needs the addresses of servers; start one with `alignkit serve`"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +32,9 @@ class VllmDouble:
     requests: path and body of each request. more: answers to other paths.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, lora: bool = False, dev: bool = True, key: str = "") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, lora: bool = False, dev: bool = True, key: str = "", port: int = 0
+    ) -> None:
         self.first, self.tokenizer, self.lora, self.dev, self.key = (
             copy.deepcopy(model).eval(),
             tokenizer,
@@ -77,7 +80,7 @@ class VllmDouble:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -103,6 +106,8 @@ class VllmDouble:
         """Return status and content."""
         if (path in DEV and not self.dev) or (path in LORA and not self.lora):
             return 404, {"detail": "Not Found"}
+        if path == "/health":
+            return 200, None
         if body is None and path in ("/v1/models", "/weight_info"):
             names = ["tiny", *self.adapters]
             models = {"object": "list", "data": [{"id": name, "max_model_len": self.longest} for name in names]}
@@ -234,3 +239,16 @@ def vllm_double(*args: Any, **options: Any) -> Iterator[VllmDouble]:
         double.server.shutdown()
         double.server.server_close()
         thread.join()
+
+
+def main() -> None:
+    """Serve a folder's model in a process of its own: vllm_double.py FOLDER --host HOST --port PORT."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, port = sys.argv[1], int(sys.argv[sys.argv.index("--port") + 1])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    VllmDouble(model, tokenizer, port=port).server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,16 @@ Give = Callable[[httpx2.AsyncClient, Server], Awaitable[None]]
 Ask = Callable[[httpx2.AsyncClient, Server, int], Awaitable[T]]
 
 
+async def waited(settings: Rollout, attempt: int) -> bool:
+    """Wait before an attempt, from 1, at servers that all failed; return False where a signal ends the run."""
+    # jitter, so that prompts that failed together are not all sent again at the same moment
+    left = min(settings.backoff * 2 ** max(attempt - 1, 0), _LONGEST_WAIT) * random.uniform(0.8, 1.0)
+    while left > 0 and STOP.at is None:
+        await asyncio.sleep(min(left, 0.5))
+        left -= 0.5
+    return STOP.at is None
+
+
 class Spread:
     """One call's prompts over servers.
 
@@ -80,13 +90,8 @@ class Spread:
 
     async def _wait(self, attempt: int) -> None:
         """Wait until servers that all failed are tried again. Raises RolloutError where a signal ends the run."""
-        # jitter, so that prompts that failed together are not all sent again at the same moment
-        left = min(self.settings.backoff * 2 ** max(attempt - 1, 0), _LONGEST_WAIT) * random.uniform(0.8, 1.0)
-        while left > 0:
-            if STOP.at is not None:
-                raise RolloutError(f"no vLLM server answers, and a signal asked the run to stop: {self._why()}")
-            await asyncio.sleep(min(left, 0.5))
-            left -= 0.5
+        if not await waited(self.settings, attempt):
+            raise RolloutError(f"no vLLM server answers, and a signal asked the run to stop: {self._why()}")
         self._down.clear()
 
     async def _check(self, http: httpx2.AsyncClient, server: Server) -> None:

@@ -21,7 +21,7 @@ from alignkit.rollout.known_prompt import KnownPrompt
 from alignkit.rollout.published import Weights, why_no_adapter
 from alignkit.rollout.sampler import Request, Sampled, Sampler, Setup
 from alignkit.rollout.servers import Server, ServerError, client, key_of, overdue
-from alignkit.rollout.spread import Spread
+from alignkit.rollout.spread import Spread, waited
 from alignkit.rollout.sync import ROUTES, AdapterSync, FolderSync, Sync, choose, models_of
 from alignkit.rollout.transfer import TransferSync, why_no_transfer
 from alignkit.rollout.vllm_requests import body_of, samples_of
@@ -173,9 +173,14 @@ class Vllm(Sampler):
         return failed
 
     async def _update(self) -> dict[str, str]:
-        """Load the published weights into all servers; return those that fail, with the reasons."""
+        """Load the published weights into all servers, again where all fail; return those that fail, with reasons."""
         async with client(self._key) as http:
-            done = await asyncio.gather(*(self._load(http, server) for server in self.servers))
+            for attempt in range(self.settings.retries + 1):
+                if attempt and not await waited(self.settings, attempt):
+                    break
+                done = await asyncio.gather(*(self._load(http, server) for server in self.servers))
+                if not all(done) or self._may_merge():
+                    break
         return {server.url: why for server, why in zip(self.servers, done, strict=True) if why}
 
     async def _load(self, http: httpx2.AsyncClient, server: Server) -> str:
@@ -200,11 +205,14 @@ class Vllm(Sampler):
                 "--logprobs-mode"
             )
 
+    def _may_merge(self) -> bool:
+        """Return whether weights may still be sent merged instead of an adapter."""
+        alone = isinstance(self.sync, AdapterSync) and not self.sync.worked
+        return alone and self.settings.sync == "auto" and not self._sharded
+
     def _adapter_is_refused(self, failed: dict[str, str]) -> bool:
         """Return whether no server takes an adapter at the first update, so that weights are sent merged."""
-        if self._sharded or not isinstance(self.sync, AdapterSync) or self.settings.sync != "auto" or self.sync.worked:
-            return False
-        if len(failed) < len(self.servers):
+        if not self._may_merge() or len(failed) < len(self.servers):
             return False
         logger.warning("weights: through a folder, merged, because no server takes the adapter: %s", _joined(failed))
         self.sync.close()
