@@ -59,6 +59,10 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo, two processes": {**OFFLINE, "processes": 2},
     "dpo, two processes, fsdp": {**OFFLINE, "processes": 2, "fsdp": True},
     "dpo, two processes, fsdp, lora": {**OFFLINE, "processes": 2, "fsdp": True, "lora": 16},
+    "dpo, four processes, fsdp": {**OFFLINE, "processes": 4, "fsdp": True},
+    "dpo, four processes, fsdp, two replicas": {**OFFLINE, "processes": 4, "fsdp": True, "fsdp_replicas": 2},
+    "grpo, two processes, fsdp": {**ONLINE, "processes": 2, "fsdp": True, "group_size": 4},
+    "grpo, four processes, fsdp": {**ONLINE, "processes": 4, "fsdp": True, "group_size": 4},
 }
 
 
@@ -113,10 +117,10 @@ def measure(work: Path, model: str, case: str, gpu: bool, threads: int) -> dict[
 
 
 def chosen_cases(args: argparse.Namespace) -> list[str]:
-    """Return the cases whose names begin with --only, by default all; with --tiny one."""
+    """Return the cases whose names contain --only, by default all; with --tiny one."""
     if args.tiny and not args.only:
         return [TINY_CASE]
-    return [case for case in CASES if case.startswith(args.only or "") and not (args.gpu and "processes" in case)]
+    return [case for case in CASES if (args.only or "") in case and not (args.gpu and "processes" in case)]
 
 
 def main() -> int:
@@ -124,7 +128,7 @@ def main() -> int:
     parser = common.parser_of(__doc__)
     parser.add_argument("--data", type=Path, help="JSONL with the columns question and answer (tiny: made-up rows)")
     parser.add_argument("--models", help=f"comma-separated, of {', '.join(MODELS)} (tiny: a model of its own)")
-    parser.add_argument("--only", help="cases whose names begin with this (default: all; tiny: dpo)")
+    parser.add_argument("--only", help="cases whose names contain this (default: all; tiny: dpo)")
     parser.add_argument("--gpu", action="store_true", help="plan and measure on a GPU")
     args = common.parsed(parser)
     if args.data is None and not args.tiny:

@@ -6,7 +6,8 @@
 Each seed has its own task and base. The base is aligned with completions of `generate`, of a bfloat16 server with the
 default correction (token_truncate), and of the same server without one. Rewards are those of held-out questions, four
 answers each, sampled by `generate` whatever sampled in training; the last lines are their means over the seeds with
-a 95 % interval (Student's t). rollout/kl and the others are means over the steps, ratio_max the largest.
+a 95 % interval (Student's t), and those of the rewards of all steps. reward/mean, rollout/kl and the others are means
+over the steps, ratio_max the largest.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "vllm, none": {"backend": "vllm", "correction": "none"},
 }
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t of 2, 3, ... 10 values
-OF_STEPS = ("rollout/kl", "rollout/ratio_mean", "rollout/corrected", "seconds/sync", "seconds/sampling")
+OF_STEPS = ("reward/mean", "rollout/kl", "rollout/ratio_mean", "rollout/corrected", "seconds/sync", "seconds/sampling")
 
 
 def measured(seed: int, folder: Path, rollout: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
@@ -131,16 +132,24 @@ def main() -> int:
 
 def table(found: list[dict[str, Any]]) -> str:
     """Return a line for each run."""
-    names = ("before", "reward", "policy_kl", "rollout/kl", "rollout/ratio_mean", "rollout/ratio_max",
+    names = ("before", "reward", "reward/mean", "policy_kl", "rollout/kl", "rollout/ratio_mean", "rollout/ratio_max",
              "rollout/corrected", "seconds/sync", "seconds/sampling", "seconds")  # fmt: skip
     cells = [[f"{one['arm']}, {one['seed']}", *(common.shown(one.get(n), ".4g") for n in names)] for one in found]
     return common.table(["run", *names], cells)
 
 
 def means(found: list[dict[str, Any]]) -> list[str]:
-    """Return the mean reward of each arm."""
-    by_arm = {arm: [one["reward"] for one in found if one["arm"] == arm] for arm in ARMS}
-    return [f"{arm}: reward {interval(rewards)}" for arm, rewards in by_arm.items() if rewards]
+    """Return the mean rewards of each arm."""
+    by_arm = {arm: [one for one in found if one["arm"] == arm] for arm in ARMS}
+
+    def of(runs: list[dict[str, Any]], name: str) -> str:
+        return interval([one[name] for one in runs])
+
+    return [
+        f"{arm}: reward {of(runs, 'reward')}, in training {of(runs, 'reward/mean')}"
+        for arm, runs in by_arm.items()
+        if runs
+    ]
 
 
 if __name__ == "__main__":

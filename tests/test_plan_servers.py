@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_plan import of
+from test_plan import of, work_of
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from alignkit.cli.app import app
 from alignkit.errors import ConfigError
-from alignkit.insight.plan import plan
+from alignkit.insight.plan import plan, remedies
+from alignkit.insight.plan.memory import memory
 from helpers import write_tiny
 
 
@@ -88,13 +90,15 @@ def test_what_cannot_be_is_named(model: str) -> None:
         plan(run_of(model), gpu=True, servers=1, server_gpus=3)
 
 
-def test_no_remedy_is_offered_that_a_run_refuses(model: str) -> None:
+def test_no_remedy_is_tried_that_a_run_refuses(model: str) -> None:
     """`reference: int8` is refused with fsdp, and fsdp with `rollout.ahead`."""
-    scarce: dict[str, Any] = {"limit": 10**4, "gpu": True, "processes": 4}
 
-    def offered(**more: Any) -> list[dict[str, Any]]:
-        return [dict(remedy.settings) for remedy in plan(run_of(model, **more), **scarce).remedies]
+    def tried(**more: Any) -> set[str]:
+        work = work_of("grpo", model, **{"beta": 0.1, "reference": "full", "rollout": {"backend": "vllm"}} | more)
+        found = memory(work := replace(work, processes=4))
+        everything = {name: dict.fromkeys(parts | {"reference": 1}, 10**9) for name, parts in found.phases.items()}
+        return {name for change in remedies._changes(work, replace(found, phases=everything)) for name in change}
 
-    assert not [one for one in offered(fsdp=True) if "reference" in one]
-    assert not [one for one in offered(rollout={"backend": "vllm", "ahead": 1}) if "fsdp" in one]
-    assert [one for one in offered() if "fsdp" in one]
+    assert {"fsdp", "reference"} <= tried()
+    assert "reference" not in tried(fsdp=True)
+    assert "fsdp" not in tried(rollout={"backend": "vllm", "ahead": 1})

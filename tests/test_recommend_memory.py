@@ -84,7 +84,7 @@ def test_a_model_that_cannot_be_planned_is_said_to_be(monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_a_real_plan_fits_with_what_it_asks_for(tmp_path: Path, write_rows: Callable[..., str]) -> None:
     write_tiny(tmp_path / "wide", hidden_size=256, intermediate_size=1024)
-    data = write_rows(make_rows("pairs", 1000))
+    data = write_rows(make_rows("pairs", 200))
     # 2 layers of 4 * 256 * 192 (keys and values have half of the heads) and 3 * 256 * 1024 numbers: weights, gradients
     # and two moments in float32 are 32 MB; with adapters the weights alone are 8
     found = recommend(data, model=str(tmp_path / "wide"), memory=30 * 10**6)

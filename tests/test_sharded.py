@@ -30,11 +30,9 @@ PER_RANK = ("tokens_per_second", "seconds/", "completion/distinct", "eval/comple
 # AdamW turns the rounding of gradients next to 0 into whole steps, unless its epsilon is above it
 JOBS: dict[str, Job] = {
     "dpo": ("dpo", {}),
-    "dpo, full": ("dpo", {"reference": "full", "reference_cache": False}),
     "dpo, moving": ("dpo", {"reference": "full", "sync_every": 2, "sync_alpha": 0.6}),
     "dpo, lora": ("dpo", {"lora": 4}),
     "dpo, lora, bf16": ("dpo", {"lora": 4, "dtype": "bfloat16"}),
-    "sft": ("sft", {}),
     "kto": ("kto", {}),
     "kto, lora": ("kto", {"lora": 4}),
     "reward": ("reward", {}),

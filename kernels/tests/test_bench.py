@@ -16,12 +16,18 @@ from alignkit_kernels.bench import cases, chart, main, measure, report, rivals, 
 from alignkit_kernels.bench.contenders import WAYS, eager, planned_path, ways
 from alignkit_kernels.bench.exact import errors, exact_results, results
 
-CPU = torch.device("cpu")
+CPU, ALTERNATE = torch.device("cpu"), measure.alternate
 FIELDS = {
     "case", "contender", "shape", "dtype", "ms", "ms_min", "ms_max", "peak_mib", "peak_beyond_gradients_mib",
     "floor_ms", "to_floor", "time_to", "least_to", "peak_to", "error", "largest_error", "error_to_eager", "errors",
     "approximate", "red",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time one round: these tests are about what is measured and told."""
+    monkeypatch.setattr(measure, "alternate", lambda calls, device, seconds, _=0: ALTERNATE(calls, device, seconds, 1))
 
 
 def tiny(*arguments: str) -> int:
@@ -194,7 +200,7 @@ def test_floors_of_an_h200_are_those_of_the_plan(monkeypatch: pytest.MonkeyPatch
 def test_contenders_take_turns() -> None:
     seen: list[tuple[str, int]] = []
     calls = {name: (lambda i, name=name: seen.append((name, i))) for name in "ab"}
-    times = measure.alternate(calls, CPU, 0.0, 3)  # type: ignore[arg-type]
+    times = ALTERNATE(calls, CPU, 0.0, 3)  # type: ignore[arg-type]
     order = [name for i, (name, _) in enumerate(seen) if i == 0 or seen[i - 1][0] != name]
     assert order == ["a", "b"] * 4  # one round is for the estimate
     assert times["a"].least <= times["a"].median <= times["a"].most
@@ -304,6 +310,7 @@ def test_torch_compile_takes_part_in_the_first_shape_alone_and_in_nothing_ragged
         return function
 
     monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(measure, "alternate", lambda calls, *_: dict.fromkeys(calls, measure.Times(1.0, 1.0, 1.0)))
     bench = run.Bench(CPU, 0.0, True, float("inf"))
     current = small("path4")
     for current in (small("path4"), small("path4", (32, 8, 40)), small("path1"), *map(small, cases.VECTORS)):
