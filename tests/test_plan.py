@@ -195,6 +195,17 @@ def test_a_sharded_policy_is_whole_while_it_samples(tiny: str) -> None:
     assert rank["learning"]["gathered"] >= outside + 2 * layer
 
 
+def test_with_products_of_16_bits_fsdp_gathers_blocks_in_16_bits_and_keeps_no_copies(tiny: str) -> None:
+    layer, outside = sizes_of(tiny)
+    work = replace(work_of("dpo", tiny), bf16=True, processes=4)
+    plain, sharded = (memory(replace(work, config=work.config.model_copy(update={"fsdp": on}))) for on in (False, True))
+    assert sharded.phases["learning"]["gathered"] == outside + 3 * layer // 2
+    saved = plain.phases["learning"]["activations"] - sharded.phases["learning"]["activations"]
+    assert 0.9 * layer < saved <= layer  # two layers, in half of their 32 bits; norms have no copy
+    grpo = replace(work_of("grpo", tiny, fsdp=True), bf16=True, processes=2)
+    assert memory(grpo).phases["sampling"]["gathered"] == outside + 2 * layer // 2
+
+
 def test_fsdp_spreads_reward_models_too(tiny: str, tmp_path: Path) -> None:
     scorer = write_classifier(tmp_path / "scorer", hidden_size=64, intermediate_size=256)  # larger than the policy
     work = work_of("grpo", tiny, fsdp=True, reward=[scorer, "numeric"])

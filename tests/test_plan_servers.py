@@ -48,7 +48,7 @@ def test_servers_have_weights_and_keys_and_values_counted_by_hand(model: str) ->
 
 def test_a_rank_holds_no_keys_and_values_and_no_whole_policy(model: str) -> None:
     def sampling(**more: Any) -> dict[str, int]:
-        given = run_of(model, fsdp=True, **more)
+        given = run_of(model, fsdp=True, precision="fp32", **more)
         return plan(given, gpu=True, processes=4, remedies=False).memory.phases["sampling"]
 
     by_servers, here = sampling(), sampling(rollout={"backend": "generate"})

@@ -37,12 +37,16 @@ def shard_models(
         frozen = frozen_copy(plain)
     for module in (trained, frozen):
         if module is not None:
-            shard(module, mesh)
+            shard(module, mesh, _mixed(ranks.accelerator))
             ready(module, ranks.accelerator.device)
     if method.data == "prompts" and config.rollout.local:
         size = sum(p.numel() * p.element_size() for p in plain.parameters()) / 2**30
         logger.info("sampling: each rank gathers the whole policy (%.2f GiB) while it samples", size)
     return frozen
+
+
+def _mixed(accelerator: Accelerator) -> torch.dtype | None:
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
 
 
 def _mode(config: RunConfig, method: Method[Any], plain: Scorer, device: torch.device) -> ReferenceMode | None:
@@ -72,7 +76,7 @@ def reference_of(
             causal_lm(frozen.model).set_attn_implementation(chosen)
     sampled = method.data == "prompts"  # no other run will score the same completions
     cached = config.caches_reference and method.reference_need() != "moving" and not sampled
-    mixed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    mixed = _mixed(accelerator)
     reference = Reference(
         mode,
         plain,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from alignkit.errors import ConfigError
@@ -50,16 +50,22 @@ def check_replicas(world: int, replicas: int) -> None:
         )
 
 
-def shard(module: Sharded | ActorCritic, mesh: DeviceMesh) -> None:
-    """Shard the module in place, one group for each of its blocks, before the optimiser is created."""
+def shard(module: Sharded | ActorCritic, mesh: DeviceMesh, mixed: torch.dtype | None = None) -> None:
+    """Shard the module in place, one group for each of its blocks, before the optimiser is created.
+
+    mixed: the data type of matrix products, in which the weights of blocks are gathered then: half of the traffic, and
+    autocast keeps no copies of them until the backward. What is outside of blocks (embeddings, the last norm, heads) is
+    gathered as it is, as a score of bfloat16 would be too coarse. Gradients are reduced in float32.
+    """
     if isinstance(module, ActorCritic):
-        shard(module.policy, mesh)
-        shard(module.critic, mesh)
+        shard(module.policy, mesh, mixed)
+        shard(module.critic, mesh, mixed)
         return
     blocks = blocks_of(module)
     _check_types([*blocks, module])
+    policy = MixedPrecisionPolicy(mixed, torch.float32, cast_forward_inputs=False) if mixed else MixedPrecisionPolicy()
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     assert isinstance(module, FSDPModule)  # torch really sharded it
 

@@ -22,12 +22,13 @@ from alignkit.errors import AlignkitError, ModelError, PluginError, first_line
 from alignkit.insight.plan.dry_run import collect, few_blocks, layers_of, learn, trunks
 from alignkit.insight.plan.experts import products_without_values
 from alignkit.insight.plan.ledger import Ledger
-from alignkit.insight.plan.meta_models import base_layers, in_8_bits, n_bytes, resident, unloaded
-from alignkit.insight.plan.sharded_memory import per_rank
+from alignkit.insight.plan.meta_models import base_layers, in_8_bits, in_16_bits, n_bytes, resident, unloaded
+from alignkit.insight.plan.sharded_memory import models_of, per_rank
 from alignkit.method import Method
 from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
+from alignkit.models.sharding import blocks_of
 from alignkit.models.unread import in_parts, needs_whole
 from alignkit.models.values import ActorCritic, Grader, ValueHead, Valuer
 from alignkit.reference.choice import resolve_reference
@@ -127,7 +128,7 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     if method.data == "prompts":
         phases["sampling"] = {**kept, "rollouts": _rollouts(work, policy, mode)}
     whole = not in_parts(config) or needs_whole(causal_lm(policy)) is not None
-    phases = per_rank(phases, module, [Grader(one) for one in scorers], work.processes, config, whole)
+    phases = per_rank(phases, module, [Grader(one) for one in scorers], work.processes, config, whole, work.bf16)
     alone = batch_of([e for micro in micros for e in micro.examples], Layout("padded")).micro_batches(config.max_tokens)
     if work.program:
         for parts in phases.values():
@@ -193,6 +194,10 @@ def _dry_run(work: Work, module: Any, n_layers: int) -> tuple[Counter[str], list
     """Run an update with the first layers only; return bytes by part, and the micro-batches of the update."""
     for trunk in trunks(module):
         del layers_of(trunk)[n_layers:]
+    if work.config.fsdp and work.bf16:  # as they are gathered
+        for model in models_of(module):
+            for block in blocks_of(model):
+                in_16_bits(block)
     ledger = Ledger()
     for tensor in (*module.parameters(), *module.buffers()):
         ledger.count(tensor, "weights")

@@ -78,6 +78,13 @@ def _saved_by_4_bits(layer: nn.Linear) -> int:
     return layer.weight.nbytes - -(-layer.weight.numel() // 2) - statistics
 
 
+def in_16_bits(block: nn.Module) -> None:
+    """Replace a block's weights by others in bfloat16."""
+    for module in block.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(p.detach().to(torch.bfloat16), requires_grad=p.requires_grad))
+
+
 def in_8_bits(model: nn.Module) -> int:
     """Return the bytes of a model as an 8-bit reference: one per weight of linear layers, except the head."""
     lm = causal_lm(model)

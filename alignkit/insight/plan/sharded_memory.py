@@ -18,11 +18,18 @@ Phases = Mapping[str, Mapping[str, int]]
 
 
 def per_rank(
-    phases: Phases, module: Any, scorers: Sequence[nn.Module], processes: int, config: RunConfig, whole: bool
+    phases: Phases,
+    module: Any,
+    scorers: Sequence[nn.Module],
+    processes: int,
+    config: RunConfig,
+    whole: bool,
+    mixed: bool,
 ) -> dict[str, dict[str, int]]:
     """Return the phases of one of several ranks, in bytes by part; phases: of a single process.
 
-    scorers: reward models and judges. whole: the models are loaded as a whole before they are sharded.
+    scorers: reward models and judges. whole: the models are loaded as a whole before they are sharded. mixed: products
+    are in bfloat16.
     """
     if processes == 1:
         return {name: dict(parts) for name, parts in phases.items()}
@@ -33,11 +40,11 @@ def per_rank(
         with_buckets = {name: {**parts, "buckets": buckets} for name, parts in phases.items()}
         return {**with_buckets, "updating": dict(phases["updating"])}
     shards = {name: _shard(parts, processes // config.fsdp_replicas) for name, parts in phases.items()}
-    shards["learning"]["gathered"] = _gathered(module)
+    shards["learning"]["gathered"] = _gathered(module, mixed)
     if "sampling" in shards:
         policy = module.policy if isinstance(module, ActorCritic) else module
         local = config.rollout.local is not None  # else a known prompt is scored, layer by layer
-        sampling = sum(p.nbytes for p in policy.parameters()) if local else _gathered(policy)
+        sampling = _gathered(policy, mixed, whole=local)
         shards["sampling"]["gathered"] = max([sampling, *map(_gathered, scorers)])  # they score after it
     if not whole:  # a weight at a time is read: less than in any other phase
         return shards
@@ -50,9 +57,18 @@ def _shard(parts: Mapping[str, int], processes: int) -> dict[str, int]:
     return {name: -(-size // processes) if name in sharded else size for name, size in parts.items()}
 
 
-def _gathered(module: Any) -> int:
-    """Return the bytes of weights gathered at one time: weights outside all blocks stay gathered until a pass ends."""
-    models = [module.policy, module.critic] if isinstance(module, ActorCritic) else [module]
-    blocks = [sum(p.nbytes for p in block.parameters()) for model in models for block in blocks_of(model)]
-    outside: int = sum(p.nbytes for p in module.parameters()) - sum(blocks)
-    return outside + BLOCKS * max(blocks, default=0)
+def _gathered(module: Any, mixed: bool = False, whole: bool = False) -> int:
+    """Return the bytes of weights gathered at one time: weights outside all blocks stay gathered until a pass ends.
+
+    mixed: blocks are gathered in 16 bits. whole: all blocks are, at once.
+    """
+    blocks = [list(block.parameters()) for model in models_of(module) for block in blocks_of(model)]
+    inside = sum(p.nbytes for block in blocks for p in block)
+    sizes = [sum(2 * p.numel() if mixed else p.nbytes for p in block) for block in blocks]
+    outside: int = sum(p.nbytes for p in module.parameters()) - inside
+    return outside + (sum(sizes) if whole else BLOCKS * max(sizes, default=0))
+
+
+def models_of(module: Any) -> list[Any]:
+    """Return policy and critic, or the one model."""
+    return [module.policy, module.critic] if isinstance(module, ActorCritic) else [module]
