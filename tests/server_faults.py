@@ -126,12 +126,12 @@ class World:
             "sampling": {"max_new_tokens": 12}, "rollout": given, "device": "cpu", "save_every": 100,
         }  # fmt: skip
 
-    def disturbed(self, name: str, place: str, seed: int) -> str:
-        """Start a run and disturb it; resume it where that ended it. Returns what the run said."""
+    def disturbed(self, name: str, place: str, seed: int, seconds: float = 30) -> None:
+        """Start a run and disturb it; resume it where that ended it. seconds: for which the network refuses."""
         draw = random.Random(seed)
         number = draw.randrange(4, 4 * STEPS - 4) if place != "sync" else draw.randrange(2, STEPS)
         refuses = place == "network"
-        act = (lambda: self.proxy.refuse(30)) if refuses else self.kill
+        act = (lambda: self.proxy.refuse(seconds)) if refuses else self.kill
         self.proxy.watch(PLACES.get(place, PLACES["batch"]), number, act)
         job = self.job(name, **({"retries": 6, "backoff": 1.0} if refuses else {}))
         process = started(1, [job], self.folder / f"{name}-first")
@@ -143,13 +143,13 @@ class World:
         said = (self.folder / f"{name}-first" / "said").read_text()
         if refuses:
             assert code == 0, said[-3000:]
-            return said
+            return
         assert code != 0, "the run ended before the server died"
+        assert "continue with: alignkit run" in said, said[-3000:]
         self.servers.__exit__(None, None, None)
         self.start()
         method, settings = self.job(name)
         run_on(1, [(method, settings | {"resume": True})], self.folder / f"{name}-resumed")
-        return said
 
     def difference(self, name: str, other: str = "whole") -> tuple[float, float]:
         """The share of completions that differ from those of another run, and the largest difference of a weight."""
