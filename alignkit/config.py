@@ -164,7 +164,7 @@ class RunConfig(BaseModel):
     fsdp: bool = Field(False, description="shard the models over the ranks (FSDP2)")
     fsdp_replicas: int = Field(1, ge=1, description="groups of ranks that each hold all shards (HSDP); one for a node")
     timeout_minutes: float = Field(
-        30.0, gt=0, le=100_000, description="the run ends where a rank does not answer for this long"
+        30.0, gt=0, le=100_000, description="the run ends where a rank, or servers that sample, need longer to answer"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model; never from a YAML file")
 
@@ -329,7 +329,7 @@ class RunConfig(BaseModel):
             elif name in ("model", "tokenizer", "data", "eval_data"):
                 value = value if isinstance(value, str | None) else f"<{type(value).__name__}>"
             elif isinstance(value, BaseModel):
-                value = value.model_dump()
+                value = value.model_dump(mode="json")
             elif isinstance(value, tuple):
                 value = list(value)
             values[name] = _named(value) if name in ("reward", "judge", "callbacks") else value

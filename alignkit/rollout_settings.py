@@ -17,6 +17,9 @@ HOTTEST = 2.0  # of vLLM 0.32
 # of a run that samples by servers; they do not change what is sampled, so that a resumed run may change them
 FREE = (
     "urls",
+    "servers",
+    "server_options",
+    "program",
     "key_env",
     "timeout",
     "retries",
@@ -36,6 +39,11 @@ class Rollout(BaseModel):
 
     backend: str = Field("generate", description="generate, continuous (transformers' batching), vllm, or a plugin's")
     urls: list[str] = Field([], description="addresses of vLLM servers, such as http://127.0.0.1:8000")
+    servers: int = Field(0, ge=0, description="vLLM servers that the run starts itself and ends with it, not `urls`")
+    server_options: list[str] = Field([], description="further options of `vllm serve` for `servers`")
+    program: Path | None = Field(
+        None, description="the program `vllm` for `servers`; default: that of ALIGNKIT_VLLM, or the installed one"
+    )
     key_env: str | None = Field(None, description="NAME of the environment variable that holds the servers' key")
     timeout: float = Field(600.0, gt=0, description="seconds for the completions of one prompt")
     retries: int = Field(5, ge=0, le=100, description="after time-outs, lost connections, statuses 429 and 5xx, ...")
@@ -80,10 +88,14 @@ class Rollout(BaseModel):
                 )
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError("urls: an address is given twice; remove one of them")
-        others = {"urls", "key_env", "sync", "sync_folder"} & self.model_fields_set
+        others = {"urls", "servers", "key_env", "sync", "sync_folder"} & self.model_fields_set
         given = sorted(name for name in others if getattr(self, name) != type(self).model_fields[name].default)
         if given and self.backend in LOCAL:
             raise ValueError(f"{given[0]} has an effect with backend: vllm only; remove it")
+        if self.servers and self.urls:
+            raise ValueError("servers are started by the run, and urls are of others; give one of both")
+        if not self.servers and (self.server_options or self.program):
+            raise ValueError("server_options and program are for servers that the run starts: set `servers`, such as 1")
         if self.options and self.backend in (*LOCAL, "vllm"):
             raise ValueError(f"options are for a plugin's sampler, not for {self.backend}; remove them")
         self._check_correction()

@@ -101,7 +101,7 @@ class World:
     def start(self) -> None:
         """Start the server, and wait until it answers."""
         model, quiet = str(self.folder / "model"), {"VLLM_SERVER_DEV_MODE": "1"}
-        command = [sys.executable, str(Path(__file__).with_name("vllm_double.py")), model]
+        command = [sys.executable, str(Path(__file__).with_name("vllm_double.py")), "serve", model]
         if self.vllm:
             command = [self.vllm, "serve", model, "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
             command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]

@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from alignkit.errors import CheckpointError
+from alignkit.models.ranks import part_in_row
 from alignkit.runs import checkpoint
+from alignkit.runs.parts import LEAST, file_of
 
 DTYPES = (
     torch.float32,
@@ -464,3 +466,29 @@ def test_tensors_in_optimizer_trees_keep_apart_where_paths_collide():
 def test_strange_values_in_an_optimizer_are_refused():
     with pytest.raises(CheckpointError, match="'optimizer/a/0' is a set"):
         checkpoint.flatten_optimizer({"a": [{1}]})
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=30), st.integers(1, 8))
+def test_parts_of_a_rank_are_spread_over_files_that_none_fills_with_more_than_its_share(sizes, ranks):
+    tensors = {str(i): torch.empty(size, device="meta") for i, size in enumerate(sizes)}
+    found = file_of(tensors, ranks)
+    assert list(found) == list(tensors)
+    assert [*found.values()] == sorted(found.values())
+    assert 1 <= min(found.values()) <= max(found.values()) <= LEAST + 1
+    most = 4 * sum(sizes) / ranks / LEAST
+    for number in set(found.values()):
+        inside = [4 * size / ranks for name, size in zip(tensors, sizes, strict=True) if found[name] == number]
+        assert sum(inside) <= most + max(inside)  # a tensor is not split
+
+
+def test_files_hold_at_most_a_gibibyte_of_a_rank():
+    tensors = {str(i): torch.empty(2**28, device="meta") for i in range(40)}  # 40 GiB
+    found = file_of(tensors, 2)
+    assert [*found.values()].count(1) == 2
+    assert max(found.values()) == 20
+
+
+@pytest.mark.parametrize(("ranks", "files"), [(2, 16), (3, 10), (4, 3)])
+def test_every_file_is_summed_by_one_rank(ranks, files):
+    parts = [part_in_row(range(files), rank, ranks) for rank in range(ranks)]
+    assert [i for part in parts for i in part] == list(range(files))

@@ -181,6 +181,7 @@ SETTINGS = [
     {"columns": {"prompt": "question", "chosen": "besser: ja"}, "name": "run-1", "output": "some/where"},
     {"model": "modell mit ünïcode", "trackers": "tensorboard,wandb", "max_prompt_tokens": None},
     {"lora": {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "eval_fraction": 0.1},
+    {"rollout": {"backend": "vllm", "servers": 2, "program": "some/vllm", "sync_folder": "shared/weights"}},
     {"data": "1e-5", "model": "yes", "seed": 1234567890, "cache_file": "c.sqlite", "beta": 1e-7, "kind": "null"},
 ]
 

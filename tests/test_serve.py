@@ -92,7 +92,7 @@ def test_where_vllm_is_not_installed_the_error_says_what_to_type(tmp_path: Path,
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"vLLM is not installed here: pip install vllm.*--vllm .*scripts/vllm-cpu"):
         vllm_program(None)
-    with pytest.raises(ConfigError, match=r"--vllm .*nothing is not a program"):
+    with pytest.raises(ConfigError, match=r"nothing \(--vllm, rollout.program or ALIGNKIT_VLLM\) is not a program"):
         vllm_program(tmp_path / "nothing")
     program = tmp_path / "vllm"
     program.write_text("#!/bin/sh\n")

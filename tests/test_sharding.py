@@ -14,7 +14,7 @@ from zoo import CPU, examples, fresh
 
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
-from alignkit.models.sharding import ready, shard
+from alignkit.models.sharding import casts, ready, shard
 from alignkit.types import Layout
 
 
@@ -82,3 +82,22 @@ def test_without_it_all_weights_are_gathered_as_they_are(mesh: DeviceMesh) -> No
     torch.testing.assert_close(
         sharded(batch.rows, batch.targets).logps, plain(batch.rows, batch.targets).logps, rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("name", ["gpt 2", "llama", "mixtral", "phi, a bias on its head"])
+@pytest.mark.parametrize("mixed", [torch.bfloat16, None])
+def test_every_kind_of_block_is_scored_and_learned(name: str, mixed: torch.dtype | None, mesh: DeviceMesh) -> None:
+    """Also norms that torch cannot compute in two data types on a CPU, and routers."""
+    sharded = Scorer(fresh(name))
+    assert casts(sharded, "cpu") is (name == "llama")
+    shard(sharded, mesh, mixed)
+    ready(sharded, CPU)
+    (logps, grads, _), (want, wanted, _) = learned(sharded, mixed), learned(Scorer(fresh(name)), mixed)
+    tolerance = 0.05 if name == "llama" and mixed else 1e-5
+    assert error(logps, want) < tolerance
+    assert all(error(grads[n], wanted[n]) < 20 * tolerance for n in wanted)
+
+
+def test_on_a_gpu_layer_norms_are_gathered_in_16_bits_too() -> None:
+    assert casts(Scorer(fresh("phi, a bias on its head")), "cuda")
+    assert not casts(Scorer(fresh("mixtral")), "cuda")

@@ -242,10 +242,10 @@ def vllm_double(*args: Any, **options: Any) -> Iterator[VllmDouble]:
 
 
 def main() -> None:
-    """Serve a folder's model in a process of its own: vllm_double.py FOLDER --host HOST --port PORT."""
+    """Serve a folder's model in a process of its own: vllm_double.py serve FOLDER ... --host HOST --port PORT."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, port = sys.argv[1], int(sys.argv[sys.argv.index("--port") + 1])
+    folder, port = sys.argv[2], int(sys.argv[sys.argv.index("--port") + 1])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     VllmDouble(model, tokenizer, port=port).server.serve_forever()
 

@@ -45,6 +45,7 @@ from alignkit.models.values import Valuer
 from alignkit.rollout import Setup
 from alignkit.rollout.backends import build_sampler
 from alignkit.rollout.completions import with_placeholders
+from alignkit.rollout.own_servers import OwnServers
 from alignkit.rollout.sampling import ends_of
 from alignkit.types import Example, Layout
 
@@ -91,8 +92,13 @@ def forget_precision() -> None:
     AcceleratorState._reset_state()  # Accelerate has no public function for this
 
 
-def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any, ranks: Ranks) -> Parts:
-    """Load the models, prepare the reference, wrap for training. Raises ModelError, ConfigError, CacheError."""
+def build(
+    config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any, ranks: Ranks, own: OwnServers | None = None
+) -> Parts:
+    """Load the models, prepare the reference, wrap for training. Raises ModelError, ConfigError, CacheError.
+
+    own: the run's servers, which start meanwhile.
+    """
     accelerator: Accelerator = ranks.accelerator
     device = accelerator.device
     least = least_examples(config, method, splits, ranks.n)
@@ -125,9 +131,10 @@ def build(config: RunConfig, method: Method[Any], splits: Splits, tokenizer: Any
     if scorers:
         updates = (config.epochs_per_batch or method.epochs_per_batch) * config.minibatches
         assert isinstance(plain, Scorer)
+        rollout = own.ready(config.rollout) if own else config.rollout
         setup = Setup(
-            plain.model, tokenizer, ends_of(causal_lm(plain.model), tokenizer), config.rollout,
-            config.output / (config.name or ""), ranks, accelerator.autocast, plain, gathered_weights,
+            plain.model, tokenizer, ends_of(causal_lm(plain.model), tokenizer), rollout,
+            config.output / (config.name or ""), ranks, accelerator.autocast, plain, own, gathered_weights,
         )  # fmt: skip
         ahead = Ahead(build_sampler(setup), plain.model, policy, config.rollout.ahead, ranks)
         online = Online(config, method.roles(), scorers, setup, reference, updates, ahead)

@@ -19,6 +19,7 @@ from alignkit.models.loading import load_tokenizer
 from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.reference.choice import check_reference
 from alignkit.rollout.checks import check_online
+from alignkit.rollout.own_servers import own_servers
 from alignkit.runs import config_file, fingerprints
 from alignkit.runs import folder as run_folder
 from alignkit.runs.callbacks import load_callbacks
@@ -72,7 +73,7 @@ class Run:
         config = self.config.model_copy(update={"name": folder.name})
         written = {**config.describe(), **self.method.config.model_dump(mode="json")}
         self._lock = FolderLock(folder)
-        with run_folder.undone(folder, made=not config.resume):
+        with run_folder.undone(folder, made=not config.resume), own_servers(config, folder, self.ranks) as own:
             if accelerator.is_main_process:
                 self._lock.take()
             if accelerator.is_main_process:
@@ -81,7 +82,7 @@ class Run:
             logger.info("run: %s", folder)
             if config.resume:
                 check_rows(folder, self.splits)
-            parts = assemble.build(config, self.method, self.splits, self.tokenizer, self.ranks)
+            parts = assemble.build(config, self.method, self.splits, self.tokenizer, self.ranks, own)
             self.state = RunState(config, self.method, self.splits, parts, folder, written, callbacks=self._callbacks)
             if accelerator.is_main_process:
                 check_space(self.state)

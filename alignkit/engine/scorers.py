@@ -11,6 +11,7 @@ import torch
 from alignkit.config import RunConfig
 from alignkit.method import Method
 from alignkit.models.ranks import Ranks
+from alignkit.models.sharding import mesh_of
 from alignkit.rewards import Judge, Rewards, Shared, build_judge, build_rewards
 from alignkit.rollout.completions import unanswered
 from alignkit.types import Example
@@ -34,7 +35,8 @@ class Scorers:
         """
         if method.data != "prompts":
             return None
-        how = device, config.reward_timeout, Shared(ranks, config.fsdp_replicas) if config.fsdp else None
+        shared = Shared(ranks, mesh_of(device.type, ranks.n, config.fsdp_replicas)) if config.fsdp else None
+        how = device, config.reward_timeout, shared
         rewards = build_rewards(config.reward, *how) if config.reward is not None else None
         judge = build_judge(config.judge, *how) if config.judge is not None else None
         columns = tuple(dict.fromkeys(name for e in examples for name in e.columns))

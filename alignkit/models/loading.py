@@ -23,7 +23,7 @@ from alignkit.models.places import look, where
 from alignkit.models.quantised import check_frozen, copy_marks, floating, layers_4bit, nf4, settle
 from alignkit.models.refusals import cause, reason
 from alignkit.models.towers import auto_class, freeze_towers, towers
-from alignkit.models.unread import FILES, adapters_in_memory, has_only_matrices, in_parts, is_unread, unread, zero
+from alignkit.models.unread import FILES, adapters_in_memory, has_only_matrices, is_unread, unread, whole_because, zero
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -166,7 +166,7 @@ def _made(name: str, config: RunConfig, kind: Kind, weights: bool) -> nn.Module:
     labels = {"num_labels": 1} if kind == "classifier" else {}
     about = AutoConfig.from_pretrained(name, trust_remote_code=trusted, **labels)
     auto = auto_class(about, kind)
-    if weights and in_parts(config) and (model := unread(name, auto, about, options)) is not None:
+    if weights and config.fsdp and (model := unread(name, auto, about, options, whole_because(config))) is not None:
         return model
     if weights and config.quantize:
         with torch.device("meta"):

@@ -20,6 +20,11 @@ def part_of(items: Sequence[T], rank: int, ranks: int) -> Sequence[T]:
     return items[rank::ranks]
 
 
+def part_in_row(items: Sequence[T], rank: int, ranks: int) -> Sequence[T]:
+    """Return a rank's part of a list that all ranks have: of its own files, where names begin with the ranks."""
+    return items[len(items) * rank // ranks : len(items) * (rank + 1) // ranks]
+
+
 class Ranks:
     """The ranks (processes) of a run, seen from one of them; every method must be called by all ranks or by none.
 

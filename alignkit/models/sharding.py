@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,9 +54,9 @@ def check_replicas(world: int, replicas: int) -> None:
 def shard(module: Sharded | ActorCritic, mesh: DeviceMesh, mixed: torch.dtype | None = None) -> None:
     """Shard the module in place, one group for each of its blocks, before the optimiser is created.
 
-    mixed: the data type of matrix products, in which the weights of blocks are gathered then: half of the traffic, and
-    autocast keeps no copies of them until the backward. What is outside of blocks (embeddings, the last norm, heads) is
-    gathered as it is, as a score of bfloat16 would be too coarse. Gradients are reduced in float32.
+    mixed: the data type of matrix products, in which the weights of blocks are gathered then, see `casts`. What is
+    outside of blocks (embeddings, the last norm, heads) is gathered as it is: a score of bfloat16 would be too coarse.
+    Gradients are reduced in float32.
     """
     if isinstance(module, ActorCritic):
         shard(module.policy, mesh, mixed)
@@ -63,11 +64,29 @@ def shard(module: Sharded | ActorCritic, mesh: DeviceMesh, mixed: torch.dtype | 
         return
     blocks = blocks_of(module)
     _check_types([*blocks, module])
-    policy = MixedPrecisionPolicy(mixed, torch.float32, cast_forward_inputs=False) if mixed else MixedPrecisionPolicy()
+    outer = MixedPrecisionPolicy(reduce_dtype=torch.float32 if mixed else None, cast_forward_inputs=False)
+    inner = replace(outer, param_dtype=mixed) if mixed and casts(module, mesh.device_type) else outer
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=inner)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=outer)
     assert isinstance(module, FSDPModule)  # torch really sharded it
+
+
+def casts(module: nn.Module, device_type: str) -> bool:
+    """Return whether the weights of blocks may be gathered in the data type of products.
+
+    That is half of the traffic, and autocast keeps no copies of them until the backward. Only blocks of linear layers
+    and norms: routers, state spaces and what an architecture keeps in 32 bits lose too much. On a CPU, torch cannot
+    normalise float32 by the bfloat16 weights of nn.LayerNorm.
+    """
+    lm: Any = causal_lm(module.model)  # type: ignore[arg-type]
+    if getattr(lm, "_keep_in_fp32_modules", None) or getattr(lm, "_keep_in_fp32_modules_strict", None):
+        return False
+    holders = [m for b in blocks_of(module) for m in b.modules() if next(m.parameters(recurse=False), None) is not None]
+    norms = [m for m in holders if type(m).__name__.endswith("Norm")]
+    return all(type(m) is nn.Linear or m in norms for m in holders) and not (
+        device_type == "cpu" and any(isinstance(m, nn.LayerNorm) for m in norms)
+    )
 
 
 def _check_types(units: Sequence[nn.Module]) -> None:

@@ -30,11 +30,14 @@ FILES = "alignkit_files"  # attribute of an unread transformers model: its tenso
 _OF_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
 
 
-def unread(name: str, auto: Any, about: Any, options: Mapping[str, Any]) -> nn.Module | None:
+def unread(name: str, auto: Any, about: Any, options: Mapping[str, Any], reason: str | None = None) -> nn.Module | None:
     """Return a model without its weights, which `read_parts` reads; None, with a line in the log, where it cannot.
 
-    auto, about, options: transformers' class, the configuration, and what `from_config` takes.
+    auto, about, options: transformers' class, the configuration, and what `from_config` takes. reason: why it cannot.
     """
+    if reason is not None:
+        logger.info(WHOLE, reason)
+        return None
     from accelerate import init_empty_weights
     from transformers import GenerationConfig
 
@@ -62,16 +65,17 @@ def unread(name: str, auto: Any, about: Any, options: Mapping[str, Any]) -> nn.M
 
 
 def in_parts(config: RunConfig) -> bool:
-    """Return whether each rank reads only its parts of a model, where its files allow it; logs why not, with fsdp."""
-    lora = config.lora
-    reason = ""
+    """Return whether each rank reads only its parts of a model, where its files allow it."""
+    return config.fsdp and whole_because(config) is None
+
+
+def whole_because(config: RunConfig) -> str | None:
+    """Return which setting has each rank load the whole model, None where none does."""
     if config.trust_remote_code:
-        reason = "its code is not known (trust_remote_code)"
-    elif lora and (lora.dora or lora.init != "default"):
-        reason = "its adapter is computed from whole weights (lora.dora, lora.init)"
-    if reason and config.fsdp:
-        logger.info(WHOLE, reason)
-    return config.fsdp and not reason
+        return "its code is not known (trust_remote_code)"
+    if config.lora and (config.lora.dora or config.lora.init != "default"):
+        return "its adapter is computed from whole weights (lora.dora, lora.init)"
+    return None
 
 
 def has_only_matrices(adapter: Path) -> bool:

@@ -47,8 +47,11 @@ class Functions:
         """Probe, then call every function, the async ones concurrently; without answers none, but shared models.
 
         given: the arguments besides the columns. Raises RewardError naming the function, the row and what it returned;
-        with a model that ranks share, on all of them before they wait for each other in it.
+        where ranks share a model, on all of them.
         """
+        return self._ranks.together(lambda: self._called_all(answers, given), RewardError)
+
+    def _called_all(self, answers: Answers, given: Given) -> list[Values]:
         arguments = self._ranks.together(lambda: self._arguments(answers, given), RewardError)
         results: dict[int, object] = {}
         for i in filter(lambda i: _is_shared(self._functions[i]), range(len(arguments))):

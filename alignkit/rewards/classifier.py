@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from alignkit.errors import ModelError
 from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.models.refusals import cause, reason
 from alignkit.models.rope import switch_of
-from alignkit.models.sharding import mesh_of, ready, settle, shard
+from alignkit.models.sharding import ready, settle, shard
 from alignkit.models.unread import FILES, unread
 from alignkit.models.values import Grader
 from alignkit.rewards.functions import RowError
@@ -24,10 +25,10 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True)
 class Shared:
-    """Ranks that share a model, which is sharded over them: each scores its own answers. replicas: of the shards."""
+    """Ranks that share a model, which is sharded over their mesh: each scores its own answers."""
 
-    ranks: Ranks = SINGLE
-    replicas: int = 1
+    ranks: Ranks
+    mesh: DeviceMesh
 
 
 class Classifier:
@@ -56,7 +57,7 @@ class Classifier:
             raise ModelError(f"cannot load a reward model from '{folder}': {why}") from cause(error)
         self.grader = Grader(self.model.eval().requires_grad_(False))
         if shared:
-            shard(self.grader, mesh_of(self.device.type, shared.ranks.n, shared.replicas))
+            shard(self.grader, shared.mesh)
             ready(self.grader, self.device)
 
     @property
@@ -81,7 +82,8 @@ class Classifier:
         found: dict[tuple[int, ...], float] = {}
         for i in range(self.ranks.most(len(batches))):
             batch = batches[i] if i < len(batches) else []
-            found |= zip(batch, self._score(batch or [(0,)]), strict=False)
+            scores = self._score(batch or [(0,)])
+            found |= zip(batch, scores, strict=True) if batch else ()
         settle(self.grader)
         if problem is not None:
             raise problem

@@ -52,6 +52,7 @@ class FunctionJudge:
 
     def wins(self, first: Answers, second: Answers) -> list[float]:
         """See `Judge.wins`."""
+        # `made` is `first`, or the made-up answers of a probe, which are compared with themselves
         (values,) = self._functions.call(first, lambda made: _given(made, second if made is first else made))
         return [self._probability(first, i, p) for i, p in enumerate(values)]
 

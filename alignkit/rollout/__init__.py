@@ -11,7 +11,7 @@ continuous.py    transformers' continuous batching
 vllm.py          vLLM servers as a sampler
 vllm_requests.py a request as vLLM takes it, and its reply, checked
 spread.py        prompts spread over servers; those that failed are asked again
-serving.py       starting vLLM servers for a run, and ending them
+serving.py       starting vLLM servers for a run, and ending them; own_servers.py those that a run starts itself
 servers.py       HTTP with a server, and which failures may pass
 sync.py          how weights get to servers
 transfer.py      vLLM's own transfer of weights between GPUs

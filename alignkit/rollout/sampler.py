@@ -15,6 +15,7 @@ from alignkit.config import Sampling
 from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.models.sharding import gathered
 from alignkit.rollout.mixture import Mixture
+from alignkit.rollout.own_servers import OwnServers
 from alignkit.rollout_settings import Rollout
 
 
@@ -55,8 +56,9 @@ class Setup:
     """What a sampler is built from. model: the policy, a causal language model, whose weights change between calls.
 
     ends: tokens that end a completion, the tokenizer's first. settings: those of `rollout`. folder: of the run.
-    autocast: entered around passes of the model. policy: the module that holds the model, which may be sharded. gather:
-    returns a sharded model's whole weights on the main rank, see `engine.gathering.gathered_weights`.
+    autocast: entered around passes of the model. policy: the module that holds the model, which may be sharded.
+    servers: those that the run started, which end with the sampler. gather: returns a sharded model's whole weights on
+    the main rank, see `engine.gathering.gathered_weights`.
     """
 
     model: nn.Module
@@ -67,6 +69,7 @@ class Setup:
     ranks: Ranks = SINGLE
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     policy: nn.Module | None = None
+    servers: OwnServers | None = None
     gather: Callable[[nn.Module, Path, Ranks, str, bool], dict[str, Tensor]] | None = None
 
     def gathered(self, blocks: bool = True) -> AbstractContextManager[None]:

@@ -28,6 +28,9 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 takes for --max-lo
 AT_ONCE = 2048  # tokens of a pass on a CPU, vLLM's default
 _LAST_LINES = 15  # of the log of a server that failed
 _GRACE = 20.0  # seconds for a server to end
+# Linux sends SIGTERM to the program where the process that started it is gone, also after kill -9 (prctl 1)
+_CODE = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+_BOUND = [sys.executable, "-ISc", _CODE] if sys.platform == "linux" else []
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,18 @@ class Plan:
 
 
 def vllm_program(given: Path | None) -> str:
-    """Return the program `vllm`. Raises ConfigError where it is not there, with what to type."""
+    """Return the program `vllm`: the given one, that of ALIGNKIT_VLLM, or the installed one.
+
+    Raises ConfigError where it is not there, with what to type.
+    """
+    if given is None and (named := os.environ.get("ALIGNKIT_VLLM")):
+        given = Path(named)
     if given is not None:
         if not (given.is_file() and os.access(given, os.X_OK)):
-            raise ConfigError(f"--vllm {given} is not a program; give the path of `vllm`, such as ENVIRONMENT/bin/vllm")
+            raise ConfigError(
+                f"{given} (--vllm, rollout.program or ALIGNKIT_VLLM) is not a program; give the path of `vllm`, such "
+                "as ENVIRONMENT/bin/vllm"
+            )
         return str(given.absolute())
     beside = Path(sys.executable).with_name("vllm")
     if find_spec("vllm") is not None and beside.is_file():
@@ -200,7 +211,7 @@ class Servers:
                 raise ConfigError(f"port {port} of {self.host}: {error.strerror}; choose another --port") from None
 
     def _start(self, number: int, port: int) -> subprocess.Popen[bytes]:
-        command = [*self.plan.command, "--host", self.host, "--port", str(port)]
+        command = [*_BOUND, *self.plan.command, "--host", self.host, "--port", str(port)]
         environment: Mapping[str, Any] = os.environ | self.plan.environment
         if self.plan.gpus:
             environment = {**environment, "CUDA_VISIBLE_DEVICES": self.plan.gpus[number]}

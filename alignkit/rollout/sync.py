@@ -28,9 +28,13 @@ _AGAIN = 0.1  # seconds until a prefix cache in use is reset again
 
 
 class Sync(ABC):
-    """Puts weights in force on servers. seconds: in which a server must load them. model: the servers' name of it."""
+    """Puts weights in force on servers. seconds: in which a server must load them. model: the servers' name of it.
+
+    repeats: whether servers that all missed the weights can load them again.
+    """
 
     name: str
+    repeats = True
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self.folder, self.seconds = folder, seconds

@@ -45,6 +45,8 @@ def why_no_transfer(device: torch.device, sharded: bool = False) -> str:
 class TransferSync(FolderSync):
     """All weights through vLLM's engine; a server that misses a transfer gets the next one. kind: nccl or ipc."""
 
+    repeats = False
+
     def __init__(self, folder: Path, seconds: float, kind: str, setup: Setup, servers: list[Server]) -> None:
         super().__init__(folder, seconds)
         self.name, self.setup, self.servers = kind, setup, servers

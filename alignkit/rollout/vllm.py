@@ -24,7 +24,7 @@ from alignkit.rollout.servers import Server, ServerError, client, key_of, overdu
 from alignkit.rollout.spread import Spread, waited
 from alignkit.rollout.sync import ROUTES, AdapterSync, FolderSync, Sync, choose, models_of
 from alignkit.rollout.transfer import TransferSync, why_no_transfer
-from alignkit.rollout.vllm_requests import body_of, samples_of
+from alignkit.rollout.vllm_requests import body_of, check_lengths, samples_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,8 +41,8 @@ class Vllm(Sampler):
         settings = setup.settings
         if not settings.urls:
             raise ConfigError(
-                "rollout.backend: vllm needs the addresses of servers; start one with `alignkit serve`, which prints "
-                "`rollout.urls`, and set that"
+                "rollout.backend: vllm needs servers: set rollout.servers: 1, and the run starts one, or start it with "
+                "`alignkit serve`, which prints `rollout.urls`, and set that"
             )
         self.setup, self.settings, self._key = setup, settings, key_of(settings.key_env)
         servers, own = [Server(url, self._key) for url in settings.urls], setup.ranks.own
@@ -60,7 +60,8 @@ class Vllm(Sampler):
         self._known = KnownPrompt(setup, self.longest, settings.timeout)
         device = next(setup.model.parameters()).device
         self._sharded = setup.policy is not None and is_sharded(setup.policy)
-        kind, why = choose(settings.sync, routes, why_no_adapter(setup.model), why_no_transfer(device, self._sharded))
+        shared = "the servers share the run's GPUs" if settings.servers else why_no_transfer(device, self._sharded)
+        kind, why = choose(settings.sync, routes, why_no_adapter(setup.model), shared)
         self.sync = self._sync(kind)
         if setup.ranks.is_main:
             places = ", ".join(server.url for server in self.servers)
@@ -82,7 +83,7 @@ class Vllm(Sampler):
 
     def sample(self, request: Request) -> list[list[Sampled]]:
         """Return the completions, from servers that had the weights of `version` before and after."""
-        self._check_lengths(request)
+        check_lengths(request, self.longest)
         model = self.sync.called(self._tag, self.model)
         spread = Spread(self.servers, self.settings, self._holds, self._give)
 
@@ -105,6 +106,8 @@ class Vllm(Sampler):
         if self.setup.ranks.is_main:
             self.sync.close()
         self._loop.close()
+        if self.setup.servers is not None:
+            self.setup.servers.close()
 
     async def _look(self) -> frozenset[str]:
         """Ask the servers what they serve; return the addresses that all of them have."""
@@ -164,12 +167,13 @@ class Vllm(Sampler):
 
     def _published(self, model: nn.Module, weights: Weights) -> dict[str, str]:
         """Publish the weights for all servers; return those that fail to load them, with the reasons."""
+        deadline = Deadline(self.setup.ranks.patience)
         self.sync.publish(self._tag, model, weights)
-        failed = self._run(self._update())
+        failed = self._run(self._update(), deadline)
         if self._adapter_is_refused(failed):
             self.sync = self._sync("folder")
             self.sync.publish(self._tag, model, weights)
-            failed = self._run(self._update())
+            failed = self._run(self._update(), deadline)
         return failed
 
     async def _update(self) -> dict[str, str]:
@@ -179,7 +183,7 @@ class Vllm(Sampler):
                 if attempt and not await waited(self.settings, attempt):
                     break
                 done = await asyncio.gather(*(self._load(http, server) for server in self.servers))
-                if not all(done) or self._may_merge():
+                if not all(done) or self._may_merge() or not self.sync.repeats:
                     break
         return {server.url: why for server, why in zip(self.servers, done, strict=True) if why}
 
@@ -227,18 +231,9 @@ class Vllm(Sampler):
             self.sync = self._sync("folder")
         self.processed, self._judged = not found & 1, True
 
-    def _check_lengths(self, request: Request) -> None:
-        """Raise RolloutError for a prompt that does not fit: vLLM would cut its completions short, silently."""
-        longest = max(map(len, request.prompts), default=0)
-        if longest + request.sampling.max_new_tokens > self.longest:
-            raise RolloutError(
-                f"a prompt of {longest} tokens and max_new_tokens {request.sampling.max_new_tokens} are more than the "
-                f"servers' --max-model-len {self.longest}; lower max_prompt_tokens, or start them with a larger one"
-            )
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+    def _run(self, work: Coroutine[Any, Any, T], deadline: Deadline | None = None) -> T:
         """Return the result of `work`. Raises RolloutError where a signal, or the other ranks, cannot wait for it."""
-        deadline = Deadline(self.setup.ranks.patience)
+        deadline = deadline or Deadline(self.setup.ranks.patience)
         with secrecy.logging(self._key):
             try:
                 return self._loop.run(work, lambda: overdue(deadline))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from alignkit.config import Sampling
+from alignkit.errors import RolloutError
 from alignkit.rollout.noise import splitmix
 from alignkit.rollout.sampler import Request, Sampled
 from alignkit.rollout.servers import ServerError
@@ -47,6 +48,16 @@ def body_of(request: Request, at: int, ends: Sequence[int], model: str) -> dict[
         "logprobs": 0,
         "return_token_ids": True,
     }
+
+
+def check_lengths(request: Request, most: int) -> None:
+    """Raise RolloutError for a prompt that does not fit: vLLM would cut its completions short, silently."""
+    longest = max(map(len, request.prompts), default=0)
+    if longest + request.sampling.max_new_tokens > most:
+        raise RolloutError(
+            f"a prompt of {longest} tokens and max_new_tokens {request.sampling.max_new_tokens} are more than the "
+            f"servers' --max-model-len {most}; lower max_prompt_tokens, or start them with a larger one"
+        )
 
 
 def seed_of(seed: int, number: int) -> int:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from alignkit.errors import CheckpointError, first_line
 from alignkit.files import leftovers, remove, sync
-from alignkit.models.ranks import SINGLE, Ranks
+from alignkit.models.ranks import SINGLE, Ranks, part_in_row
 from alignkit.runs.loaded import Loaded
 from alignkit.runs.manifest import described, seal, verify
 from alignkit.runs.parts import Groups, any_sharded, n_bytes, write_parts
@@ -92,8 +92,8 @@ def save(folder: Path, step: int, tensors: Groups, state: Mapping[str, Any], kee
 
     def shards() -> dict[str, Any]:
         with saving(what, folder, needed, then, checked=True):
-            write_parts(temporary, parts)
-            return described(sorted(temporary.iterdir())[ranks.own :: ranks.n])
+            write_parts(temporary, parts, ranks.n)
+            return described(part_in_row(sorted(temporary.iterdir()), ranks.own, ranks.n))
 
     def write() -> Path:
         final = folder / f"step-{step:08d}"

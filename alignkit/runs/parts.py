@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from alignkit.errors import CheckpointError, first_line
 
+LARGEST = 2**30  # bytes of a file
+LEAST = 8  # files of a rank
 Groups = Mapping[str, Mapping[str, Tensor]]
 Like = Callable[[str, torch.Size], Tensor | None]
 """A tensor's name and shape -> the tensor that it is for, by which it is sharded; None for a whole one."""
@@ -35,11 +37,26 @@ def n_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def write_parts(folder: Path, groups: Groups) -> None:
+def write_parts(folder: Path, groups: Groups, ranks: int) -> None:
     """Write this rank's parts, and what is whole once; every rank must call it. Raises on all where one cannot."""
     flat = {f"{group}/{name}": t.detach() for group, named in groups.items() for name, t in named.items()}
+    writer = HuggingFaceStorageWriter(str(folder), file_of(flat, ranks), save_distributed=True)
     with _plain_errors():
-        state_dict_saver.save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        state_dict_saver.save(flat, storage_writer=writer)
+
+
+def file_of(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
+    """Return the number, from 1, of the file for a rank's part of each tensor.
+
+    torch writes a file from two copies of it in memory: so a rank's parts are spread over several of up to 1 GiB.
+    """
+    share = n_bytes(tensors.values()) / ranks
+    size = min(LARGEST, share / LEAST) or 1.0
+    found, filled = dict[str, int](), 0.0
+    for name, t in tensors.items():
+        found[name] = int(filled / size) + 1
+        filled += n_bytes([t]) / ranks
+    return found
 
 
 def read_parts(folder: Path, group: str, like: Like) -> dict[str, Tensor]:

@@ -41,11 +41,11 @@ def serve(
     console.show_log()
     from alignkit import registry
     from alignkit.config import split
-    from alignkit.rollout import serving
+    from alignkit.rollout import own_servers, serving
 
     run, _ = split(settings, registry.get(str(settings.get("method"))).Config)
     program = serving.vllm_program(vllm)
-    plan = serving.plan(run, program, processes, _gpus(), dtype, options or [])
+    plan = serving.plan(run, program, processes, own_servers.visible_gpus(), dtype, options or [])
     place = logs or Path(tempfile.mkdtemp(prefix="alignkit-serve-"))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _ended)
@@ -57,18 +57,6 @@ def serve(
         while True:
             servers.check()
             time.sleep(1.0)
-
-
-def _gpus() -> list[str]:
-    """Return the GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
-    import os
-
-    import torch
-
-    if not torch.cuda.is_available():
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def _ended(number: int, frame: Any) -> None:

@@ -28,7 +28,7 @@ from alignkit.method import Method
 from alignkit.models.loading import causal_lm
 from alignkit.models.packing import batch_of
 from alignkit.models.scoring import Scorer
-from alignkit.models.sharding import blocks_of
+from alignkit.models.sharding import blocks_of, casts
 from alignkit.models.unread import in_parts, needs_whole
 from alignkit.models.values import ActorCritic, Grader, ValueHead, Valuer
 from alignkit.reference.choice import resolve_reference
@@ -128,7 +128,15 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
     if method.data == "prompts":
         phases["sampling"] = {**kept, "rollouts": _rollouts(work, policy, mode)}
     whole = not in_parts(config) or needs_whole(causal_lm(policy)) is not None
-    phases = per_rank(phases, module, [Grader(one) for one in scorers], work.processes, config, whole, work.bf16)
+    phases = per_rank(
+        phases,
+        module,
+        [Grader(one) for one in scorers],
+        work.processes,
+        config,
+        whole,
+        _device_type(work) if work.bf16 else None,
+    )
     alone = batch_of([e for micro in micros for e in micro.examples], Layout("padded")).micro_batches(config.max_tokens)
     if work.program:
         for parts in phases.values():
@@ -140,6 +148,10 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
         sum(micro.rows.input_ids.numel() for micro in alone),
         form,
     )
+
+
+def _device_type(work: Work) -> str:
+    return "cpu" if work.program else "cuda"
 
 
 def _module(config: RunConfig, method: Method[Any], mode: FakeTensorMode) -> Any:
@@ -194,8 +206,8 @@ def _dry_run(work: Work, module: Any, n_layers: int) -> tuple[Counter[str], list
     """Run an update with the first layers only; return bytes by part, and the micro-batches of the update."""
     for trunk in trunks(module):
         del layers_of(trunk)[n_layers:]
-    if work.config.fsdp and work.bf16:  # as they are gathered
-        for model in models_of(module):
+    for model in models_of(module) if work.config.fsdp and work.bf16 else ():
+        if not isinstance(model, ValueHead) and casts(model, _device_type(work)):  # as they are gathered
             for block in blocks_of(model):
                 in_16_bits(block)
     ledger = Ledger()

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from alignkit.config import RunConfig
-from alignkit.models.sharding import blocks_of
-from alignkit.models.values import ActorCritic
+from alignkit.models.sharding import blocks_of, casts
+from alignkit.models.values import ActorCritic, ValueHead
 
 # gathered on each rank while a pass is in a block: this block, the next one, and its receive buffer
 BLOCKS = 3
@@ -24,12 +24,12 @@ def per_rank(
     processes: int,
     config: RunConfig,
     whole: bool,
-    mixed: bool,
+    mixed: str | None,
 ) -> dict[str, dict[str, int]]:
     """Return the phases of one of several ranks, in bytes by part; phases: of a single process.
 
-    scorers: reward models and judges. whole: the models are loaded as a whole before they are sharded. mixed: products
-    are in bfloat16.
+    scorers: reward models and judges. whole: the models are loaded as a whole before they are sharded. mixed: the
+    type of device where products are in bfloat16.
     """
     if processes == 1:
         return {name: dict(parts) for name, parts in phases.items()}
@@ -57,16 +57,19 @@ def _shard(parts: Mapping[str, int], processes: int) -> dict[str, int]:
     return {name: -(-size // processes) if name in sharded else size for name, size in parts.items()}
 
 
-def _gathered(module: Any, mixed: bool = False, whole: bool = False) -> int:
+def _gathered(module: Any, mixed: str | None = None, whole: bool = False) -> int:
     """Return the bytes of weights gathered at one time: weights outside all blocks stay gathered until a pass ends.
 
-    mixed: blocks are gathered in 16 bits. whole: all blocks are, at once.
+    mixed: see `per_rank`. whole: all blocks are, at once.
     """
-    blocks = [list(block.parameters()) for model in models_of(module) for block in blocks_of(model)]
-    inside = sum(p.nbytes for block in blocks for p in block)
-    sizes = [sum(2 * p.numel() if mixed else p.nbytes for p in block) for block in blocks]
+    inside, sizes = 0, [0]
+    for model in (m for m in models_of(module) if not isinstance(m, ValueHead)):
+        in_16_bits = mixed is not None and casts(model, mixed)
+        for block in blocks_of(model):
+            inside += sum(p.nbytes for p in block.parameters())
+            sizes.append(sum(2 * p.numel() if in_16_bits else p.nbytes for p in block.parameters()))
     outside: int = sum(p.nbytes for p in module.parameters()) - inside
-    return outside + (sum(sizes) if whole else BLOCKS * max(sizes, default=0))
+    return outside + (sum(sizes) if whole else BLOCKS * max(sizes))
 
 
 def models_of(module: Any) -> list[Any]:
