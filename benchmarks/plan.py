@@ -5,8 +5,9 @@
 
 Each configuration is planned in one process and run for three steps in another, on the same rows. Measured is the
 largest resident set of the (first) process of the run on a CPU, and what torch allocated on a GPU (--gpu, without the
-cases of several processes). With fsdp, glibc is told to give back what is freed (MALLOC_MMAP_THRESHOLD_). A
-configuration that fails is reported with its error; the exit code is 1 then, or when a plan is off by more than the bar.
+cases of several processes). With fsdp, glibc is told to give back what is freed (MALLOC_MMAP_THRESHOLD_).
+A configuration that fails is reported with its error; the exit code is 1 then, or when a plan is off by more than the
+bar.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ def redder(first: list[str], second: list[str], **_: Any) -> list[float]:
 
 
 def odd(completions: list[str], **_: Any) -> list[float]:
-    """As `reds`, but its third call fails on rank 1; the first is the evaluation before the first step."""
+    """As `reds`, but the call ODD_CALL fails on rank 1; the first ones are of the evaluation before the first step."""
     CALLS.append(1)
-    if len(CALLS) == 3 and os.environ["RANK"] == "1":
+    if len(CALLS) == int(os.environ["ODD_CALL"]) and os.environ["RANK"] == "1":
         raise ValueError("planted by the test")
     return reds(completions)
 

@@ -128,17 +128,20 @@ def test_the_runs_learn(runs: Path) -> None:
         assert any(line.get("grad_norm", 0.0) > 1e-4 for line in lines)
 
 
-@pytest.mark.parametrize("title", ["rloo, reward model", "nash, lora, judge model"])
-def test_a_reward_that_fails_on_one_rank_ends_all_of_them_where_they_share_a_model(title: str, place: Path) -> None:
-    """The others do not wait for it inside of the model: the time-out is a minute. A judge is called twice a step."""
+@pytest.mark.parametrize(("title", "call"), [("rloo, reward model", 3), ("nash, lora, judge model", 7)])
+def test_a_reward_that_fails_on_one_rank_ends_all_of_them_where_they_share_a_model(
+    title: str, call: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others do not wait for it inside of the model: the time-out is a minute. A judge calls it twice a step."""
+    monkeypatch.setenv("ODD_CALL", str(call))
     rewards = [ODD, {"use": "@scorer"}]
     own = {"reward": rewards} if title.startswith("rloo") else {"judge": {"bradley_terry": rewards}}
     (job,) = jobs_of(place, "odd", title, **own, max_steps=3, fsdp=True)
-    with pytest.raises(AssertionError, match=r"(?s)reward 'odd' failed") as found:
+    with pytest.raises(AssertionError):
         run_on(2, [job], place / "odd", timeout=50)
-    assert "rank 1: reward 'odd' failed" in str(found.value)  # as the other one says it
-    saved = [path.name for path in (place / "odd" / job[1]["name"] / "checkpoints").iterdir()]
-    assert saved == (["step-00000001"] if title.startswith("rloo") else ["step-00000002"])
+    assert "rank 1: reward 'odd' failed" in (place / "odd" / "said").read_text()  # as the other one says it
+    saved = sorted(path.name for path in (place / "odd" / job[1]["name"] / "checkpoints").iterdir())
+    assert saved[-1] == ("step-00000001" if title.startswith("rloo") else "step-00000002")
 
 
 RESUMED = ("dpo, moving", "dpo, lora", "ppo")

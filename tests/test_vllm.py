@@ -444,7 +444,10 @@ def test_weights_are_sent_again_where_no_server_takes_them(build: Build, pair: l
 
 def test_a_url_of_nothing_is_an_error_that_says_what_to_type(build: Build, double: VllmDouble) -> None:
     url = double.url
-    with pytest.raises(ConfigError, match="needs the addresses of servers; start one with `alignkit serve`"):
+    with pytest.raises(
+        ConfigError,
+        match=r"set rollout.servers: 1, and the run starts one, or .* `alignkit serve`",
+    ):
         build()
     double.server.server_close()
     with pytest.raises(RolloutError, match=rf"{url} does not answer: .*Connect.*start it with `alignkit serve`"):

@@ -282,6 +282,18 @@ def test_a_run_by_a_server(fresh: Served, tmp_path: Path, lora: int | None) -> N
     assert all(line["tokens"] == 16 or line["ended"] for line in said)
 
 
+@pytest.mark.parametrize("lora", [None, 8])
+def test_a_run_starts_and_ends_a_server_of_its_own(served: Served, tmp_path: Path, lora: int | None) -> None:
+    own = {"backend": "vllm", "servers": 1, "program": PROGRAM}
+    found = run_of(served, tmp_path, lora=lora, rollout=own, max_prompt_tokens=100)
+    assert [line["step"] for line in read_metrics(found.folder)] == [1, 2, 3]
+    assert all(line["rollout/kl"] < 0.01 for line in read_metrics(found.folder))
+    (log,) = (found.folder / "servers").iterdir()
+    port = int(log.stem.removeprefix("vllm-"))
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"http://127.0.0.1:{port}/health")
+
+
 def test_a_server_that_is_killed_ends_the_run_with_a_checkpoint(served: Served, tmp_path: Path) -> None:
     """The last test: afterwards there is no server. `alignkit serve` ends with it, and says so."""
     served.begin_anew()
