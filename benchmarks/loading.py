@@ -50,7 +50,7 @@ def load(folder: str, in_parts: bool) -> dict[str, int]:
     from alignkit.models import loading, sharding
     from alignkit.models.scoring import Scorer
 
-    loading.in_parts = lambda config: in_parts  # type: ignore[assignment]
+    loading.whole_because = lambda config: None if in_parts else "for comparison"  # type: ignore[assignment]
     config = RunConfig(method="dpo", model=folder, data="-", fsdp=True, device="cpu")
     accelerator = Accelerator(cpu=True)
     accelerator.wait_for_everyone()
