@@ -335,3 +335,16 @@ def test_a_run_whose_reward_hangs_ends_in_its_time_and_can_be_resumed(tiny: str,
     resumed = alignkit.run("rloo", **settings | {"resume": True})
     whole = alignkit.run("rloo", **settings | {"name": "whole"})
     assert [m["loss"] for m in read_metrics(resumed.folder)] == [m["loss"] for m in read_metrics(whole.folder)]
+
+
+def test_a_call_whose_time_is_over_before_it_begins_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that stalls, the alarm rings while the watching thread starts."""
+    start = threading.Thread.start
+
+    def slowly(thread: threading.Thread) -> None:
+        start(thread)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    with pytest.raises(limits.Overrun), limits.interrupted(limits.Deadline(0.05)):
+        time.sleep(30)

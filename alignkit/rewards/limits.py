@@ -80,7 +80,7 @@ def interrupted(deadline: Deadline) -> Iterator[None]:
         yield
         return
     running = threading.Lock()
-    over = False
+    over = True  # until the call begins: a start may take longer than the call may
 
     def ring(number: int, frame: FrameType | None) -> None:
         if not over and (why := deadline.passed()):
@@ -100,6 +100,7 @@ def interrupted(deadline: Deadline) -> Iterator[None]:
     watcher.start()
     try:
         try:
+            over = False
             yield
         finally:
             over = True
