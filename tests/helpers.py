@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 import re
-import socket
 import textwrap
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,10 @@ def make_rows(kind: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def free_port(n: int = 1) -> int:
-    """The first of n free ports in a row, below those that a system lends to clients, which any test may be lent."""
-    while True:
-        first = random.SystemRandom().randrange(10_000, 32_000)
-        with ExitStack() as stack:
-            try:
-                for port in range(first, first + n):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return first
+    """The first of n free ports in a row."""
+    from alignkit.rollout.own_servers import free_ports
+
+    return free_ports(n)
 
 
 def write_plugin(

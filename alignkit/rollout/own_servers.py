@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -93,14 +94,13 @@ def visible_gpus() -> list[str]:
 
 
 def free_ports(n: int) -> int:
-    """Return the first of n free ports that follow each other."""
+    """Return the first of n free ports that follow each other, below those that systems lend to clients meanwhile."""
     while True:
-        with ExitStack() as held, socket.socket() as first:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
+        first = random.SystemRandom().randrange(10_000, 32_000)
+        with ExitStack() as held:
             try:
-                for i in range(1, n):
-                    held.enter_context(socket.socket()).bind(("127.0.0.1", port + i))
-            except (OSError, OverflowError):
+                for port in range(first, first + n):
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
                 continue
-            return port
+            return first
