@@ -5,6 +5,7 @@ torchrun ... tests/on_ranks.py jobs.json      a list of [method, settings]
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
@@ -35,6 +36,12 @@ def odd(completions: list[str], **_: Any) -> list[float]:
     return reds(completions)
 
 
+def alone() -> None:
+    """Say which threads of the communication still run: Python's end would abort them, now and then."""
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    print("left:", sorted({name for name in names if "gloo" in name or "alignkit" in name}), flush=True)
+
+
 def started(n: int, jobs: list[Job], folder: Path) -> subprocess.Popen[str]:
     """Start the jobs on n processes."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +67,7 @@ def run_on(n: int, jobs: list[Job], folder: Path, timeout: float = 600) -> str:
 
 
 def main() -> None:
+    atexit.register(alone)  # before the engine's: what is registered first runs last
     import alignkit
 
     for method, settings in json.loads(Path(sys.argv[1]).read_text()):

@@ -65,7 +65,8 @@ def test_two_processes_read_the_rows_of_one(settings: dict[str, Any], write_rows
         "minibatches": ("sft", common | {"data": seven, "batch_size": 4, "minibatches": 2}),
     }
     both = [(method, given | {"name": f"two-{name}"}) for name, (method, given) in jobs.items()]
-    run_on(2, both, settings["output"] / "jobs")
+    said = run_on(2, both, settings["output"] / "jobs")
+    assert said.count("left: []") == 2
     for name, (method, given) in jobs.items():
         one = alignkit.run(method, **given | {"name": f"one-{name}"})
         a, b = read_metrics(one.folder), read_metrics(settings["output"] / f"two-{name}")

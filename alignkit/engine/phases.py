@@ -122,6 +122,6 @@ class Run:
             if isinstance(error, Exception) and (told := self.ranks.explained(error)) is not error:
                 raise told from error
         finally:
-            self.ranks.close()
+            self.ranks.close(failed=error is not None)
             if self._lock:
                 self._lock.close()

@@ -33,15 +33,18 @@ class Heartbeat:
     def __init__(self, own: int, ranks: int, minutes: float, progress: Callable[[], tuple[int, int]]) -> None:
         self.own, self.ranks, self.minutes, self._progress = own, ranks, minutes, progress
         self._every = min(max(60 * minutes / 20, 0.2), 5.0)  # torchrun kills ranks 30 s after the first one failed
+        self._patience = max(2 * self._every, 2)
         self._ended = threading.Event()
         self._beats = 0
         self._writer, self._reader = self._store(), self._store()  # a store answers one thread at a time
         self._write()
-        threading.Thread(target=self._beat, name="alignkit-heartbeat", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="alignkit-heartbeat", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Stop telling the others."""
         self._ended.set()
+        self._thread.join(self._patience)  # Python must not end within a call of the store: that aborts the process
 
     def explained(self, error: Exception) -> Exception:
         """Return a TrainingError naming the ranks that do not answer, or `error` where it is another one."""
@@ -93,7 +96,7 @@ class Heartbeat:
 
     def _store(self) -> PrefixStore:
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=max(2 * self._every, 2)))
+        store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=self._patience))
         return PrefixStore("alignkit/heartbeat", store)
 
     def _write(self) -> None:

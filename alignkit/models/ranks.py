@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -57,10 +59,14 @@ class Ranks:
         """Return a TrainingError naming the ranks that do not answer, where `error` comes from that, else `error`."""
         return self._heartbeat.explained(error) if self._heartbeat else error
 
-    def close(self) -> None:
-        """Stop telling the other ranks that this one lives."""
+    def close(self, failed: bool) -> None:
+        """Stop telling the other ranks that this one lives; a run that has not failed leaves their group at exit."""
         if self._heartbeat:
             self._heartbeat.close()
+        if self.n > 1:
+            atexit.unregister(_leave)
+            if not failed:  # leaving waits for communication that has begun, whose other ranks may be gone
+                atexit.register(_leave)
 
     def wait(self) -> None:
         """Wait for all ranks."""
@@ -128,6 +134,17 @@ class Ranks:
         self._calls += 1
         padded = torch.tensor(numbers + [-1] * (most - len(numbers)), device=self.accelerator.device)
         return [int(r) for r in self.accelerator.gather(padded) if r >= 0]
+
+
+def _leave() -> None:
+    """Leave the group of ranks while Python still runs.
+
+    A thread of gloo frees the tensors of the last communication after the caller has gone on; where Python ends
+    meanwhile, that aborts the process (torch 2.13).
+    """
+    gc.collect()  # wrapped models hold the group too
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 SINGLE = Ranks()
