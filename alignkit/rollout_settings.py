@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from alignkit.errors import ConfigError
 
 Correction = Literal["none", "token_truncate", "sequence_truncate", "token_mask", "sequence_mask"]
-LOCAL = ("generate", "continuous")  # they sample in the process that trains
+LOCAL = ("generate", "transformers", "continuous")  # they sample in the process that trains
 HOTTEST = 2.0  # of vLLM 0.32
 # of a run that samples by servers; they do not change what is sampled, so that a resumed run may change them
 FREE = (
@@ -37,7 +37,10 @@ class Rollout(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    backend: str = Field("generate", description="generate, continuous (transformers' batching), vllm, or a plugin's")
+    backend: str = Field(
+        "generate",
+        description="generate, transformers (its `generate`), continuous (its batching), vllm, or a plugin's",
+    )
     urls: list[str] = Field([], description="addresses of vLLM servers, such as http://127.0.0.1:8000")
     servers: int = Field(0, ge=0, description="vLLM servers that the run starts itself and ends with it, not `urls`")
     server_options: list[str] = Field([], description="further options of `vllm serve` for `servers`")

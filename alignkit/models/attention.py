@@ -29,11 +29,12 @@ def attention_mask(rows: PackedRows, config: Any, dtype: torch.dtype) -> Any:
         return (rows.tree_ids >= 0).long()
     layer_types = set(getattr(config, "layer_types", None) or ())
     if layer_types - {"full_attention"}:
-        return {t: _mask(rows, _window(config, t), config._attn_implementation, dtype) for t in layer_types}
-    return _mask(rows, None if layer_types else _window(config, None), config._attn_implementation, dtype)
+        return {t: _mask(rows, window_of(config, t), config._attn_implementation, dtype) for t in layer_types}
+    return _mask(rows, None if layer_types else window_of(config, None), config._attn_implementation, dtype)
 
 
-def _window(config: Any, layer_type: str | None) -> int | None:
+def window_of(config: Any, layer_type: str | None) -> int | None:
+    """Return the sliding window of the layers of a type, None without; layer_type: None for models with one type."""
     if layer_type == "full_attention":
         return None
     window = getattr(config, "sliding_window", None)

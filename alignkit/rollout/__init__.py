@@ -4,7 +4,12 @@ sampler.py       the contract of samplers: a request, what was sampled, versions
 sampling.py      sample(): checks, and the choice of a backend of this process
 backends.py      the sampler of a run, by the name of its backend
 draws.py         a call of `ctx.rollouts`, checked
-batched.py       padded batches by transformers' `generate`, each prompt computed once
+batched.py       batches by the engine's own loop, or by transformers' `generate`
+token_loop.py    the loop over the tokens of a batch, which ended rows leave
+decoder.py       a model that continues prompts, and whether it computes what its own forward does
+shared_keys.py   keys and values, a prompt's held once for its completions
+fast_layers.py   layers that are faster for a few tokens on a CPU
+processors.py    from logits to a token, and where a completion ends
 mixture.py       the geometric mixture of a policy and its reference
 noise.py         the random numbers of a sequence, independent of its batch
 continuous.py    transformers' continuous batching

@@ -1,12 +1,12 @@
-"""Padded batches by transformers' `generate`, with our own random numbers and each prompt computed once.
+"""Batches by the engine's own loop, or by transformers' `generate`: our own random numbers, each prompt computed once.
 
 P prompts, R rows (a prompt has as many as it has completions), T tokens of the longest prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,21 @@ from alignkit.models.attention import without_flex
 from alignkit.models.loading import causal_lm
 from alignkit.models.passes import halved
 from alignkit.models.rope import forget_lengths, switch_of
+from alignkit.rollout.decoder import Decoder, attending, refused
+from alignkit.rollout.fast_layers import fast_layers
 from alignkit.rollout.mixture import MixedLogits, Mixture, copyable
 from alignkit.rollout.noise import GumbelNoise
+from alignkit.rollout.processors import Stops, cut, warpers
 from alignkit.rollout.sampler import Sampled
+from alignkit.rollout.token_loop import decode
 
 
 @dataclass(frozen=True)
 class Batched:
-    """The inputs that all batches of a call of `sample` share. ends: tokens that end a sequence. greedy: no noise."""
+    """The inputs that all batches of a call of `sample` share.
+
+    ends: tokens that end a sequence. greedy: no noise. own: use the engine's own loop where it computes exactly.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -34,6 +41,7 @@ class Batched:
     seed: int
     mixture: Mixture | None
     greedy: bool = False
+    own: bool = True
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, numbers: Sequence[int]) -> list[list[Sampled]]:
         """Return n completions of each prompt, [prompt][completion]."""
@@ -86,6 +94,45 @@ class Batched:
         self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]
     ) -> list[Sampled]:
         """Sample rows of (place in `prompts`, completion)."""
+        if self.own and not self._refused(prompts):
+            return self._decoded(prompts, rows, numbers)
+        return self._generated(prompts, rows, numbers)
+
+    def _refused(self, prompts: Sequence[Sequence[int]]) -> str | None:
+        """Return why the engine's own loop cannot be used, or None."""
+        return next((problem for model, *_ in self._models() if (problem := refused(model, prompts))), None)
+
+    def _decoded(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]
+    ) -> list[Sampled]:
+        """Sample rows by the engine's own loop."""
+        lm, at_R = causal_lm(self.model), [i for i, _ in rows]
+        device, width, noise = next(lm.parameters()).device, 0, None
+        if not self.greedy:
+            noise = GumbelNoise(self.seed, [numbers[i] for i in at_R], [k for _, k in rows], width, device)
+        stops = Stops(self.tokenizer, self.sampling.stop, width) if self.sampling.stop else None
+        to_logits = warpers(self.sampling, self.ends, width, device, self.greedy)
+        with ExitStack() as stack:
+            parts = []
+            for model, weight, context in self._models():
+                stack.enter_context(attending(causal_lm(model)))
+                stack.enter_context(fast_layers(causal_lm(model)))
+                parts.append((Decoder(causal_lm(model), prompts, context), weight))
+            made = decode(parts, at_R, self.sampling.max_new_tokens, self.ends, to_logits, noise, stops)
+        return [cut(tokens, self.ends, stops.lengths.get(row) if stops else None) for row, tokens in enumerate(made)]
+
+    def _models(self) -> list[tuple[nn.Module, float, Callable[[], AbstractContextManager[Any]]]]:
+        """Return the models whose logits are added, each with its weight and the context of its passes."""
+        if self.mixture is None:
+            return [(self.model, 1.0, nullcontext)]
+        weight = self.mixture.weight
+        both = [(self.model, 1 - weight, nullcontext), (self.mixture.reference, weight, self.mixture.context)]
+        return [one for one in both if one[1]]
+
+    def _generated(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]
+    ) -> list[Sampled]:
+        """Sample rows by transformers' `generate`."""
         from transformers import GenerationConfig
 
         lm = causal_lm(self.model)
@@ -105,14 +152,14 @@ class Batched:
             ),
             logits_processor=[
                 *self._mixed(ids_PT, mask_PT, at_R),
-                *self._warpers(width, device),
+                *warpers(self.sampling, self.ends, width, device, self.greedy),
                 *noise,
             ],
             stopping_criteria=[stops] if self.sampling.stop else [],
             synced_gpus=False,  # else a model with sharded blocks waits at each token, though they are gathered
             **({} if shared is None else {"past_key_values": shared}),
         )
-        return [self._cut(tokens, stops.lengths.get(row)) for row, tokens in enumerate(done[:, width:].tolist())]
+        return [cut(tokens, self.ends, stops.lengths.get(row)) for row, tokens in enumerate(done[:, width:].tolist())]
 
     def _mixed(self, ids_PT: Tensor, mask_PT: Tensor, at_R: Tensor) -> list[MixedLogits]:
         if self.mixture is None or self.mixture.weight == 0:
@@ -122,53 +169,6 @@ class Batched:
         with self.mixture.context():
             cache = _prefix(lm, ids_PT, mask_PT, at_R)
         return [MixedLogits(lm, self.mixture, cache, mask_PT[at_R])]
-
-    def _warpers(self, width: int, device: torch.device) -> list[Any]:
-        # passed explicitly: `generate` adds its own only where it draws, and these must come after the mixture
-        from transformers.generation import logits_process as known
-
-        s, warpers = self.sampling, list[Any]()
-        if s.min_new_tokens:
-            ends = torch.tensor(self.ends, device=device)
-            warpers.append(known.MinNewTokensLengthLogitsProcessor(width, s.min_new_tokens, ends, device=str(device)))
-        if self.greedy:  # the others keep the most likely token where it is
-            return warpers
-        if s.temperature != 1:
-            warpers.append(known.TemperatureLogitsWarper(s.temperature))
-        if s.top_k:
-            warpers.append(known.TopKLogitsWarper(s.top_k))
-        if s.top_p < 1:
-            warpers.append(known.TopPLogitsWarper(s.top_p))
-        return warpers
-
-    def _cut(self, tokens: list[int], stopped_at: int | None) -> Sampled:
-        tokens = tokens[:stopped_at]
-        last = next((i for i, token in enumerate(tokens) if token in self.ends), None)
-        return Sampled(tokens if last is None else tokens[: last + 1], last is not None or stopped_at is not None)
-
-
-class Stops:
-    """A stopping criterion of transformers' `generate`: a row ends with the token that completes a stop string.
-
-    Only completions are searched; transformers' own criterion also finds strings that start in the prompt.
-    lengths: row -> tokens of its completion, up to the stop string.
-    """
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int) -> None:
-        self.tokenizer, self.stop, self.width = tokenizer, stop, width
-        # a token has at least one byte; one token more, because decoders drop a space before the first one
-        self.reach = max((len(s.encode()) for s in stop), default=0) + 1
-        self.lengths: dict[int, int] = {}
-
-    def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
-        """Return which rows have reached a stop string, bool [R]."""
-        tails = input_ids[:, max(self.width, input_ids.shape[1] - self.reach) :]
-        texts = self.tokenizer.batch_decode(tails, clean_up_tokenization_spaces=False)
-        hits = [any(s in text for s in self.stop) for text in texts]
-        for row, hit in enumerate(hits):
-            if hit:
-                self.lengths.setdefault(row, input_ids.shape[1] - self.width)
-        return torch.tensor(hits, device=input_ids.device)
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

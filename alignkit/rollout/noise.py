@@ -49,6 +49,10 @@ class GumbelNoise:
         self.state_R = splitmix(of_prompt_R, torch.tensor(completions, device=device))
         self.width = width
 
+    def select(self, rows: Tensor) -> None:
+        """Continue with these rows."""
+        self.state_R = self.state_R[rows]
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Add the noise of the next position to scores [R, V]."""
         here_R = splitmix(self.state_R, torch.full_like(self.state_R, input_ids.shape[1] - self.width))

@@ -37,10 +37,10 @@ def sample(
     prompts: text, tokenised as it is, or tokens; they are never cut. seed: from 0 to 2^63 - 1. numbers: identify the
     prompts, default: their positions. mixture: sample from it instead of from the model.
     greedy: take the most likely token each time, whatever temperature, top_p and top_k are.
-    backend: generate or continuous. With "generate" a completion depends on the weights, the prompt, `seed`, its
-    prompt's number and its own number, and not on batches, ranks or order, except for rounding. With "continuous" the
-    same call on the same machine has returned the same samples, but they depend on everything sampled in that call, and
-    `numbers` is ignored.
+    backend: generate, transformers or continuous. With "generate" a completion depends on the weights, the prompt,
+    `seed`, its prompt's number and its own number, and not on batches, ranks or order, except for rounding; so it does
+    with "transformers", whose own `generate` computes the same more slowly. With "continuous" the same call on the same
+    machine has returned the same samples, but they depend on everything sampled in that call, and `numbers` is ignored.
     The model and the global generators are restored to their state before the call.
     Raises ConfigError (no end-of-sequence token, or a setting that the backend does not support), DataError (an empty
     prompt) and ModelError (more tokens than the model has positions).
@@ -53,12 +53,12 @@ def sample(
         if mixture is not None:
             raise ConfigError("backend: continuous does not support mixtures of two models; use backend: generate")
         return sample_continuously(model, tokens, sampling, ends, n, seed, greedy)
-    work = Batched(model, tokenizer, sampling, ends, seed, mixture, greedy)
+    work = Batched(model, tokenizer, sampling, ends, seed, mixture, greedy, own=backend == "generate")
     return work.sample(tokens, n, range(len(tokens)) if numbers is None else numbers)
 
 
 class Local(Sampler):
-    """`sample` with the model that is trained, whose weights are always in force. backend: generate or continuous."""
+    """`sample` with the model that is trained, whose weights are always in force. backend: see there."""
 
     def __init__(self, setup: Setup, backend: str = "generate") -> None:
         self.setup, self.backend = setup, backend

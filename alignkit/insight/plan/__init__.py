@@ -7,6 +7,7 @@ experts.py         the weights of mixtures of experts
 meta_models.py     models from their configurations alone
 ledger.py          bytes of live tensors, by label
 sharded_memory.py  what several processes change
+rollout_memory.py  sampling in the process that trains
 server_memory.py   vLLM servers
 remedies.py        settings that need less memory
 plan_output.py     terminal

@@ -23,6 +23,7 @@ from alignkit.insight.plan.dry_run import collect, few_blocks, layers_of, learn,
 from alignkit.insight.plan.experts import products_without_values
 from alignkit.insight.plan.ledger import Ledger
 from alignkit.insight.plan.meta_models import base_layers, in_8_bits, in_16_bits, n_bytes, resident, unloaded
+from alignkit.insight.plan.rollout_memory import rollout_bytes
 from alignkit.insight.plan.sharded_memory import models_of, per_rank
 from alignkit.method import Method
 from alignkit.models.loading import causal_lm
@@ -33,7 +34,6 @@ from alignkit.models.unread import in_parts, needs_whole
 from alignkit.models.values import ActorCritic, Grader, ValueHead, Valuer
 from alignkit.reference.choice import resolve_reference
 from alignkit.rewards import judge_folders, reward_folders
-from alignkit.rollout.noise import GumbelNoise
 from alignkit.types import Batch, Example, Layout
 
 FEW = (2, 3)  # layers of a dry run
@@ -126,17 +126,11 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
         "updating": {**kept, "gradients": gradients},
     }
     if method.data == "prompts":
-        phases["sampling"] = {**kept, "rollouts": _rollouts(work, policy, mode)}
+        copied = (2 if work.bf16 else 4) if _device_type(work) == "cpu" else 0
+        phases["sampling"] = {**kept, "rollouts": rollout_bytes(config, work.examples, policy, mode, copied)}
     whole = not in_parts(config) or needs_whole(causal_lm(policy)) is not None
-    phases = per_rank(
-        phases,
-        module,
-        [Grader(one) for one in scorers],
-        work.processes,
-        config,
-        whole,
-        _device_type(work) if work.bf16 else None,
-    )
+    cast = _device_type(work) if work.bf16 else None
+    phases = per_rank(phases, module, [Grader(one) for one in scorers], work.processes, config, whole, cast)
     alone = batch_of([e for micro in micros for e in micro.examples], Layout("padded")).micro_batches(config.max_tokens)
     if work.program:
         for parts in phases.values():
@@ -226,25 +220,3 @@ def _extrapolate(moments: Sequence[Counter[str]], few: Sequence[int], depth: int
     if len(moments) == 1:
         return dict(last)
     return {k: last[k] + (last[k] - moments[0][k]) * (depth - few[-1]) for k in {*last, *moments[0]}}
-
-
-def _rollouts(work: Work, policy: nn.Module, mode: FakeTensorMode) -> int:
-    """Return the bytes of keys and values at their longest, one layer counted twice, and of choosing a token."""
-    if work.config.rollout.local is None:
-        return 0  # servers have their own memory
-    config, text_config = work.config, causal_lm(policy).config.get_text_config()
-    n_layers, heads = (
-        text_config.num_hidden_layers,
-        getattr(text_config, "num_key_value_heads", text_config.num_attention_heads),
-    )
-    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    n_rows = config.sampling.batch_size
-    length = max(len(e.prompt) for e in work.examples) + config.sampling.max_new_tokens
-    per_layer = 2 * n_rows * heads * length * width * next(policy.parameters()).element_size()
-    ledger = Ledger()
-    with ledger, torch.no_grad():
-        noise = GumbelNoise(0, [0] * n_rows, [0] * n_rows, 0, torch.device("cpu"))
-        with mode:
-            scores = torch.empty(n_rows, text_config.vocab_size)
-        noise(torch.zeros(n_rows, 1, dtype=torch.int64), scores)
-    return int(per_layer * (n_layers + 1) + sum(ledger.peak.values()))

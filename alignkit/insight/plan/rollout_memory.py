@@ -1,0 +1,46 @@
+"""The memory that sampling takes in the process that trains: keys and values, choosing a token, copies of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from alignkit.config import RunConfig
+from alignkit.insight.plan.ledger import Ledger
+from alignkit.models.loading import causal_lm
+from alignkit.rollout.noise import GumbelNoise
+from alignkit.types import Example
+
+
+def rollout_bytes(
+    config: RunConfig, examples: Sequence[Example], policy: nn.Module, mode: FakeTensorMode, copied: int
+) -> int:
+    """Return the bytes at the end of the longest batch: all keys and values, and one layer's once more.
+
+    copied: bytes of a number in the copies of `alignkit.rollout.fast_layers`, 0 where it makes none.
+    """
+    if config.rollout.local is None:
+        return 0  # servers have their own memory
+    lm, n_rows = causal_lm(policy), config.sampling.batch_size
+    text = lm.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    length = max(len(e.prompt) for e in examples) + config.sampling.max_new_tokens
+    per_layer = 2 * n_rows * heads * length * width * next(policy.parameters()).element_size()
+    ledger = Ledger()
+    with ledger, torch.no_grad():
+        noise = GumbelNoise(0, [0] * n_rows, [0] * n_rows, 0, torch.device("cpu"))
+        with mode:
+            scores = torch.empty(n_rows, text.vocab_size)
+        noise(torch.zeros(n_rows, 1, dtype=torch.int64), scores)
+    copies = 0 if config.rollout.local == "continuous" else copied * _in_float32(lm)
+    return int(per_layer * (text.num_hidden_layers + 1) + sum(ledger.peak.values())) + copies
+
+
+def _in_float32(lm: nn.Module) -> int:
+    """Return the number of float32 weights of linear layers."""
+    layers = [m.weight for m in lm.modules() if type(m) is nn.Linear]
+    return sum(weight.numel() for weight in layers if weight.dtype == torch.float32)
