@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from alignkit.models.attention import window_of
+from alignkit.models.branches import as_attended
 
 NAME = "alignkit_shared_keys"  # the name registered with transformers
 _GROWTH = 64  # tokens of completions that a buffer has room for, and grows by
@@ -102,11 +103,6 @@ class KeysMask(Tensor):
 
     keys: Keys
     window: int | None
-
-
-def as_attended(part: Tensor) -> Tensor:
-    """Return a part as attention computes it: on CPUs in float32, which attention in 16 bits is slower than there."""
-    return part.float() if part.device.type == "cpu" else part
 
 
 def masks_of(keys: Keys, config: Any) -> Any:
