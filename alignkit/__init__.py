@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from alignkit.hookspecs import hookimpl
     from alignkit.method import Context, Method, MethodConfig, Models
     from alignkit.metrics import kl_metric, log_ratios, pair_metrics, rollout_metrics, rounding, wins
-    from alignkit.rewards import RunningStats, pairwise_ids
+    from alignkit.pairwise import pairwise_ids
     from alignkit.rollout.sampler import Request, Sampled, Sampler, Setup
+    from alignkit.running import RunningStats
     from alignkit.types import Batch, Completion, Example, Outputs, Term, metric
 
 __version__ = "0.1.0"
@@ -31,8 +32,9 @@ _HOMES = {
     "alignkit.hookspecs": ("hookimpl",),
     "alignkit.method": ("Context", "Method", "MethodConfig", "Models"),
     "alignkit.metrics": ("kl_metric", "log_ratios", "pair_metrics", "rollout_metrics", "rounding", "wins"),
-    "alignkit.rewards": ("RunningStats", "pairwise_ids"),
+    "alignkit.pairwise": ("pairwise_ids",),
     "alignkit.rollout.sampler": ("Request", "Sampled", "Sampler", "Setup"),
+    "alignkit.running": ("RunningStats",),
     "alignkit.types": ("Batch", "Completion", "Example", "Outputs", "Term", "metric"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -5,7 +5,8 @@
 
 Every contender has its own process, the same rows in the same order, the same 28 M-parameter Llama in float32 on the
 CPU and the same optimiser: 8 pairs a step, a reference pass for every row. "forest-warm" finds the reference cache that
-"forest" left. Peak memory is the largest resident set of the process. TRL takes part with --trl-python, an interpreter
+"forest" left. "...-bf16" is the same in bfloat16: `precision: bf16`, and TRL's `bf16`; it is compared with TRL in bf16.
+Peak memory is the largest resident set of the process. TRL takes part with --trl-python, an interpreter
 that has it. A contender that fails is reported with its error, and the exit code is 1.
 """
 
@@ -22,7 +23,7 @@ import common
 import contest
 import dpo
 
-CONTENDERS = ("forest", "forest-warm", "padded", "trl", "trl-checkpointing")
+CONTENDERS = ("forest", "forest-warm", "padded", "forest-bf16", "trl", "trl-checkpointing", "trl-bf16")
 
 
 def prepare(args: argparse.Namespace, work: Path) -> None:
@@ -33,14 +34,15 @@ def prepare(args: argparse.Namespace, work: Path) -> None:
 
 def contend(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Run one contender in this process and return its figures."""
+    bf16 = name.endswith("-bf16")
     if common.is_trl(name):
-        figures = dpo.run_trl(work, checkpointing=name == "trl-checkpointing")
+        figures = dpo.run_trl(work, checkpointing=name == "trl-checkpointing", bf16=bf16)
     else:
         layout = name.split("-")[0]
-        cache = work / f"{layout}-{args.round}.sqlite"
+        cache = work / f"{layout}{'-bf16' * bf16}-{args.round}.sqlite"
         if name == "forest-warm" and not cache.exists():
             raise RuntimeError("needs the reference cache of 'forest', which did not run before")
-        figures = dpo.run_alignkit(work, cache, layout=layout, device="cpu")
+        figures = dpo.run_alignkit(work, cache, layout=layout, device="cpu", precision="bf16" if bf16 else "fp32")
     return {**figures, "pairs_per_second": figures["pairs"] / figures["seconds"]}
 
 
@@ -55,8 +57,9 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
         }
         for name, figures in runs.items()
     }
-    padded, trl = rows.get("padded", {}), rows.get("trl", {})
-    for row in rows.values():
+    padded = rows.get("padded", {})
+    for name, row in rows.items():
+        trl = rows.get("trl-bf16" if name.endswith("-bf16") else "trl", {})
         row["speed_to_padded"] = common.ratio(row["pairs_per_second"], padded.get("pairs_per_second"))
         row["speed_to_trl"] = common.ratio(row["pairs_per_second"], trl.get("pairs_per_second"))
         row["memory_to_trl"] = common.ratio(row["peak_mib"], trl.get("peak_mib"))
@@ -95,12 +98,23 @@ def main() -> int:
     cells = [[name, *(common.shown(row[k], f) for k, f in zip(keys, forms, strict=True))] for name, row in rows.items()]
     difference = largest_difference(ran.runs, "forest", "padded")
     warm = common.ratio(*(rows.get(name, {}).get("pairs_per_second") for name in ("forest-warm", "forest")))
+    bf16 = common.ratio(*(rows.get(name, {}).get("pairs_per_second") for name in ("forest-bf16", "forest")))
+    rounding = largest_difference(ran.runs, "forest", "forest-bf16")
     lines = [
         common.table(head, cells),
+        f"pairs a second in bf16, in units of float32: {common.shown(bf16, '.2f')}",
+        f"largest difference of a step's loss, float32 to bf16: {common.shown(rounding, '.2g')}",
         f"largest difference of a step's loss, forest to padded: {common.shown(difference, '.2g')}",
         f"pairs a second with a warm cache, in units of a cold one: {common.shown(warm, '.2f')}",
     ]
-    found = {"pairs": args.pairs, "table": rows, "forest_to_padded_loss": difference, "warm_to_cold": warm}
+    found = {
+        "pairs": args.pairs,
+        "table": rows,
+        "forest_to_padded_loss": difference,
+        "warm_to_cold": warm,
+        "bf16_to_fp32": bf16,
+    }
+    found["fp32_to_bf16_loss"] = rounding
     return common.finish(args, lines, ran.failed, {**found, "runs": ran.runs})
 
 

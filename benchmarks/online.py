@@ -6,8 +6,10 @@
 Every contender has its own process, the same prompts in the same order, and the 28 M-parameter Llama of engine.py in
 float32 on the CPU: a step has 2 prompts, 8 completions of exactly 64 tokens each, one update, and a reference. Sampling
 is from prompts to text, scoring is the reward function, learning is the rest of a step: passes of policy and reference,
-advantages, backward, optimiser. Figures are medians over the steps after the first, which warms up; peak memory is the
-largest resident set of the process. TRL takes part with --trl-python: with gradient checkpointing, its default, and
+advantages, backward, optimiser. "...-bf16" is the same in bfloat16, compared with TRL in bf16; "alignkit-transformers"
+samples by transformers' `generate`. The floor of sampling is the matrix products of its decode steps alone, in the same
+process. Figures are medians over the steps after the first, which warms up; peak memory is the largest resident set of
+the process. TRL takes part with --trl-python: with gradient checkpointing, its default, and
 without, which is faster; the bars compare with the latter. A contender that fails is reported with its error, and the
 exit code is 1.
 """
@@ -29,7 +31,7 @@ import common
 import contest
 
 METHODS = ("grpo", "rloo")
-CONTENDERS = ("trl", "alignkit", "trl-checkpointing")
+CONTENDERS = ("trl", "alignkit", "trl-checkpointing", "alignkit-transformers", "trl-bf16", "alignkit-bf16")
 PHASES = ("sampling", "scoring", "learning", "step")
 PROMPTS, BETA, RATE = 2, 0.04, 1e-6
 GROUP, TOKENS = 8, 64  # completions of a prompt, tokens of a completion
@@ -42,7 +44,7 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
     return [bool(re.search(r"#### -?\d", text)) - len(text) / 1000 for text in completions]
 
 
-def run_alignkit(method: str, work: Path, steps: int, group: int, tokens: int) -> dict[str, Any]:
+def run_alignkit(method: str, work: Path, steps: int, group: int, tokens: int, kind: str) -> dict[str, Any]:
     """Train as a user would, and read the phases from the run's metrics."""
     import alignkit
 
@@ -50,18 +52,40 @@ def run_alignkit(method: str, work: Path, steps: int, group: int, tokens: int) -
         method, model=str(work / "start"), data=str(work / "rows.jsonl"), reward=reward, output=work / "runs",
         batch_size=PROMPTS, group_size=group, beta=BETA, max_steps=steps, learning_rate=RATE, schedule="constant",
         warmup_fraction=0.0, eval_fraction=0.0, max_prompt_tokens=None, device="cpu", seed=0, log_every=1,
-        sampling={"max_new_tokens": tokens, "min_new_tokens": tokens}, **({"kl": "k3"} if method == "grpo" else {}),
+        sampling={"max_new_tokens": tokens, "min_new_tokens": tokens}, precision="bf16" if kind == "bf16" else "fp32",
+        rollout={"backend": "transformers" if kind == "transformers" else "generate"},
+        **({"kl": "k3"} if method == "grpo" else {}),
     )  # fmt: skip
     lines = [line for line in common.read_jsonl(result.folder / "metrics.jsonl") if "seconds/sampling" in line]
     seconds = [{phase: line[f"seconds/{phase}"] for phase in PHASES[:-1]} for line in lines]
     return {
         "seconds": [{**s, "step": sum(s.values())} for s in seconds],
+        "floor": floor(work, PROMPTS * group, tokens, kind == "bf16"),
         "length": [line["completion/length"] for line in lines],
         "reward": [line["reward/mean"] for line in lines],
     }
 
 
-def run_trl(method: str, work: Path, steps: int, group: int, tokens: int, checkpointing: bool) -> dict[str, Any]:
+def floor(work: Path, rows: int, tokens: int, bf16: bool) -> float:
+    """Return the seconds of the products of the linear layers alone for so many rows and tokens, a median of three."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(work / "start", dtype=dtype)
+    weights = [m.weight.detach() for m in model.modules() if type(m) is torch.nn.Linear]
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype) for w in weights}
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        for _ in range(tokens):
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def run_trl(method: str, work: Path, steps: int, group: int, tokens: int, kind: str) -> dict[str, Any]:
     """Train with TRL's trainer on the same prompts, unshuffled, all completions of a step in one pass."""
     import torch
     from datasets import Dataset
@@ -74,8 +98,8 @@ def run_trl(method: str, work: Path, steps: int, group: int, tokens: int, checkp
         output_dir=str(work / "trl"), per_device_train_batch_size=PROMPTS * group, num_generations=group,
         steps_per_generation=1, max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens},
         beta=BETA, learning_rate=RATE, lr_scheduler_type="constant", max_steps=steps, shuffle_dataset=False,
-        gradient_checkpointing=checkpointing, use_cpu=True, bf16=False, save_strategy="no", report_to=[],
-        logging_steps=1, disable_tqdm=True, seed=0, **({"loss_type": "grpo"} if method == "grpo" else {}),
+        gradient_checkpointing=kind == "checkpointing", use_cpu=True, bf16=kind == "bf16", save_strategy="no",
+        report_to=[], logging_steps=1, disable_tqdm=True, seed=0, **({"loss_type": "grpo"} if method == "grpo" else {}),
     )  # fmt: skip
     trained = clock.around(trainer)(
         model=AutoModelForCausalLM.from_pretrained(work / "start", dtype=torch.float32),
@@ -152,10 +176,8 @@ def contend(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Run one contender, METHOD:CONTENDER, in this process and return its figures."""
     method, contender = name.split(":")
     group, tokens = (TINY_GROUP, TINY_TOKENS) if args.tiny else (GROUP, TOKENS)
-    if contender == "alignkit":
-        figures = run_alignkit(method, work, args.steps, group, tokens)
-    else:
-        figures = run_trl(method, work, args.steps, group, tokens, contender == "trl-checkpointing")
+    which, _, kind = contender.partition("-")
+    figures = (run_trl if which == "trl" else run_alignkit)(method, work, args.steps, group, tokens, kind)
     if set(figures["length"]) != {tokens}:
         raise RuntimeError(f"learned from completions of {figures['length']} tokens; all must have {tokens}")
     return figures
@@ -165,6 +187,8 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Return the medians of one contender's rounds; each round's first step is left out."""
     steps = [step for figures in rounds for step in figures["seconds"][1:]]
     medians = {phase: statistics.median(step[phase] for step in steps) for phase in PHASES}
+    if "floor" in rounds[0]:
+        medians["floor"] = statistics.median(figures["floor"] for figures in rounds)
     return {**medians, "peak_mib": statistics.median(figures["peak_mib"] for figures in rounds)}
 
 
@@ -175,15 +199,27 @@ def is_missed(name: str, value: float | None, bar: float) -> bool:
 
 def report(rows: dict[str, dict[str, float]], bars: bool) -> list[str]:
     """Lay out the table, with ratios to TRL without gradient checkpointing, and the verdict on alignkit's bars."""
-    head = ["method", "contender", *PHASES[:-1], "step s", "peak MiB", "x learning", "x step", "memory/trl"]
+    head = [
+        "method",
+        "contender",
+        *PHASES[:-1],
+        "step s",
+        "peak MiB",
+        "x learning",
+        "x step",
+        "memory/trl",
+        "sampling/floor",
+    ]
     cells, verdicts = [], []
     for name, row in rows.items():
         method, contender = name.split(":")
-        trl = rows.get(f"{method}:trl", {})
+        trl = rows.get(f"{method}:trl{'-bf16' * contender.endswith('-bf16')}", {})
         to = {phase: common.ratio(trl.get(phase), row[phase]) for phase in ("learning", "step")}
         to["peak_mib"] = common.ratio(row["peak_mib"], trl.get("peak_mib"))
         figures = [f"{row[phase]:.{3 if phase == 'scoring' else 2}f}" for phase in PHASES]
-        ratios = [common.shown(value, ".2f") for value in to.values()]
+        ratios = [
+            common.shown(value, ".2f") for value in (*to.values(), common.ratio(row["sampling"], row.get("floor")))
+        ]
         cells.append([method, contender, *figures, f"{row['peak_mib']:.0f}", *ratios])
         if contender == "alignkit" and trl:
             missed = [name for name, bar in BARS.items() if is_missed(name, to[name], bar)]

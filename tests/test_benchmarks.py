@@ -92,11 +92,13 @@ def test_scripts_are_short_and_reach_the_engine_by_its_phases_alone() -> None:
 def test_engine(tmp_path: Path) -> None:
     done = run("engine.py", "--tiny", "--json", tmp_path / "e.json")
     assert done.returncode == 0, done.stderr
-    found = rows(done.stdout, "forest", "forest-warm", "padded")
+    found = rows(done.stdout, "forest", "forest-warm", "padded", "forest-bf16")
     assert found["padded"][2:5] == ["1.00", "-", "-"]
     assert "trl" not in done.stdout.replace("memory/TRL", "").lower().replace("x trl", "")
     figures = json.loads((tmp_path / "e.json").read_text())
     assert figures["forest_to_padded_loss"] < 1e-5
+    assert 0 < figures["fp32_to_bf16_loss"] < 0.01
+    assert figures["bf16_to_fp32"] > 0
     assert figures["runs"]["forest-warm"][0]["losses"] == figures["runs"]["forest"][0]["losses"]
     assert {"device", "threads", "torch", "date"} <= set(figures["machine"])
 
@@ -105,7 +107,9 @@ def test_engine(tmp_path: Path) -> None:
 def test_online() -> None:
     done = run("online.py", "--tiny")
     assert done.returncode == 0, done.stderr
-    rows(done.stdout, "grpo    alignkit", "rloo    alignkit")
+    names = ("alignkit", "alignkit-bf16", "alignkit-transformers")
+    found = rows(done.stdout, *(f"{method}    {name}" for method in ("grpo", "rloo") for name in names))
+    assert all(float(row[-1]) > 0 for row in found.values())  # sampling in units of its floor
 
 
 @pytest.mark.slow
@@ -173,6 +177,13 @@ def test_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_startup() -> None:
+    done = run("startup.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    rows(done.stdout, "import torch", "help", "methods", "first step")
+
+
+@pytest.mark.slow
 def test_health() -> None:
     done = run("health.py", "--tiny")
     assert done.returncode == 0, done.stderr
@@ -222,7 +233,8 @@ def test_engine_without_its_baseline(script: Any, monkeypatch: pytest.MonkeyPatc
     ours = rows(printed, "forest", "forest-warm", "trl-checkpointing")
     assert ours["forest"] == ["2.00", "3", "-", "-", "-", "0.600000"]
     assert "padded failed: ValueError: planted" in printed
-    assert json.loads(json_file.read_text())["failed"] == {"padded": missing["failed"], "trl": missing["failed"]}
+    without = ("padded", "forest-bf16", "trl", "trl-bf16")
+    assert json.loads(json_file.read_text())["failed"] == dict.fromkeys(without, missing["failed"])
 
 
 LIGHT = """
@@ -380,7 +392,9 @@ def test_trl_takes_part_only_when_its_interpreter_is_named(script: Any) -> None:
     common, engine = script("common"), script("engine")
     parser = common.parser_of(None, trl=True)
     parser.add_argument("--only")
-    assert common.contenders(parser, parser.parse_args([]), engine.CONTENDERS) == ["forest", "forest-warm", "padded"]
+    assert common.contenders(parser, parser.parse_args([]), engine.CONTENDERS) == [
+        "forest", "forest-warm", "padded", "forest-bf16",
+    ]  # fmt: skip
     named = parser.parse_args(["--trl-python", "python"])
     assert common.contenders(parser, named, engine.CONTENDERS) == list(engine.CONTENDERS)
 

@@ -112,6 +112,15 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_the_list_of_methods_imports_no_models() -> None:
+    code = (
+        "import sys\nfrom alignkit import registry\nassert len(registry.plugins()) > 10\n"
+        "print([m for m in ('transformers', 'accelerate', 'datasets', 'torch.distributed.fsdp') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_version(call: Call) -> None:
     assert call("--version") == Said(0, f"alignkit {__version__}\n", "")
 

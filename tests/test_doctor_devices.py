@@ -35,6 +35,27 @@ def test_the_devices_of_this_machine() -> None:
     assert re.fullmatch(r"[\d.e+]+ [GM]iB, [\d.e+]+ [GM]iB free", found["memory of the machine"])
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (
+            {torch.float32: 0.42, torch.bfloat16: 0.1},
+            "4.2 times as fast as in float32: runs on this CPU are faster with",
+        ),
+        (
+            {torch.float32: 0.1, torch.bfloat16: 0.2},
+            "0.5 times as fast as in float32: runs on this CPU are best left in",
+        ),
+    ],
+)
+def test_it_says_whether_bf16_pays_on_this_cpu(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[torch.dtype, float], said: str
+) -> None:
+    assert devices._product_seconds(torch, torch.bfloat16) > 0
+    monkeypatch.setattr(devices, "_product_seconds", lambda _, dtype: seconds[dtype])
+    assert facts(devices.devices)["products in bf16"].startswith(said)
+
+
 def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alignkit.runs.sessions.cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)

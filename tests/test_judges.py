@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignkit.errors import ConfigError, RewardError
-from alignkit.rewards import PAIRWISE, Answers, build_judge, build_rewards, check_judge
+from alignkit.pairwise import PAIRWISE
+from alignkit.rewards import Answers, build_judge, build_rewards, check_judge
 
 
 def answers(*completions: Any, prompts: list[Any] | None = None, **columns: list[Any]) -> Answers:

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from alignkit.errors import AlignkitError, ConfigError, RewardError
-from alignkit.rewards import Answers, RunningStats, build_judge, build_rewards, check_rewards
+from alignkit.rewards import Answers, build_judge, build_rewards, check_rewards
 from alignkit.rewards.answers import text_of
 from alignkit.rollout import Sampled
 from alignkit.rollout.completions import answers_of
 from alignkit.rollout.tool_calls import tool_calls
+from alignkit.running import RunningStats
 from alignkit.types import Example
 
 

@@ -15,7 +15,8 @@ from alignkit.data import load
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError, ModelError, RewardError
 from alignkit.models.ranks import Ranks
-from alignkit.rewards import PAIRWISE, Answers, build_rewards, check_rewards, pairwise_ids
+from alignkit.pairwise import PAIRWISE, pairwise_ids
+from alignkit.rewards import Answers, build_rewards, check_rewards
 from alignkit.rewards.functions import RowError
 from alignkit.rewards.models import RewardModel, trees
 

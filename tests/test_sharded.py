@@ -13,7 +13,7 @@ from classifiers import write_classifier
 from on_ranks import ODD, REDDER, REDS, Job, run_on
 from safetensors.torch import load_file
 
-from alignkit.rewards import PAIRWISE
+from alignkit.pairwise import PAIRWISE
 from alignkit.runs.folder import read_metrics
 from helpers import make_rows, write_tiny
 

@@ -13,7 +13,7 @@ verifiers.py   rewards without a model; numeric.py numbers in answers; expressio
 models.py      reward models and pairwise preference models; classifier.py their scores, whole or sharded
 llm.py         language models as rewards and judges; endpoint.py their HTTP client; judgements.py its cache;
                secrecy.py what it does not print
-answers.py     the input and output of rewards; running.py the running mean of rewards
+answers.py     the input and output of rewards
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from alignkit.rewards.answers import Answers, Scores
 from alignkit.rewards.classifier import Shared
 from alignkit.rewards.combine import Rewards, build_rewards, check_rewards, reward_folders
 from alignkit.rewards.judges import Judge, build_judge, check_columns, check_judge, columns_read, judge_folders
-from alignkit.rewards.models import PAIRWISE, pairwise_ids
-from alignkit.rewards.running import RunningStats
 
 __all__ = [
-    "PAIRWISE", "Answers", "Judge", "Rewards", "RunningStats", "Scores", "Shared", "build_judge", "build_rewards",
-    "check_columns", "check_judge", "check_rewards", "columns_read", "judge_folders", "pairwise_ids", "reward_folders",
+    "Answers", "Judge", "Rewards", "Scores", "Shared", "build_judge", "build_rewards",
+    "check_columns", "check_judge", "check_rewards", "columns_read", "judge_folders", "reward_folders",
 ]  # fmt: skip

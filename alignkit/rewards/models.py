@@ -20,11 +20,11 @@ from alignkit.data.rows import Content, Report, Row
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError
 from alignkit.hub import meant
+from alignkit.pairwise import PAIRWISE, pairwise_ids
 from alignkit.rewards.answers import text_of
 from alignkit.rewards.classifier import Classifier
 from alignkit.rewards.verifiers import Options
 
-PAIRWISE = "alignkit_pairwise"  # set in config.json of a model that compares two completions
 _HOW = 'its config.json needs one label ("id2label": {"0": ...}) and a ...ForSequenceClassification architecture'
 
 
@@ -132,18 +132,6 @@ def cut(tokenizer: Any, ids: Sequence[int], ended: bool) -> list[int]:
     """Return a completion's tokens, without the final token that ends it where the completion was cut."""
     ends = {tokenizer.eos_token_id, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     return list(ids[:-1]) if not ended and ids and ids[-1] in ends else list(ids)
-
-
-def pairwise_ids(prompt: Sequence[int], first: Sequence[int], second: Sequence[int], eos: int) -> list[int]:
-    """Return the input of a pairwise preference model: prompt, first, EOS, second, EOS.
-
-    A completion that ends in EOS gets no second one.
-    """
-
-    def ended(ids: Sequence[int]) -> list[int]:
-        return [*ids] if ids and ids[-1] == eos else [*ids, eos]
-
-    return [*prompt, *ended(first), *ended(second)]
 
 
 def _tokenised(tokenizer: Any, rows: list[Row]) -> dict[int, Any]:

@@ -16,8 +16,8 @@ from alignkit.errors import AlignkitError, ConfigError, ModelError, nearest
 from alignkit.hints import hint
 from alignkit.method import Method
 from alignkit.models.loading import load_tokenizer
+from alignkit.pairwise import PAIRWISE
 from alignkit.reference.choice import check_reference
-from alignkit.rewards import PAIRWISE
 from alignkit.rewards.models import ModelOptions
 from alignkit.rollout.checks import check_online
 from alignkit.unused import check_used, serving
