@@ -50,6 +50,11 @@ def fresh(name: str, **changes: Any) -> Any:
     config = CONFIGS[name]()
     for key, value in changes.items():
         setattr(config, key, value)
+    return made(config)
+
+
+def made(config: Any) -> Any:
+    """A model of that configuration, drawn so."""
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():

@@ -148,15 +148,22 @@ def branch_attention(
 
     if not isinstance(attention_mask, BranchMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+    parts = as_attended(query), as_attended(key), as_attended(value)
     with torch.autocast(query.device.type, enabled=False):
-        out = _attended(as_attended(query), as_attended(key), as_attended(value), attention_mask.buckets, options)
+        out = _attended(*parts, attention_mask.buckets, options)
     flat = out.index_select(0, attention_mask.slots).to(query.dtype)
     return flat.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
 def as_attended(part: Tensor) -> Tensor:
-    """Return a part as attention computes it: in float32 on CPUs, where 16 bits take longer, backward 2.5 times."""
-    return part.float() if part.device.type == "cpu" else part
+    """Return a part as attention computes it: in float32 on CPUs, where 16 bits take longer, backward 2.5 times.
+
+    Elsewhere in the type of autocast, where it is on: rotary positions leave queries and keys in float32.
+    """
+    kind = part.device.type
+    if kind == "cpu":
+        return part.float()
+    return part.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else part
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, buckets: list[Bucket], options: dict[str, Any]) -> Tensor:

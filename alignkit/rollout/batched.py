@@ -6,7 +6,7 @@ P prompts, R rows (a prompt has as many as it has completions), T tokens of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from alignkit.models.attention import without_flex
 from alignkit.models.loading import causal_lm
 from alignkit.models.passes import halved
 from alignkit.models.rope import forget_lengths, switch_of
-from alignkit.rollout.decoder import Decoder, attending, refused
+from alignkit.rollout.decoder import Context, Decoder, attending, refused
 from alignkit.rollout.fast_layers import fast_layers
 from alignkit.rollout.mixture import MixedLogits, Mixture, copyable
 from alignkit.rollout.noise import GumbelNoise
@@ -43,6 +43,7 @@ class Batched:
     greedy: bool = False
     own: bool = True
 
+    @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[int]], n: int, numbers: Sequence[int]) -> list[list[Sampled]]:
         """Return n completions of each prompt, [prompt][completion]."""
         found: list[list[Sampled]] = [[] for _ in prompts]
@@ -50,9 +51,15 @@ class Batched:
         with ExitStack() as stack:
             for model in models:
                 stack.enter_context(sampling_mode(model))
+            batch = self._generated
+            if self.own and prompts and not self._refused(prompts):
+                batch = self._decoded
+                for model, *_ in self._models():
+                    stack.enter_context(attending(causal_lm(model)))
+                    stack.enter_context(fast_layers(causal_lm(model)))
             for at, completions in self._batches([len(p) for p in prompts], n):
                 rows = [(i, k) for i in range(len(at)) for k in completions]
-                made = self._rows([prompts[i] for i in at], rows, [numbers[i] for i in at])
+                made = self._rows(batch, [prompts[i] for i in at], rows, [numbers[i] for i in at])
                 for (i, _), one in zip(rows, made, strict=True):
                     found[at[i]].append(one)
         return found
@@ -77,30 +84,31 @@ class Batched:
                     yield order[start : start + together], range(done, min(n, done + size))
 
     def _rows(
-        self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]
-    ) -> list[Sampled]:
-        """Sample rows together, or fewer at once where memory runs out: completions do not depend on their batch."""
+        self, batch: Callable[..., list[Sampled]], prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]],
+        numbers: Sequence[int],
+    ) -> list[Sampled]:  # fmt: skip
+        """Sample rows of (place in `prompts`, completion) together, or fewer at once where memory runs out.
+
+        Completions do not depend on their batch.
+        """
 
         done: list[Sampled] = []
 
         def attempt(size: int) -> list[Sampled]:
             while len(done) < len(rows):  # a smaller size continues after the rows that are done
-                done.extend(self._batch(prompts, rows[len(done) : len(done) + size], numbers))
+                some = rows[len(done) : len(done) + size]
+                first, last = some[0][0], some[-1][0] + 1  # rows are in the order of their prompts
+                within = [(i - first, k) for i, k in some]
+                done.extend(batch(prompts[first:last], within, numbers[first:last]))
             return done
 
         return halved(attempt, len(rows), 1, "%d completions at a time in this batch")[0]
 
-    def _batch(
-        self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]
-    ) -> list[Sampled]:
-        """Sample rows of (place in `prompts`, completion)."""
-        if self.own and not self._refused(prompts):
-            return self._decoded(prompts, rows, numbers)
-        return self._generated(prompts, rows, numbers)
-
     def _refused(self, prompts: Sequence[Sequence[int]]) -> str | None:
         """Return why the engine's own loop cannot be used, or None."""
-        return next((problem for model, *_ in self._models() if (problem := refused(model, prompts))), None)
+        most = self.sampling.max_new_tokens
+        found = (refused(model, prompts, most) for model, *_ in self._models())
+        return next((problem for problem in found if problem), None)
 
     def _decoded(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], numbers: Sequence[int]
@@ -112,16 +120,12 @@ class Batched:
             noise = GumbelNoise(self.seed, [numbers[i] for i in at_R], [k for _, k in rows], width, device)
         stops = Stops(self.tokenizer, self.sampling.stop, width) if self.sampling.stop else None
         to_logits = warpers(self.sampling, self.ends, width, device, self.greedy)
-        with ExitStack() as stack:
-            parts = []
-            for model, weight, context in self._models():
-                stack.enter_context(attending(causal_lm(model)))
-                stack.enter_context(fast_layers(causal_lm(model)))
-                parts.append((Decoder(causal_lm(model), prompts, context), weight))
-            made = decode(parts, at_R, self.sampling.max_new_tokens, self.ends, to_logits, noise, stops)
+        most = self.sampling.max_new_tokens
+        parts = [(Decoder(causal_lm(model), prompts, most, context), w) for model, w, context in self._models()]
+        made = decode(parts, at_R, most, self.ends, to_logits, noise, stops)
         return [cut(tokens, self.ends, stops.lengths.get(row) if stops else None) for row, tokens in enumerate(made)]
 
-    def _models(self) -> list[tuple[nn.Module, float, Callable[[], AbstractContextManager[Any]]]]:
+    def _models(self) -> list[tuple[nn.Module, float, Context]]:
         """Return the models whose logits are added, each with its weight and the context of its passes."""
         if self.mixture is None:
             return [(self.model, 1.0, nullcontext)]

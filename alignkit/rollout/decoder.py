@@ -16,32 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.errors import first_line
+from alignkit.models.attention import window_of
 from alignkit.models.loading import causal_lm
 from alignkit.models.rope import switch_of
 from alignkit.models.scoring import allowed_difference
 from alignkit.models.towers import trunk_of
-from alignkit.rollout.shared_keys import NAME, Keys, masks_of, register
+from alignkit.rollout.shared_keys import NAME, Keys, masks_of, register, unknown_layers
 
 logger = logging.getLogger(__name__)
 
-_PROBED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+Context = Callable[[], AbstractContextManager[Any]]
+
+_PROBED: WeakKeyDictionary[nn.Module, dict[Any, str | None]] = WeakKeyDictionary()
 _STEPS = 3  # of a probe
+_LENGTHS = (3, 9)  # of its prompts
 
 
 class Decoder:
     """The state of a model over a batch of prompts, one row for each at first; to be used inside `attending`.
 
-    context: entered around each pass.
+    most: tokens of a row after its prompt, one more than are asked for. context: entered around each pass.
     """
 
-    def __init__(
-        self,
-        lm: Any,
-        prompts: Sequence[Sequence[int]],
-        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
+    def __init__(self, lm: Any, prompts: Sequence[Sequence[int]], most: int, context: Context = nullcontext) -> None:
         self.lm, self.context, self.device = lm, context, next(lm.parameters()).device
-        self.keys = Keys(torch.tensor([len(p) - 1 for p in prompts], device=self.device))
+        self.keys = Keys(torch.tensor([len(p) - 1 for p in prompts], device=self.device), most)
         self.config = lm.config.get_text_config()
         # only the last position's logits, where the architecture can be asked for them
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.forward).parameters else {}
@@ -74,54 +73,78 @@ class Decoder:
 
 @contextmanager
 def attending(lm: Any) -> Iterator[None]:
-    """Inside the block, the model attends to `Keys`."""
-    before = lm.config._attn_implementation
+    """Inside the block, the language model attends to `Keys`; other parts, such as towers, stay as they are."""
     register()
-    lm.set_attn_implementation(NAME)
+    found = [lm.config.get_text_config(), *(m.config for m in trunk_of(lm).modules() if hasattr(m, "config"))]
+    configs = list({id(config): config for config in found}.values())
+    before = [config._attn_implementation_internal for config in configs]
     try:
+        for config in configs:
+            # not set_attn_implementation: it changes the towers too, and gives back one name for all
+            config._attn_implementation_internal = NAME
         yield
     finally:
-        lm.set_attn_implementation(before)
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
 
 
-def refused(model: nn.Module, prompts: Sequence[Sequence[int]]) -> str | None:
-    """Return why a Decoder does not compute what the model's own forward does, or None; found out once for a model.
+def refused(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> str | None:
+    """Return why a Decoder does not compute what the model's own forward does, or None.
 
-    Compared are the log-probabilities of all tokens after the shortest and the longest prompt and a few tokens more;
-    see `alignkit.models.scoring.probe` for what may differ.
+    Found out once for a model, its types of numbers, and lengths within or beyond its sliding window. Compared are the
+    log-probabilities after tokens of the prompts, see `alignkit.models.scoring.probe` for what may differ.
     """
     lm = causal_lm(model)
-    if lm not in _PROBED:
-        if switch_of(lm):
-            _PROBED[lm] = "its rotary frequencies depend on the length"
-        elif not lm._can_set_attn_implementation():  # there is no public function for this
-            _PROBED[lm] = "its attention cannot be replaced"
-        else:
-            _PROBED[lm] = _difference(lm, [list(one) for one in (min(prompts, key=len), max(prompts, key=len))])
-        if _PROBED[lm]:
-            logger.info("sampling by transformers' generate: %s", _PROBED[lm])
-    return _PROBED[lm]
+    parameter, window = next(lm.parameters()), window_of(lm.config.get_text_config(), None)
+    kind = parameter.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    longest = max(prompts, key=len)
+    beyond = window is not None and len(longest) + max_new_tokens > window
+    known = _PROBED.setdefault(lm, {})
+    key = (parameter.device, parameter.dtype, cast, beyond)
+    if key not in known:
+        lengths = [*_LENGTHS, *([window + 2] if beyond and window else [])]
+        probed = [[longest[i % len(longest)] for i in range(n)] for n in lengths]
+        with torch.no_grad():
+            known[key] = _problem(lm, probed)
+        if known[key]:
+            logger.info("sampling by transformers' generate: %s", known[key])
+    return known[key]
 
 
-@torch.no_grad()
-def _difference(lm: Any, prompts: list[list[int]]) -> str | None:
+def _problem(lm: Any, prompts: list[list[int]]) -> str | None:
+    """Compare exactly where the weights are in float32, and as the passes are made under autocast."""
+    if switch_of(lm):
+        return "the model's rotary frequencies depend on the length"
+    if not lm._can_set_attn_implementation():  # there is no public function for this
+        return "the model's attention cannot be replaced"
+    if unknown := unknown_layers(lm.config.get_text_config()):
+        return f"the model has layers of type {', '.join(sorted(unknown))}"
+    device = next(lm.parameters()).device
+    with torch.autocast(device.type, enabled=False):
+        problem = _difference(lm, prompts, device)
+    return problem or (_difference(lm, prompts, device) if torch.is_autocast_enabled(device.type) else None)
+
+
+def _difference(lm: Any, prompts: list[list[int]], device: torch.device) -> str | None:
+    _own_logps(lm, prompts[0])  # what is wrong with the tokens or the model itself is not the loop's problem
     try:
         with attending(lm):
             read = _read_on(lm, prompts)
-        worst = max(float((_own_logps(lm, sequence) - logps).abs().max()) for sequence, logps in read)
+        worst = torch.stack([(_own_logps(lm, sequence) - logps).abs().max() for sequence, logps in read]).max()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # architectures refuse a cache or a mask with any type of error
-        return first_line(error)
-    if worst <= allowed_difference(lm, next(lm.parameters()).device):
+        return f"the model's cache or attention is not known here ({first_line(error)})"
+    if float(worst) <= allowed_difference(lm, device):
         return None
-    return f"log-probabilities differ by {worst:.2g} nats"
+    return f"log-probabilities of the loop over tokens differ by {float(worst):.2g} nats"
 
 
 def _read_on(lm: Any, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
-    """Return sequences with a Decoder's log-probabilities after them: of two prompts, the first one in two rows."""
-    decoder, read = Decoder(lm, prompts), list[tuple[list[int], Tensor]]()
-    rows, last = [0, 0, 1], decoder.last
+    """Return sequences with a Decoder's log-probabilities after them: of all prompts, the first one in two rows."""
+    decoder, read = Decoder(lm, prompts, _STEPS), list[tuple[list[int], Tensor]]()
+    rows, last = [0, *range(len(prompts))], decoder.last
     sequences = [list(prompts[i]) for i in rows]
     for step in range(_STEPS):
         logps = decoder.logits(last).log_softmax(-1)
@@ -129,7 +152,7 @@ def _read_on(lm: Any, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]
             logps = logps[rows]
             decoder.keys.select(torch.tensor(rows, device=logps.device))
         read += [(list(sequence), found) for sequence, found in zip(sequences, logps, strict=True)]
-        last = torch.stack([found.argsort()[-1 - i] for i, found in enumerate(logps)])  # three different ones
+        last = torch.stack([found.argsort()[-1 - i] for i, found in enumerate(logps)])  # different ones
         for sequence, token in zip(sequences, last.tolist(), strict=True):
             sequence.append(token)
     return read

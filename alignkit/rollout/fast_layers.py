@@ -68,4 +68,4 @@ def _norm(module: nn.Module, weight: Tensor, eps: float) -> Forward | None:
         return rms_norm(inputs, weight.shape, weight, eps)
 
     example = torch.linspace(-2, 3, weight.numel())[None]
-    return forward if torch.allclose(module(example), forward(example), rtol=1e-5, atol=1e-6) else None
+    return forward if torch.allclose(module.forward(example), forward(example), rtol=1e-5, atol=1e-6) else None

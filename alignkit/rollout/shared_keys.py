@@ -1,12 +1,13 @@
 """Keys and values of sampling: a prompt's are held once for all of its completions, a completion's in place.
 
-A token attends to both in two products with one softmax, so that nothing is copied for a row and nothing grows by
-concatenation. P prompts, R rows (completions), H heads, K heads of the keys, T tokens, D dimensions of a head.
+A token attends to both in two products with one softmax, so that a prompt's keys are not copied for its rows.
+P prompts, R rows (completions), H heads, K heads of the keys, T tokens, D dimensions of a head.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,17 +18,18 @@ from alignkit.models.attention import window_of
 from alignkit.models.branches import as_attended
 
 NAME = "alignkit_shared_keys"  # the name registered with transformers
-_GROWTH = 64  # tokens of completions that a buffer has room for, and grows by
+_ROOM = 64  # tokens of completions that a buffer has room for at first; it doubles
 
 
 class Keys:
     """The cache that a transformers model writes to: first whole prompts, then a token of each row at a time.
 
-    lengths: of the prompts' parts that are read first. Starts with one row for each prompt; see `select`.
+    lengths: of the prompts' parts that are read first. most: tokens of a row after them. Starts with one row for each
+    prompt; see `select`.
     """
 
-    def __init__(self, lengths: Tensor) -> None:
-        self.lengths_P, self.of_row = lengths, torch.arange(len(lengths), device=lengths.device)
+    def __init__(self, lengths: Tensor, most: int) -> None:
+        self.most, self.lengths_P, self.of_row = most, lengths, torch.arange(len(lengths), device=lengths.device)
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
         self.reading, self.n_own = True, 0
@@ -42,9 +44,11 @@ class Keys:
             self.prompts[layer_idx] = new[0].contiguous(), new[1].contiguous()
             return key, value
         if layer_idx not in self.own:
-            self.own[layer_idx] = tuple(n.new_empty(*n.shape[:2], _GROWTH, n.shape[3]) for n in new)  # type: ignore[assignment]
-        if self.n_own == self.own[layer_idx][0].shape[2]:
-            self.own[layer_idx] = tuple(pad(kept, (0, 0, 0, len(kept[0, 0]))) for kept in self.own[layer_idx])  # type: ignore[assignment]
+            room = min(_ROOM, self.most)
+            self.own[layer_idx] = tuple(n.new_empty(*n.shape[:2], room, n.shape[3]) for n in new)  # type: ignore[assignment]
+        if self.n_own == (room := self.own[layer_idx][0].shape[2]):
+            more = (0, 0, 0, min(room, self.most - room))
+            self.own[layer_idx] = tuple(pad(kept, more) for kept in self.own[layer_idx])  # type: ignore[assignment]
         for kept, n in zip(self.own[layer_idx], new, strict=True):
             kept[:, :, self.n_own] = n[:, :, 0]
         return key, value
@@ -105,6 +109,11 @@ class KeysMask(Tensor):
     window: int | None
 
 
+def unknown_layers(config: Any) -> set[str]:
+    """Return the layer types of a text model whose masks are not known here."""
+    return set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+
+
 def masks_of(keys: Keys, config: Any) -> Any:
     """Return `attention_mask` for a text model's configuration: one, or one for each of its layer types."""
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -128,69 +137,86 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+@dataclass(frozen=True)
+class _How:
+    """What a layer's attention computes. sinks: logits [H] of a key without a value, which every token sees."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    sinks: Tensor | None
+
+
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None,
-    softcap: float | None = None, dropout: float = 0.0, **options: Any,
+    softcap: float | None = None, dropout: float = 0.0, s_aux: Tensor | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention in transformers' form: [R, H, T, D] to [R, T, H, D].
+    """Attention in transformers' form: [R, H, T, D] to [R, T, H, D of the values].
 
-    Raises TypeError where the model asks for what this does not compute; the probe of `alignkit.rollout.decode` meets
-    it first.
+    Raises TypeError where the model asks for what this does not compute; `alignkit.rollout.decoder.refused` meets it
+    first.
     """
     if not isinstance(attention_mask, KeysMask) or any(options.get(name) is not None for name in _UNKNOWN):
         raise TypeError(f"{type(module).__name__} has an attention of its own")
-    keys, window = attention_mask.keys, attention_mask.window
+    keys, kind = attention_mask.keys, query.device.type
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kind = query.device.type
+    parts = as_attended(query), as_attended(key), as_attended(value)
+    how = _How(scale, softcap, attention_mask.window, None if s_aux is None else s_aux.to(parts[0].dtype))
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         if keys.reading:
-            out = _of_prompts(as_attended(query), as_attended(key), as_attended(value), scale, softcap, window)
+            out = _of_prompts(*parts, how)
         else:
-            out = _of_rows(as_attended(query), keys, int(module.layer_idx), scale, softcap, window)  # type: ignore[arg-type]
+            out = _of_rows(parts[0], keys, int(module.layer_idx), how)  # type: ignore[arg-type]
     return out.to(query.dtype).transpose(1, 2), None
 
 
-_UNKNOWN = ("s_aux", "head_mask", "position_bias", "alibi", "cu_seq_lens_q")
+_UNKNOWN = ("head_mask", "position_bias", "alibi", "cu_seq_lens_q")
 
 
-def _of_prompts(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
-) -> Tensor:
+def _of_prompts(query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
     """Return [P, H, T, D]. Prompts are padded behind their end, which no token before it sees."""
-    n = query.shape[2]
-    mask = None
-    if (window is not None and window < n) or softcap is not None:
+    n, plain, mask = query.shape[2], how.softcap is None and how.sinks is None, None
+    if not plain or (how.window is not None and how.window < n):
         at = torch.arange(n, device=query.device)
-        mask = (at[:, None] >= at) & (at[:, None] - at < (window or n))
-    if softcap is None:
+        mask = (at[:, None] >= at) & (at[:, None] - at < (how.window or n))
+    if plain:
         return scaled_dot_product_attention(
-            query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+            query, key, value, mask, is_causal=mask is None, scale=how.scale, enable_gqa=key.shape[1] != query.shape[1]
         )
     assert mask is not None
     grouped = query.unflatten(1, (key.shape[1], -1))
-    scores = _capped(grouped @ key[:, :, None].mT * scale, softcap).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ value[:, :, None]).flatten(1, 2)
+    scores = _capped(grouped @ key[:, :, None].mT * how.scale, how.softcap).masked_fill(~mask, -torch.inf)
+    sinks = None if how.sinks is None else how.sinks.view(key.shape[1], -1, 1, 1)
+    return (_weights(scores, sinks) @ value[:, :, None]).flatten(1, 2)
 
 
-def _of_rows(query: Tensor, keys: Keys, layer: int, scale: float, softcap: float | None, window: int | None) -> Tensor:
+def _of_rows(query: Tensor, keys: Keys, layer: int, how: _How) -> Tensor:
     """Return [R, H, 1, D] of one new token a row."""
     n_rows, heads, _, size = query.shape
     seen = keys.n_own + 1
     key_own, value_own = (kept[:, :, :seen] for kept in keys.own[layer])
-    grouped = (query * scale).reshape(n_rows, key_own.shape[1], -1, size)  # [R, K, H / K, D]
-    own = _capped(grouped @ key_own.mT, softcap)
-    if window is not None and window < seen:
-        own[..., : seen - window] = -torch.inf
+    grouped = (query * how.scale).reshape(n_rows, key_own.shape[1], -1, size)  # [R, K, H / K, D]
+    own = _capped(grouped @ key_own.mT, how.softcap)
+    if how.window is not None and how.window < seen:
+        own[..., : seen - how.window] = -torch.inf
+    sinks = None if how.sinks is None else how.sinks.view(key_own.shape[1], -1, 1)
     if not keys.longest:
-        return (own.softmax(-1) @ value_own).reshape(n_rows, heads, 1, size)
+        return (_weights(own, sinks) @ value_own).reshape(n_rows, heads, 1, -1)
     key_prompt, value_prompt = keys.prompts[layer]
-    shared = _capped(_to_rows(_to_grid(grouped, keys) @ key_prompt.mT, keys, own.shape[2]), softcap)
-    if not keys.even or (window is not None and window < seen + keys.longest):
-        shared = shared + keys.hidden(window)
-    weights = torch.cat([shared, own], -1).softmax(-1)
+    shared = _capped(_to_rows(_to_grid(grouped, keys) @ key_prompt.mT, keys, own.shape[2]), how.softcap)
+    if not keys.even or (how.window is not None and how.window < seen + keys.longest):
+        shared = shared + keys.hidden(how.window)
+    weights = _weights(torch.cat([shared, own], -1), sinks)
     of_prompt = _to_grid(weights[..., : keys.longest], keys) @ value_prompt
     out = _to_rows(of_prompt, keys, own.shape[2]) + weights[..., keys.longest :] @ value_own
-    return out.reshape(n_rows, heads, 1, size)
+    return out.reshape(n_rows, heads, 1, -1)
+
+
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the softmax of scores [..., T], with a column of sinks where there are some."""
+    if sinks is None:
+        return scores.softmax(-1)
+    return torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
 
 
 def _to_grid(rows: Tensor, keys: Keys) -> Tensor:

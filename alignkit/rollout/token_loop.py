@@ -16,7 +16,6 @@ _LEAVE = 0.75  # rows leave when this part of the batch or less is left: each ti
 _LOOK = 8  # tokens between looks at a GPU's results, for which it waits
 
 
-@torch.no_grad()
 def decode(
     parts: Sequence[tuple[Decoder, float]],
     prompt_of: Sequence[int],

@@ -126,8 +126,8 @@ def _memory(work: Work, mode: FakeTensorMode) -> Memory:
         "updating": {**kept, "gradients": gradients},
     }
     if method.data == "prompts":
-        copied = (2 if work.bf16 else 4) if _device_type(work) == "cpu" else 0
-        phases["sampling"] = {**kept, "rollouts": rollout_bytes(config, work.examples, policy, mode, copied)}
+        on_cpu = _device_type(work) == "cpu"
+        phases["sampling"] = {**kept, "rollouts": rollout_bytes(config, work.examples, policy, mode, on_cpu, work.bf16)}
     whole = not in_parts(config) or needs_whole(causal_lm(policy)) is not None
     cast = _device_type(work) if work.bf16 else None
     phases = per_rank(phases, module, [Grader(one) for one in scorers], work.processes, config, whole, cast)

@@ -16,11 +16,11 @@ from alignkit.types import Example
 
 
 def rollout_bytes(
-    config: RunConfig, examples: Sequence[Example], policy: nn.Module, mode: FakeTensorMode, copied: int
+    config: RunConfig, examples: Sequence[Example], policy: nn.Module, mode: FakeTensorMode, cpu: bool, bf16: bool
 ) -> int:
     """Return the bytes at the end of the longest batch: all keys and values, and one layer's once more.
 
-    copied: bytes of a number in the copies of `alignkit.rollout.fast_layers`, 0 where it makes none.
+    On CPUs keys are in float32, and `alignkit.rollout.fast_layers` copies the linear layers, in 16 bits with `bf16`.
     """
     if config.rollout.local is None:
         return 0  # servers have their own memory
@@ -29,14 +29,14 @@ def rollout_bytes(
     heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     length = max(len(e.prompt) for e in examples) + config.sampling.max_new_tokens
-    per_layer = 2 * n_rows * heads * length * width * next(policy.parameters()).element_size()
+    per_layer = 2 * n_rows * heads * length * width * (4 if cpu else next(policy.parameters()).element_size())
     ledger = Ledger()
     with ledger, torch.no_grad():
         noise = GumbelNoise(0, [0] * n_rows, [0] * n_rows, 0, torch.device("cpu"))
         with mode:
             scores = torch.empty(n_rows, text.vocab_size)
         noise(torch.zeros(n_rows, 1, dtype=torch.int64), scores)
-    copies = 0 if config.rollout.local == "continuous" else copied * _in_float32(lm)
+    copies = (2 if bf16 else 4) * _in_float32(lm) if cpu and config.rollout.local == "generate" else 0
     return int(per_layer * (text.num_hidden_layers + 1) + sum(ledger.peak.values())) + copies
 
 
