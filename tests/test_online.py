@@ -271,7 +271,7 @@ def test_where_memory_runs_out_while_sampling_or_scoring_less_is_done_at_once(
 ) -> None:
     own = asks("grpo") | {"max_steps": 1}
     whole = alignkit.run("grpo", **online | own)
-    batch_rows, score = Batched._batch, Scorer.forward
+    batch_rows, score = Batched._decoded, Scorer.forward
 
     def small_batches(self: Any, prompts: Any, rows: Any, numbers: Any) -> Any:
         if len(rows) > 3:
@@ -285,7 +285,7 @@ def test_where_memory_runs_out_while_sampling_or_scoring_less_is_done_at_once(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("alignkit.engine.assemble.choose_layout", lambda *_: Layout("forest", 2048))
-        patch.setattr(Batched, "_batch", small_batches)
+        patch.setattr(Batched, "_decoded", small_batches)
         patch.setattr(Scorer, "forward", small_rows)
         small = alignkit.run("grpo", **online | own)
     assert (
