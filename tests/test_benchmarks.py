@@ -177,6 +177,26 @@ def test_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_growth() -> None:
+    done = run("growth.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    found = rows(done.stdout, "40", "120")
+    assert int(found["40"][0]) < int(found["120"][0])  # tokens
+
+
+def test_growth_compares_with_the_smallest_size(script: Any) -> None:
+    growth = script("growth")
+    figures = [{"read_seconds": 1.0, "pair_ms": ms, "grown_bytes": b, "tokens": t} for ms, b, t in (
+        (2.0, 1000, 100), (3.0, 5000, 600), (1.0, 9000, 600),
+    )]  # fmt: skip
+    found = growth.summarise({"1": figures[:1], "5": figures[1:]})
+    assert found["1"]["slower"] == 1
+    assert found["1"]["bytes_a_token"] is None
+    assert found["5"]["slower"] == 1.0  # the median of 3 and 1, over 2
+    assert found["5"]["bytes_a_token"] == 12.0  # (7000 - 1000) / 500
+
+
+@pytest.mark.slow
 def test_startup() -> None:
     done = run("startup.py", "--tiny")
     assert done.returncode == 0, done.stderr
