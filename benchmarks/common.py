@@ -10,7 +10,9 @@ import contextlib
 import json
 import os
 import random
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -98,6 +100,25 @@ def write_start(folder: Path, texts: Iterable[str], tiny: bool = False, **change
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes, **ends, tie_word_embeddings=True)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def products_alone(folder: Path, rows: int, tokens: int, bf16: bool) -> float:
+    """Return the seconds of the products of the linear layers alone for so many rows and tokens, a median of three."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    weights = [m.weight.detach() for m in model.modules() if type(m) is torch.nn.Linear]
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype) for w in weights}
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        for _ in range(tokens):
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
 
 
 def made_up_text(seed: int = 0) -> Callable[[float, float, int], str]:

@@ -60,29 +60,10 @@ def run_alignkit(method: str, work: Path, steps: int, group: int, tokens: int, k
     seconds = [{phase: line[f"seconds/{phase}"] for phase in PHASES[:-1]} for line in lines]
     return {
         "seconds": [{**s, "step": sum(s.values())} for s in seconds],
-        "floor": floor(work, PROMPTS * group, tokens, kind == "bf16"),
+        "floor": common.products_alone(work / "start", PROMPTS * group, tokens, kind == "bf16"),
         "length": [line["completion/length"] for line in lines],
         "reward": [line["reward/mean"] for line in lines],
     }
-
-
-def floor(work: Path, rows: int, tokens: int, bf16: bool) -> float:
-    """Return the seconds of the products of the linear layers alone for so many rows and tokens, a median of three."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(work / "start", dtype=dtype)
-    weights = [m.weight.detach() for m in model.modules() if type(m) is torch.nn.Linear]
-    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype) for w in weights}
-    taken = []
-    for _ in range(3):
-        started = time.perf_counter()
-        for _ in range(tokens):
-            for weight in weights:
-                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
 
 
 def run_trl(method: str, work: Path, steps: int, group: int, tokens: int, kind: str) -> dict[str, Any]:

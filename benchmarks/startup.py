@@ -10,6 +10,7 @@ the commands that load methods cannot be faster than.
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -50,12 +51,13 @@ def commands(folder: Path) -> dict[str, tuple[list[str], str | None]]:
     rows = dpo.made_up_pairs(16, tiny=True)
     common.write_jsonl(folder / "rows.jsonl", rows)
     common.write_start(folder / "start", [row["prompt"] + row["chosen"] for row in rows], tiny=True)
-    run = ["run", "dpo", "--model", "start", "--data", "rows.jsonl", "--max-steps", "2", "--cache-file", "cache.sqlite"]
+    settings = {"method": "dpo", "model": "start", "data": "rows.jsonl", "max_steps": 2, "cache_file": "cache.sqlite"}
+    (folder / "run.yaml").write_text(json.dumps(settings))
     return {
         "import torch": ([sys.executable, "-c", "import torch"], None),
         "help": ([*ALIGNKIT, "--help"], None),
         "methods": ([*ALIGNKIT, "methods"], None),
-        "first step": ([*ALIGNKIT, *run], "step 1/"),
+        "first step": ([*ALIGNKIT, "run", "run.yaml"], "step 1/"),
     }
 
 
