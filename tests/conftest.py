@@ -20,6 +20,15 @@ def _own_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """Restore what a test, a command or a run that was ended has set of alignkit's logger."""
+    logger = logging.getLogger("alignkit")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny Llama with its tokenizer."""
@@ -57,14 +66,12 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture
 def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[Any, str, str]]]:
+) -> Callable[..., tuple[Any, str, str]]:
     """Run `alignkit ARGUMENTS` in its own folder and with its own cache; return exit code, stdout and stderr."""
     from alignkit import cli
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache.sqlite"))
-    logger = logging.getLogger("alignkit")
-    before = logger.handlers[:], logger.level, logger.propagate
 
     def run(*arguments: object) -> tuple[Any, str, str]:
         monkeypatch.setattr(sys, "argv", ["alignkit", *map(str, arguments)])
@@ -73,5 +80,4 @@ def command(
             cli.main()
         return ended.value.code, *capsys.readouterr()
 
-    yield run
-    logger.handlers[:], logger.level, logger.propagate = before
+    return run
