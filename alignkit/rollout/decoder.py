@@ -35,15 +35,14 @@ _LENGTHS = (3, 9)  # of its prompts
 class Decoder:
     """The state of a model over a batch of prompts, one row for each at first; to be used inside `attending`.
 
-    most: tokens of a row after its prompt, one more than are asked for. context: entered around each pass.
+    most: tokens of a row that are read one by one, its prompt's last one first. context: entered around each pass.
     """
 
     def __init__(self, lm: Any, prompts: Sequence[Sequence[int]], most: int, context: Context = nullcontext) -> None:
         self.lm, self.context, self.device = lm, context, next(lm.parameters()).device
         self.keys = Keys(torch.tensor([len(p) - 1 for p in prompts], device=self.device), most)
         self.config = lm.config.get_text_config()
-        # only the last position's logits, where the architecture can be asked for them
-        self._last = {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.forward).parameters else {}
+        self._last = _last_only(lm)
         if self.keys.longest:
             self._read(prompts)
         self.keys.reading = False
@@ -160,4 +159,10 @@ def _read_on(lm: Any, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]
 
 def _own_logps(lm: Any, sequence: list[int]) -> Tensor:
     ids = torch.tensor([sequence], device=next(lm.parameters()).device)
-    return lm(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)  # type: ignore[no-any-return]
+    out = lm(input_ids=ids, use_cache=False, **_last_only(lm))
+    return out.logits[0, -1].float().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def _last_only(lm: Any) -> dict[str, int]:
+    """Return the option for the last position's logits alone, where the architecture can be asked for them."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.forward).parameters else {}
