@@ -5,7 +5,7 @@ Models with several layer types (full and sliding-window attention) take a dict 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,10 +27,15 @@ def attention_mask(rows: PackedRows, config: Any, dtype: torch.dtype) -> Any:
     """
     if rows.kind == "padded":
         return (rows.tree_ids >= 0).long()
+    return by_layer_type(config, lambda window: _mask(rows, window, config._attn_implementation, dtype))
+
+
+def by_layer_type(config: Any, mask: Callable[[int | None], Any]) -> Any:
+    """Return `mask(window)` for a text model's configuration, or a dict of one for each of its layer types."""
     layer_types = set(getattr(config, "layer_types", None) or ())
     if layer_types - {"full_attention"}:
-        return {t: _mask(rows, window_of(config, t), config._attn_implementation, dtype) for t in layer_types}
-    return _mask(rows, None if layer_types else window_of(config, None), config._attn_implementation, dtype)
+        return {kind: mask(window_of(config, kind)) for kind in layer_types}
+    return mask(None if layer_types else window_of(config, None))
 
 
 def window_of(config: Any, layer_type: str | None) -> int | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from alignkit.models.attention import window_of
+from alignkit.models.attention import by_layer_type
 from alignkit.models.branches import as_attended
 
 NAME = "alignkit_shared_keys"  # the name registered with transformers
@@ -60,10 +60,8 @@ class Keys:
     def hidden(self, window: int | None) -> Tensor:
         """Return -inf where a row does not see a token of its prompt, else 0, [R, 1, 1, T]."""
         if (window, self.n_own) not in self._unseen:  # every layer asks for it
-            at, lengths_R = (
-                torch.arange(self.longest, device=self.lengths_P.device),
-                self.lengths_P[self.of_row][:, None],
-            )
+            at = torch.arange(self.longest, device=self.lengths_P.device)
+            lengths_R = self.lengths_P[self.of_row][:, None]
             unseen = at >= lengths_R
             if window is not None:
                 unseen |= lengths_R + self.n_own - at >= window
@@ -116,10 +114,7 @@ def unknown_layers(config: Any) -> set[str]:
 
 def masks_of(keys: Keys, config: Any) -> Any:
     """Return `attention_mask` for a text model's configuration: one, or one for each of its layer types."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention"}:
-        return {kind: _mask(keys, window_of(config, kind)) for kind in kinds}
-    return _mask(keys, None if kinds else window_of(config, None))
+    return by_layer_type(config, lambda window: _mask(keys, window))
 
 
 def _mask(keys: Keys, window: int | None) -> KeysMask:
