@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers.utils import logging as transformers_log
 
 import alignkit
+from alignkit.cli.console import complain
+from alignkit.runs.progress import PlainHandler
 from alignkit.runs.results import unlearned
 from alignkit.runs.terminal import NOISE, silence, spoken
 from helpers import make_rows
@@ -130,3 +133,20 @@ def test_a_run_has_learned_nothing_where_its_loss_has_not_moved() -> None:
     assert unlearned([*losses(0.7, 0.5, 0.3, 0.1), *losses(2, 2, key="eval/loss")]) == (2, 2)
     assert unlearned([*losses(0.7, 0.7, 0.7, 0.7), *losses(2, 1, key="eval/loss")]) is None
     assert unlearned([]) is None
+
+
+@pytest.mark.parametrize(
+    ("say", "said"),
+    [
+        (lambda: complain("no such file"), "error: no such file\n"),
+        (lambda: PlainHandler().handle(LOGGER.makeRecord("x", logging.WARNING, "", 0, "slow", (), None)), "warning: slow\n"),
+    ],
+)
+def test_a_line_is_one_call_so_that_lines_of_several_ranks_do_not_mix(
+    say: Callable[[], None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unbuffered standard error (PYTHONUNBUFFERED) makes a system call of every call."""
+    calls: list[str] = []
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=calls.append, flush=lambda: None))
+    say()
+    assert calls == [said]

@@ -166,7 +166,7 @@ def complain(message: str) -> None:
     start = "error: "
     if rank():
         start, message = f"rank {rank()}: error: ", message.split("\n")[0]
-    print(start + message, file=sys.stderr)
+    sys.stderr.write(f"{start}{message}\n")  # in one call: `print` makes two, between which other ranks' lines may come
 
 
 def unexpected(error: Exception) -> str:
@@ -234,4 +234,4 @@ def show_log() -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    sys.stderr.write(f"warning: {message}\n")

@@ -79,7 +79,7 @@ class Progress:
             self._last_line = now
             done = step - self._first
             left = (now - self._started) / done * (self._total - step) if done else None
-            print(line(step, self._total, values, left), file=sys.stderr, flush=True)
+            _say(line(step, self._total, values, left))
 
 
 class PlainHandler(logging.Handler):
@@ -88,7 +88,12 @@ class PlainHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the message, after its level where that is a warning or higher."""
         start = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        print(start + record.getMessage(), file=sys.stderr, flush=True)
+        _say(start + record.getMessage())
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")  # in one call: `print` makes two, between which other ranks' lines may come
+    sys.stderr.flush()
 
 
 class StopSignals:
