@@ -50,6 +50,9 @@ JOBS: dict[str, Job] = {
     "nash, lora, judge model": ("nash", {"judge": "@judge", "lora": 4, "sampling": SAMPLING}),
 }
 
+RESUMED = ("dpo, moving", "dpo, lora", "ppo")
+OF_REPLICAS = (*RESUMED, "kto", "nash, lora, judge model")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -112,12 +115,14 @@ def runs(place: Path) -> Path:
     said = run_on(2, jobs_of(place, "fsdp", fsdp=True), place / "fsdp")
     assert said.count("each rank gathers the whole policy") == sum("sampling" in own for _, own in JOBS.values())
     assert said.count("each rank reads its own parts of the weights") >= len(JOBS)
-    run_on(4, jobs_of(place, "hsdp", fsdp=True, fsdp_replicas=2), place / "hsdp")
+    run_on(4, jobs_of(place, "hsdp", *OF_REPLICAS, fsdp=True, fsdp_replicas=2), place / "hsdp")
     return place
 
 
-@pytest.mark.parametrize("name", ["two", "fsdp", "hsdp"])
-@pytest.mark.parametrize("title", JOBS)
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [(title, name) for name in ("two", "fsdp") for title in JOBS] + [(title, "hsdp") for title in OF_REPLICAS],
+)
 def test_ranks_train_what_one_process_trains(title: str, name: str, runs: Path) -> None:
     same(runs / "one" / folder_of(title), runs / name / folder_of(title))
 
@@ -142,9 +147,6 @@ def test_a_reward_that_fails_on_one_rank_ends_all_of_them_where_they_share_a_mod
     assert "rank 1: reward 'odd' failed" in (place / "odd" / "said").read_text()  # as the other one says it
     saved = sorted(path.name for path in (place / "odd" / job[1]["name"] / "checkpoints").iterdir())
     assert saved[-1] == ("step-00000001" if title.startswith("rloo") else "step-00000002")
-
-
-RESUMED = ("dpo, moving", "dpo, lora", "ppo")
 
 
 def damaged(checkpoint: Path, ranks: int) -> str:
