@@ -158,6 +158,7 @@ class RunConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="precision of matrix products")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of the weights")
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    torch_compile: bool = Field(False, description="norms and feed-forward layers by torch.compile; pays in long runs")
     kept_logits_gib: float = Field(
         1.0, ge=0, description="logits kept for the backward of a trained head; others are computed twice"
     )

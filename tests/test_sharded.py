@@ -33,6 +33,7 @@ JOBS: dict[str, Job] = {
     "dpo, moving": ("dpo", {"reference": "full", "sync_every": 2, "sync_alpha": 0.6}),
     "dpo, lora": ("dpo", {"lora": 4}),
     "dpo, lora, bf16": ("dpo", {"lora": 4, "dtype": "bfloat16"}),
+    "dpo, compiled": ("dpo", {"torch_compile": True}),
     "kto": ("kto", {}),
     "kto, lora": ("kto", {"lora": 4}),
     "reward": ("reward", {}),

@@ -139,7 +139,7 @@ def test_a_run_has_learned_nothing_where_its_loss_has_not_moved() -> None:
     ("say", "said"),
     [
         (lambda: complain("no such file"), "error: no such file\n"),
-        (lambda: PlainHandler().handle(LOGGER.makeRecord("x", logging.WARNING, "", 0, "slow", (), None)), "warning: slow\n"),
+        (lambda: PlainHandler().handle(LOGGER.makeRecord("", 30, "", 0, "slow", (), None)), "warning: slow\n"),
     ],
 )
 def test_a_line_is_one_call_so_that_lines_of_several_ranks_do_not_mix(

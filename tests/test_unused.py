@@ -107,8 +107,8 @@ FREE = [
     "epochs_per_batch", "minibatches", "learning_rate", "schedule", "warmup_fraction", "decay_fraction",
     "optimizer", "weight_decay", "adam_betas", "adam_epsilon", "momentum", "max_grad_norm", "max_skipped_steps",
     "max_prompt_tokens", "max_tokens", "layout", "row_tokens", "attention", "device", "precision", "dtype",
-    "gradient_checkpointing", "fsdp", "fsdp_replicas", "timeout_minutes", "trust_remote_code", "allow_changed_models",
-    "seed",
+    "gradient_checkpointing", "torch_compile", "fsdp", "fsdp_replicas", "timeout_minutes", "trust_remote_code",
+    "allow_changed_models", "seed",
     "log_every", "save_every", "save_minutes", "keep_checkpoints", "trackers", "callbacks", "health", "stop_on",
     "quiet", "rows_cache",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ attention.py   the mask of a packed row
 rope.py        rotary positions that depend on a sequence's length
 router.py      the routing of mixtures of experts
 branches.py    attention branch by branch on a CPU
+compiled.py    norms and feed-forward layers by torch.compile
 layouts.py     forest or padded rows, decided by a probe
 passes.py      batches of any size in parts that fit into memory
 ranks.py       communication between the processes of a run

@@ -17,6 +17,7 @@ from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.hub import is_path
 from alignkit.models.adapters import Kind, add_lora, check_mergeable, summary
 from alignkit.models.branches import attend_by_branches
+from alignkit.models.compiled import compile_parts
 from alignkit.models.dropout import drop_dropout
 from alignkit.models.embedding_noise import ALPHA
 from alignkit.models.places import look, where
@@ -75,6 +76,8 @@ def load_model(config: RunConfig, device: torch.device, kind: Kind = "causal") -
 def readied(model: nn.Module, config: RunConfig, device: torch.device) -> nn.Module:
     """Set up a model for training on `device`, and move it there."""
     set_up(model, config, device)
+    if config.torch_compile:
+        compile_parts(causal_lm(model), device)
     return model if is_unread(model) else model.to(device)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.data.views import Selected, raws
+from alignkit.models.compiled import is_compiled
 from alignkit.models.loading import causal_lm
 from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.models.rope import switch_of
@@ -67,6 +68,8 @@ def fingerprint(
     }
     if switch_of(causal_lm(model)) is not None:  # values of other rows' frequencies must not be found again
         about["rotary"] = "of each sequence alone"
+    if is_compiled(causal_lm(model)):  # values round differently, which in 16 bits is more than ties allow
+        about["compiled"] = True
     whole = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     digests: dict[object, bytes] = {}  # tied weights are hashed once
     for name, t in sorted(_named_tensors(model, adapters).items()):

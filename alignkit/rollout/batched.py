@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from alignkit.config import Sampling
 from alignkit.models.attention import without_flex
+from alignkit.models.compiled import uncompiled
 from alignkit.models.loading import causal_lm
 from alignkit.models.passes import halved
 from alignkit.models.rope import forget_lengths, switch_of
@@ -221,7 +222,7 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
         if asked:  # the model would compute the router's loss of every sampled token, with a mask of the whole prompt
             config.output_router_logits = False
         lm.generation_config = GenerationConfig()  # a repetition penalty, for example, is not part of the policy
-        with without_flex(lm):
+        with without_flex(lm), uncompiled(lm):
             yield
     finally:
         lm.generation_config = settings
