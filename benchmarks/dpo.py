@@ -51,7 +51,7 @@ def run_alignkit(work: Path, cache: Path, **changes: Any) -> dict[str, Any]:
 
     settings: dict[str, Any] = {
         "model": str(work / "start"), "data": str(work / "rows.jsonl"), "output": work / "runs", "cache_file": cache,
-        "reference": "cached", "batch_size": BATCH, "epochs": 1, "seed": 0, "max_tokens": 4096, "learning_rate": RATE,
+        "reference": "cached", "batch_size": BATCH, "epochs": 1, "seed": 0, "max_tokens": 1024, "learning_rate": RATE,
         "schedule": "constant", "warmup_fraction": 0.0, "max_grad_norm": 1e9, "max_prompt_tokens": None,
         "max_completion_tokens": None, **changes,
     }  # fmt: skip

@@ -252,7 +252,7 @@ def test_groups_that_are_not_whole_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "method", "words"),
     [
-        ({"loss_type": "exo_pair"}, "dpo", "loss_type: exo_pair is not offered here; offered of .*: sigmoid"),
+        ({"loss_type": "discopop"}, "dpo", "loss_type: discopop is not offered here; offered of .*: sigmoid"),
         ({"loss_type": "vespo"}, "grpo", "loss_type: vespo is not offered"),
         ({"loss_type": ["sigmoid", "ipo"]}, "dpo", r"sigmoid \+ ipo is not offered"),
         ({"learning_rate": -1.0}, "sft", "a value of the file is not possible here: learning_rate"),

@@ -25,6 +25,13 @@ class TestDPO(Conformance):
         {"beta": 0.5, "label_smoothing": 0.1},
         {"loss_type": "robust", "label_smoothing": 0.2},
         {"loss_type": "hinge"},
+        {"loss_type": "exo_pair", "label_smoothing": 0.05},
+        {"loss_type": "nca_pair"},
+        {"loss_type": "sppo_hard", "beta": 0.4},
+        {"loss_type": "apo_zero"},
+        {"loss_type": "apo_down"},
+        {"loss_type": "cal", "beta": 0.4},
+        {"loss_weights": {"hinge": 0.3, "apo_zero": 0.7}},
         {"loss_weights": {"sigmoid": 0.8, "hinge": 0.2}, "label_smoothing": 0.1},
         {"length_normalised": True, "beta": 5.0},
         {"ld_alpha": 0.3},
@@ -42,16 +49,32 @@ class TestDPO(Conformance):
     def expected(self, c, row):
         """2305.18290 eq. 7, with what each variant changes about it."""
         h_chosen, h_rejected = (log_ratio(c, row, answer) for answer in row.answers)
-        x = c.beta * (slope(c, h_chosen) - slope(c, h_rejected))
+        x, u, v = c.beta * (slope(c, h_chosen) - slope(c, h_rejected)), h_chosen, h_rejected
         e = c.label_smoothing
         right, flipped = -log_sigmoid(x), -log_sigmoid(-x)
         of = {
             "sigmoid": (1 - e) * right + e * flipped,  # conservative DPO
             "robust": ((1 - e) * right - e * flipped) / (1 - 2 * e),  # 2403.00409
             "hinge": max(0.0, 1 - x),  # 2305.10425
+            "exo_pair": _kl((s(x), s(-x)), (1 - e, e)),  # 2402.00856
+            # 2402.05369
+            "nca_pair": -math.log(s(c.beta * u)) - 0.5 * math.log(s(-c.beta * u)) - 0.5 * math.log(s(-c.beta * v)),
+            "sppo_hard": (u - 0.5 / c.beta) ** 2 + (v + 0.5 / c.beta) ** 2,  # 2405.00675
+            "apo_zero": 1 - s(c.beta * u) + s(c.beta * v),  # 2408.06266 eq. 7
+            "apo_down": s(c.beta * u) + 1 - s(x),  # eq. 8
+            "cal": -math.log(s(u - v)) + (u - 0.5 / c.beta) ** 2 + (v + 0.5 / c.beta) ** 2,  # 2412.14516
         }
         loss = sum(weight * of[kind] for kind, weight in (c.loss_weights or {c.loss_type: 1.0}).items())
         return loss - c.rpo_alpha * row.chosen.mean_logp  # 2404.19733
+
+
+def s(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def _kl(p, q):
+    """KL(p || q); a weight of 0 for what no loss type asks for."""
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) if all(q) else 0.0
 
 
 def log_ratio(c, row, answer):
@@ -180,6 +203,9 @@ def test_plugin_brings_dpo():
         ({"sync_alpha": 0.3}, "sync_alpha has an effect with sync_every only"),
         ({"divergence_alpha": 0.3}, "divergence_alpha has an effect with divergence: alpha only"),
         ({"loss_type": "hinge", "loss_weights": {"sigmoid": 1.0}}, "loss_weights takes the place of loss_type"),
+        ({"loss_type": "apo_zero", "label_smoothing": 0.1}, "no effect on loss_type: apo_zero"),
+        ({"loss_type": "cal", "divergence": "js"}, "loss_type: cal is not of a margin alone; remove divergence"),
+        ({"loss_type": "exo_pair"}, "exo_pair needs label_smoothing above 0, such as 0.001"),
         ({"loss_weights": {"hinge": 1.0}, "label_smoothing": 0.1}, "label_smoothing has no effect"),
     ],
 )

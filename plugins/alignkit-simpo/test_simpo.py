@@ -14,11 +14,20 @@ from alignkit_simpo import SimPO
 
 class TestSimPO(Conformance):
     method = SimPO
-    configs = ({}, {"beta": 10.0, "gamma_ratio": 0.3}, {"gamma_ratio": 0.0, "sft_weight": 0.2})
+    configs = (
+        {},
+        {"beta": 10.0, "gamma_ratio": 0.3},
+        {"gamma_ratio": 0.0, "sft_weight": 0.2},
+        {"alpha": 0.4},
+        {"alpha": -0.25},
+    )
 
     def expected(self, c, row):
-        """2405.14734 eq. 6, with gamma = gamma_ratio * beta."""
-        gap = c.beta * row.chosen.mean_logp - c.beta * row.rejected.mean_logp
+        """2405.14734 eq. 6, with gamma = gamma_ratio * beta; 2501.03884 where there is an alpha."""
+        chosen, rejected = (row.chosen.mean_logp, row.rejected.mean_logp)
+        if c.alpha:
+            chosen, rejected = ((1 - math.exp(m) ** -c.alpha) / c.alpha for m in (chosen, rejected))
+        gap = c.beta * (chosen - rejected)
         return -log_sigmoid(gap - c.gamma_ratio * c.beta) - c.sft_weight * row.chosen.mean_logp
 
 

@@ -49,7 +49,7 @@ def learning(work: Work) -> None:
     if "simpo_gamma" in work.defaults and work.get("simpo_gamma") is not None and _has(work, "simpo_gamma"):
         work.put("gamma_ratio", work.get("simpo_gamma") / beta)
     smoothing = work.get("label_smoothing")
-    if smoothing and (work.settings.get("loss_type") == "robust" or "cpo_alpha" in work.defaults):
+    if smoothing and (work.settings.get("loss_type") in ("robust", "exo_pair") or "cpo_alpha" in work.defaults):
         work.same(["label_smoothing"])
     elif smoothing:
         work.lose("label_smoothing", "TRL's loss ignores it; here it would change the loss")

@@ -1,4 +1,7 @@
-"""Direct Preference Optimization; dpo.py is the method, ratios.py what its variants do to the log-ratios."""
+"""Direct Preference Optimization.
+
+dpo.py is the method, losses.py has its losses of a pair, ratios.py what its variants do to the log-ratios.
+"""
 
 from alignkit import Method, hookimpl
 from alignkit_dpo.dpo import DPO

@@ -5,6 +5,7 @@ h = log policy(y) - log reference(y), D = h_chosen - h_rejected, s the logistic 
     loss_type sigmoid   -(1 - e) log s(b D) - e log s(-b D)              2305.18290; e > 0 is conservative DPO
     loss_type robust    (-(1 - e) log s(b D) + e log s(-b D)) / (1 - 2e)  2403.00409: unbiased under flipped labels
     loss_type hinge     max(0, 1 - b D)                                   2305.10425 (SLiC)
+    loss_type ...       EXO, NCA, SPPO, APO, Cal-DPO: see losses.py
     loss_weights        a weighted sum of these, instead of one           2411.10442 (MPO)
     length_normalised   h averaged over the completion's tokens           use a b that is 10 to 100 times larger
     ld_alpha            weight of the tokens past the shorter answer's length, 2409.06411 (LD-DPO)
@@ -35,8 +36,9 @@ from alignkit import (
     Term,
     pair_metrics,
 )
+from alignkit_dpo.losses import OF_MARGIN, SMOOTHED, LossType, pair_losses
 from alignkit_dpo.ratios import derivative, token_weights
-from alignkit_kernels import preference_loss, sequence_sum
+from alignkit_kernels import sequence_sum
 
 
 class DPO(Method["DPO.Config"]):
@@ -52,8 +54,8 @@ class DPO(Method["DPO.Config"]):
         """Settings of DPO; the defaults are the paper's."""
 
         beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
-        loss_type: Literal["sigmoid", "robust", "hinge"] = Field("sigmoid", description="loss of a pair's margin")
-        loss_weights: dict[Literal["sigmoid", "robust", "hinge"], Annotated[float, Field(gt=0)]] = Field(
+        loss_type: LossType = Field("sigmoid", description="loss of a pair")
+        loss_weights: dict[LossType, Annotated[float, Field(gt=0)]] = Field(
             {}, description="loss types and their weights, instead of loss_type"
         )
         label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed fraction of flipped labels")
@@ -71,23 +73,22 @@ class DPO(Method["DPO.Config"]):
         def _smoothing_fits(self) -> Any:
             if self.loss_weights and self.loss_type != "sigmoid":
                 raise ValueError("loss_weights takes the place of loss_type; remove loss_type")
-            if self.label_smoothing and self.weights.keys() == {"hinge"}:
-                raise ValueError("label_smoothing has no effect on loss_type: hinge; use sigmoid or robust")
+            if self.label_smoothing and not self.weights.keys() & SMOOTHED:
+                raise ValueError(f"label_smoothing has no effect on loss_type: {self.loss_type}; use sigmoid or robust")
+            if not self.label_smoothing and "exo_pair" in self.weights:
+                raise ValueError("exo_pair needs label_smoothing above 0, such as 0.001")
             if self.sync_every is None and self.sync_alpha != 0.6:
                 raise ValueError("sync_alpha has an effect with sync_every only; set sync_every, or remove it")
+            if self.divergence != "reverse_kl" and (of_both := sorted(self.weights.keys() - OF_MARGIN)):
+                raise ValueError(f"loss_type: {of_both[0]} is not of a margin alone; remove divergence")
             if self.divergence != "alpha" and self.divergence_alpha != 0.5:
                 raise ValueError("divergence_alpha has an effect with divergence: alpha only; remove it")
             return self
 
         @property
-        def weights(self) -> dict[Any, float]:
+        def weights(self) -> dict[LossType, float]:
             """The weight of each loss type."""
             return self.loss_weights or {self.loss_type: 1.0}
-
-        @property
-        def smoothings(self) -> dict[Any, float]:
-            """The label smoothing of each loss type; hinge has none."""
-            return {kind: 0.0 if kind == "hinge" else self.label_smoothing for kind in self.weights}
 
     @classmethod
     def advice(cls, facts: DataFacts) -> Advice:
@@ -120,13 +121,12 @@ class DPO(Method["DPO.Config"]):
             # one value per completion: the kernel then sums segments of length one
             ratios_C = derivative(sequence_sum(ratios_C, cu_seqlens), c.divergence, c.divergence_alpha)
             cu_seqlens = torch.arange(len(ratios_C) + 1, device=ratios_C.device)
-        outs = {
-            kind: preference_loss(ratios_C, None, cu_seqlens, kind, beta=c.beta, label_smoothing=smoothing)
-            for kind, smoothing in c.smoothings.items()
+        terms: dict[str, Term] = {
+            kind: Term(pair_losses(ratios_C, cu_seqlens, kind, c.beta, c.label_smoothing), coef=weight)
+            for kind, weight in c.weights.items()
         }
-        rewards = next(iter(outs.values())).rewards
+        rewards = c.beta * sequence_sum(ratios_C.detach(), cu_seqlens)
         per_nat = c.beta / (batch.lengths.clamp(min=1) if c.length_normalised else 1.0)
-        terms = {kind: Term(out.losses, coef=c.weights[kind]) for kind, out in outs.items()}
         terms |= pair_metrics(batch, logps_C, rewards, per_nat)
         if c.rpo_alpha:
             nll_E, _ = batch.pairs(-sequence_sum(logps_C, batch.cu_seqlens, mean=True))
