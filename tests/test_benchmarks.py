@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -177,9 +178,10 @@ def test_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_growth() -> None:
-    done = run("growth.py", "--tiny")
+def test_growth(tmp_path: Path) -> None:
+    done = run("growth.py", "--tiny", "--png", tmp_path / "g.png")
     assert done.returncode == 0, done.stderr
+    assert is_drawn(tmp_path / "g.png", done.stdout)
     found = rows(done.stdout, "40", "120")
     assert int(found["40"][0]) < int(found["120"][0])  # tokens
 
@@ -194,6 +196,64 @@ def test_growth_compares_with_the_smallest_size(script: Any) -> None:
     assert found["1"]["bytes_a_token"] is None
     assert found["5"]["slower"] == 1.0  # the median of 3 and 1, over 2
     assert found["5"]["bytes_a_token"] == 12.0  # (7000 - 1000) / 500
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path: Path) -> None:
+    done = run("scaling.py", "--tiny", "--json", tmp_path / "s.json", "--png", tmp_path / "s.png")
+    assert done.returncode == 0, done.stderr
+    names = [f"{case}  {layout}" for case in ("prompt 0.2", "prompt 0.8", "group 2   ", "group 4   ")
+             for layout in ("forest", "padded")]  # fmt: skip
+    found = rows(done.stdout, *names)
+    assert all(row[-3:-1] == ["1.00", "1.00"] for name, row in found.items() if name.endswith("padded"))
+    assert [found[name][-1] for name in names[::2]] == ["1.11", "1.67", "1.67", "2.50"]
+    table = json.loads((tmp_path / "s.json").read_text())["table"]
+    assert table["group:4:forest"]["sampling"] > 0
+    assert table["prompt:0.8:forest"]["sampling"] == 0
+    assert is_drawn(tmp_path / "s.png", done.stdout)
+
+
+def is_drawn(path: Path, printed: str) -> bool:
+    """Whether there is a picture, or the hint that matplotlib is missing."""
+    if "no picture: matplotlib is not installed" in printed:
+        return not path.exists()
+    return f"picture: {path}" in printed and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_compares_medians_with_padded_rows_of_the_same_case(script: Any) -> None:
+    scaling = script("scaling")
+    case = scaling.Case("group:4", trees=2, prompt=16, answer=4, branches=4)
+
+    def steps(*learning: float) -> list[dict[str, float]]:
+        return [{"sampling": 1.0, "scoring": 0.0, "learning": s, "step": 1 + s} for s in learning]
+
+    layouts = [{"seconds": {"forest": steps(1, 9), "padded": steps(6)}}, {"seconds": {"forest": steps(2)}}]
+    found = scaling.summarise([case], {"group:4": layouts, "group:4:trl": [{"seconds": {"trl": steps(3)}}]})
+    assert found["group:4:forest"]["learning_to_padded"] == 3.0
+    assert found["group:4:forest"]["units_per_second"] == 4.0  # 8 completions in 2 s
+    assert found["group:4:trl"]["step_to_padded"] == 7 / 4
+    assert found["group:4:padded"]["tokens"] == 4 * 20 / 32
+    alone = scaling.summarise([case], {"group:4:trl": [{"seconds": {"trl": steps(3)}}]})
+    assert alone["group:4:trl"]["learning_to_padded"] is None
+    assert "group 4" in scaling.report(alone)
+    lines = scaling.panels(found)[1].lines
+    assert lines["alignkit, learning"] == [(4.0, 3.0)]
+    assert lines["TRL, learning"] == [(4.0, 2.0)]
+    assert lines["tokens alone"] == [(4.0, 2.5)]
+
+
+def test_a_picture_of_nothing_or_without_matplotlib_is_none(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pictures, common = script("pictures"), script("common", "--png", tmp_path / "p.png", "--threads", "1")
+    args = common.parsed(common.parser_of(None, png=True))
+    empty = [pictures.Panel("x", "y", {"alignkit": []})]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert pictures.drawn(args, "title", empty)[0].startswith("no picture: matplotlib is not installed")
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert pictures.drawn(args, "title", empty) == ["no picture: nothing was measured"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -327,6 +387,42 @@ def test_a_contest_that_is_interrupted_keeps_what_it_has(
     assert started == ["prepare", "first", "second"]
 
 
+KILLED = """
+import os, signal, sys
+import contest, {script}
+
+def child(self, python, names, round_, deadline):
+    if self.runs:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {{name: {{"peak_mib": 1.0}} for name in names}}
+
+contest.Contest._child = child
+sys.exit({script}.main())
+"""
+
+
+@pytest.mark.parametrize("name", ["engine_gpu", "growth", "scaling"])
+def test_a_benchmark_that_is_killed_leaves_the_contenders_before(name: str, tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED.format(script=name))
+    done = run(tmp_path / "killed.py", "--json", tmp_path / "k.json", PYTHONPATH=str(SCRIPTS))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found = json.loads((tmp_path / "k.json").read_text())
+    assert len(found["runs"]) == 1
+    assert found["machine"]["threads"] == 1
+
+
+def test_a_file_of_figures_is_whole_while_the_next_one_is_written(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    common = script("common", "--json", tmp_path / "k.json", "--threads", "1")
+    args = common.parsed(common.parser_of(None))
+    common.save(args, {"runs": 1})
+    monkeypatch.setattr(Path, "replace", fails)  # the run ends before the new file is put in place
+    with pytest.raises(ValueError, match="planted"):
+        common.save(args, {"runs": 2})
+    assert json.loads((tmp_path / "k.json").read_text())["runs"] == 1
+
+
 def fails(*_: Any, **__: Any) -> Any:
     raise ValueError("planted")
 
@@ -393,6 +489,8 @@ def test_gsm8k_with_a_method_that_fails(script: Any, monkeypatch: pytest.MonkeyP
         ("engine_gpu", ["--models=gpt"], "--models: unknown name 'gpt'; choose from llama-3.2-1b, qwen3-0.6b"),
         ("engine_gpu", ["--modes="], "--modes: unknown name ''; choose from lora, full"),
         ("engine_gpu", ["--json=/nonexistent/x.json"], "the folder /nonexistent does not exist"),
+        ("growth", ["--png=/nonexistent/x.png"], "--png /nonexistent/x.png: the folder /nonexistent does not exist"),
+        ("scaling", ["--only=share"], "--only: unknown name 'share'; choose from prompt, group"),
         ("engine", ["--tiny", "--only=trl"], "--only: 'trl' needs --trl-python, an interpreter that has TRL"),
         ("engine", [], "--data is needed"),
         ("online", [], "--data is needed"),
