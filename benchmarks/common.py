@@ -32,12 +32,17 @@ TINY_LLAMA = {
 # -------------------------------------------------------------------------------------------------------- options
 
 
-def parser_of(script_doc: str | None, trl: bool = False) -> argparse.ArgumentParser:
-    """Return a parser with the options that every benchmark has; with `trl` also those of contenders in processes."""
+def parser_of(script_doc: str | None, trl: bool = False, png: bool = False) -> argparse.ArgumentParser:
+    """Return a parser with the options that every benchmark has.
+
+    trl: with those of contenders in processes. png: with the file of a picture.
+    """
     parser = argparse.ArgumentParser(description=script_doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="smallest size, in seconds on a CPU: does everything run?")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
+    if png:
+        parser.add_argument("--png", type=Path, help="file to draw the figures to; needs matplotlib")
     if trl:
         parser.add_argument("--trl-python", help="an interpreter that has TRL; without it TRL does not take part")
         for hidden in ("--child", "--work", "--round"):
@@ -46,10 +51,11 @@ def parser_of(script_doc: str | None, trl: bool = False) -> argparse.ArgumentPar
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line, and refuse a --json file in a folder that does not exist."""
+    """Parse the command line, and refuse a --json or --png file in a folder that does not exist."""
     args = parser.parse_args()
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json {args.json}: the folder {args.json.parent} does not exist")
+    for option, path in (("--json", args.json), ("--png", getattr(args, "png", None))):
+        if path and not path.parent.is_dir():
+            parser.error(f"{option} {path}: the folder {path.parent} does not exist")
     return args
 
 
@@ -200,7 +206,10 @@ def finish(args: argparse.Namespace, lines: Iterable[str], failed: dict[str, str
 def save(args: argparse.Namespace, found: dict[str, Any]) -> None:
     """Write the figures and a description of the machine to --json, when it is given."""
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(args.threads), **found}, indent=1) + "\n")
+        # in two steps, so that a run killed while it writes leaves the file of the contender before
+        unfinished = args.json.with_name(args.json.name + ".new")
+        unfinished.write_text(json.dumps({"machine": machine(args.threads), **found}, indent=1) + "\n")
+        unfinished.replace(args.json)
 
 
 def machine(threads: int) -> dict[str, Any]:

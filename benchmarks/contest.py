@@ -23,26 +23,22 @@ Figures = dict[str, Any]
 class Contest:
     """Runs the contenders of a script, each in a new process, and keeps their figures.
 
-    With --tiny one process runs all contenders of an interpreter, so that the imports are paid for once.
-    runs: the figures of each round by contender. failed: the reason by contender that has none.
+    With --tiny one process runs all contenders of an interpreter, so that the imports are paid for once. Whenever a
+    process has ended, --json is written, so that a run that is stopped or killed leaves what it measured.
+    runs: the figures of each round by contender. failed: the reason by contender that has none. about: of the script's
+    settings, for the file.
     """
 
-    def __init__(self, script: str, args: argparse.Namespace, work: Path) -> None:
-        self.script, self.args, self.work = script, args, work
+    def __init__(self, script: str, args: argparse.Namespace, work: Path, **about: Any) -> None:
+        self.script, self.args, self.work, self.about = script, args, work, about
         self.runs: dict[str, list[Figures]] = {}
         self.failed: dict[str, str] = {}
         self._prepared = self._interrupted = False
 
-    def run(
-        self,
-        names: Iterable[str],
-        round_: int = 0,
-        deadline: float = float("inf"),
-        after: Callable[[], object] = lambda: None,
-    ) -> None:
-        """Run the contenders in turn, after the script's `prepare`; call `after` whenever a process has ended.
+    def run(self, names: Iterable[str], round_: int = 0, deadline: float = float("inf")) -> None:
+        """Run the contenders in turn, after the script's `prepare`, until the deadline of time.monotonic().
 
-        deadline: of time.monotonic(). Exits when `prepare` fails.
+        Exits when `prepare` fails.
         """
         waiting = [*names] if self._prepared else [PREPARE, *names]
         self._prepared = True
@@ -52,7 +48,7 @@ class Contest:
                     raise SystemExit(f"preparation failed: {found['failed']}")
                 if name != PREPARE:
                     self._keep(name, found)
-            after()
+            common.save(self.args, {**self.about, "runs": self.runs, "failed": self.failed})
 
     def _keep(self, name: str, found: Figures) -> None:
         if "failed" in found:

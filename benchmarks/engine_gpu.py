@@ -214,12 +214,8 @@ def main() -> int:
     )  # fmt: skip
     deadline = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as folder:
-        ran = contest.Contest(__file__, args, Path(folder))
-
-        def save() -> None:  # a run that is stopped leaves what it measured
-            common.save(args, {"pairs": args.pairs, "runs": ran.runs, "failed": ran.failed})
-
-        ran.run(names, deadline=deadline, after=save)
+        ran = contest.Contest(__file__, args, Path(folder), pairs=args.pairs)
+        ran.run(names, deadline=deadline)
     return common.finish(args, [report(ran.runs)], ran.failed, {"pairs": args.pairs, "runs": ran.runs})
 
 

@@ -1,12 +1,12 @@
 """What more rows cost: seconds a pair while training, and resident memory, from a thousand rows to 200 thousand.
 
-    python benchmarks/growth.py --json growth.json
+    python benchmarks/growth.py --json growth.json --png growth.png
     python benchmarks/growth.py --tiny                two small sizes: does everything run?
 
 SimPO with a tiny model, so that reading, shuffling and packing rows weigh as much as they can. Each size has its own
 process (with --tiny they share one, so memory says nothing there); rounds alternate. A pair's seconds are the median
 step's; memory is what the resident set has grown by from before the rows are read to after the last step, above the
-smallest size's growth, in bytes for each further token.
+smallest size's growth, in bytes for each further token. The picture shows both against the rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import common
 import contest
 import dpo
+import pictures
 
 SIZES, TINY_SIZES = (1_000, 20_000, 200_000), (40, 120)
 BATCH = 8
@@ -84,9 +85,18 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
     return rows
 
 
+def panels(rows: dict[str, dict[str, Any]]) -> list[pictures.Panel]:
+    """Return what the picture shows: milliseconds a pair and resident memory, against the rows."""
+    shown = {"milliseconds a pair": ("pair_ms", 1), "resident memory grown by, MiB": ("grown_bytes", 2**20)}
+    return [
+        pictures.Panel("rows", label, {"alignkit": [(int(name), row[key] / unit) for name, row in rows.items()]}, "log")
+        for label, (key, unit) in shown.items()
+    ]
+
+
 def main() -> int:
     """Parse arguments, run the sizes in turn, print and write."""
-    parser = common.parser_of(__doc__, trl=True)
+    parser = common.parser_of(__doc__, trl=True, png=True)
     parser.add_argument("--steps", type=int, help="steps that are timed (default 300, tiny 3)")
     parser.add_argument("--repeat", type=int, default=1, help="rounds; the medians are reported (default 1)")
     args = common.parsed(parser)
@@ -107,7 +117,8 @@ def main() -> int:
         ]
         for name, row in rows.items()
     ]  # fmt: skip
-    return common.finish(args, [common.table(head, cells)], ran.failed, {"table": rows, "runs": ran.runs})
+    lines = [common.table(head, cells), *pictures.drawn(args, "SimPO with a tiny model", panels(rows))]
+    return common.finish(args, lines, ran.failed, {"table": rows, "runs": ran.runs})
 
 
 if __name__ == "__main__":

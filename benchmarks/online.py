@@ -17,130 +17,22 @@ exit code is 1.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import re
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import common
 import contest
+import sampled
+from sampled import PHASES, PROMPTS
 
 METHODS = ("grpo", "rloo")
 CONTENDERS = ("trl", "alignkit", "trl-checkpointing", "alignkit-transformers", "trl-bf16", "alignkit-bf16")
-PHASES = ("sampling", "scoring", "learning", "step")
-PROMPTS, BETA, RATE = 2, 0.04, 1e-6
 GROUP, TOKENS = 8, 64  # completions of a prompt, tokens of a completion
 TINY_GROUP, TINY_TOKENS = 2, 8
 BARS = {"learning": 3.0, "step": 1.8, "peak_mib": 0.6}
-
-
-def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """Score the answer's format and its brevity; the untrained model gets no two alike."""
-    return [bool(re.search(r"#### -?\d", text)) - len(text) / 1000 for text in completions]
-
-
-def run_alignkit(method: str, work: Path, steps: int, group: int, tokens: int, kind: str) -> dict[str, Any]:
-    """Train as a user would, and read the phases from the run's metrics."""
-    import alignkit
-
-    result = alignkit.run(
-        method, model=str(work / "start"), data=str(work / "rows.jsonl"), reward=reward, output=work / "runs",
-        batch_size=PROMPTS, group_size=group, beta=BETA, max_steps=steps, learning_rate=RATE, schedule="constant",
-        warmup_fraction=0.0, eval_fraction=0.0, max_prompt_tokens=None, device="cpu", seed=0, log_every=1,
-        sampling={"max_new_tokens": tokens, "min_new_tokens": tokens}, precision="bf16" if kind == "bf16" else "fp32",
-        rollout={"backend": "transformers" if kind == "transformers" else "generate"},
-        **({"kl": "k3"} if method == "grpo" else {}),
-    )  # fmt: skip
-    lines = [line for line in common.read_jsonl(result.folder / "metrics.jsonl") if "seconds/sampling" in line]
-    seconds = [{phase: line[f"seconds/{phase}"] for phase in PHASES[:-1]} for line in lines]
-    return {
-        "seconds": [{**s, "step": sum(s.values())} for s in seconds],
-        "floor": common.products_alone(work / "start", PROMPTS * group, tokens, kind == "bf16"),
-        "length": [line["completion/length"] for line in lines],
-        "reward": [line["reward/mean"] for line in lines],
-    }
-
-
-def run_trl(method: str, work: Path, steps: int, group: int, tokens: int, kind: str) -> dict[str, Any]:
-    """Train with TRL's trainer on the same prompts, unshuffled, all completions of a step in one pass."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-
-    clock = Clock()
-    trainer, settings = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[method]
-    args = settings(
-        output_dir=str(work / "trl"), per_device_train_batch_size=PROMPTS * group, num_generations=group,
-        steps_per_generation=1, max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens},
-        beta=BETA, learning_rate=RATE, lr_scheduler_type="constant", max_steps=steps, shuffle_dataset=False,
-        gradient_checkpointing=kind == "checkpointing", use_cpu=True, bf16=kind == "bf16", save_strategy="no",
-        report_to=[], logging_steps=1, disable_tqdm=True, seed=0, **({"loss_type": "grpo"} if method == "grpo" else {}),
-    )  # fmt: skip
-    trained = clock.around(trainer)(
-        model=AutoModelForCausalLM.from_pretrained(work / "start", dtype=torch.float32),
-        reward_funcs=reward, args=args, train_dataset=Dataset.from_list(common.read_jsonl(work / "in-order.jsonl")),
-        processing_class=AutoTokenizer.from_pretrained(work / "start", padding_side="left"),
-        callbacks=[clock.callback()],
-    )  # fmt: skip
-    trained.train()
-    lines = [line for line in trained.state.log_history if "reward" in line]
-    return {
-        "seconds": [{**s, "learning": s["step"] - s["sampling"] - s["scoring"]} for s in clock.seconds],
-        "length": [line["completions/mean_length"] for line in lines],
-        "reward": [line["reward"] for line in lines],
-    }
-
-
-class Clock:
-    """Seconds of each step of a TRL trainer: `step`, and in it `sampling` and `scoring`."""
-
-    def __init__(self) -> None:
-        self.seconds: list[dict[str, float]] = []
-
-    @contextlib.contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time of the block to a phase of the step."""
-        started = time.perf_counter()
-        yield
-        self.seconds[-1][phase] += time.perf_counter() - started
-
-    def around(self, trainer: Any) -> Any:
-        """Return a subclass of the trainer that times its two phases before learning."""
-        clock = self
-
-        class Timed(trainer):  # type: ignore[misc]
-            _name = trainer.__name__
-
-            def _generate(self, *args: Any, **kwargs: Any) -> Any:
-                with clock.timed("sampling"):
-                    return super()._generate(*args, **kwargs)
-
-            def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-                with clock.timed("scoring"):
-                    return super()._calculate_rewards(*args, **kwargs)
-
-        return Timed
-
-    def callback(self) -> Any:
-        """Return the callback that starts and stops the clock of a step: around the update, without logging."""
-        from transformers import TrainerCallback
-
-        clock = self
-
-        class Steps(TrainerCallback):  # type: ignore[misc]
-            def on_step_begin(self, *_: Any, **__: Any) -> None:
-                clock.seconds.append({"sampling": 0.0, "scoring": 0.0, "step": -time.perf_counter()})
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                clock.seconds[-1]["step"] += time.perf_counter()
-
-        return Steps()
 
 
 def prepare(args: argparse.Namespace, work: Path) -> None:
@@ -158,7 +50,14 @@ def contend(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     method, contender = name.split(":")
     group, tokens = (TINY_GROUP, TINY_TOKENS) if args.tiny else (GROUP, TOKENS)
     which, _, kind = contender.partition("-")
-    figures = (run_trl if which == "trl" else run_alignkit)(method, work, args.steps, group, tokens, kind)
+    sizes, bf16 = (method, work, args.steps, group, tokens), kind == "bf16"
+    if which == "trl":
+        figures = sampled.run_trl(*sizes, bf16=bf16, gradient_checkpointing=kind == "checkpointing")
+    else:
+        how = {"precision": "bf16" if bf16 else "fp32"}
+        backend = "transformers" if kind == "transformers" else "generate"
+        figures = sampled.run_alignkit(*sizes, rollout={"backend": backend}, **how)
+        figures["floor"] = common.products_alone(work / "start", PROMPTS * group, tokens, bf16)
     if set(figures["length"]) != {tokens}:
         raise RuntimeError(f"learned from completions of {figures['length']} tokens; all must have {tokens}")
     return figures

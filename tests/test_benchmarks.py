@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -177,9 +178,10 @@ def test_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_growth() -> None:
-    done = run("growth.py", "--tiny")
+def test_growth(tmp_path: Path) -> None:
+    done = run("growth.py", "--tiny", "--png", tmp_path / "g.png")
     assert done.returncode == 0, done.stderr
+    assert is_drawn(tmp_path / "g.png", done.stdout)
     found = rows(done.stdout, "40", "120")
     assert int(found["40"][0]) < int(found["120"][0])  # tokens
 
@@ -194,6 +196,64 @@ def test_growth_compares_with_the_smallest_size(script: Any) -> None:
     assert found["1"]["bytes_a_token"] is None
     assert found["5"]["slower"] == 1.0  # the median of 3 and 1, over 2
     assert found["5"]["bytes_a_token"] == 12.0  # (7000 - 1000) / 500
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path: Path) -> None:
+    done = run("scaling.py", "--tiny", "--json", tmp_path / "s.json", "--png", tmp_path / "s.png")
+    assert done.returncode == 0, done.stderr
+    names = [f"{case}  {layout}" for case in ("prompt 0.2", "prompt 0.8", "group 2   ", "group 4   ")
+             for layout in ("forest", "padded")]  # fmt: skip
+    found = rows(done.stdout, *names)
+    assert all(row[-3:-1] == ["1.00", "1.00"] for name, row in found.items() if name.endswith("padded"))
+    assert [found[name][-1] for name in names[::2]] == ["1.11", "1.67", "1.67", "2.50"]
+    table = json.loads((tmp_path / "s.json").read_text())["table"]
+    assert table["group:4:forest"]["sampling"] > 0
+    assert table["prompt:0.8:forest"]["sampling"] == 0
+    assert is_drawn(tmp_path / "s.png", done.stdout)
+
+
+def is_drawn(path: Path, printed: str) -> bool:
+    """Whether there is a picture, or the hint that matplotlib is missing."""
+    if "no picture: matplotlib is not installed" in printed:
+        return not path.exists()
+    return f"picture: {path}" in printed and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_compares_medians_with_padded_rows_of_the_same_case(script: Any) -> None:
+    scaling = script("scaling")
+    case = scaling.Case("group:4", trees=2, prompt=16, answer=4, branches=4)
+
+    def steps(*learning: float) -> list[dict[str, float]]:
+        return [{"sampling": 1.0, "scoring": 0.0, "learning": s, "step": 1 + s} for s in learning]
+
+    layouts = [{"seconds": {"forest": steps(1, 9), "padded": steps(6)}}, {"seconds": {"forest": steps(2)}}]
+    found = scaling.summarise([case], {"group:4": layouts, "group:4:trl": [{"seconds": {"trl": steps(3)}}]})
+    assert found["group:4:forest"]["learning_to_padded"] == 3.0
+    assert found["group:4:forest"]["units_per_second"] == 4.0  # 8 completions in 2 s
+    assert found["group:4:trl"]["step_to_padded"] == 7 / 4
+    assert found["group:4:padded"]["tokens"] == 4 * 20 / 32
+    alone = scaling.summarise([case], {"group:4:trl": [{"seconds": {"trl": steps(3)}}]})
+    assert alone["group:4:trl"]["learning_to_padded"] is None
+    assert "group 4" in scaling.report(alone)
+    lines = scaling.panels(found)[1].lines
+    assert lines["alignkit, learning"] == [(4.0, 3.0)]
+    assert lines["TRL, learning"] == [(4.0, 2.0)]
+    assert lines["tokens alone"] == [(4.0, 2.5)]
+
+
+def test_a_picture_of_nothing_or_without_matplotlib_is_none(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pictures, common = script("pictures"), script("common", "--png", tmp_path / "p.png", "--threads", "1")
+    args = common.parsed(common.parser_of(None, png=True))
+    empty = [pictures.Panel("x", "y", {"alignkit": []})]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert pictures.drawn(args, "title", empty)[0].startswith("no picture: matplotlib is not installed")
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert pictures.drawn(args, "title", empty) == ["no picture: nothing was measured"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -220,7 +280,7 @@ def test_gsm8k() -> None:
 
 @pytest.mark.slow
 @needs_timeout
-def test_all_stages_of_gpu_sh_with_engine_gpu_and_kernels(tmp_path: Path) -> None:
+def test_all_stages_of_gpu_sh_with_engine_gpu_online_gpu_and_kernels(tmp_path: Path) -> None:
     from alignkit_kernels.bench import cases
 
     done = gpu_sh(tmp_path, TINY="1", PYTHON=sys.executable, TRL_PYTHON="none")
@@ -232,6 +292,11 @@ def test_all_stages_of_gpu_sh_with_engine_gpu_and_kernels(tmp_path: Path) -> Non
     for name in ("llama-3.2-1b  lora", "llama-3.2-1b  full", "qwen3-0.6b    lora", "qwen3-0.6b    full"):
         rows(engine, f"{name}  alignkit")
     assert len(json.loads((tmp_path / "engine.json").read_text())["runs"]) == 4
+    rows((tmp_path / "online.log").read_text(), "alignkit", "alignkit-transformers")
+    online = json.loads((tmp_path / "online.json").read_text())["table"]
+    assert all(row["sampled_per_second"] > 0 and row["learning_to_trl"] is None for row in online.values())
+    ended = (tmp_path / "versions.txt").read_text()
+    assert all(f"\n{stage}: done in " in ended for stage in ("tests", "kernels", "engine", "online"))
     assert json.loads((tmp_path / "kernels.json").read_text())["rows"]
 
 
@@ -327,6 +392,65 @@ def test_a_contest_that_is_interrupted_keeps_what_it_has(
     assert started == ["prepare", "first", "second"]
 
 
+KILLED = """
+import os, signal, sys
+import contest, {script}
+
+def child(self, python, names, round_, deadline):
+    if self.runs:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {{name: {{"peak_mib": 1.0}} for name in names}}
+
+contest.Contest._child = child
+sys.exit({script}.main())
+"""
+
+
+@pytest.mark.parametrize("name", ["engine_gpu", "online_gpu", "growth", "scaling"])
+def test_a_benchmark_that_is_killed_leaves_the_contenders_before(name: str, tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED.format(script=name))
+    done = run(tmp_path / "killed.py", "--json", tmp_path / "k.json", PYTHONPATH=str(SCRIPTS))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found = json.loads((tmp_path / "k.json").read_text())
+    assert len(found["runs"]) == 1
+    assert found["machine"]["threads"] == 1
+
+
+KILLED_KERNELS = """
+import os, signal, sys
+from alignkit_kernels.bench import run
+
+measure = run.Bench.measure
+
+def killed(self, *case):
+    if self.rows:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure(self, *case)
+
+run.Bench.measure = killed
+sys.exit(run.main())
+"""
+
+
+def test_the_kernels_bench_that_is_killed_leaves_the_cases_before(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED_KERNELS)
+    done = run(tmp_path / "killed.py", "--tiny", "--only", "gae,sequence_sum", "--json", tmp_path / "k.json")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len({row["case"] for row in json.loads((tmp_path / "k.json").read_text())["rows"]}) == 1
+
+
+def test_a_file_of_figures_is_whole_while_the_next_one_is_written(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    common = script("common", "--json", tmp_path / "k.json", "--threads", "1")
+    args = common.parsed(common.parser_of(None))
+    common.save(args, {"runs": 1})
+    monkeypatch.setattr(Path, "replace", fails)  # the run ends before the new file is put in place
+    with pytest.raises(ValueError, match="planted"):
+        common.save(args, {"runs": 2})
+    assert json.loads((tmp_path / "k.json").read_text())["runs"] == 1
+
+
 def fails(*_: Any, **__: Any) -> Any:
     raise ValueError("planted")
 
@@ -391,8 +515,12 @@ def test_gsm8k_with_a_method_that_fails(script: Any, monkeypatch: pytest.MonkeyP
     [
         ("engine_gpu", ["--only=alignkit,tlr"], "unknown name 'tlr'; choose from alignkit, trl, trl-full-logits"),
         ("engine_gpu", ["--models=gpt"], "--models: unknown name 'gpt'; choose from llama-3.2-1b, qwen3-0.6b"),
+        ("online_gpu", ["--steps=1"], "--steps must be at least 2"),
+        ("online_gpu", ["--only=trl"], "--only: 'trl' needs --trl-python, an interpreter that has TRL"),
         ("engine_gpu", ["--modes="], "--modes: unknown name ''; choose from lora, full"),
         ("engine_gpu", ["--json=/nonexistent/x.json"], "the folder /nonexistent does not exist"),
+        ("growth", ["--png=/nonexistent/x.png"], "--png /nonexistent/x.png: the folder /nonexistent does not exist"),
+        ("scaling", ["--only=share"], "--only: unknown name 'share'; choose from prompt, group"),
         ("engine", ["--tiny", "--only=trl"], "--only: 'trl' needs --trl-python, an interpreter that has TRL"),
         ("engine", [], "--data is needed"),
         ("online", [], "--data is needed"),
@@ -430,6 +558,21 @@ def test_engine_gpu_measures_the_most_informative_first(script: Any) -> None:
     ]  # fmt: skip
 
 
+def test_online_gpu_compares_medians_with_trl_without_checkpointing(script: Any) -> None:
+    online_gpu = script("online_gpu")
+
+    def figures(*sampling: float) -> list[dict[str, Any]]:
+        return [{"peak_mib": 4.0, "seconds": [{"sampling": s, "scoring": 0.0, "learning": 1.0, "step": s + 1.0}
+                                              for s in sampling]}]  # fmt: skip
+
+    runs = {"alignkit": figures(90.0, 2.0, 2.0, 8.0), "trl": figures(1.0, 6.0), "trl-checkpointing": figures(0.0, 3.0)}
+    found = online_gpu.summarise(runs, online_gpu.TINY)
+    assert found["alignkit"]["sampling_to_trl"] == 3.0
+    assert found["alignkit"]["sampled_per_second"] == 16.0  # 2 prompts, 2 completions, 8 tokens
+    assert found["trl-checkpointing"]["step_to_trl"] == 7 / 4
+    assert online_gpu.report(found).count("\n") == 3
+
+
 # --------------------------------------------------------------------------------------------------------- gpu.sh
 
 
@@ -443,16 +586,17 @@ def gpu_sh(out: Path, *arguments: str, **environment: str) -> subprocess.Complet
 @pytest.mark.parametrize(
     ("stages", "seconds"),
     [
-        ("", {"tests": 240, "kernels": 210, "engine": 150}),
+        ("", {"tests": 144, "kernels": 156, "engine": 180, "online": 120}),
         ("kernels", {"kernels": 600}),
-        ("engine tests", {"tests": 369, "engine": 230}),
+        ("engine tests", {"tests": 266, "engine": 333}),
+        ("online engine", {"engine": 360, "online": 240}),
     ],
 )
 def test_the_stages_that_are_named_share_all_the_time(stages: str, seconds: dict[str, int], tmp_path: Path) -> None:
     python = executable(tmp_path / "python", '[ "$1" = - ] && exec cat >/dev/null\necho "ran $*"')
     done = gpu_sh(tmp_path / "out", "10", STAGES=stages, PYTHON=str(python))
     assert done.returncode == 0
-    logs = {name: tmp_path / "out" / f"{name}.log" for name in ("tests", "kernels", "engine")}
+    logs = {name: tmp_path / "out" / f"{name}.log" for name in ("tests", "kernels", "engine", "online")}
     for name in logs:
         assert (f"== {name}, at most {seconds.get(name)} s" in done.stdout) == (name in seconds)
     for name in seconds.keys() - {"tests"}:
@@ -461,8 +605,32 @@ def test_the_stages_that_are_named_share_all_the_time(stages: str, seconds: dict
         assert logs["tests"].read_text().strip().endswith(" tests/test_gpu.py kernels/tests")
     if "kernels" in seconds:
         assert f"--png {tmp_path / 'out' / 'kernels.png'}" in logs["kernels"].read_text()
-    if "engine" in seconds:
-        assert f"--trl-python {python}" in logs["engine"].read_text()
+    for name in seconds.keys() & {"engine", "online"}:
+        assert f"--trl-python {python}" in logs[name].read_text()
+
+
+@needs_timeout
+def test_no_stage_has_four_minutes_of_the_twelve_that_are_the_default(tmp_path: Path) -> None:
+    python = executable(tmp_path / "python", '[ "$1" = - ] && exec cat >/dev/null\necho "ran $*"')
+    done = gpu_sh(tmp_path / "out", PYTHON=str(python))
+    limits = [int(seconds) for seconds in re.findall(r"^== \w+, at most (\d+) s$", done.stdout, re.MULTILINE)]
+    assert len(limits) == 4
+    assert max(limits) < 240
+    assert 700 < sum(limits) <= 720
+
+
+@needs_timeout
+def test_a_killed_gpu_sh_has_told_the_stages_that_ended(tmp_path: Path) -> None:
+    body = (
+        '[ "$1" = - ] && exec cat >/dev/null\ncase "$*" in *engine_gpu.py*) kill -KILL "$GPU_SH" ;; esac\necho "ran $*"'
+    )
+    python = executable(tmp_path / "python", body)
+    starter = executable(tmp_path / "starter", f'GPU_SH=$$ exec "{SCRIPTS / "gpu.sh"}" "{tmp_path / "out"}"')
+    env = {**os.environ, "STAGES": "", "TINY": "", "TRL_PYTHON": "none", "PYTHON": str(python)}
+    assert subprocess.run([str(starter)], env=env, capture_output=True, check=False).returncode == -signal.SIGKILL
+    ended = (tmp_path / "out" / "versions.txt").read_text()
+    assert "\nkernels: done in " in ended
+    assert "engine: " not in ended
 
 
 @needs_timeout
@@ -473,6 +641,7 @@ def test_a_stage_that_fails_stops_no_other_and_is_no_success(tmp_path: Path) -> 
     assert done.returncode == 1
     assert "kernels: exit code 3 after" in done.stdout
     assert "engine: done in" in done.stdout
+    assert "kernels: exit code 3 after" in (tmp_path / "out" / "versions.txt").read_text()
     assert "--trl-python" not in (tmp_path / "out" / "engine.log").read_text()
 
 
@@ -480,7 +649,7 @@ def test_a_stage_that_fails_stops_no_other_and_is_no_success(tmp_path: Path) -> 
 def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
     done = gpu_sh(tmp_path, STAGES="kernel")
     assert done.returncode == 2
-    assert "unknown stage 'kernel'; choose from tests, kernels and engine" in done.stderr
+    assert "unknown stage 'kernel'; choose from tests, kernels, engine and online" in done.stderr
 
 
 @pytest.mark.slow

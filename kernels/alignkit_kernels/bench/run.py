@@ -275,7 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(path: Path | None, about: dict[str, Any], bench: Bench, bars: list[str]) -> None:
-    """Write the figures so far, so that a stopped run leaves them."""
+    """Write the figures so far, so that a stopped run leaves them, and one killed while it writes those before."""
     if path is not None:
         found = {"machine": about, "rows": bench.rows, "skipped": bench.skipped, "bars": bars, "sweep": bench.sweep}
-        path.write_text(json.dumps(found, indent=1))
+        unfinished = path.with_name(path.name + ".new")
+        unfinished.write_text(json.dumps(found, indent=1))
+        unfinished.replace(path)
