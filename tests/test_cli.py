@@ -143,7 +143,7 @@ def test_settings_show_the_methods_and_the_runs(call: Call) -> None:
     said = call("settings", "dpo")
     assert said.code == 0
     assert "beta                    0.1          how strongly" in said.out
-    assert "(sigmoid | robust | hinge)" in said.out
+    assert "(sigmoid | robust | hinge | exo_pair | nca_pair | sppo_hard | apo_zero | apo_down | cal)" in said.out
     assert "(float, >= 0, < 0.5)" in said.out
     assert "warmup_fraction" in said.out
     assert "required" in said.out
