@@ -57,15 +57,16 @@ def kl_metric(batch: Batch, logps_C: Tensor) -> dict[str, Term]:
     return {"kl": metric(sequence_sum(log_r.exp() - 1 - log_r, batch.cu_seqlens), over="completions")}
 
 
-def rollout_metrics(batch: Batch, outputs: Outputs, out: PolicyLoss) -> dict[str, Term]:
+def rollout_metrics(batch: Batch, outputs: Outputs, out: PolicyLoss | None = None) -> dict[str, Term]:
     """Return the metrics that every method on sampled completions logs.
 
+    out: of the surrogate, None for a method without one.
     "kl" is the k3 estimate of KL(policy || reference) in nats per sequence, for the sampling policy on its own samples.
     """
-    terms = {
-        "clip_fraction": metric(out.clipped.float(), over="tokens"),
-        "ratio/max": metric(out.ratios, over="tokens", largest=True),
-    }
+    terms = {}
+    if out is not None:
+        terms["clip_fraction"] = metric(out.clipped.float(), over="tokens")
+        terms["ratio/max"] = metric(out.ratios, over="tokens", largest=True)
     if outputs.entropy is not None:
         terms["entropy"] = metric(outputs.entropy, over="tokens")
     if "reference_logps" in batch:

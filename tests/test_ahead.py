@@ -40,6 +40,8 @@ ASKS: dict[str, dict[str, Any]] = {
     "ppo": {"reward": LETTERS, "epochs_per_batch": 2, "minibatches": 2},
     "grpo": {"reward": LETTERS, "group_size": 3},
     "rloo": {"reward": LETTERS, "group_size": 3},
+    "reinforce": {"reward": LETTERS},
+    "online_dpo": {"reward": LETTERS, "group_size": 3},
 }
 
 
@@ -93,7 +95,7 @@ def test_the_next_step_is_sampled_while_this_one_is_learned(
     assert late == []
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo", "ppo", "nash"])
+@pytest.mark.parametrize("method", list(ASKS))
 def test_a_step_learns_from_the_version_before_it_with_its_own_log_probabilities(
     method: str, online: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,9 +159,9 @@ def test_the_papers_are_those_of_the_method() -> None:
     from alignkit import registry
 
     expected = {
-        "dpo": ["2305.18290"], "ipo": ["2310.12036"], "kto": ["2402.01306"], "orpo": ["2403.07691"],
+        "dpo": ["2305.18290"], "ipo": ["2310.12036"], "kto": ["2402.01306"], "bco": ["2404.04656"], "orpo": ["2403.07691"],
         "simpo": ["2405.14734"], "cpo": ["2401.08417"], "nash": ["2312.00886"], "sft": [],
-        "grpo": ["2402.03300"], "rloo": ["2402.14740"],
+        "grpo": ["2402.03300"], "rloo": ["2402.14740"], "reinforce": ["2501.03262"], "online_dpo": ["2402.04792"],
         "ppo": ["1707.06347", "1909.08593", "2203.02155"], "reward": ["2203.02155", "2307.09288", "2312.09244"],
     }  # fmt: skip
     assert sorted(expected) == registry.names()

@@ -368,6 +368,8 @@ ASKS: dict[str, dict[str, Any]] = {
     "ppo": {"reward": {"use": "length", "max": 5}, "epochs_per_batch": 2},
     "grpo": {"reward": {"use": "length", "max": 5}, "group_size": 3, "beta": 0.1},
     "rloo": {"reward": {"use": "length", "max": 5}, "group_size": 3},
+    "reinforce": {"reward": {"use": "length", "max": 5}},
+    "online_dpo": {"reward": {"use": "length", "max": 5}, "group_size": 3},
 }
 QUIET = {"health": {"enabled": False}}
 
@@ -376,7 +378,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo", "ppo", "nash"])
+@pytest.mark.parametrize("method", list(ASKS))
 def test_every_method_that_samples_is_corrected_and_says_how_large_the_mismatch_is(
     method: str, online: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from alignkit.errors import ConfigError, PluginError
 from alignkit.runs.folder import read_metrics
 from helpers import ADVISED, write_plugin
 
-METHODS = ["cpo", "dpo", "grpo", "ipo", "kto", "nash", "orpo", "ppo", "rloo", "simpo"]
+METHODS = ["bco", "cpo", "dpo", "grpo", "ipo", "kto", "nash", "online_dpo", "orpo", "ppo", "reinforce", "rloo", "simpo"]
 
 
 @given(st.integers(0, 50))

@@ -90,13 +90,13 @@ def test_every_metric_is_named_on_a_page(name: str, settings: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "first"), [("dpo", 0.6931), ("ipo", 25.0), ("kto", 0.5)]
+    ("name", "first"), [("dpo", 0.6931), ("ipo", 25.0), ("kto", 0.5), ("bco", 0.6931)]
 )  # what the pages say of the first step
 def test_the_loss_of_the_first_step(name: str, first: float, settings: dict[str, Any]) -> None:
     assert metrics_of_a_step(name, settings)["loss"] == pytest.approx(first, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo", "nash"])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce", "online_dpo", "ppo", "nash"])
 def test_every_field_of_a_completion_is_named(name: str, settings: dict[str, Any]) -> None:
     metrics_of_a_step(name, settings | {"name": "run", "epochs_per_batch": 2})
     lines = (settings["output"] / "run/completions.jsonl").read_text().splitlines()

@@ -21,7 +21,7 @@ from alignkit.runs.folder import read_metrics
 from alignkit_kernels import linear_logps
 from helpers import killed_before, make_rows, sentence, write_tiny
 
-METHODS = ["sft", "dpo", "ipo", "kto", "orpo", "simpo", "cpo"]
+METHODS = ["sft", "dpo", "ipo", "kto", "bco", "orpo", "simpo", "cpo"]
 TIMED = {"tokens_per_second"}
 
 

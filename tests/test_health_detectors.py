@@ -25,7 +25,7 @@ from alignkit.insight.health.monitor import held_out
 from alignkit.rollout_settings import Rollout
 
 STEPS = 60
-OFFLINE = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
+OFFLINE = ("dpo", "ipo", "kto", "bco", "orpo", "simpo", "cpo")
 Change = Callable[[int, dict[str, float], list[dict[str, Any]]], None]
 
 
@@ -468,7 +468,7 @@ def test_every_remedy_names_settings_that_there_are() -> None:
             assert "{}" in what
 
 
-@pytest.mark.parametrize("method", [*OFFLINE, "ppo", "grpo", "rloo", "nash"])
+@pytest.mark.parametrize("method", [*OFFLINE, "ppo", "grpo", "rloo", "reinforce", "online_dpo", "nash"])
 def test_a_run_is_advised_what_its_method_has(method: str) -> None:
     own = dict.fromkeys(registry.get(method).Config.model_fields)
     for detector in DETECTORS:

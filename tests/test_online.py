@@ -31,11 +31,12 @@ from alignkit.testing.world import tiny_model, tiny_rows, tiny_tokenizer
 from alignkit.types import Layout
 from helpers import make_rows, write_tiny
 
-METHODS = ["ppo", "grpo", "rloo", "nash"]
+METHODS = ["ppo", "grpo", "rloo", "reinforce", "online_dpo", "nash"]
 LOGGED = {
     "loss", "kl", "entropy", "clip_fraction", "ratio/max", "completion/length", "completion/eos_rate",
     "completion/distinct_2", "seconds/sampling", "seconds/scoring", "seconds/learning",
 }  # fmt: skip
+OF_RATIOS = {"clip_fraction", "ratio/max"}
 
 
 def reds(completions: list[str], **_: Any) -> list[float]:
@@ -63,6 +64,8 @@ def asks(method: str) -> dict[str, Any]:
         "ppo": {"reward": reds, "epochs_per_batch": 2, "minibatches": 2},
         "grpo": {"reward": reds, "group_size": 4, "epochs_per_batch": 2},
         "rloo": {"reward": reds, "group_size": 3},
+        "reinforce": {"reward": reds, "beta": 0.1},
+        "online_dpo": {"reward": reds, "group_size": 3},
     }[method]
 
 
@@ -81,11 +84,11 @@ def test_a_run_logs_what_it_sampled_and_where_its_time_went(method: str, online:
     written = read_metrics(result.folder)
     assert [line["step"] for line in written] == [0, 1, 2, 3, 4, 4]
     for line in written[1:-1]:
-        assert line.keys() >= LOGGED
+        assert line.keys() >= (LOGGED - OF_RATIOS if method == "online_dpo" else LOGGED)
         assert line["kl"] >= 0
         assert line["entropy"] > 0
     said = completions(result.folder)
-    size = {"ppo": 1, "grpo": 4, "rloo": 3, "nash": 1}[method]
+    size = {"grpo": 4, "rloo": 3, "online_dpo": 3}.get(method, 1)
     training = [s for s in said if s["training"]]
     assert [s["step"] for s in training] == sorted(4 * [*range(1, 5)] * size)
     assert [s["step"] for s in said if not s["training"]] == [0] * 2 * size + [4] * 2 * size

@@ -44,10 +44,12 @@ from alignkit.types import Completion, Example, Layout
 from helpers import make_rows, write_tiny
 
 FOREST = Layout("forest", 4096, attention_cost=0.0)
-DATA = {"sft": "text", "reward": "pairs", "kto": "unpaired"}
+DATA = {"sft": "text", "reward": "pairs", "kto": "unpaired", "bco": "unpaired"}
 ASKED: dict[str, dict[str, Any]] = {
     "ppo": {"reward": {"use": "length", "max": 5}}, "grpo": {"reward": {"use": "length", "max": 5}, "group_size": 4},
-    "rloo": {"reward": {"use": "length", "max": 5}}, "nash": {"judge": {"bradley_terry": {"use": "length", "max": 5}}},
+    "rloo": {"reward": {"use": "length", "max": 5}}, "reinforce": {"reward": {"use": "length", "max": 5}},
+    "online_dpo": {"reward": {"use": "length", "max": 5}},
+    "nash": {"judge": {"bradley_terry": {"use": "length", "max": 5}}},
 }  # fmt: skip
 SAMPLING = {"max_new_tokens": 12, "batch_size": 8}
 

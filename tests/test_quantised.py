@@ -32,8 +32,8 @@ from helpers import killed_before, make_rows, write_tiny
 pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8]])
-ONLINE = ["ppo", "grpo", "rloo", "nash"]
-METHODS = ["sft", "dpo", "ipo", "kto", "orpo", "simpo", "cpo", "reward", *ONLINE]
+ONLINE = ["ppo", "grpo", "rloo", "reinforce", "online_dpo", "nash"]
+METHODS = ["sft", "dpo", "ipo", "kto", "bco", "orpo", "simpo", "cpo", "reward", *ONLINE]
 
 
 @pytest.fixture(scope="module")

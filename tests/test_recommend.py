@@ -19,7 +19,7 @@ from helpers import ADVISED, make_rows, write_plugin
 
 Rows = list[dict[str, Any]]
 PAIRS = {"cpo", "dpo", "ipo", "orpo", "reward", "simpo"}
-SAMPLING = {"grpo", "nash", "ppo", "rloo"}
+SAMPLING = {"grpo", "nash", "online_dpo", "ppo", "reinforce", "rloo"}
 
 
 def served(found: Recommendation) -> set[str]:
@@ -48,8 +48,8 @@ def noisy_rows(same: int, against: int, others: int = 0) -> Rows:
 @pytest.mark.parametrize(
     ("kind", "first", "others"),
     [
-        ("pairs", "dpo", PAIRS | {"kto", "sft"}),
-        ("unpaired", "kto", {"kto", "sft"}),
+        ("pairs", "dpo", PAIRS | {"bco", "kto", "sft"}),
+        ("unpaired", "kto", {"bco", "kto", "sft"}),
         ("text", "sft", {"sft"}),
     ],
 )
@@ -121,7 +121,7 @@ def test_a_method_that_is_named_comes_first_and_one_that_cannot_be_served_is_ref
     found = recommend(rows, method="kto")
     assert found.first is not None
     assert found.first.method == "kto"
-    assert served(found) == PAIRS | {"kto", "sft"}
+    assert served(found) == PAIRS | {"bco", "kto", "sft"}
     with pytest.raises(ConfigError, match=r"'grpo' cannot be used: .* give --reward"):
         recommend(rows, method="grpo")
     with pytest.raises(ConfigError, match="'dpo' cannot be used: it needs pairs"):
@@ -196,7 +196,7 @@ def test_a_strangers_advice_is_followed(
     assert "start with stranger: made for this: the longer answer" in out
     clean = recommend(make_rows("pairs", 60))
     assert clean.refused["stranger"] == "nothing to learn: answers are of like lengths"
-    assert served(clean) == PAIRS | {"kto", "sft"}
+    assert served(clean) == PAIRS | {"bco", "kto", "sft"}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_broken_advice_is_reported_and_stops_nobody_else(
     assert found.refused["stranger"].startswith("it is broken: the advice of 'stranger' ")
     assert problem in found.refused["stranger"]
     assert "\n" not in found.refused["stranger"]
-    assert served(found) == PAIRS | {"kto", "sft"}
+    assert served(found) == PAIRS | {"bco", "kto", "sft"}
     with pytest.raises(ConfigError, match="'stranger' cannot be used: it is broken: the advice"):
         recommend(make_rows("pairs", 60), method="stranger")
 
@@ -252,7 +252,7 @@ def test_a_method_whose_roles_fail_is_broken_and_stops_nobody_else(
     install(code)
     found = recommend(make_rows("pairs", 60))
     assert found.refused["stranger"].startswith(f"it is broken: {problem}")
-    assert served(found) == PAIRS | {"kto", "sft"}
+    assert served(found) == PAIRS | {"bco", "kto", "sft"}
 
 
 def test_a_setting_that_a_subclass_lacks_is_not_advised(install: Callable[[str], None]) -> None:
@@ -400,7 +400,7 @@ def test_answers_that_would_be_cut_raise_the_budget(tiny: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [noisy_rows(41, 9), noisy_rows(0, 4, 60), make_rows("pairs", 1200)], ids=len)
-@pytest.mark.parametrize("method", sorted(PAIRS | {"kto", "sft"} | SAMPLING))
+@pytest.mark.parametrize("method", sorted(PAIRS | {"bco", "kto", "sft"} | SAMPLING))
 def test_what_is_advised_is_accepted(rows: Rows, method: str) -> None:
     rows = [{**row, "chosen": row["chosen"] + " and more"} for row in rows]
     given = {"reward": "json"} if method != "nash" else {"judge": {"bradley_terry": "json"}}
@@ -413,7 +413,7 @@ def test_what_is_advised_is_accepted(rows: Rows, method: str) -> None:
     assert run.batch_size >= cls.min_batch
 
 
-@pytest.mark.parametrize("name", sorted(PAIRS | SAMPLING | {"kto", "sft"}))
+@pytest.mark.parametrize("name", sorted(PAIRS | SAMPLING | {"bco", "kto", "sft"}))
 def test_every_first_party_method_advises_for_itself(name: str) -> None:
     assert "advice" in vars(registry.get(name))
     pages = Path(__file__).parents[1] / "docs/methods"
@@ -446,7 +446,7 @@ def test_the_command_where_nothing_can_be_served(command: Callable[..., Any], wr
     assert "alignkit init" not in out
 
 
-@pytest.mark.parametrize("method", sorted(PAIRS | SAMPLING | {"kto", "sft"}))
+@pytest.mark.parametrize("method", sorted(PAIRS | SAMPLING | {"bco", "kto", "sft"}))
 def test_what_init_writes_is_valid(
     method: str, command: Callable[..., Any], write_rows: Callable[..., str], tiny: str, tmp_path: Path
 ) -> None:

@@ -36,12 +36,14 @@ JOBS: dict[str, Job] = {
     "dpo, compiled": ("dpo", {"torch_compile": True}),
     "kto": ("kto", {}),
     "kto, lora": ("kto", {"lora": 4}),
+    "bco": ("bco", {}),
     "reward": ("reward", {}),
     "grpo": ("grpo", {"reward": REDS, "group_size": 3, "epochs_per_batch": 2, "beta": 0.05, "sampling": SAMPLING}),
     "rloo, reward model": (
         "rloo",
         {"reward": [REDS, {"use": "@scorer", "max_tokens": 60}], "group_size": 2, "sampling": SAMPLING},
     ),
+    "online_dpo": ("online_dpo", {"reward": REDS, "group_size": 3, "sync_every": 2, "sampling": SAMPLING}),
     "ppo": ("ppo", {"reward": REDS, "epochs_per_batch": 2, "minibatches": 2, "sampling": SAMPLING}),
     "ppo, shared": (
         "ppo",
@@ -71,7 +73,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def jobs_of(place: Path, name: str, *titles: str, **more: Any) -> list[Job]:
     """The jobs, of these titles or all, in the folder `name`, with a cache of its own."""
-    kinds = {"kto": "unpaired"} | dict.fromkeys(("grpo", "rloo", "ppo", "nash"), "text")
+    kinds = {"kto": "unpaired", "bco": "unpaired"} | dict.fromkeys(("grpo", "rloo", "online_dpo", "ppo", "nash"), "text")
     made = []
     for title in titles or JOBS:
         method, own = JOBS[title]

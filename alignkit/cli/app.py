@@ -16,6 +16,7 @@ from alignkit.cli.commands import (
     bench,
     best_of_n,
     cache,
+    chat,
     compare,
     convert,
     data,
@@ -27,6 +28,7 @@ from alignkit.cli.commands import (
     methods,
     pipeline,
     plan,
+    push,
     recommend,
     report,
     run,
@@ -85,6 +87,8 @@ app.command()(compare.compare)
 app.command()(demo.demo)
 app.command(no_args_is_help=True, epilog=audit.EXAMPLES)(audit.audit)
 app.command(no_args_is_help=True, epilog=best_of_n.EXAMPLES)(best_of_n.best_of_n)
+app.command(no_args_is_help=True, epilog=chat.EXAMPLES)(chat.chat)
+app.command(no_args_is_help=True, epilog=push.EXAMPLES)(push.push)
 app.command(no_args_is_help=True, epilog=recommend.EXAMPLES)(recommend.recommend)
 app.command(no_args_is_help=True, epilog=init.EXAMPLES)(init.init)
 app.command(no_args_is_help=True, epilog=convert.EXAMPLES)(convert.convert)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from alignkit.errors import ConfigError, first_line
+from alignkit.errors import ConfigError, ModelError, first_line
 
 logger = logging.getLogger(__name__)
 
 
-def check_upload(repository: str | None) -> None:
-    """Raise ConfigError, before anything is trained, for a name that is no repository's, and without a token."""
+def check_upload(repository: str | None, what: str = "push_to_hub") -> None:
+    """Raise ConfigError, before anything is trained, for a name that is no repository's, and without a token.
+
+    what: the setting or the command that asks for it.
+    """
     if repository is None:
         return
     from huggingface_hub import get_token
@@ -21,21 +24,32 @@ def check_upload(repository: str | None) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ConfigError(f"push_to_hub: {first_line(error)}; give a name such as 'my-name/my-model'") from None
+        raise ConfigError(f"{what}: {first_line(error)}; give a name such as 'my-name/my-model'") from None
     if get_token() is None:
-        raise ConfigError("push_to_hub needs a token of the hub: run `hf auth login`, or set HF_TOKEN")
+        raise ConfigError(f"{what} needs a token of the hub: run `hf auth login`, or set HF_TOKEN")
 
 
 def upload(folder: Path, repository: str) -> None:
     """Upload a model's folder; a new repository is private. A failure is a warning: the model is saved here."""
+    try:
+        url = send(folder, repository)
+    except ModelError as error:
+        logger.warning("%s", error)
+        return
+    logger.info("uploaded: %s", url)
+
+
+def send(folder: Path, repository: str, private: bool = True) -> str:
+    """Upload a model's folder and return the address of what was uploaded. private: of a repository that is new.
+
+    Raises ModelError with the command that repeats it.
+    """
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
-        api.create_repo(repository, private=True, exist_ok=True)
-        url = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Trained by alignkit")
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Trained by alignkit"))
     except Exception as error:  # its client raises errors of several libraries
         command = f"hf upload {repository} {folder}"
-        logger.warning("the model could not be uploaded (%s); upload it by: %s", first_line(error), command)
-        return
-    logger.info("uploaded: %s", url)
+        raise ModelError(f"the model could not be uploaded ({first_line(error)}); upload it by: {command}") from error

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from alignkit.config import RunConfig, gathered, validated
+from alignkit.config import RunConfig
 from alignkit.data import Dataset, load
 from alignkit.data.chat import Chat
 from alignkit.data.rows import Content
 from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError
-from alignkit.hints import hint
 from alignkit.insight.best_of_n.curve import Point, curve
 from alignkit.insight.model_paths import device, model_folder
+from alignkit.insight.sampling_settings import sampling_config
 from alignkit.models.loading import from_pretrained, load_tokenizer
 from alignkit.rewards import Rewards, build_rewards, check_rewards
 from alignkit.rollout import sample
@@ -106,7 +106,7 @@ def best_of_n(
         if spec is not None:
             check_rewards(spec)
     folder = model_folder(model)
-    config = _config(folder, settings or {})
+    config = sampling_config("best-of-n", folder, settings or {}, USED)
     local_backend(config.rollout, "best-of-n")
     rows = load(data, "prompts", columns)
     rows = replace(rows, rows=rows.rows[:limit])
@@ -125,17 +125,6 @@ def best_of_n(
     golds = [a.golds for a in asked if a.golds is not None]
     found = curve([a.rewards for a in asked], golds or None)
     return BestOfN(folder, n, names[0], names[1] if gold is not None else None, tuple(asked), found)
-
-
-def _config(model: str, settings: Mapping[str, Any]) -> RunConfig:
-    given = gathered(settings)
-    for name in given:
-        if name not in USED:
-            raise ConfigError(
-                f"best-of-n has no setting '{name}'.{hint(name, USED)} It has {', '.join(USED[1:])}, and those of "
-                f"{USED[0]}, such as sampling.temperature"
-            )
-    return validated(RunConfig, {**given, "method": "best-of-n", "model": model, "data": "-"})
 
 
 def _prompts(rows: Dataset, tokenizer: Any, limit: int | None, chat: Chat) -> list[tuple[Example, bool]]:

@@ -1,15 +1,17 @@
-"""Direct Preference Optimization.
+"""Direct Preference Optimization: from pairs, and from the policy's own completions.
 
-dpo.py is the method, losses.py has its losses of a pair, ratios.py what its variants do to the log-ratios.
+dpo.py and online.py are the methods, losses.py has their losses of a pair, ratios.py what DPO's variants do to the
+log-ratios.
 """
 
 from alignkit import Method, hookimpl
 from alignkit_dpo.dpo import DPO
+from alignkit_dpo.online import OnlineDPO
 
-__all__ = ["DPO", "register_methods"]
+__all__ = ["DPO", "OnlineDPO", "register_methods"]
 
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Register "dpo"."""
-    return [DPO]
+    """Register "dpo" and "online_dpo"."""
+    return [DPO, OnlineDPO]

@@ -1,13 +1,14 @@
-"""Methods that compare the completions of one prompt with each other, without a critic: GRPO and RLOO."""
+"""Methods on sampled completions without a critic: GRPO, RLOO and REINFORCE++."""
 
 from alignkit import Method, hookimpl
 from alignkit_grpo.grpo import GRPO
+from alignkit_grpo.reinforce import Reinforce
 from alignkit_grpo.rloo import RLOO
 
-__all__ = ["GRPO", "RLOO", "register_methods"]
+__all__ = ["GRPO", "RLOO", "Reinforce", "register_methods"]
 
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Register "grpo" and "rloo"."""
-    return [GRPO, RLOO]
+    """Register "grpo", "rloo" and "reinforce"."""
+    return [GRPO, RLOO, Reinforce]

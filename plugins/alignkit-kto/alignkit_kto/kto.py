@@ -21,7 +21,8 @@ from pydantic import Field
 from alignkit import Advice, Batch, Choice, Context, DataFacts, Example, Method, MethodConfig, Models, Term
 
 # isort: split
-from alignkit import hookimpl, kl_metric, log_ratios, metric, rounding, wins
+from alignkit import metric, rounding, wins
+from alignkit_kto.labels import label_metrics, labels
 from alignkit_kernels import preference_loss, sequence_sum
 
 MAX_WEIGHT = 10.0  # largest weight that is advised; a rule of thumb
@@ -70,13 +71,8 @@ class KTO(Method["KTO.Config"]):
         logps_C = ctx.models.policy(other).logps
         z = ctx.mean(sequence_sum(logps_C - other.reference_logps, other.cu_seqlens)).clamp(min=0)
         inexact = ctx.mean(rounding(other.cu_seqlens, logps_C, other.reference_logps))  # at most that of the mean
-        desirable = torch.tensor([bool(e.numbers["desirable"]) for e in batch.examples], device=batch.device)
-        return batch.attach(
-            per_completion={
-                "baseline": z.expand(len(batch)), "inexact": inexact.expand(len(batch)),
-                "desirable": desirable, "undesirable": ~desirable,
-            }
-        )  # fmt: skip
+        numbers = {"baseline": z.expand(len(batch)), "inexact": inexact.expand(len(batch)), **labels(batch)}
+        return batch.attach(per_completion=numbers)
 
     def loss(self, batch: Batch, models: Models) -> dict[str, Term]:
         """Return one loss per example, and separate metrics of the desirable and the undesirable ones."""
@@ -90,21 +86,10 @@ class KTO(Method["KTO.Config"]):
         margin = torch.where(batch["desirable"], 1.0, -1.0) * (out.rewards - c.beta * batch["baseline"])
         inexact = batch["inexact"] + rounding(batch.cu_seqlens, logps_C, batch.reference_logps)
         right = wins(margin, torch.zeros_like(margin), c.beta * inexact)
-        ratios = log_ratios(batch, logps_C)
         return {
             "kto": Term(out.losses),
-            "rewards/margin": metric(margin, over="completions"),
-            "rewards/accuracy": metric(right, over="completions"),
-            "rewards/chosen": metric(out.rewards, over="desirable"),
-            "rewards/rejected": metric(out.rewards, over="undesirable"),
-            "logps/chosen": metric(out.logps, over="desirable"),
-            "logps/rejected": metric(out.logps, over="undesirable"),
-            "logratios/chosen": metric(ratios, over="desirable"),
-            "logratios/rejected": metric(ratios, over="undesirable"),
-            "length/chosen": metric(batch.lengths.float(), over="desirable"),
-            "length/rejected": metric(batch.lengths.float(), over="undesirable"),
             "baseline": metric(batch["baseline"], over="completions"),
-            **kl_metric(batch, logps_C),
+            **label_metrics(batch, logps_C, out.rewards, margin, right),
         }
 
 
@@ -134,9 +119,3 @@ def weights(good: int, bad: int) -> tuple[Choice, ...]:
         why = f"{why}. At {value:,.0f} each {rare} row would weigh as much as {value:,.0f} others, "
         why += f"so it is limited to {MAX_WEIGHT:g}; find more {rare} rows"
     return (Choice(name, min(value, MAX_WEIGHT), why),)
-
-
-@hookimpl
-def register_methods() -> list[type[Method]]:
-    """Register "kto"."""
-    return [KTO]
