@@ -73,7 +73,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def jobs_of(place: Path, name: str, *titles: str, **more: Any) -> list[Job]:
     """The jobs, of these titles or all, in the folder `name`, with a cache of its own."""
-    kinds = {"kto": "unpaired", "bco": "unpaired"} | dict.fromkeys(("grpo", "rloo", "online_dpo", "ppo", "nash"), "text")
+    kinds = {"kto": "unpaired", "bco": "unpaired"} | dict.fromkeys(
+        ("grpo", "rloo", "online_dpo", "ppo", "nash"), "text"
+    )
     made = []
     for title in titles or JOBS:
         method, own = JOBS[title]

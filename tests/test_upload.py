@@ -91,7 +91,9 @@ class HubServer(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             return self.reply(200, {"url": f"{address}/me/model"})
         if "/preupload/" in self.path:
-            files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
             return self.reply(200, {"files": files})
         if "/commit/" in self.path:
             return self.reply(200, {"commitUrl": f"{address}/me/model/commit/abc", "commitOid": "abc"})
@@ -130,7 +132,7 @@ def test_the_command_uploads_every_byte_of_a_run(
     assert "uploaded: http://127.0.0.1" in out
     paths = [path for path, _, _ in hub_server.asked]
     assert paths[0] == "/api/repos/create"
-    assert json.loads(hub_server.asked[0][2])["private"] is True
+    assert json.loads(hub_server.asked[0][2])["visibility"] == "private"
     assert {token for _, token, _ in hub_server.asked} >= {"Bearer a-token"}
     commit = next(body for path, _, body in hub_server.asked if "/commit/" in path)
     lines = [json.loads(line) for line in commit.splitlines()]
@@ -140,7 +142,7 @@ def test_the_command_uploads_every_byte_of_a_run(
 
 def test_a_public_repository_has_to_be_asked_for(hub_server: Any, tiny: str, command: Callable[..., Any]) -> None:
     assert command("push", tiny, "me/model", "--public")[0] == 0
-    assert json.loads(hub_server.asked[0][2])["private"] is False
+    assert json.loads(hub_server.asked[0][2])["visibility"] == "public"
 
 
 def test_a_refused_upload_says_why_and_what_to_type(hub_server: Any, tiny: str, command: Callable[..., Any]) -> None:

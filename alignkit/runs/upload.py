@@ -51,5 +51,6 @@ def send(folder: Path, repository: str, private: bool = True) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Trained by alignkit"))
     except Exception as error:  # its client raises errors of several libraries
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]  # the hub's own words come last
         command = f"hf upload {repository} {folder}"
-        raise ModelError(f"the model could not be uploaded ({first_line(error)}); upload it by: {command}") from error
+        raise ModelError(f"the model could not be uploaded ({said}); upload it by: {command}") from error

@@ -193,8 +193,8 @@ def test_smoothing_of_a_hinge_is_refused():
         DPO.Config(loss_type="hinge", label_smoothing=0.1)
 
 
-def test_plugin_brings_dpo():
-    assert alignkit_dpo.register_methods() == [DPO]
+def test_the_plugin_brings_both_methods():
+    assert alignkit_dpo.register_methods() == [DPO, alignkit_dpo.OnlineDPO]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import permutations
+from typing import ClassVar
 
 import pytest
 import torch
@@ -39,6 +40,10 @@ class TestOnlineDPO(Conformance):
         {"loss_type": "hinge"},
         {"sync_every": 1},
     )
+
+    expected_failures: ClassVar = {
+        "test_resume_lora[sync_every=1]": "mixing adapters is not mixing weights, so it is refused",
+    }
 
     def expected_step(self, c, rows, bench):
         """2402.04792 algorithm 1 with the loss of 2305.18290: a mean over prompts of the mean over their pairs."""

@@ -35,7 +35,7 @@ class TestReinforce(Conformance):
     )
 
     def expected_step(self, config, rows, bench):
-        """2501.03262: normalised over all tokens; at ratio 1 the surrogate's value is -A a token, a mean over tokens."""
+        """2501.03262: normalised over all tokens; at ratio 1 the surrogate's value is -A a token, averaged."""
         returns = [value for row in rows for answer in returns_by_hand(config, row) for value in answer]
         mean, deviation = statistics.fmean(returns), statistics.stdev(returns)
         losses = [-(value - mean) / (deviation + 1e-4) for value in returns]
@@ -54,7 +54,9 @@ def test_the_advantages_of_a_step_have_mean_0_and_deviation_1():
     assert float(values.mean()) == pytest.approx(0, abs=1e-6)
     assert float(values.std()) == pytest.approx(1, abs=1e-3)
     # equal up to the step's one mean and deviation, so differences have one ratio
-    by_hand = [v for row in bench.score(batch.examples) for answer in returns_by_hand(bench.method.config, row) for v in answer]
+    by_hand = [
+        v for row in bench.score(batch.examples) for answer in returns_by_hand(bench.method.config, row) for v in answer
+    ]
     mean, deviation = statistics.fmean(by_hand), statistics.stdev(by_hand) + 1e-4
     assert values.tolist() == pytest.approx([(v - mean) / deviation for v in by_hand], abs=1e-5)
 

@@ -27,7 +27,12 @@ class TestBCO(Conformance):
 def thumbs(*labels):
     """Return one example for each label."""
     return [
-        Example(torch.tensor([i], dtype=torch.int32), (Completion(torch.tensor([10 + i], dtype=torch.int32)),), {"desirable": float(good)}, i + 1)
+        Example(
+            torch.tensor([i], dtype=torch.int32),
+            (Completion(torch.tensor([10 + i], dtype=torch.int32)),),
+            {"desirable": float(good)},
+            i + 1,
+        )
         for i, good in enumerate(labels)
     ]
 
@@ -42,7 +47,7 @@ def stepped(bench, examples, h):
     for name, term in terms.items():
         counted = batch[term.over] if term.over in batch else torch.ones(len(batch), dtype=torch.bool)
         if counted.any():
-            metrics[name] = float(term.value[counted].mean())
+            metrics[name] = float(term.value[counted].detach().mean())
     bench.method.after_update(bench.context(examples), metrics)
     return terms
 

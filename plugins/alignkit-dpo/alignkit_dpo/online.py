@@ -35,7 +35,7 @@ class OnlineDPO(Method["OnlineDPO.Config"]):
     uses = frozenset({"policy", "reference", "reward"})
     learning_rate = 1e-6
     lora_learning_rate = 5e-6
-    demo_settings = {"learning_rate": 1e-4, "group_size": 4, "batch_size": 32, "epochs": 4}
+    demo_settings = {"learning_rate": 3e-4, "group_size": 4, "batch_size": 32, "epochs": 4}
 
     class Config(MethodConfig):
         """Settings of online DPO."""

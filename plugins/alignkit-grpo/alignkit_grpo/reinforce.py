@@ -1,10 +1,10 @@
 """REINFORCE++ (2501.03262): REINFORCE with advantages that are normalised over the step, and PPO's clip; no critic.
 
-    g_t = r - b sum over i >= t of (log policy_i - log reference_i)         a token's return: the KL still to come
-    A_t = (g_t - mean) / (std + 1e-4)                                       over all tokens of the step
+g_t = r - b sum over i >= t of (log policy_i - log reference_i)         a token's return: the KL still to come
+A_t = (g_t - mean) / (std + 1e-4)                                       over all tokens of the step
 
-    baseline group   r minus the mean of its prompt's completions instead of r, and the KL in the loss instead (k2):
-                     REINFORCE++-baseline, for rewards that depend on the prompt most of all
+baseline group   r minus the mean of its prompt's completions instead of r, and the KL in the loss instead (k2):
+                 REINFORCE++-baseline, for rewards that depend on the prompt most of all
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Reinforce(Method["Reinforce.Config"]):
 
 
 def above_others(rewards: Tensor, scored: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return rewards minus the mean of their group's, [S], and which have a group of at least two; n: a group's size."""
+    """Return rewards minus their group's mean, [S], and which have a group of at least two; n: a group's size."""
     groups, known = rewards.view(-1, n), scored.view(-1, n)
     n_known = known.sum(1, keepdim=True)
     mean = (groups * known).sum(1, keepdim=True) / n_known.clamp(min=1)

@@ -22,8 +22,8 @@ from alignkit import Advice, Batch, Choice, Context, DataFacts, Example, Method,
 
 # isort: split
 from alignkit import metric, rounding, wins
-from alignkit_kto.labels import label_metrics, labels
 from alignkit_kernels import preference_loss, sequence_sum
+from alignkit_kto.labels import label_metrics, labels
 
 MAX_WEIGHT = 10.0  # largest weight that is advised; a rule of thumb
 
