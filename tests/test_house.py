@@ -278,11 +278,13 @@ def test_no_file_mentions_the_home_folder_of_whoever_wrote_it() -> None:
 EXAMPLES = "\b\nExamples:\n  alignkit ..."
 NAMING = {
     "alignkit/cli/commands/best_of_n.py": {EXAMPLES},
+    "alignkit/cli/commands/chat.py": {EXAMPLES},
     "alignkit/cli/commands/convert.py": {EXAMPLES},
     "alignkit/cli/commands/health.py": {EXAMPLES},
     "alignkit/cli/commands/init.py": {EXAMPLES},
     "alignkit/cli/commands/inspect.py": {"DPO's beta, for the margin"},  # the margin is DPO's by definition
     "alignkit/cli/commands/methods.py": {"no method is installed; try: pip install alignkit-dpo"},
+    "alignkit/cli/commands/push.py": {EXAMPLES},
     "alignkit/cli/commands/report.py": {EXAMPLES},
     "alignkit/cli/commands/run.py": {EXAMPLES},
     "alignkit/config.py": {" must contain settings such as 'method: dpo', found "},

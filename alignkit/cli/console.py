@@ -161,28 +161,6 @@ def columns_of(text: str | None) -> dict[str, str] | None:
     return names
 
 
-def typed(prompt: str) -> Iterator[str]:
-    """Yield the lines of standard input; on a terminal after a prompt, where Ctrl-C begins the line again."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        import readline  # noqa: F401 - gives `input` its editing and history
-    while True:
-        try:
-            yield input(prompt if interactive else "")
-        except EOFError:
-            return write("\n" if interactive else "")
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            write("\n")
-
-
-def write(text: str) -> None:
-    """Write a piece of text to standard output at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def complain(message: str) -> None:
     """Print an error; other ranks, whose error is most likely that of rank 0, print one line."""
     start = "error: "

@@ -1,8 +1,9 @@
-"""Printing on the terminal, and checks of output files."""
+"""Reading from the terminal, printing on it, and checks of output files."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,25 @@ def check_target(option: str, file: Path | None, created: Path | None = None) ->
         raise ConfigError(f"{option} '{file}' is a folder; give a file")
     if file and file.parent != created and not file.parent.is_dir():
         raise ConfigError(f"{option} '{file}': there is no folder '{file.parent}'")
+
+
+def typed(prompt: str) -> Iterator[str]:
+    """Yield the lines of standard input; on a terminal after a prompt, where Ctrl-C begins the line again."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401 - gives `input` its editing and history
+    while True:
+        try:
+            yield input(prompt if interactive else "")
+        except EOFError:
+            return write("\n" if interactive else "")
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            write("\n")
+
+
+def write(text: str) -> None:
+    """Write a piece of text to standard output at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

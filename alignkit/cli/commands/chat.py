@@ -32,7 +32,7 @@ def chat(
     """
     settings = console.pairs_of(more or [])
     console.show_log()
-    from alignkit.insight import talk
+    from alignkit.insight import talk, terminal
 
     both = talk.speakers(model, against, settings)
     silent = [one.name for one in both if not one.converses]
@@ -40,4 +40,4 @@ def chat(
         typer.echo(f"without a chat template each message is continued as text: {', '.join(silent)}", err=True)
     if sys.stdin.isatty():
         typer.echo("; ".join(f"{name}: {what}" for name, what in talk.COMMANDS.items()), err=True)
-    talk.converse(both, console.typed("you> "), console.write, system)
+    talk.converse(both, terminal.typed("you> "), terminal.write, system)
