@@ -55,7 +55,7 @@ def test_the_base_is_trained_on_both_styles_alike() -> None:
 
 
 def test_a_method_that_the_demo_lacks_is_named_with_those_it_has(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the demo has no 'dpoo'; it has cpo, dpo, .* Did you mean 'dpo'\?"):
+    with pytest.raises(ConfigError, match=r"the demo has no 'dpoo'; it has bco, cpo, dpo, .* Did you mean 'dpo'\?"):
         before_after.run_demo("dpoo", tmp_path, 0)
 
 
@@ -114,7 +114,7 @@ def test_without_the_built_in_one_a_stranger_trains_the_base_at_its_own_rate(
 
 
 def test_the_trainer_of_the_base_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the demo trains its base with 'sft'; choose the next method: cpo, dpo"):
+    with pytest.raises(ConfigError, match="the demo trains its base with 'sft'; choose the next method: bco, cpo, dpo"):
         before_after.run_demo("sft", tmp_path, 0)
     assert not list(tmp_path.iterdir())
 
