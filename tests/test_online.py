@@ -123,7 +123,7 @@ def test_the_result_does_not_depend_on_how_a_step_is_cut(
             assert a[name] == pytest.approx(b[name], abs=5e-5, rel=5e-5), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "online_dpo"])
 def test_the_first_update_has_a_ratio_of_one(method: str, online: dict[str, Any]) -> None:
     own = asks(method) | {"epochs_per_batch": 1, "minibatches": 1, "max_steps": 1}
     line = read_metrics(alignkit.run(method, **online | own).folder)[0]
