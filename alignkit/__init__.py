@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from alignkit.advice import Advice, Choice, DataFacts
     from alignkit.alarms import Alarm, RunView
     from alignkit.engine import Engine, Result, resume, run
+    from alignkit.environments.contract import Environment, Step
     from alignkit.errors import AlignkitError
     from alignkit.hookspecs import hookimpl
     from alignkit.method import Context, Method, MethodConfig, Models
@@ -28,6 +29,7 @@ _HOMES = {
     "alignkit.advice": ("Advice", "Choice", "DataFacts"),
     "alignkit.alarms": ("Alarm", "RunView"),
     "alignkit.engine": ("Engine", "Result", "resume", "run"),
+    "alignkit.environments.contract": ("Environment", "Step"),
     "alignkit.errors": ("AlignkitError",),
     "alignkit.hookspecs": ("hookimpl",),
     "alignkit.method": ("Context", "Method", "MethodConfig", "Models"),
@@ -49,6 +51,7 @@ __all__ = [
     "Context",
     "DataFacts",
     "Engine",
+    "Environment",
     "Example",
     "Method",
     "MethodConfig",
@@ -61,6 +64,7 @@ __all__ = [
     "Sampled",
     "Sampler",
     "Setup",
+    "Step",
     "Term",
     "hookimpl",
     "kl_metric",

@@ -17,46 +17,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from alignkit.alarms import ALARMS, Health
 from alignkit.data_spec import plain, sources_of
+from alignkit.environment_settings import EnvironmentSettings
 from alignkit.errors import ConfigError, nearest, without_passwords
 from alignkit.files import replace_text
 from alignkit.hints import hint, names_of
 from alignkit.lora_settings import LoraSettings
 from alignkit.method import MethodConfig
-from alignkit.rollout_settings import Rollout, moved_backend
+from alignkit.rollout_settings import Rollout, Sampling, moved_backend
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TrainOn = Literal["all", "last"]
 OnDropped = Literal["refuse", "report", "keep-by-hand"]
 ReferenceMode = Literal["auto", "full", "int8", "adapter-off", "cached"]
-
-
-class Sampling(BaseModel):
-    """Settings of sampling completions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    max_new_tokens: int = Field(256, ge=1, description="longest completion, including its end-of-sequence token")
-    min_new_tokens: int = Field(
-        0, ge=0, description="number of tokens before which no end-of-sequence token is sampled"
-    )
-    temperature: float = Field(1.0, gt=0, description="divides the logits, when sampling and when scoring")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability; 1 is off"
-    )
-    top_k: int = Field(0, ge=0, description="sample from this number of most likely tokens; 0 is off")
-    stop: list[str] = Field([], description="texts that end a completion")
-    batch_size: int = Field(64, ge=1, description="sequences sampled at once")
-
-    @model_validator(mode="after")
-    def _can_be_done(self) -> Sampling:
-        if "" in self.stop:
-            raise ValueError("stop: an empty text would end every completion at once; remove it")
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens} and max_new_tokens {self.max_new_tokens}; lower "
-                "min_new_tokens"
-            )
-        return self
 
 
 class RunConfig(BaseModel):
@@ -113,6 +85,9 @@ class RunConfig(BaseModel):
     quantize: Literal["nf4"] | None = Field(None, description="nf4: the frozen base in 4 bits, for adapters (QLoRA)")
     sampling: Sampling = Field(Sampling(), description="how completions are sampled, for methods that sample")
     rollout: Rollout = Field(Rollout(), description="what samples them, see docs/rollout.md")
+    environment: EnvironmentSettings | None = Field(
+        None, description="tools or an environment, see docs/environments.md"
+    )
     reward: Any = Field(None, description="reward that scores sampled completions, see docs/rewards.md")
     judge: Any = Field(None, description="judge that compares two sampled completions, see docs/rewards.md")
     reward_timeout: float | None = Field(600.0, gt=0, description="seconds for one call of a reward or judge function")
@@ -319,6 +294,11 @@ class RunConfig(BaseModel):
         if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError("warmup_fraction and decay_fraction are more than 1 together; lower one of them")
 
+    @property
+    def longest_completion(self) -> int:
+        """Tokens of the longest sampled completion, or of the longest trajectory after its prompt."""
+        return self.environment.max_tokens if self.environment else self.sampling.max_new_tokens
+
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain YAML values; objects without a YAML form become their type's name."""
         values: dict[str, Any] = {}
@@ -330,10 +310,10 @@ class RunConfig(BaseModel):
             elif name in ("model", "tokenizer", "data", "eval_data"):
                 value = value if isinstance(value, str | None) else f"<{type(value).__name__}>"
             elif isinstance(value, BaseModel):
-                value = value.model_dump(mode="json")
+                value = value.model_dump(mode="python" if name == "environment" else "json")
             elif isinstance(value, tuple):
                 value = list(value)
-            values[name] = _named(value) if name in ("reward", "judge", "callbacks") else value
+            values[name] = _named(value) if name in ("reward", "judge", "callbacks", "environment") else value
         return values
 
 

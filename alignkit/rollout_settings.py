@@ -1,4 +1,4 @@
-"""Settings of rollouts: what samples the completions, how weights get there, and how their mismatch is corrected."""
+"""Settings of sampling, and of rollouts: what samples, how weights get there, and how the mismatch is corrected."""
 
 from __future__ import annotations
 
@@ -30,6 +30,35 @@ FREE = (
     "sync_timeout",
     "tolerance",
 )
+
+
+class Sampling(BaseModel):
+    """Settings of sampling completions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_new_tokens: int = Field(256, ge=1, description="longest completion, including its end-of-sequence token")
+    min_new_tokens: int = Field(
+        0, ge=0, description="number of tokens before which no end-of-sequence token is sampled"
+    )
+    temperature: float = Field(1.0, gt=0, description="divides the logits, when sampling and when scoring")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability; 1 is off"
+    )
+    top_k: int = Field(0, ge=0, description="sample from this number of most likely tokens; 0 is off")
+    stop: list[str] = Field([], description="texts that end a completion")
+    batch_size: int = Field(64, ge=1, description="sequences sampled at once")
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> Sampling:
+        if "" in self.stop:
+            raise ValueError("stop: an empty text would end every completion at once; remove it")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens} and max_new_tokens {self.max_new_tokens}; lower "
+                "min_new_tokens"
+            )
+        return self
 
 
 class Rollout(BaseModel):

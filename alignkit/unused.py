@@ -60,7 +60,7 @@ def unused(config: RunConfig, method: Method[Any]) -> dict[str, str]:
     held_out = config.eval_data is not None or config.eval_fraction > 0
     compared = "reference" in roles and not samples and method.reference_need() != "moving"
     rules: tuple[tuple[tuple[str, ...], bool, str], ...] = (
-        (("sampling", "rollout"), samples, "does not sample completions"),
+        (("sampling", "rollout", "environment"), samples, "does not sample completions"),
         (("reward",), samples and "reward" in roles, "does not use a reward"),
         (("judge",), samples and "judge" in roles, "does not use a judge"),
         (("reward_timeout",), samples and not roles.isdisjoint(("reward", "judge")), "calls no reward and no judge"),

@@ -84,9 +84,9 @@ class Bench:
 
     def measure(self, model: Any) -> dict[str, Any]:
         """Return the mean reward, its parts, and the KL to the base in nats a sequence, over samples of all prompts."""
-        from alignkit.config import Sampling
         from alignkit.rewards import Answers, build_rewards
         from alignkit.rollout import sample
+        from alignkit.rollout_settings import Sampling
 
         how = Sampling(max_new_tokens=self.tokens)
         samples = [s for (s,) in sample(model, self.tokenizer, self.questions, how, seed=7)]

@@ -59,8 +59,8 @@ def with_generate(model: Any, tokenizer: Any, prompts: list[list[int]], group: i
 
 def contenders(tiny: bool, folder: Path) -> dict[str, Callable[[int], Any]]:
     """Return the contenders of this process by name: functions of the turn, which is the seed."""
-    from alignkit.config import Sampling
     from alignkit.rollout import sample
+    from alignkit.rollout_settings import Sampling
 
     model, tokenizer, prompts = load_start(tiny, folder)
     group, tokens = (TINY_GROUP, TINY_TOKENS) if tiny else (GROUP, TOKENS)
@@ -80,10 +80,9 @@ class ByServer:
     """A contender that samples by a vLLM server. syncs: seconds and bytes of each time that it got new weights."""
 
     def __init__(self, url: str, tiny: bool, folder: Path) -> None:
-        from alignkit.config import Sampling
         from alignkit.rollout import Request, Setup
         from alignkit.rollout.vllm import Vllm
-        from alignkit.rollout_settings import Rollout
+        from alignkit.rollout_settings import Rollout, Sampling
 
         self.model, tokenizer, prompts = load_start(tiny, folder)
         group, tokens = (TINY_GROUP, TINY_TOKENS) if tiny else (GROUP, TOKENS)

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from alignkit import Method, registry
 from alignkit.cli.console import described
 from alignkit.config import RunConfig
+from alignkit.environment_settings import EnvironmentSettings
 from alignkit.method import Role
 
 DOCS = Path(__file__).resolve().parent
@@ -64,6 +65,8 @@ def part(page: Path, name: str) -> str:
     """Return the text of the part `name` of a page."""
     if name == "run-settings":
         return table(RunConfig)
+    if name == "environment":
+        return table(EnvironmentSettings)
     if name == "chat-templates":
         return _chat_table()
     if name == "trl-names":

@@ -10,11 +10,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from alignkit import Environment, Step
+
 Job = tuple[str, dict[str, Any]]
-REDS, REDDER, ODD = "on_ranks:reds", "on_ranks:redder", "on_ranks:odd"
+REDS, REDDER, ODD, ROUNDS = "on_ranks:reds", "on_ranks:redder", "on_ranks:odd", "on_ranks:Rounds"
 CALLS: list[int] = []
 
 
@@ -34,6 +37,16 @@ def odd(completions: list[str], **_: Any) -> list[float]:
     if len(CALLS) == int(os.environ["ODD_CALL"]) and os.environ["RANK"] == "1":
         raise ValueError("planted by the test")
     return reds(completions)
+
+
+class Rounds(Environment):
+    """Goes on for as many turns as its text has characters, by threes: ranks have different numbers of turns."""
+
+    def step(self, messages: Sequence[Any]) -> Step:
+        """Pay for the letter e."""
+        said = [m["content"] for m in messages if m["role"] == "assistant"]
+        done = len(said) >= 1 + len(said[0]) % 3
+        return Step([{"role": "user", "content": "more"}], said[-1].count("e") - 0.01 * len(said[-1]), done)
 
 
 def alone() -> None:

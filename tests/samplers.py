@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from alignkit.config import Sampling
 from alignkit.rollout import Request, Sampled, Sampler, backends, sample
+from alignkit.rollout_settings import Sampling
 
 
 def drawn_from(logits: Tensor, sampling: Sampling, first: bool, ends: Sequence[int]) -> Tensor:

@@ -21,7 +21,6 @@ from samplers import Double, uses
 from test_engine import same
 
 import alignkit
-from alignkit.config import Sampling
 from alignkit.engine.ahead import Ahead, Ask
 from alignkit.engine.ahead_state import decoded, encoded, interleaved
 from alignkit.engine.loop import Loop
@@ -30,6 +29,7 @@ from alignkit.errors import ConfigError, RolloutError
 from alignkit.models.earlier_weights import EarlierWeights
 from alignkit.models.ranks import Ranks
 from alignkit.rollout import Request, Sampled, Sampler
+from alignkit.rollout_settings import Sampling
 from alignkit.runs.folder import read_metrics
 from alignkit.types import Batch
 from helpers import make_rows

@@ -658,3 +658,42 @@ def test_a_rank_reads_little_more_than_its_share_of_a_model() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     peaks = {line.split()[3]: float(line.split("peak ")[1].split()[0]) for line in done.stdout.splitlines()}
     assert 32 < peaks["parts"] < 0.8 * peaks["whole"]
+
+
+def test_turns(tmp_path: Path) -> None:
+    done = run("turns.py", "--tiny", "--json", tmp_path / "t.json")
+    assert "the tree is " in done.stdout
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert found["failed"] == {}
+    assert found["learned"] == 2 * 2 * 4  # trajectories, turns, tokens of a turn
+    # a tree: the prompt of 8, and 12 tokens of each trajectory; rows: as long as the longest, 8 + 4 + 4 + 4
+    assert found["tokens"] == {"tree": 8 + 2 * 12, "rows": 4 * 20}
+    assert found["difference"] < 1e-4
+    assert found["gain"] == pytest.approx(found["seconds"]["rows"] / found["seconds"]["tree"])
+
+
+def test_tools(tmp_path: Path) -> None:
+    done = run("tools.py", "--tiny", "--json", tmp_path / "t.json", "--methods", "grpo")
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert (done.returncode, found["failed"]) == (0, {})
+    assert set(found["table"]["grpo"]) == {"before", "after"}
+    assert all(0 <= one["right"] <= 1 <= one["turns"] for one in found["table"]["grpo"].values())
+
+
+def test_tools_counts_calls_and_right_answers(script: Any) -> None:
+    tools = script("tools")
+    lines = [
+        {"turns": 2, "reward": 1.0},
+        {"turns": 3, "reward": 0.0},
+        {"turns": 1, "reward": 1.0},
+        {"turns": 1, "reward": 0.0},
+    ]
+    assert tools.figures(lines) == {"calls": 0.5, "right": 0.5, "turns": 1.75}
+    said = [{"role": "assistant", "content": " 42"}]
+    assert tools.right([said, said], [42, 4]) == [1.0, 0.0]
+    import random
+
+    asked = tools.questions(4, random.Random(0))
+    for one in asked:
+        call = one["call"]
+        assert getattr(tools, call["name"])(**call["arguments"]) == one["answer"]

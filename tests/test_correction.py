@@ -15,7 +15,6 @@ from torch import Tensor
 
 import alignkit
 from alignkit import Batch, Completion, Example, Method, Term
-from alignkit.config import Sampling
 from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online
 from alignkit.errors import ConfigError, PluginError
@@ -25,7 +24,7 @@ from alignkit.models.truncation import Truncation
 from alignkit.rollout import Sampled
 from alignkit.rollout.completions import with_completions
 from alignkit.rollout.correction import correction_weights, mismatch_metrics
-from alignkit.rollout_settings import Correction, Rollout
+from alignkit.rollout_settings import Correction, Rollout, Sampling
 from alignkit.runs.folder import read_metrics
 from alignkit.testing import Conformance
 from alignkit.testing.world import tiny_model

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from alignkit import Batch, Context, Method, Models, Term
-from alignkit.config import Sampling
 from alignkit.errors import PluginError
 from alignkit.insight.health.watch import Watch
 from alignkit.insight.report.run_files import read
 from alignkit.rollout import sample
 from alignkit.rollout.draws import checked
+from alignkit.rollout_settings import Sampling
 from alignkit.runs.folder import read_metrics
 from alignkit.testing import tiny_model, tiny_tokenizer, train
 from alignkit.testing.runs import interrupted_after

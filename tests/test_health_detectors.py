@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from alignkit import Alarm, registry
 from alignkit.alarms import ALARMS, Health
-from alignkit.config import RunConfig, Sampling
+from alignkit.config import RunConfig
 from alignkit.insight.health import Monitor, detectors
 from alignkit.insight.health.alarm_messages import DETECTORS
 from alignkit.insight.health.completion_stats import dead_groups, repetition, same_opening, spreads, words
 from alignkit.insight.health.history import History
 from alignkit.insight.health.monitor import held_out
-from alignkit.rollout_settings import Rollout
+from alignkit.rollout_settings import Rollout, Sampling
 
 STEPS = 60
 OFFLINE = ("dpo", "ipo", "kto", "bco", "orpo", "simpo", "cpo")

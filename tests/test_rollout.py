@@ -18,10 +18,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from alignkit.config import Sampling
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.rollout import Mixture, Sampled, sample
 from alignkit.rollout.noise import gumbel, splitmix
+from alignkit.rollout_settings import Sampling
 from alignkit.testing.world import EOS, VOCABULARY, tiny_model, tiny_tokenizer
 
 PROMPTS = ["hello? what is there", "the fox. ", "a", "b?"]

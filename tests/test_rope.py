@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from zoo import BASE, CPU, config
 
 import alignkit
-from alignkit.config import Sampling
 from alignkit.errors import ConfigError, ModelError
 from alignkit.models.critic import with_critic
 from alignkit.models.layouts import choose_layout
@@ -27,6 +26,7 @@ from alignkit.reference.keys import fingerprint
 from alignkit.rewards.classifier import Classifier
 from alignkit.rollout import Mixture, sample
 from alignkit.rollout.noise import GumbelNoise
+from alignkit.rollout_settings import Sampling
 from alignkit.testing.world import tiny_tokenizer
 from alignkit.types import Completion, Example, Layout, Switch
 from helpers import write_tiny

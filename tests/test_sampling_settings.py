@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from alignkit.config import Sampling, validated
+from alignkit.config import validated
 from alignkit.errors import ConfigError
+from alignkit.rollout_settings import Sampling
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from classifiers import write_classifier
-from on_ranks import ODD, REDDER, REDS, Job, run_on
+from on_ranks import ODD, REDDER, REDS, ROUNDS, Job, run_on
 from safetensors.torch import load_file
+from test_environments import chatml
 
 from alignkit.pairwise import PAIRWISE
 from alignkit.runs.folder import read_metrics
@@ -43,6 +44,16 @@ JOBS: dict[str, Job] = {
         "rloo",
         {"reward": [REDS, {"use": "@scorer", "max_tokens": 60}], "group_size": 2, "sampling": SAMPLING},
     ),
+    "rloo, environment": (
+        "rloo",
+        {
+            "environment": {"use": ROUNDS, "max_tokens": 80},
+            "group_size": 2,
+            "model": "@chatty",
+            "data": "@asked.jsonl",
+            "sampling": SAMPLING | {"stop": ["e", "o"]},
+        },
+    ),
     "online_dpo": ("online_dpo", {"reward": REDS, "group_size": 3, "sync_every": 2, "sampling": SAMPLING}),
     "ppo": ("ppo", {"reward": REDS, "epochs_per_batch": 2, "minibatches": 2, "sampling": SAMPLING}),
     "ppo, shared": (
@@ -64,6 +75,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny(folder / "base")
     write_classifier(folder / "scorer")
     write_classifier(folder / "judge", seed=1, **{PAIRWISE: True})
+    chatml(folder / "chatty")
+    asked = [{"prompt": [{"role": "user", "content": f"{i} yes or no?"}]} for i in range(20)]
+    (folder / "asked.jsonl").write_text("".join(json.dumps(r) + "\n" for r in asked))
     for kind in ("pairs", "unpaired", "text"):
         rows = make_rows(kind, 20)
         rows = [{"prompt": r["prompt"]} for r in rows] if kind == "text" else rows

@@ -16,11 +16,11 @@ from test_vision_language import fresh as vision_language
 from torch import Tensor, nn
 from zoo import BASE, CONFIGS, fresh, made
 
-from alignkit.config import Sampling
 from alignkit.rollout import Mixture, sample, shared_keys
 from alignkit.rollout import decoder as decoder_module
 from alignkit.rollout.decoder import refused
 from alignkit.rollout.fast_layers import fast_layers
+from alignkit.rollout_settings import Sampling
 from alignkit.testing.world import EOS, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

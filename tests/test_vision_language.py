@@ -19,7 +19,6 @@ from torch import Tensor
 from zoo import BASE, CPU, GEMMA, LAYOUTS, config, drop_dropout, examples, one_at_a_time
 
 import alignkit
-from alignkit.config import Sampling
 from alignkit.data import load
 from alignkit.data.rows import FaultyRowsError
 from alignkit.demo.base import tokenizer_from
@@ -36,6 +35,7 @@ from alignkit.models.towers import auto_class, towers, trunk_of
 from alignkit.reference.keys import fingerprint
 from alignkit.rewards.models import RewardModel
 from alignkit.rollout import sample
+from alignkit.rollout_settings import Sampling
 from exact import assert_rounding_only, exact_copy
 from helpers import WORDS, killed_before, make_rows
 

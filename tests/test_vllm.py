@@ -24,13 +24,12 @@ from transformers import AutoModelForCausalLM
 from vllm_double import VllmDouble, vllm_double
 
 import alignkit
-from alignkit.config import Sampling
 from alignkit.errors import ConfigError, RolloutError
 from alignkit.rewards.limits import GRACE, STOP
 from alignkit.rollout.sampler import Request, Sampled, Setup
 from alignkit.rollout.vllm import Vllm
 from alignkit.rollout.vllm_requests import seed_of
-from alignkit.rollout_settings import Rollout
+from alignkit.rollout_settings import Rollout, Sampling
 from alignkit.runs.folder import read_metrics
 from alignkit.testing.world import EOS, tiny_model, tiny_tokenizer
 from helpers import make_rows

@@ -25,12 +25,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alignkit
-from alignkit.config import Sampling
 from alignkit.errors import RolloutError
 from alignkit.rollout.sampler import Request, Setup
 from alignkit.rollout.sync import Sync
 from alignkit.rollout.vllm import Vllm
-from alignkit.rollout_settings import Rollout
+from alignkit.rollout_settings import Rollout, Sampling
 from alignkit.runs.folder import read_metrics
 from alignkit.testing import SamplerConformance
 from helpers import free_port, make_rows, write_tiny

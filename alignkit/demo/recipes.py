@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit import registry
 from alignkit.advice import DataFacts
-from alignkit.config import Sampling, gathered, split
+from alignkit.config import gathered, split
 from alignkit.demo import world
 from alignkit.demo.base import write_start
 from alignkit.engine import Engine
 from alignkit.errors import PluginError
 from alignkit.plugin_checks import advice_of, demo_settings_of
+from alignkit.rollout_settings import Sampling
 from alignkit.unused import check_used
 
 LENGTH = Sampling(max_new_tokens=40)  # twice the longest answer

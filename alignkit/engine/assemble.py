@@ -31,6 +31,7 @@ from alignkit.engine.roles import Roles
 from alignkit.engine.rollouts import Online
 from alignkit.engine.scorers import Scorers
 from alignkit.engine.state import Parts, Splits
+from alignkit.environments.build import episodes
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.method import Method
 from alignkit.models.adapters import Kind, set_adapter_dropout
@@ -136,7 +137,8 @@ def build(
             plain.model, tokenizer, ends_of(causal_lm(plain.model), tokenizer), rollout,
             config.output / (config.name or ""), ranks, accelerator.autocast, plain, own, gathered_weights,
         )  # fmt: skip
-        ahead = Ahead(build_sampler(setup), plain.model, policy, config.rollout.ahead, ranks)
+        sampler = episodes(build_sampler(setup), config, tokenizer, setup.ends, ranks)
+        ahead = Ahead(sampler, plain.model, policy, config.rollout.ahead, ranks)
         online = Online(config, method.roles(), scorers, setup, reference, updates, ahead)
     eos = int(tokenizer.eos_token_id)
     return Parts(accelerator, ranks, plain, policy, prepared, roles, reference, online, layout, stream, rate, eos)
@@ -161,7 +163,7 @@ def _layout(
     known: Sequence[Example] = Selected(every, range(len(every)), method.longest)
     longest = None
     if method.data == "prompts":
-        longest = config.sampling.max_new_tokens
+        longest = config.longest_completion
         known = with_placeholders(known, longest)
     fits = partial(check_fit, plain.model, longest=longest, mixes=method.reference_need() == "live" and longest is None)
     fits(known)

@@ -14,6 +14,7 @@ from alignkit.engine.loop import Loop
 from alignkit.engine.model_folder import check_space, save_model
 from alignkit.engine.saving import check_rows
 from alignkit.engine.state import RunState, Splits
+from alignkit.environments.build import prepared
 from alignkit.lora_settings import LoraSettings
 from alignkit.models.loading import load_tokenizer
 from alignkit.models.ranks import SINGLE, Ranks
@@ -51,8 +52,9 @@ class Run:
         self._session = Session()
         cls = registry.get(method)
         config, method_config = split({**settings, "method": method}, cls.Config)
-        self.config = config.model_copy(update={"template_date": config_file.start_date(config)})
         self.method = cls(method_config)
+        dated = config.model_copy(update={"template_date": config_file.start_date(config)})
+        self.config = prepared(dated, self.method.roles())
         check_used(self.config, self.method, shared)
         check_reference(self.config, self.method)
         check_online(self.config, self.method)

@@ -20,7 +20,7 @@ from alignkit.config import RunConfig
 from alignkit.data.stream import seed_of
 from alignkit.engine.ahead import Ahead, Ask
 from alignkit.engine.roles import Roles
-from alignkit.engine.sampled import sampled_metrics
+from alignkit.engine.sampled import sampled_metrics, trajectory_lines, trajectory_metrics
 from alignkit.engine.scorers import Scorers
 from alignkit.errors import PluginError, RewardError, RolloutError
 from alignkit.method import Context
@@ -108,10 +108,10 @@ class Online:
         if draw.sampling.temperature != self.config.sampling.temperature:
             grown = replace(grown, temperature=draw.sampling.temperature)
         grown = self._with_logps(ctx, grown, draw) if draw.logps else grown
-        lines: dict[str, Sequence[Any]] = {}
+        lines = trajectory_lines(sampled) if self.config.environment else {}
         if "reward" in self.roles:
             scores = self.score(answers)
-            lines = {"reward": scores.total, **{f"reward/{k}": v for k, v in scores.parts.items()}}
+            lines |= {"reward": scores.total, **{f"reward/{k}": v for k, v in scores.parts.items()}}
             scored = torch.tensor([value is not None for value in scores.total], device=batch.device)
             grown = grown.attach(per_completion={"rewards": _float32(scores.numbers, batch.device), "scored": scored})
         if draw.mixture is not None:
@@ -120,6 +120,7 @@ class Online:
             lines |= {"wins": self.compare(answers, against), "against": list(map(text_of, against.completions))}
             grown = grown.attach(per_completion={"wins": _float32(lines["wins"], batch.device)})
         measured = sampled_metrics(ctx.sum, sampled, lines, draw.n)
+        measured |= trajectory_metrics(ctx.sum, sampled) if self.config.environment else {}
         ctx.log(**{f"{draw.prefix}{name}": value for name, value in measured.items()})
         for name, shown in (("old_logps", "logp"), ("sampler_logps", "sampler_logp")):
             if name in grown:
@@ -190,7 +191,7 @@ class Online:
         prompts = [e.prompt.tolist() for e in examples]
         numbers = [ctx.offset + self.ranks.own + i * self.ranks.n for i in range(len(examples))]
         call = draw.number if ctx.training else -1 - draw.number  # what is ahead is for training
-        request = Request(prompts, draw.sampling, draw.n, seed, numbers, mixture, draw.greedy)
+        request = Request(prompts, draw.sampling, draw.n, seed, numbers, mixture, draw.greedy, tuple(examples))
         return Ask(ctx.step + later, call, request)
 
     def _following(self, ctx: SamplingStep, draw: Draw) -> Ask | None:

@@ -21,7 +21,7 @@ def sampled_metrics(
     """
     flat = [s for some in sampled for s in some]
     numbers = {k: v for k, v in scored.items() if k == "wins" or k.startswith("reward")}
-    sums: list[float] = [len(flat), sum(len(s.tokens) for s in flat), sum(s.ended for s in flat)]
+    sums: list[float] = [len(flat), sum(s.n_sampled for s in flat), sum(s.ended for s in flat)]
     sums += distinct(sampled)
     for values in numbers.values():
         there = [x for x in values if x is not None]
@@ -41,3 +41,21 @@ def sampled_metrics(
             if there < count:
                 logged |= {"reward/unscored": count - there, "reward/unscored_groups": unscored_groups}
     return logged
+
+
+def trajectory_metrics(total: Callable[[Tensor], Tensor], sampled: Sequence[Sequence[Sampled]]) -> dict[str, float]:
+    """Return the means over all trajectories of a step: turns, tokens that were read, and what was earned.
+
+    total: sums a tensor over the ranks.
+    """
+    flat = [s for some in sampled for s in some]
+    sums: list[float] = [len(flat), sum(s.turns for s in flat), sum(len(s.tokens) - s.n_sampled for s in flat)]
+    sums.append(sum(s.earned or 0.0 for s in flat))
+    n, *parts = total(torch.tensor(sums, dtype=torch.float64)).tolist()
+    return {f"environment/{name}": part / n for name, part in zip(("turns", "read", "earned"), parts, strict=True)}
+
+
+def trajectory_lines(sampled: Sequence[Sequence[Sampled]]) -> dict[str, Sequence[Any]]:
+    """Return what completions.jsonl has of trajectories: their turns, and what they earned."""
+    flat = [s for some in sampled for s in some]
+    return {"turns": [s.turns for s in flat], "earned": [s.earned for s in flat]}

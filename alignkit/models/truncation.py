@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.config import Sampling
+from alignkit.rollout_settings import Sampling
 from alignkit.types import Batch
 
 

@@ -18,7 +18,8 @@ class Answers:
     where the prompt is messages; most functions get them as text. columns: the rows' other columns. rows: their 1-based
     numbers, for messages. lengths: tokens of each completion. ended: False where `max_new_tokens` cut it.
     Of sampled completions, empty for others: completion_ids: their tokens. raw_completions: their text with special
-    tokens. tool_calls: the calls in them, each {"name": ..., "arguments": {...}}.
+    tokens. tool_calls: the calls in them, each {"name": ..., "arguments": {...}}. earned: what an
+    environment paid for each, None without one.
     """
 
     prompts: list[Content]
@@ -30,6 +31,7 @@ class Answers:
     completion_ids: list[list[int]] = field(default_factory=list)
     raw_completions: list[str] = field(default_factory=list)
     tool_calls: list[list[dict[str, Any]]] = field(default_factory=list)
+    earned: list[float | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.completions)

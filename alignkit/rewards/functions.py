@@ -4,7 +4,7 @@
     def judge(prompts, first, second, **columns) -> list[float]
 
 A function is passed what its parameters name: the arguments above, the rows' columns, and what is known of the
-completions: `lengths`, `ended`, `completion_ids`, `raw_completions`, `tool_calls`, `completion_messages` (see
+completions: `lengths`, `ended`, `completion_ids`, `raw_completions`, `tool_calls`, `earned`, `completion_messages` (see
 `Answers`; for judges, of the first, and the second's with `second_` in front). With `**columns` it is passed every
 column.
 
@@ -27,7 +27,8 @@ from alignkit.rewards.limits import Deadline, LateError, interrupted, place_of
 
 Values = list[float | None]
 Reads = Literal["text", "messages"]
-KNOWN = ("lengths", "ended", "completion_ids", "raw_completions", "tool_calls", "completion_messages")  # of Answers
+# of Answers
+KNOWN = ("lengths", "ended", "completion_ids", "raw_completions", "tool_calls", "earned", "completion_messages")
 COMPLETIONS = ("completions", "first", "second")  # arguments that are text, or messages where a function reads those
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

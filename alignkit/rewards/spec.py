@@ -25,7 +25,7 @@ from alignkit.rewards.classifier import Classifier, Shared
 from alignkit.rewards.functions import Function, Values
 from alignkit.rewards.llm import LlmJudge, LlmScore
 from alignkit.rewards.models import ModelOptions, PairwiseModel, RewardModel, check_folder
-from alignkit.rewards.verifiers import Brevity, Exact, Format, Json, Length, Numeric, Options
+from alignkit.rewards.verifiers import Brevity, Earned, Exact, Format, Json, Length, Numeric, Options
 from alignkit.user_code import NAMED, imported
 
 Device: TypeAlias = torch.device | str
@@ -47,6 +47,7 @@ REWARD = Kind(
     "reward",
     {
         "brevity": Brevity,
+        "environment": Earned,
         "exact": Exact,
         "format": Format,
         "json": Json,

@@ -182,6 +182,14 @@ class Length(Options):
         return [1.0 if k == 0 else max(0.0, 1 - k / self.slack) if self.slack else 0.0 for k in outside]
 
 
+class Earned(Options):
+    """What the run's environment paid for a trajectory, the sum over its steps."""
+
+    def __call__(self, earned: Sequence[float | None]) -> list[float | None]:
+        """Return it."""
+        return list(earned)
+
+
 class Brevity(Options):
     """A length penalty: 0 up to `free` tokens, then falling linearly to -1 at `limit` and beyond.
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignkit.config import Sampling
 from alignkit.models.attention import without_flex
 from alignkit.models.compiled import uncompiled
 from alignkit.models.loading import causal_lm
@@ -26,6 +25,7 @@ from alignkit.rollout.noise import GumbelNoise
 from alignkit.rollout.processors import Stops, cut, warpers
 from alignkit.rollout.sampler import Sampled
 from alignkit.rollout.token_loop import decode
+from alignkit.rollout_settings import Sampling
 
 
 @dataclass(frozen=True)

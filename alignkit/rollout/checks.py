@@ -24,6 +24,8 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
         if given is not None:
             check(given)
     _check_ahead(config)
+    if config.environment is not None:
+        _check_environment(config, needs)
     if "judge" in needs and config.patience is not None:
         raise ConfigError(
             f"'{method.name}' plays against an opponent that changes, so its evaluations cannot be compared; "
@@ -31,6 +33,20 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
         )
     if method.data == "prompts":
         check_backend(config, mixes="judge" in needs)
+
+
+def _check_environment(config: RunConfig, needs: frozenset[str]) -> None:
+    settings, longest = config.environment, config.sampling.max_new_tokens
+    assert settings is not None
+    if "judge" in needs:
+        raise ConfigError(f"'{config.method}' samples from a mixture, which has no environment; remove `environment`")
+    if config.rollout.ahead:
+        raise ConfigError("rollout.ahead keeps completions of one turn only; remove it, or `environment`")
+    if longest > settings.max_tokens:
+        raise ConfigError(
+            f"sampling.max_new_tokens, of a turn, is {longest}, and environment.max_tokens, of a trajectory, "
+            f"{settings.max_tokens}; lower the first or raise the second"
+        )
 
 
 def _check_ahead(config: RunConfig) -> None:

@@ -22,23 +22,26 @@ def with_completions(examples: Sequence[Example], sampled: Sequence[Sequence[Sam
 
     Raises PluginError where a sampler returns another number of log-probabilities than tokens.
     """
-    grown = [
-        replace(e, completions=tuple(Completion(torch.tensor(s.tokens, dtype=torch.int32)) for s in some))
-        for e, some in zip(examples, sampled, strict=True)
-    ]
+    grown = [replace(e, completions=tuple(map(completion_of, some))) for e, some in zip(examples, sampled, strict=True)]
     ended = torch.tensor([s.ended for some in sampled for s in some], device=like.device)
     made = batch_of(grown, like.layout, like.device).attach(per_completion={"ended": ended})
     flat = [s for some in sampled for s in some]
     if all(s.logps is None for s in flat):
         return made
     for s in flat:
-        if s.logps is None or len(s.logps) != len(s.tokens):
+        if s.logps is None or len(s.logps) != s.n_sampled:
             raise PluginError(
-                f"the sampler returned {len(s.logps or ())} log-probabilities for a completion of {len(s.tokens)} "
+                f"the sampler returned {len(s.logps or ())} log-probabilities for a completion of {s.n_sampled} "
                 "tokens; it must return one for each token, or none for all completions"
             )
     logps = torch.tensor([x for s in flat for x in s.logps or ()], dtype=torch.float32, device=like.device)
     return made.attach(per_token={"sampler_logps": logps})
+
+
+def completion_of(sampled: Sampled) -> Completion:
+    """Return what was sampled as a completion of a tree."""
+    trained = None if sampled.trained is None else torch.tensor(sampled.trained, dtype=torch.bool)
+    return Completion(torch.tensor(sampled.tokens, dtype=torch.int32), trained)
 
 
 def answers_of(
@@ -55,17 +58,23 @@ def answers_of(
     return Answers(
         prompts=[e.asked for e, _ in flat],
         completions=[
-            t if isinstance(e.asked, str) else [{"role": "assistant", "content": t}]
-            for (e, _), t in zip(flat, texts, strict=True)
+            t if isinstance(e.asked, str) else said(e, s) or [{"role": "assistant", "content": t}]
+            for (e, s), t in zip(flat, texts, strict=True)
         ],
         columns={name: [e.columns.get(name) for e, _ in flat] for name in names},
         rows=[e.row for e, _ in flat],
-        lengths=[len(s.tokens) for _, s in flat],
+        lengths=[s.n_sampled for _, s in flat],
         ended=[s.ended for _, s in flat],
         completion_ids=[list(s.tokens) for _, s in flat],
         raw_completions=raw,
         tool_calls=[tool_calls(text) for text in raw],
+        earned=[s.earned for _, s in flat],
     )
+
+
+def said(example: Example, sampled: Sampled) -> list[dict[str, Any]]:
+    """Return the messages of a trajectory after its prompt; none of a completion without an environment."""
+    return (sampled.messages or [])[len(example.asked) :]
 
 
 def unanswered(examples: Sequence[Example], columns: Sequence[str]) -> Answers:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignkit.config import Sampling
 from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.models.attention import dense_instead_of
 from alignkit.models.branches import BRANCHES
@@ -17,7 +16,7 @@ from alignkit.models.loading import causal_lm
 from alignkit.models.rope import switch_of
 from alignkit.rollout.batched import sampling_mode
 from alignkit.rollout.sampler import Sampled
-from alignkit.rollout_settings import continuous_lacks
+from alignkit.rollout_settings import Sampling, continuous_lacks
 
 PAGE = 32  # tokens
 

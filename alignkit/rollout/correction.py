@@ -19,9 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from alignkit.config import Sampling
 from alignkit.errors import ConfigError
-from alignkit.rollout_settings import Rollout
+from alignkit.rollout_settings import Rollout, Sampling
 from alignkit_kernels import sequence_sum
 
 LIMIT = 20.0  # log-ratios beyond it count as this in the metrics: e^20 is large enough to be noticed

@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.config import Sampling, validated
+from alignkit.config import validated
 from alignkit.errors import ConfigError, PluginError, nearest
+from alignkit.rollout_settings import Sampling
 
 CHANGEABLE = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "stop")
 _DRAWN = ("temperature", "top_p", "top_k")  # of a distribution, which a greedy completion is not drawn from

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.config import Sampling
 from alignkit.rollout.sampler import Sampled
+from alignkit.rollout_settings import Sampling
 
 
 def warpers(sampling: Sampling, ends: Sequence[int], width: int, device: torch.device, greedy: bool) -> list[Any]:

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alignkit.config import Sampling
 from alignkit.models.ranks import SINGLE, Ranks
 from alignkit.models.sharding import gathered
 from alignkit.rollout.mixture import Mixture
 from alignkit.rollout.own_servers import OwnServers
-from alignkit.rollout_settings import Rollout
+from alignkit.rollout_settings import Rollout, Sampling
+from alignkit.types import Example
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,24 @@ class Sampled:
     tokens: including the token that ended it, or the one that completed a stop string. ended: whether it ended this
     way; False where it was cut. logps: the sampler's own log-probabilities of the tokens, in nats; None where it
     computes what the trainer computes.
+
+    Of a trajectory with an environment, see `alignkit.environments`: trained: which tokens were sampled, the others are
+    read only; logps has those of the sampled ones. earned: what the environment paid. messages: the conversation,
+    prompt included. turns: of the assistant.
     """
 
     tokens: list[int]
     ended: bool
     logps: list[float] | None = None
+    trained: list[bool] | None = None
+    earned: float | None = None
+    messages: list[dict[str, Any]] | None = None
+    turns: int = 1
+
+    @property
+    def n_sampled(self) -> int:
+        """Tokens that were sampled."""
+        return len(self.tokens) if self.trained is None else sum(self.trained)
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class Request:
 
     seed: from 0 to 2^63 - 1. numbers: identify the prompts; with the seed they identify a completion's randomness.
     mixture: sample from it instead of from the model; only `generate` is asked for that. greedy: take the most likely
-    token each time.
+    token each time. examples: of the prompts, for a sampler that asks an environment.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -49,6 +62,7 @@ class Request:
     numbers: Sequence[int] = ()
     mixture: Mixture | None = None
     greedy: bool = False
+    examples: Sequence[Example] = ()
 
 
 @dataclass(frozen=True)

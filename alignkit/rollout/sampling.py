@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alignkit.config import Sampling
 from alignkit.data.chat import turn_end
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.models.loading import causal_lm
@@ -15,6 +14,7 @@ from alignkit.rollout.batched import Batched
 from alignkit.rollout.continuous import sample_continuously
 from alignkit.rollout.mixture import Mixture
 from alignkit.rollout.sampler import Request, Sampled, Sampler, Setup
+from alignkit.rollout_settings import Sampling
 
 DEFAULTS = Sampling()
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from alignkit.config import Sampling
 from alignkit.errors import RolloutError
 from alignkit.rollout.noise import splitmix
 from alignkit.rollout.sampler import Request, Sampled
 from alignkit.rollout.servers import ServerError
+from alignkit.rollout_settings import Sampling
 
 _MOST_STOPS = 4  # strings in a request to vLLM 0.32
 _BITS = 2**40 - 1  # of a prompt's seed; its completions' seeds follow, and vLLM's seeds have 63 bits

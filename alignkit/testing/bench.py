@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.config import Sampling
 from alignkit.engine import averages
 from alignkit.method import Method
 from alignkit.models.packing import batch_of
 from alignkit.models.values import ActorCritic
 from alignkit.rollout.draws import checked
+from alignkit.rollout_settings import Sampling
 from alignkit.testing.byhand import ScoredRow, score_of, score_rows
 from alignkit.testing.models import TinyModels
 from alignkit.testing.ranks import SimulatedRanks

@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignkit.config import Sampling
 from alignkit.rollout.sampler import Request, Sampled, Sampler, Setup
+from alignkit.rollout_settings import Sampling
 from alignkit.testing.suite import one_thread
 from alignkit.testing.world import EOS, tiny_model, tiny_tokenizer
 

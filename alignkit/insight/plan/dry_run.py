@@ -62,12 +62,16 @@ class _Online(Online):
     """Completions of maximum length, and scores, without a model."""
 
     def sample(self, ctx: Any, examples: Sequence[Example], draw: Draw, mixture: float | None) -> Any:
-        tokens = [0] * draw.sampling.max_new_tokens
+        tokens = [0] * self.longest(draw)
         return [[Sampled(tokens, True) for _ in range(draw.n)] for _ in examples]
+
+    def longest(self, draw: Draw) -> int:
+        """Return the tokens of a completion of maximum length."""
+        return self.config.longest_completion if self.config.environment else draw.sampling.max_new_tokens
 
     def answers(self, examples: Sequence[Example], sampled: Sequence[Sequence[Sampled]]) -> Answers:
         n = sum(map(len, sampled))
-        return Answers([""] * n, [""] * n, {}, [0] * n, [self.config.sampling.max_new_tokens] * n, [True] * n)
+        return Answers([""] * n, [""] * n, {}, [0] * n, [self.config.longest_completion] * n, [True] * n)
 
     def score(self, answers: Answers) -> Scores:
         return Scores([float(i % 3) for i in range(len(answers))], {})

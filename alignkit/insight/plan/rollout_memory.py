@@ -28,7 +28,7 @@ def rollout_bytes(
     text = lm.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    length = max(len(e.prompt) for e in examples) + config.sampling.max_new_tokens
+    length = max(len(e.prompt) for e in examples) + config.longest_completion
     per_layer = 2 * n_rows * heads * length * width * (4 if cpu else next(policy.parameters()).element_size())
     ledger = Ledger()
     with ledger, torch.no_grad():

@@ -47,7 +47,7 @@ def servers_of(
         raise ConfigError(f"--server-gpus {gpus}: the model's {heads} attention heads cannot be split; give a divisor")
     weights = -(-size * sum(p.numel() for p in model.parameters()) // gpus)
     per_token = size * about.num_hidden_layers * _kept(about, gpus)
-    length = max(len(e.prompt) for e in examples) + config.sampling.max_new_tokens
+    length = max(len(e.prompt) for e in examples) + config.longest_completion
     fit = None if limit is None else max(0, int((USED * limit - weights) // (per_token * length)))
     return Servers(n, gpus, weights, per_token, length, fit)
 

@@ -1,0 +1,46 @@
+"""The contract of environments: what answers the assistant's turns of a trajectory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an environment answers.
+
+    messages: go on with the conversation, such as {"role": "tool", ...} or {"role": "user", ...}; they are read by the
+    policy and never learned. reward: added to the trajectory's. done: whether the trajectory ends here.
+    """
+
+    messages: Sequence[Message] = ()
+    reward: float = 0.0
+    done: bool = False
+
+
+class Environment(ABC):
+    """The surroundings of one trajectory: a run makes one for each completion that it samples.
+
+    schemas: JSON schemas of tools, for the prompts of rows without `tools`.
+    """
+
+    schemas: Sequence[Mapping[str, Any]] = ()
+
+    def reset(self, row: Mapping[str, Any]) -> None:  # noqa: B027 - most environments read nothing
+        """Begin a trajectory. row: the columns of the prompt's row."""
+
+    @abstractmethod
+    def step(self, messages: Sequence[Message]) -> Step | Awaitable[Step]:
+        """Answer the assistant; async functions of a batch run at the same time, others one after the other in threads.
+
+        messages: the conversation, its prompt first. The last one is the assistant's: "content", its text, and
+        "tool_calls" where it has some, each {"name": ..., "arguments": {...}}. What this raises ends the run.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most environments hold nothing
+        """End a trajectory, however it ended."""

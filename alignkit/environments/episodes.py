@@ -1,0 +1,181 @@
+"""A sampler of trajectories: it asks another sampler for each turn, and an environment for what comes between them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from alignkit.data.stream import seed_of
+from alignkit.environment_settings import EnvironmentSettings
+from alignkit.environments.calling import called
+from alignkit.environments.contract import Environment, Message, Step
+from alignkit.environments.turns import Turns
+from alignkit.errors import AlignkitError, RolloutError, at_place
+from alignkit.models.ranks import Ranks
+from alignkit.rollout.sampler import Request, Sampled, Sampler
+from alignkit.rollout.tool_calls import tool_calls
+from alignkit.types import Example
+
+
+@dataclass
+class Trajectory:
+    """One completion of several turns, as far as it goes.
+
+    number: identifies its randomness after the first turn. tokens, trained, logps: of all turns; what an environment
+    says is read only. over: nothing is added any more. ended: by the environment, not by a limit.
+    """
+
+    example: Example
+    number: int
+    environment: Environment
+    messages: list[Message]
+    tokens: list[int] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+    logps: list[float] | None = None
+    reward: float = 0.0
+    turns: int = 0
+    over: bool = False
+    ended: bool = False
+
+    def says(self, turn: Sampled) -> None:
+        """Add a sampled turn."""
+        if turn.logps is not None:
+            self.logps = [*(self.logps or []), *turn.logps]
+        self.tokens += turn.tokens
+        self.trained += [True] * len(turn.tokens)
+        self.turns += 1
+
+    def reads(self, tokens: Sequence[int]) -> None:
+        """Add what the environment says."""
+        self.tokens += tokens
+        self.trained += [False] * len(tokens)
+
+    def sampled(self) -> Sampled:
+        """Return it as a completion."""
+        return Sampled(self.tokens, self.ended, self.logps, self.trained, self.reward, self.messages, self.turns)
+
+
+class Episodes(Sampler):
+    """Samples trajectories by a sampler of turns.
+
+    make: returns a new environment. shared: the ranks, where they sample in step because they share a sharded policy.
+    """
+
+    def __init__(
+        self,
+        turns: Sampler,
+        make: Callable[[], Environment],
+        settings: EnvironmentSettings,
+        text: Turns,
+        shared: Ranks | None = None,
+    ) -> None:
+        self.turns, self.make, self.settings, self.text, self.shared = turns, make, settings, text, shared
+        self.processed = turns.processed
+
+    @property
+    def version(self) -> int | None:  # type: ignore[override]
+        """That of the sampler of turns."""
+        return self.turns.version
+
+    @version.setter
+    def version(self, value: int | None) -> None:
+        """Set that of the sampler of turns."""
+        self.turns.version = value
+
+    def update(self, version: int, model: nn.Module) -> None:
+        """Put the weights in force, in the sampler of turns."""
+        self.turns.update(version, model)
+        self.processed = self.turns.processed
+
+    def close(self) -> None:
+        """Close the sampler of turns."""
+        self.turns.close()
+
+    def sample(self, request: Request) -> list[list[Sampled]]:
+        """Return the trajectories of each prompt, [prompt][trajectory]. Raises RolloutError, the environment's too."""
+        numbers = request.numbers or range(len(request.prompts))
+        if text := next((e for e in request.examples if isinstance(e.asked, str)), None):
+            raise RolloutError(f"environment: the prompt of row {text.row} is text; give it as messages")
+        played = [
+            Trajectory(example, number * request.n + k, self.make(), list(example.asked))  # type: ignore[arg-type]
+            for example, number in zip(request.examples, numbers, strict=True)
+            for k in range(request.n)
+        ]
+        try:
+            self._answers([(t, t.environment.reset, t.example.columns) for t in played])
+            for turn in range(self.settings.max_turns):
+                if not self._goes_on(played):
+                    break
+                self._turn(request, played, turn)
+        finally:
+            for t in played:
+                t.environment.close()
+        flat = [t.sampled() for t in played]
+        return [flat[i : i + request.n] for i in range(0, len(flat), request.n)]
+
+    def _goes_on(self, played: Sequence[Trajectory]) -> bool:
+        live = any(not t.over for t in played)
+        return bool(self.shared.most(int(live))) if self.shared else live
+
+    def _turn(self, request: Request, played: Sequence[Trajectory], turn: int) -> None:
+        """Sample a turn of all trajectories that go on, and let their environments answer."""
+        live = [t for t in played if not t.over]
+        if turn == 0:
+            found = [s for some in self.turns.sample(request) for s in some]
+        else:
+            later = replace(
+                request, prompts=[[*t.example.prompt.tolist(), *t.tokens] for t in live], n=1,
+                seed=seed_of(request.seed, 13, turn), numbers=[t.number for t in live], examples=(),
+            )  # fmt: skip
+            found = [some[0] for some in self.turns.sample(later)]
+        answering = []
+        for t, sampled in zip(live, found, strict=True):
+            t.says(sampled)
+            t.messages = [*t.messages, self._message(sampled)]
+            t.over = not sampled.ended  # a turn that was cut in the middle cannot be answered
+            if not t.over:
+                answering.append(t)
+        steps = self._answers([(t, t.environment.step, t.messages) for t in answering])
+        for t, step in zip(answering, steps, strict=True):
+            self._take(t, step, request.sampling.max_new_tokens)
+
+    def _message(self, turn: Sampled) -> Message:
+        raw = self.text.tokenizer.decode(turn.tokens, skip_special_tokens=False)
+        said = {"role": "assistant", "content": self.text.tokenizer.decode(turn.tokens, skip_special_tokens=True)}
+        calls = tool_calls(raw)
+        return {**said, "tool_calls": calls} if calls else said
+
+    def _take(self, t: Trajectory, step: Step, longest_turn: int) -> None:
+        """Add an answer; a trajectory ends by it, or where no whole turn fits any more, before what nothing follows."""
+        t.reward += step.reward
+        t.ended = step.done
+        t.messages = [*t.messages, *step.messages]
+        tokens = [] if step.done else self.text.tokens(t.tokens[-1], step.messages)
+        fits = len(t.tokens) + len(tokens) + longest_turn <= self.settings.max_tokens
+        t.over = step.done or t.turns == self.settings.max_turns or not fits
+        if not t.over:
+            t.reads(tokens)
+
+    def _answers(self, asked: Sequence[tuple[Trajectory, Callable[[Any], Any], Any]]) -> list[Any]:
+        """Call environments, all at the same time, each within the time-out. Raises RolloutError naming the row."""
+
+        async def one(t: Trajectory, call: Callable[[Any], Any], value: Any) -> Any:
+            try:
+                return await asyncio.wait_for(called(partial(call, value)), self.settings.timeout)
+            except TimeoutError:
+                problem = f"gave no answer within {self.settings.timeout:g} s (environment.timeout)"
+            except AlignkitError:
+                raise
+            except Exception as error:  # an environment is the user's code
+                problem = f"failed: {type(error).__name__}: {error}{at_place(error)}"
+            raise RolloutError(f"environment: row {t.example.row}: {type(t.environment).__name__} {problem}") from None
+
+        async def every() -> list[Any]:
+            return await asyncio.gather(*(one(*each) for each in asked))
+
+        return asyncio.run(every())
