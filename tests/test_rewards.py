@@ -402,7 +402,7 @@ def open_to_columns(completions: Sequence[str], scale: float = 1.0, **columns: A
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("lenght", r"no reward is called 'lenght'. Did you mean 'length'\? Names: brevity, exact, format"),
+        ("lenght", r"no reward is called 'lenght'. Did you mean 'length'\? Names: brevity, environment, exact, format"),
         ("no/such/folder", "the folder 'no/such/folder' does not exist"),
         ("no_such_module:f", "'no_such_module:f' cannot be imported: ModuleNotFoundError"),
         ("MODULE:wrds", r"has no 'wrds'. Did you mean 'words'\?"),
