@@ -345,6 +345,41 @@ def test_an_environment_that_fails_is_named_with_its_row(step: Any, words: str, 
         episodes.sample(Request([one.prompt.tolist()], Sampling(), examples=[one]))
 
 
+class OfTwo:
+    """Stands for two ranks that share a policy; says what the other one has."""
+
+    def __init__(self, *other: int) -> None:
+        self.other, self.own = list(other), list[int]()
+
+    def most(self, n: int) -> int:
+        self.own.append(n)
+        return max(n, self.other.pop(0))
+
+
+def test_ranks_that_share_a_policy_play_as_many_turns_and_stop_where_one_fails(tokenizer: Any) -> None:
+    def episodes(other: OfTwo, use: Any) -> tuple[Scripted, Episodes]:
+        settings = EnvironmentSettings(use=use)
+        sampler = Scripted(tokenizer)
+        return sampler, Episodes(sampler, maker(settings), settings, Turns(tokenizer, Chat()), other)  # type: ignore[arg-type]
+
+    one = example(tokenizer, 1)
+    request = Request([one.prompt.tolist()], Sampling(max_new_tokens=8), examples=[one])
+    slower = OfTwo(1, 1, 1, 0)
+    sampler, longer = episodes(slower, Counting)
+    assert longer.sample(request)[0][0].turns == 1
+    assert slower.own == [1, 0, 0, 0]
+    assert [len(r.prompts) for r in sampler.requests] == [1, 0, 0]  # it takes part in the other's turns
+    failing = OfTwo(1, 2)
+    sampler, stopped = episodes(failing, Counting)
+    stopped.sample(request)  # the rank that failed says why, after this
+    assert len(sampler.requests) == 1
+    faulty = type("Faulty", (Environment,), {"step": lambda self, m: 1 / 0})
+    told = OfTwo(1, 1)
+    with pytest.raises(RolloutError, match="Faulty failed: ZeroDivisionError"):
+        episodes(told, faulty)[1].sample(request)
+    assert told.own == [1, 2]
+
+
 def test_a_batch_learns_what_was_sampled_only(tokenizer: Any) -> None:
     examples = [example(tokenizer, 2)]
     made, sampler = play(tokenizer, examples, n=2)

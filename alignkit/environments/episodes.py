@@ -21,6 +21,8 @@ from alignkit.rollout.sampler import Request, Sampled, Sampler
 from alignkit.rollout.tool_calls import tool_calls
 from alignkit.types import Example
 
+OVER, LIVE, FAILED = range(3)  # of a rank's trajectories; the largest of all ranks counts
+
 
 @dataclass
 class Trajectory:
@@ -107,20 +109,29 @@ class Episodes(Sampler):
             for k in range(request.n)
         ]
         try:
-            self._answers([(t, t.environment.reset, t.example.columns) for t in played])
-            for turn in range(self.settings.max_turns):
-                if not self._goes_on(played):
-                    break
-                self._turn(request, played, turn)
+            self._play(request, played)
         finally:
             for t in played:
                 t.environment.close()
         flat = [t.sampled() for t in played]
         return [flat[i : i + request.n] for i in range(0, len(flat), request.n)]
 
-    def _goes_on(self, played: Sequence[Trajectory]) -> bool:
-        live = any(not t.over for t in played)
-        return bool(self.shared.most(int(live))) if self.shared else live
+    def _play(self, request: Request, played: Sequence[Trajectory]) -> None:
+        """Play all to their ends. Ranks that share a policy play as many turns, and stop where one fails."""
+        problem: RolloutError | None = None
+        for turn in range(-1, self.settings.max_turns):
+            try:
+                if turn < 0:
+                    self._answers([(t, t.environment.reset, t.example.columns) for t in played])
+                else:
+                    self._turn(request, played, turn)
+            except RolloutError as error:
+                problem = error  # the others are told before it is raised
+            state = FAILED if problem else LIVE if any(not t.over for t in played) else OVER
+            if (self.shared.most(state) if self.shared else state) != LIVE:
+                break
+        if problem is not None:
+            raise problem
 
     def _turn(self, request: Request, played: Sequence[Trajectory], turn: int) -> None:
         """Sample a turn of all trajectories that go on, and let their environments answer."""
