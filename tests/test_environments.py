@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from alignkit.environments import Tools
 from alignkit.environments.build import maker
 from alignkit.environments.episodes import Episodes
 from alignkit.environments.turns import Turns
-from alignkit.errors import AlignkitError, ConfigError, PluginError, RolloutError
+from alignkit.errors import AlignkitError, ConfigError, ModelError, PluginError, RolloutError
 from alignkit.rollout.completions import answers_of, with_completions
 from alignkit.rollout_settings import Sampling
 from alignkit.runs.folder import read_metrics
@@ -218,6 +220,13 @@ def test_a_turn_without_a_call_ends_the_trajectory() -> None:
     assert asyncio.run(Tools([double]).step([user("q"), assistant("8")])) == Step([], 0.0, True)
 
 
+def test_tools_need_names_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="two tools are called 'double'; rename one of them"):
+        Tools([double, double])
+    with pytest.raises(ConfigError, match=r"the tool functools.partial\(.*\) has no name; wrap it in a `def`"):
+        Tools([partial(double, 3)])
+
+
 def test_the_schemas_of_tools() -> None:
     [schema] = Tools([double]).schemas
     assert schema["function"]["name"] == "double"
@@ -274,7 +283,7 @@ def example(tokenizer: Any, turns: int, row: int = 1) -> Example:
 
 def play(tokenizer: Any, examples: list[Example], n: int = 1, turns: Sequence[list[int]] = (), **given: Any) -> Any:
     sampler = Scripted(tokenizer, turns)
-    settings = EnvironmentSettings(use=Counting, **given)
+    settings = EnvironmentSettings(**{"use": Counting} | given)
     episodes = Episodes(sampler, maker(settings), settings, Turns(tokenizer, Chat()))
     prompts = [e.prompt.tolist() for e in examples]
     request = Request(prompts, Sampling(max_new_tokens=8), n, seed=3, numbers=[7, 9][: len(prompts)], examples=examples)
@@ -343,6 +352,77 @@ def test_an_environment_that_fails_is_named_with_its_row(step: Any, words: str, 
     one = example(tokenizer, 1, row=4)
     with pytest.raises(RolloutError, match=words):
         episodes.sample(Request([one.prompt.tolist()], Sampling(), examples=[one]))
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (None, "must return an alignkit.Step, got NoneType"),
+        (Step([user("x")], reward=None), "must give a finite number as reward, got None"),  # type: ignore[arg-type]
+        (Step([user("x")], reward=float("nan")), "must give a finite number as reward, got nan"),
+        (Step([user("x")], reward="1"), "must give a finite number as reward, got '1'"),  # type: ignore[arg-type]
+        (Step(user("x")), "must give a list of messages, got dict"),  # type: ignore[arg-type]
+        (Step("more"), "must give a list of messages, got str"),  # type: ignore[arg-type]
+        (Step(["more"]), "must give messages with a role, got 'more'"),  # type: ignore[list-item]
+        (Step([assistant("I")]), "must not speak as the assistant"),
+        (Step(), "gave no message to go on with; set done=True"),
+    ],
+)
+def test_a_wrong_step_is_named_with_its_row(step: Any, words: str, tokenizer: Any) -> None:
+    odd = type("Odd", (Environment,), {"step": lambda self, m: step})
+    with pytest.raises(RolloutError, match=re.escape(f"environment: row 4: Odd.step {words}")):
+        play(tokenizer, [example(tokenizer, 1, row=4)], use=odd)
+
+
+def test_a_tool_that_hangs_is_an_answer_in_a_trajectory(tokenizer: Any) -> None:
+    call = '<tool_call>{"name": "hangs", "arguments": {"n": 1}}</tool_call>'
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    turns = [[*ids(tokenizer, call), end], [*ids(tokenizer, "yes"), end]]
+    ((one,),), _ = play(tokenizer, [example(tokenizer, 1)], turns=turns, use=None, tools=[hangs], timeout=0.2)
+    assert [m["content"] for m in one.messages if m["role"] == "tool"] == ["error: hangs gave no answer within 0.2 s"]
+    assert (one.turns, one.ended) == (2, True)
+
+
+class Keeping(Environment):
+    """Has a task of its own, which must go on from turn to turn, and counts those that are closed."""
+
+    closed: ClassVar[list[bool]] = []
+
+    async def step(self, messages: Sequence[Any]) -> Step:
+        if not hasattr(self, "task"):
+            self.task = asyncio.create_task(asyncio.sleep(30))
+            return Step([user("more")])
+        return Step(reward=float(not self.task.done()), done=True)
+
+    def close(self) -> None:
+        self.closed.append(True)
+        raise ValueError("closing")
+
+
+def test_async_environments_keep_their_loop_also_inside_of_another(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def notebook() -> Any:
+        return play(tokenizer, [example(tokenizer, 1)], n=2, use=Keeping)
+
+    ((one, two),), _ = asyncio.run(notebook())
+    assert (one.earned, two.earned) == (1.0, 1.0)
+    assert len(Keeping.closed) == 2  # although the first one fails
+    assert "close failed: ValueError: closing" in caplog.text
+
+
+def test_what_was_made_is_closed_where_the_next_cannot_be_made(tokenizer: Any) -> None:
+    made: list[Any] = []
+
+    def factory() -> Environment:
+        if len(made) == 2:
+            raise ValueError("no more")
+        made.append(Counting())
+        return made[-1]
+
+    with pytest.raises(RolloutError, match="cannot be made: ValueError"):
+        play(tokenizer, [example(tokenizer, 1)], n=3, use=factory)
+    assert Counting.open == 0
 
 
 class OfTwo:
@@ -528,3 +608,9 @@ def test_the_pages_environment_plays(tokenizer: Any) -> None:
     said = [m["content"].strip() for m in made.messages[1:]]
     assert said == ["no", "Say a number.", "1", "higher", "7"]
     assert (made.earned, made.ended) == (pytest.approx(0.9), True)
+
+
+def test_a_trajectory_that_the_model_has_no_positions_for_names_its_limit(run: dict[str, Any]) -> None:
+    asks = run | {"environment": {"use": Guess}}
+    with pytest.raises(ModelError, match=r"lower max_prompt_tokens and environment.max_tokens to 256 in total"):
+        alignkit.run("grpo", **asks, group_size=2)

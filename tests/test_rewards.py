@@ -493,3 +493,15 @@ def test_running_moments_survive_json() -> None:
     moments.update(3, 1 / 3, 0.1)
     again.load_state_dict(json.loads(json.dumps(moments.state_dict())))
     assert (again.count, again.mean, again.m2) == (3, 1 / 3, 0.1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>{"name": "a", "arguments": {"x": "<function=b><parameter=y>1</parameter></function>"}}</tool_call>',
+        '{"name": "a", "arguments": {"x": "<function=b><parameter=y>1</parameter></function>"}}',
+        '<function=a><parameter=x><tool_call>{"name": "b", "arguments": {}}</tool_call></parameter></function>',
+    ],
+)
+def test_what_an_argument_spells_out_is_no_call(text: str) -> None:
+    assert [call["name"] for call in tool_calls(text)] == ["a"]

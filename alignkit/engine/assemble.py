@@ -165,7 +165,9 @@ def _layout(
     if method.data == "prompts":
         longest = config.longest_completion
         known = with_placeholders(known, longest)
-    fits = partial(check_fit, plain.model, longest=longest, mixes=method.reference_need() == "live" and longest is None)
+    mixes = method.reference_need() == "live" and longest is None
+    limit = "environment.max_tokens" if config.environment else "sampling.max_new_tokens"
+    fits = partial(check_fit, plain.model, longest=longest, mixes=mixes, sampled=limit)
     fits(known)
     if splits.streamed is not None:
         splits.streamed.check = lambda examples: fits([method.longest(e) for e in examples])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 Message = dict[str, Any]
@@ -44,3 +46,22 @@ class Environment(ABC):
 
     def close(self) -> None:  # noqa: B027 - most environments hold nothing
         """End a trajectory, however it ended."""
+
+
+def wrong(step: Any) -> str | None:
+    """Return what is wrong about an environment's answer, after its name; None where it is a valid Step."""
+    if not isinstance(step, Step):
+        return f"must return an alignkit.Step, got {type(step).__name__}"
+    if isinstance(step.reward, bool | str) or not isinstance(step.reward, Real) or not math.isfinite(step.reward):
+        return f"must give a finite number as reward, got {step.reward!r}"
+    said = step.messages
+    if isinstance(said, str | Mapping) or not isinstance(said, Sequence):
+        return f"must give a list of messages, got {type(said).__name__}"
+    for message in said:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return f"must give messages with a role, got {message!r:.200}"
+        if message["role"] == "assistant":
+            return "must not speak as the assistant: only what the policy samples is learned"
+    if not said and not step.done:
+        return "gave no message to go on with; set done=True where the trajectory ends"
+    return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,14 +15,18 @@ from torch import nn
 from alignkit.data.stream import seed_of
 from alignkit.environment_settings import EnvironmentSettings
 from alignkit.environments.calling import called
-from alignkit.environments.contract import Environment, Message, Step
+from alignkit.environments.contract import Environment, Message, Step, wrong
+from alignkit.environments.tools import Tools
 from alignkit.environments.turns import Turns
-from alignkit.errors import AlignkitError, RolloutError, at_place
+from alignkit.errors import AlignkitError, RolloutError, at_place, first_line
 from alignkit.models.ranks import Ranks
+from alignkit.rewards.event_loop import EventLoop
+from alignkit.rewards.limits import LateError
 from alignkit.rollout.sampler import Request, Sampled, Sampler
 from alignkit.rollout.tool_calls import tool_calls
 from alignkit.types import Example
 
+logger = logging.getLogger(__name__)
 OVER, LIVE, FAILED = range(3)  # of a rank's trajectories; the largest of all ranks counts
 
 
@@ -78,6 +84,7 @@ class Episodes(Sampler):
     ) -> None:
         self.turns, self.make, self.settings, self.text, self.shared = turns, make, settings, text, shared
         self.processed = turns.processed
+        self._loop: EventLoop | None = None  # kept from turn to turn: what is async belongs to the loop that began it
 
     @property
     def version(self) -> int | None:  # type: ignore[override]
@@ -97,32 +104,68 @@ class Episodes(Sampler):
     def close(self) -> None:
         """Close the sampler of turns."""
         self.turns.close()
+        if self._loop is not None:
+            self._loop.close()
 
     def sample(self, request: Request) -> list[list[Sampled]]:
         """Return the trajectories of each prompt, [prompt][trajectory]. Raises RolloutError, the environment's too."""
-        numbers = request.numbers or range(len(request.prompts))
-        if text := next((e for e in request.examples if isinstance(e.asked, str)), None):
-            raise RolloutError(f"environment: the prompt of row {text.row} is text; give it as messages")
-        played = [
-            Trajectory(example, number * request.n + k, self.make(), list(example.asked))  # type: ignore[arg-type]
-            for example, number in zip(request.examples, numbers, strict=True)
-            for k in range(request.n)
-        ]
+        played: list[Trajectory] = []
         try:
             self._play(request, played)
         finally:
-            for t in played:
-                t.environment.close()
+            self._end(played)
         flat = [t.sampled() for t in played]
         return [flat[i : i + request.n] for i in range(0, len(flat), request.n)]
 
-    def _play(self, request: Request, played: Sequence[Trajectory]) -> None:
+    def _begin(self, request: Request, played: list[Trajectory]) -> None:
+        """Add the trajectories of the request's prompts, each with an environment that begins."""
+        numbers = request.numbers or range(len(request.prompts))
+        for example, number in zip(request.examples, numbers, strict=True):
+            if isinstance(example.asked, str):
+                raise RolloutError(f"environment: the prompt of row {example.row} is text; give it as messages")
+            for k in range(request.n):
+                try:
+                    made = self.make()
+                except AlignkitError as error:
+                    raise RolloutError(str(error)) from error
+                played.append(Trajectory(example, number * request.n + k, made, list(example.asked)))
+        self._answers([(t, t.environment.reset, t.example.columns) for t in played])
+
+    def _end(self, played: Sequence[Trajectory]) -> None:
+        """Close all environments; one that fails is a warning, so that it hides no error and no trajectory."""
+
+        async def one(t: Trajectory) -> None:
+            try:
+                await asyncio.wait_for(called(t.environment.close), self.settings.timeout)
+            except Exception as error:  # an environment is the user's code
+                logger.warning("environment: row %d: close failed: %s", t.example.row, first_line(error))
+
+        if any(type(t.environment).close is not Environment.close for t in played):
+            self._run([one(t) for t in played])
+
+    def _run(self, calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Run calls, all at the same time. Raises RolloutError where they block each other."""
+
+        async def every() -> list[Any]:
+            return await asyncio.gather(*calls)
+
+        deadline = time.monotonic() + 2 * self.settings.timeout + 5
+        self._loop = self._loop or EventLoop()
+        try:
+            return self._loop.run(every(), lambda: "blocked" if time.monotonic() > deadline else "")
+        except LateError:
+            self._loop = None
+            raise RolloutError(
+                "environment: an async function blocks the others; await in it, or define it without async"
+            ) from None
+
+    def _play(self, request: Request, played: list[Trajectory]) -> None:
         """Play all to their ends. Ranks that share a policy play as many turns, and stop where one fails."""
         problem: RolloutError | None = None
         for turn in range(-1, self.settings.max_turns):
             try:
                 if turn < 0:
-                    self._answers([(t, t.environment.reset, t.example.columns) for t in played])
+                    self._begin(request, played)
                 else:
                     self._turn(request, played, turn)
             except RolloutError as error:
@@ -153,6 +196,8 @@ class Episodes(Sampler):
                 answering.append(t)
         steps = self._answers([(t, t.environment.step, t.messages) for t in answering])
         for t, step in zip(answering, steps, strict=True):
+            if problem := wrong(step):
+                raise RolloutError(f"environment: row {t.example.row}: {type(t.environment).__name__}.step {problem}")
             self._take(t, step, request.sampling.max_new_tokens)
 
     def _message(self, turn: Sampled) -> Message:
@@ -176,17 +221,13 @@ class Episodes(Sampler):
         """Call environments, all at the same time, each within the time-out. Raises RolloutError naming the row."""
 
         async def one(t: Trajectory, call: Callable[[Any], Any], value: Any) -> Any:
+            seconds = None if isinstance(t.environment, Tools) else self.settings.timeout  # tools limit each call
             try:
-                return await asyncio.wait_for(called(partial(call, value)), self.settings.timeout)
+                return await asyncio.wait_for(called(partial(call, value)), seconds)
             except TimeoutError:
                 problem = f"gave no answer within {self.settings.timeout:g} s (environment.timeout)"
-            except AlignkitError:
-                raise
             except Exception as error:  # an environment is the user's code
                 problem = f"failed: {type(error).__name__}: {error}{at_place(error)}"
             raise RolloutError(f"environment: row {t.example.row}: {type(t.environment).__name__} {problem}") from None
 
-        async def every() -> list[Any]:
-            return await asyncio.gather(*(one(*each) for each in asked))
-
-        return asyncio.run(every())
+        return self._run([one(*each) for each in asked])

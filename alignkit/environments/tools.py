@@ -24,6 +24,11 @@ class Tools(Environment):
     """
 
     def __init__(self, functions: Sequence[Function], seconds: float = 30.0) -> None:
+        names = [getattr(f, "__name__", None) for f in functions]
+        if None in names:
+            raise ConfigError(f"environment: the tool {functions[names.index(None)]!r} has no name; wrap it in a `def`")
+        if twice := sorted({str(n) for n in names if names.count(n) > 1}):
+            raise ConfigError(f"environment: two tools are called '{twice[0]}'; rename one of them")
         self.functions = {f.__name__: f for f in functions}
         self.seconds = seconds
 

@@ -30,11 +30,18 @@ def longest_sequence(example: Example) -> int:
     return len(example.prompt) + max((len(c.tokens) for c in example.completions), default=0)
 
 
-def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None = None, mixes: bool = False) -> None:
+def check_fit(
+    model: nn.Module,
+    examples: Sequence[Example],
+    longest: int | None = None,
+    mixes: bool = False,
+    sampled: str = "sampling.max_new_tokens",
+) -> None:
     """Raise ModelError where the examples hold tokens or positions that the model has no weights for.
 
-    longest: tokens of the longest completion that may be sampled. mixes: any completion may follow any prompt, so the
-    longest prompt counts. Rotary positions end where the model was trained, or where its rope_parameters extend them.
+    longest: tokens of the longest completion that may be sampled; sampled: the setting that limits it. mixes: any
+    completion may follow any prompt, so the longest prompt counts. Rotary positions end where the model was
+    trained, or where its rope_parameters extend them.
     """
     lm = causal_lm(model)
     known = lm.get_input_embeddings().weight.shape[0]
@@ -53,7 +60,7 @@ def check_fit(model: nn.Module, examples: Sequence[Example], longest: int | None
             n_sequences, beyond = n_sequences + 1, beyond + bool(limit and n_tokens > limit)
             most = max(most, (n_tokens, example.row))
     if beyond:
-        completions = "sampling.max_new_tokens" if longest else "max_completion_tokens"
+        completions = sampled if longest else "max_completion_tokens"
         rotary = getattr(config, "rope_parameters", None) is not None
         extend = ", or extend the positions by rope_parameters in its config.json, if it was made for that"
         raise ModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Qwen2.5 and Qwen3, Hermes: JSON in a tag; the tag may be missing where it is a special token
@@ -29,18 +29,29 @@ def tool_calls(text: str) -> list[dict[str, Any]]:
 
 
 def _calls(text: str) -> Iterator[dict[str, Any]]:
-    for match in _TAGGED.finditer(text):
-        yield from _from_json(match[1])
-    for match in _FUNCTION.finditer(text):
-        yield {"name": match[1], "arguments": {p[1]: _value(p[2]) for p in _PARAMETER.finditer(match[2])}}
-    for match in _GLM.finditer(text):
-        yield {"name": match[1], "arguments": {p[1]: _value(p[2]) for p in _GLM_ARGUMENT.finditer(match[2])}}
-    for match in _RECIPIENT.finditer(text):
-        if isinstance(arguments := _value(match[2]), dict):
-            yield {"name": match[1], "arguments": arguments}
+    """Read from left to right: what is inside of a call, such as text that spells out another one, is none."""
     bare = re.sub(r"<\|[^|<>]*\|>", "", text).strip()
-    if bare.startswith("{"):
-        yield from _from_json(bare)
+    if bare.startswith("{") and (alone := list(_from_json(bare))):
+        yield from alone
+        return
+    at = 0
+    while found := [(match.start(), i, match) for i, (p, _) in enumerate(_FORMATS) if (match := p.search(text, at))]:
+        _, i, match = min(found, key=lambda one: one[:2])
+        yield from _FORMATS[i][1](match)
+        at = match.end()
+
+
+def _function(match: re.Match[str]) -> Iterator[dict[str, Any]]:
+    yield {"name": match[1], "arguments": {p[1]: _value(p[2]) for p in _PARAMETER.finditer(match[2])}}
+
+
+def _glm(match: re.Match[str]) -> Iterator[dict[str, Any]]:
+    yield {"name": match[1], "arguments": {p[1]: _value(p[2]) for p in _GLM_ARGUMENT.finditer(match[2])}}
+
+
+def _addressed(match: re.Match[str]) -> Iterator[dict[str, Any]]:
+    if isinstance(arguments := _value(match[2]), dict):
+        yield {"name": match[1], "arguments": arguments}
 
 
 def _from_json(text: str) -> Iterator[dict[str, Any]]:
@@ -56,3 +67,11 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+_FORMATS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Iterator[dict[str, Any]]]], ...] = (
+    (_TAGGED, lambda match: _from_json(match[1])),
+    (_FUNCTION, _function),
+    (_GLM, _glm),
+    (_RECIPIENT, _addressed),
+)

@@ -69,6 +69,14 @@ def test_what_no_reward_applies_to_is_nobodys_baseline():
     assert counted.tolist() == [True, True, False, False, False, False]
 
 
+def test_equal_rewards_have_no_advantage_by_rounding():
+    for n in (3, 6, 7, 8):
+        for value in (100.1, 0.7, 1e-3):
+            advantages, counted = above_others(torch.full((2 * n,), value), torch.ones(2 * n, dtype=torch.bool), n)
+            assert advantages.tolist() == [0.0] * 2 * n
+            assert counted.all()
+
+
 def test_a_group_needs_two():
     with pytest.raises(ValueError, match="baseline: group compares the completions of a prompt; set group_size to 2"):
         Reinforce.Config(baseline="group")

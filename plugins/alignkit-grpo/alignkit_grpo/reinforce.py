@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from alignkit import Advice, Batch, Context, DataFacts, Method, MethodConfig, Models, Term, rollout_metrics
+from alignkit import Advice, Batch, Context, DataFacts, Method, MethodConfig, Models, Term, rollout_metrics, wins
 from alignkit_grpo.shaping import EPSILON, of_step
 from alignkit_kernels import gae, policy_loss
 
@@ -86,8 +86,9 @@ class Reinforce(Method["Reinforce.Config"]):
 
 def above_others(rewards: Tensor, scored: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return rewards minus their group's mean, [S], and which have a group of at least two; n: a group's size."""
-    groups, known = rewards.view(-1, n), scored.view(-1, n)
+    groups, known = rewards.view(-1, n).double(), scored.view(-1, n)
     n_known = known.sum(1, keepdim=True)
     mean = (groups * known).sum(1, keepdim=True) / n_known.clamp(min=1)
     counted = known & (n_known > 1)
-    return ((groups - mean) * counted).flatten(), counted.flatten()
+    apart = wins(groups, mean.expand_as(groups)) != 0.5  # else noise of rounding, which the deviation would enlarge
+    return ((groups - mean) * (counted & apart)).to(rewards.dtype).flatten(), counted.flatten()
