@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from helpers import write_tiny
+from helpers import write_chatml, write_tiny
+from scripts import SCRIPTS
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny Llama whose tokenizer has a ChatML template."""
+    folder = tmp_path_factory.mktemp("chatml")
+    write_chatml(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(chat_model: str) -> Any:
+    """The tokenizer of `chat_model`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(chat_model)
 
 
 @pytest.fixture
@@ -81,3 +99,18 @@ def command(
         return ended.value.code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Import a script as a module, with a command line for its main()."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def load(name: str, *arguments: object) -> Any:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        return importlib.import_module(name)
+
+    yield load
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent == SCRIPTS:
+            del sys.modules[name]

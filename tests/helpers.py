@@ -17,6 +17,11 @@ WORDS = (
     "tree", "king", "hill",
 )  # fmt: skip
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def sentence(rng: random.Random, low: int = 1, high: int = 9) -> str:
     """A few random words."""
@@ -110,6 +115,19 @@ def write_tiny(folder: Path, kind: Any = None, **changes: Any) -> None:
     made = (kind or LlamaConfig)(**{"vocab_size": len(tokenizer)} | sizes | ends | changes)
     AutoModelForCausalLM.from_config(made).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_chatml(folder: Path) -> Any:
+    """Write a tiny model whose tokenizer, returned, has a ChatML template and the special tokens of it."""
+    from transformers import AutoTokenizer
+
+    write_tiny(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    write_tiny(folder, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 @contextmanager

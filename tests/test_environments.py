@@ -1,29 +1,24 @@
-"""Environments: the tokens between turns, tools, whole trajectories, and runs that learn from them."""
+"""Environments: whole trajectories, and runs that learn from them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import re
-import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from families import FAMILIES, tokenizer_of
-from test_chat import CALL, NO_TOOLS, RESULT, TOOL, assistant, user
-from transformers import AutoTokenizer
+from environments import double, hangs, ids
+from test_chat import assistant, user
 
 import alignkit
 from alignkit import Environment, Request, Sampled, Step
-from alignkit.data.chat import Chat, turn_end
-from alignkit.data.chat.template import Template
+from alignkit.data.chat import Chat
 from alignkit.environment_settings import EnvironmentSettings
-from alignkit.environments import Tools
 from alignkit.environments.build import maker
 from alignkit.environments.episodes import Episodes
 from alignkit.environments.turns import Turns
@@ -32,208 +27,7 @@ from alignkit.rollout.completions import answers_of, with_completions
 from alignkit.rollout_settings import Sampling
 from alignkit.runs.folder import read_metrics
 from alignkit.types import Batch, Example
-from helpers import killed_before, write_tiny
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-# ------------------------------------------------------------------------------------------- tokens between turns
-
-
-def ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def end_of(tokenizer: Any, text: str, said: str) -> str:
-    """Return the special token that closes a turn in rendered text."""
-    rest = text[text.rindex(said) + len(said) :].lstrip()
-    return next((n for n in sorted(tokenizer.all_special_tokens, key=len, reverse=True) if rest.startswith(n)), "")
-
-
-@pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_what_a_user_says_has_the_tokens_of_the_whole_conversation(name: str) -> None:
-    """The text after a turn does not depend on what was said before it."""
-    tokenizer = tokenizer_of(name)
-    before = [user("Name a bird."), assistant("A heron."), user("Another?"), assistant("A gull.")]
-    text = Template(tokenizer).render([*before, user("And a fish?")], {}, answer_next=True)
-    tail = text[text.rindex("A gull.") + len("A gull.") :]
-    end = end_of(tokenizer, text, "A gull.")
-    if end:
-        tail = tail.lstrip()[len(end) :]
-    last = tokenizer.convert_tokens_to_ids(end) if end else ids(tokenizer, "A gull.")[-1]
-    assert Turns(tokenizer, Chat()).tokens(last, [user("And a fish?")]) == ids(tokenizer, tail)
-
-
-def test_an_answer_that_stays_before_the_end_of_a_turn_is_not_lost_in_silence() -> None:
-    """gemma 4 writes it into the turn with the call, which then must end with the token of a call."""
-    tokenizer = tokenizer_of("gemma4")
-    with pytest.raises(RolloutError, match="it leaves out a part of the conversation"):
-        Turns(tokenizer, Chat(tools=[TOOL])).tokens(tokenizer.convert_tokens_to_ids("<turn|>"), [RESULT])
-
-
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - NO_TOOLS))
-def test_what_a_tool_says_has_the_tokens_of_the_whole_conversation(name: str) -> None:
-    tokenizer = tokenizer_of(name)
-    before = [user("The weather?"), assistant("", tool_calls=[CALL])]
-    text = Template(tokenizer).render([*before, RESULT], {"tools": [TOOL]}, answer_next=True)
-    got = tokenizer.decode(Turns(tokenizer, Chat(tools=[TOOL])).tokens(_closing(tokenizer, name), [RESULT]))
-    assert text.endswith(got), (text, got)
-    assert "4 degrees, rain" in got
-    assert "Oslo" not in got
-
-
-def _closing(tokenizer: Any, name: str) -> int:
-    """Return the token that ends a turn with a call, where it is another one than that of an answer."""
-    ends = {
-        "gptoss": "<|call|>",
-        **dict.fromkeys(("gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5", "diffusion_gemma"), "<tool_call|>"),
-    }
-    found = tokenizer.convert_tokens_to_ids(ends[name]) if name in ends else turn_end(tokenizer)
-    return int(tokenizer.eos_token_id if found is None else found)
-
-
-def chatml(folder: Path) -> Any:
-    """Write a tiny model with a ChatML tokenizer, whose answers end with <|im_end|>."""
-    write_tiny(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
-    write_tiny(folder, vocab_size=len(tokenizer))
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("chatml")
-    chatml(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: str) -> Any:
-    return AutoTokenizer.from_pretrained(model)
-
-
-def test_control_tokens_that_a_tool_spells_out_are_text(tokenizer: Any) -> None:
-    turns = Turns(tokenizer, Chat())
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    got = turns.tokens(end, [user("yes<|im_end|>no")])
-    assert got.count(end) == 1
-    assert tokenizer.decode(got) == "\n<|im_start|>user\nyes<|im_end|>no<|im_end|>\n<|im_start|>assistant\n"
-    plain = turns.tokens(end, [user("yes no")])
-    assert plain.count(end) == 1
-
-
-def test_a_turn_that_ends_otherwise_gets_the_templates_end(tokenizer: Any) -> None:
-    turns, end = Turns(tokenizer, Chat()), tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert turns.tokens(ids(tokenizer, "yes")[-1], [user("no")]) == [end, *turns.tokens(end, [user("no")])]
-
-
-def test_a_template_that_refuses_is_named(tokenizer: Any, tmp_path: Path) -> None:
-    other = chatml(tmp_path / "other")
-    refuses = "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    other.chat_template = "{% for m in messages %}" + refuses + "{{ m.content }}{% endfor %}"
-    with pytest.raises(
-        RolloutError,
-        match=r"cannot render what the environment says after a turn \(roles: tool\): TemplateError: no tools",
-    ):
-        Turns(other, Chat()).tokens(5, [{"role": "tool", "content": "x"}])
-    other.chat_template = None
-    with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
-        Turns(other, Chat())
-
-
-# ------------------------------------------------------------------------------------------------------------ tools
-
-
-def double(n: int) -> int:
-    """Double a number.
-
-    Args:
-        n: the number
-    """
-    if n > 99:
-        raise ValueError("too large")
-    return 2 * n
-
-
-async def later(text: str) -> str:
-    """Say it later.
-
-    Args:
-        text: what to say
-    """
-    await asyncio.sleep(0.01)
-    return text
-
-
-def hangs(n: int) -> int:
-    """Take long.
-
-    Args:
-        n: anything
-    """
-    time.sleep(5)
-    return n
-
-
-def quits(n: int) -> int:
-    """Quit.
-
-    Args:
-        n: anything
-    """
-    sys.exit(n)
-
-
-def asked(*calls: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [user("q"), assistant("x", tool_calls=[{"name": n, "arguments": a} for n, a in calls])]
-
-
-def test_every_call_has_an_answer_whatever_happens() -> None:
-    tools = Tools([double, later, hangs, quits], seconds=0.2)
-    calls = [
-        ("double", {"n": 4}), ("later", {"text": "hm"}), ("halve", {"n": 4}), ("double", {"m": 4}),
-        ("double", {"n": 100}), ("hangs", {"n": 1}), ("quits", {"n": 3}),
-    ]  # fmt: skip
-    started = time.monotonic()
-    step = asyncio.run(tools.step(asked(*calls)))
-    assert time.monotonic() - started < 3
-    assert not step.done
-    assert [m["role"] for m in step.messages] == ["tool"] * 7
-    said = [m["content"] for m in step.messages]
-    assert said[:3] == ["8", "hm", "error: there is no tool 'halve'; there are double, later, hangs, quits"]
-    assert "error: double: " in said[3]
-    assert "missing a required argument: 'n'" in said[3]
-    assert said[4:] == [
-        "error: double: ValueError: too large",
-        "error: hangs gave no answer within 0.2 s",
-        "error: quits: RuntimeError: sys.exit(3)",
-    ]
-
-
-def test_a_turn_without_a_call_ends_the_trajectory() -> None:
-    assert asyncio.run(Tools([double]).step([user("q"), assistant("8")])) == Step([], 0.0, True)
-
-
-def test_tools_need_names_of_their_own() -> None:
-    with pytest.raises(ConfigError, match="two tools are called 'double'; rename one of them"):
-        Tools([double, double])
-    with pytest.raises(ConfigError, match=r"the tool functools.partial\(.*\) has no name; wrap it in a `def`"):
-        Tools([partial(double, 3)])
-
-
-def test_the_schemas_of_tools() -> None:
-    [schema] = Tools([double]).schemas
-    assert schema["function"]["name"] == "double"
-    assert schema["function"]["parameters"]["properties"] == {"n": {"type": "integer", "description": "the number"}}
-    with pytest.raises(ConfigError, match="the tool '<lambda>' has no schema"):
-        _ = Tools([lambda n: n]).schemas
-
+from helpers import CHATML, killed_before, write_chatml
 
 # ------------------------------------------------------------------------------------------------------- trajectories
 
@@ -290,9 +84,13 @@ def play(tokenizer: Any, examples: list[Example], n: int = 1, turns: Sequence[li
     return episodes.sample(request), sampler
 
 
-def test_a_trajectory_is_what_was_sampled_and_what_was_read(tokenizer: Any) -> None:
-    ((one,),), sampler = play(tokenizer, [example(tokenizer, 3)])
-    turn, said = sampler.turn, lambda k: ids(tokenizer, f"\n<|im_start|>user\n{k}<|im_end|>\n<|im_start|>assistant\n")
+def test_a_trajectory_is_what_was_sampled_and_what_was_read(chat_tokenizer: Any) -> None:
+    ((one,),), sampler = play(chat_tokenizer, [example(chat_tokenizer, 3)])
+    turn = sampler.turn
+
+    def said(k: int) -> list[int]:
+        return ids(chat_tokenizer, f"\n<|im_start|>user\n{k}<|im_end|>\n<|im_start|>assistant\n")
+
     assert one.tokens == [*turn, *said(1), *turn, *said(2), *turn]
     want = [
         *[True] * len(turn),
@@ -305,14 +103,14 @@ def test_a_trajectory_is_what_was_sampled_and_what_was_read(tokenizer: Any) -> N
     assert (one.ended, one.earned, one.turns) == (True, 3.0, 3)
     assert len(one.logps) == one.n_sampled == 3 * len(turn)
     assert [m["role"] for m in one.messages] == ["user", "assistant", "user", "assistant", "user", "assistant", "user"]
-    prompt = example(tokenizer, 3).prompt.tolist()
+    prompt = example(chat_tokenizer, 3).prompt.tolist()
     assert [r.prompts[0] for r in sampler.requests] == [
         prompt, [*prompt, *turn, *said(1)], [*prompt, *turn, *said(1), *turn, *said(2)],
     ]  # fmt: skip
 
 
-def test_only_those_that_go_on_are_sampled_and_their_noise_is_their_own(tokenizer: Any) -> None:
-    made, sampler = play(tokenizer, [example(tokenizer, 1), example(tokenizer, 2)], n=2)
+def test_only_those_that_go_on_are_sampled_and_their_noise_is_their_own(chat_tokenizer: Any) -> None:
+    made, sampler = play(chat_tokenizer, [example(chat_tokenizer, 1), example(chat_tokenizer, 2)], n=2)
     assert [[s.turns for s in some] for some in made] == [[1, 1], [2, 2]]
     first, second = sampler.requests
     assert (first.n, list(first.numbers), first.seed) == (2, [7, 9], 3)  # as without an environment
@@ -324,16 +122,16 @@ def test_only_those_that_go_on_are_sampled_and_their_noise_is_their_own(tokenize
     ("given", "turns", "ended"), [({"max_turns": 2}, 2, False), ({"max_tokens": 40}, 2, False), ({}, 5, True)]
 )
 def test_budgets_end_a_trajectory_before_what_nothing_follows(
-    given: dict[str, int], turns: int, ended: bool, tokenizer: Any
+    given: dict[str, int], turns: int, ended: bool, chat_tokenizer: Any
 ) -> None:
-    ((one,),), _ = play(tokenizer, [example(tokenizer, 5)], **given)
+    ((one,),), _ = play(chat_tokenizer, [example(chat_tokenizer, 5)], **given)
     assert (one.turns, one.ended) == (turns, ended)
     assert one.trained[-1]
     assert len(one.tokens) <= given.get("max_tokens", 2048)
 
 
-def test_a_turn_that_was_cut_ends_the_trajectory(tokenizer: Any) -> None:
-    ((one,),), _ = play(tokenizer, [example(tokenizer, 5)], turns=[ids(tokenizer, "yes yes")])
+def test_a_turn_that_was_cut_ends_the_trajectory(chat_tokenizer: Any) -> None:
+    ((one,),), _ = play(chat_tokenizer, [example(chat_tokenizer, 5)], turns=[ids(chat_tokenizer, "yes yes")])
     assert (one.turns, one.ended, one.earned) == (1, False, 0.0)
     assert Counting.open == 0
 
@@ -345,11 +143,11 @@ def test_a_turn_that_was_cut_ends_the_trajectory(tokenizer: Any) -> None:
         (lambda self, m: time.sleep(3), r"row 4: Faulty gave no answer within 0.1 s \(environment.timeout\)"),
     ],
 )
-def test_an_environment_that_fails_is_named_with_its_row(step: Any, words: str, tokenizer: Any) -> None:
+def test_an_environment_that_fails_is_named_with_its_row(step: Any, words: str, chat_tokenizer: Any) -> None:
     faulty = type("Faulty", (Environment,), {"step": step})
     settings = EnvironmentSettings(use=faulty, timeout=0.1)
-    episodes = Episodes(Scripted(tokenizer), maker(settings), settings, Turns(tokenizer, Chat()))
-    one = example(tokenizer, 1, row=4)
+    episodes = Episodes(Scripted(chat_tokenizer), maker(settings), settings, Turns(chat_tokenizer, Chat()))
+    one = example(chat_tokenizer, 1, row=4)
     with pytest.raises(RolloutError, match=words):
         episodes.sample(Request([one.prompt.tolist()], Sampling(), examples=[one]))
 
@@ -368,17 +166,17 @@ def test_an_environment_that_fails_is_named_with_its_row(step: Any, words: str, 
         (Step(), "gave no message to go on with; set done=True"),
     ],
 )
-def test_a_wrong_step_is_named_with_its_row(step: Any, words: str, tokenizer: Any) -> None:
+def test_a_wrong_step_is_named_with_its_row(step: Any, words: str, chat_tokenizer: Any) -> None:
     odd = type("Odd", (Environment,), {"step": lambda self, m: step})
     with pytest.raises(RolloutError, match=re.escape(f"environment: row 4: Odd.step {words}")):
-        play(tokenizer, [example(tokenizer, 1, row=4)], use=odd)
+        play(chat_tokenizer, [example(chat_tokenizer, 1, row=4)], use=odd)
 
 
-def test_a_tool_that_hangs_is_an_answer_in_a_trajectory(tokenizer: Any) -> None:
+def test_a_tool_that_hangs_is_an_answer_in_a_trajectory(chat_tokenizer: Any) -> None:
     call = '<tool_call>{"name": "hangs", "arguments": {"n": 1}}</tool_call>'
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    turns = [[*ids(tokenizer, call), end], [*ids(tokenizer, "yes"), end]]
-    ((one,),), _ = play(tokenizer, [example(tokenizer, 1)], turns=turns, use=None, tools=[hangs], timeout=0.2)
+    end = chat_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    turns = [[*ids(chat_tokenizer, call), end], [*ids(chat_tokenizer, "yes"), end]]
+    ((one,),), _ = play(chat_tokenizer, [example(chat_tokenizer, 1)], turns=turns, use=None, tools=[hangs], timeout=0.2)
     assert [m["content"] for m in one.messages if m["role"] == "tool"] == ["error: hangs gave no answer within 0.2 s"]
     assert (one.turns, one.ended) == (2, True)
 
@@ -400,10 +198,10 @@ class Keeping(Environment):
 
 
 def test_async_environments_keep_their_loop_also_inside_of_another(
-    tokenizer: Any, caplog: pytest.LogCaptureFixture
+    chat_tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def notebook() -> Any:
-        return play(tokenizer, [example(tokenizer, 1)], n=2, use=Keeping)
+        return play(chat_tokenizer, [example(chat_tokenizer, 1)], n=2, use=Keeping)
 
     ((one, two),), _ = asyncio.run(notebook())
     assert (one.earned, two.earned) == (1.0, 1.0)
@@ -411,7 +209,7 @@ def test_async_environments_keep_their_loop_also_inside_of_another(
     assert "close failed: ValueError: closing" in caplog.text
 
 
-def test_what_was_made_is_closed_where_the_next_cannot_be_made(tokenizer: Any) -> None:
+def test_what_was_made_is_closed_where_the_next_cannot_be_made(chat_tokenizer: Any) -> None:
     made: list[Any] = []
 
     def factory() -> Environment:
@@ -421,7 +219,7 @@ def test_what_was_made_is_closed_where_the_next_cannot_be_made(tokenizer: Any) -
         return made[-1]
 
     with pytest.raises(RolloutError, match="cannot be made: ValueError"):
-        play(tokenizer, [example(tokenizer, 1)], n=3, use=factory)
+        play(chat_tokenizer, [example(chat_tokenizer, 1)], n=3, use=factory)
     assert Counting.open == 0
 
 
@@ -436,13 +234,13 @@ class OfTwo:
         return max(n, self.other.pop(0))
 
 
-def test_ranks_that_share_a_policy_play_as_many_turns_and_stop_where_one_fails(tokenizer: Any) -> None:
+def test_ranks_that_share_a_policy_play_as_many_turns_and_stop_where_one_fails(chat_tokenizer: Any) -> None:
     def episodes(other: OfTwo, use: Any) -> tuple[Scripted, Episodes]:
         settings = EnvironmentSettings(use=use)
-        sampler = Scripted(tokenizer)
-        return sampler, Episodes(sampler, maker(settings), settings, Turns(tokenizer, Chat()), other)  # type: ignore[arg-type]
+        sampler = Scripted(chat_tokenizer)
+        return sampler, Episodes(sampler, maker(settings), settings, Turns(chat_tokenizer, Chat()), other)  # type: ignore[arg-type]
 
-    one = example(tokenizer, 1)
+    one = example(chat_tokenizer, 1)
     request = Request([one.prompt.tolist()], Sampling(max_new_tokens=8), examples=[one])
     slower = OfTwo(1, 1, 1, 0)
     sampler, longer = episodes(slower, Counting)
@@ -460,16 +258,16 @@ def test_ranks_that_share_a_policy_play_as_many_turns_and_stop_where_one_fails(t
     assert told.own == [1, 2]
 
 
-def test_a_batch_learns_what_was_sampled_only(tokenizer: Any) -> None:
-    examples = [example(tokenizer, 2)]
-    made, sampler = play(tokenizer, examples, n=2)
+def test_a_batch_learns_what_was_sampled_only(chat_tokenizer: Any) -> None:
+    examples = [example(chat_tokenizer, 2)]
+    made, sampler = play(chat_tokenizer, examples, n=2)
     from alignkit.models.packing import pack
 
     batch = with_completions(examples, made, Batch((), pack))
     assert batch.lengths.tolist() == [2 * len(sampler.turn)] * 2
     assert batch.targets.tolist() == sampler.turn * 4
     assert len(batch["sampler_logps"]) == len(batch.targets)
-    answers = answers_of(tokenizer, examples, made)
+    answers = answers_of(chat_tokenizer, examples, made)
     assert [m["role"] for m in answers.completions[0]] == ["assistant", "user", "assistant", "user"]
     assert answers.lengths == batch.lengths.tolist()
     assert answers.earned == [2.0, 2.0]
@@ -491,11 +289,11 @@ class Guess(Environment):
 
 
 @pytest.fixture
-def run(settings: dict[str, Any], model: str) -> dict[str, Any]:
+def run(settings: dict[str, Any], chat_model: str) -> dict[str, Any]:
     rows = [{"prompt": [user(f"{i} yes or no?")]} for i in range(8)]
     sampling = {"max_new_tokens": 6, "batch_size": 8, "stop": ["o", "e"]}
     return settings | {
-        "model": model, "data": rows, "max_steps": 3, "sampling": sampling, "save_every": 1, "learning_rate": 3e-3,
+        "model": chat_model, "data": rows, "max_steps": 3, "sampling": sampling, "save_every": 1, "learning_rate": 3e-3,
         "environment": {"use": Guess, "max_tokens": 120},
     }  # fmt: skip
 
@@ -567,6 +365,7 @@ def test_tools_are_shown_to_the_model_and_a_reward_reads_the_messages(run: dict[
         ("grpo", {"environment": {"tools": []}}, "environment needs one of `use` and `tools`"),
         ("grpo", {"environment": {"tools": [double]}}, "'grpo' needs a reward"),
         ("grpo", {"environment": {"use": dict}}, "must return an alignkit.Environment, got dict"),
+        ("grpo", {"environment": None, "reward": ["environment", "json"]}, "there is none; set `environment`"),
         ("sft", {"environment": {"use": Guess}, "sampling": {}}, "'sft' does not sample completions"),
     ],
 )
@@ -576,18 +375,11 @@ def test_settings_that_do_not_fit(method: str, changes: dict[str, Any], words: s
 
 
 def test_a_template_without_tools_is_refused_before_anything_is_sampled(run: dict[str, Any], tmp_path: Path) -> None:
-    made = chatml(tmp_path / "mute")
+    made = write_chatml(tmp_path / "mute")
     made.chat_template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
     asks = run | {"environment": {"tools": [double], "max_tokens": 100}, "reward": "json", "tokenizer": made}
     with pytest.raises(ConfigError, match=r"cannot render what the environment says after a turn \(roles: tool\)"):
         alignkit.run("grpo", **asks, group_size=2)
-
-
-def test_what_hangs_is_given_up_at_once() -> None:
-    tools = Tools([hangs], seconds=0.1)
-    started = time.monotonic()
-    asyncio.run(tools.step(asked(("hangs", {"n": 1}))))
-    assert time.monotonic() - started < 2  # a pool's thread would be waited for, 5 s
 
 
 def test_a_prompt_of_text_is_refused(run: dict[str, Any]) -> None:
@@ -595,14 +387,16 @@ def test_a_prompt_of_text_is_refused(run: dict[str, Any]) -> None:
         alignkit.run("grpo", **run | {"data": [{"prompt": "yes"}] * 8}, group_size=2)
 
 
-def test_the_pages_environment_plays(tokenizer: Any) -> None:
+def test_the_pages_environment_plays(chat_tokenizer: Any) -> None:
     text = (Path(__file__).parents[1] / "docs/environments.md").read_text()
     space: dict[str, Any] = {}
     exec(text.split("```python\n")[1].split("```")[0], space)
-    guesses = [[*ids(tokenizer, word), tokenizer.convert_tokens_to_ids("<|im_end|>")] for word in ("no", "1", "7")]
+    guesses = [
+        [*ids(chat_tokenizer, word), chat_tokenizer.convert_tokens_to_ids("<|im_end|>")] for word in ("no", "1", "7")
+    ]
     settings = EnvironmentSettings(use=space["Hotter"])
-    episodes = Episodes(Scripted(tokenizer, guesses), maker(settings), settings, Turns(tokenizer, Chat()))
-    one = example(tokenizer, 0)
+    episodes = Episodes(Scripted(chat_tokenizer, guesses), maker(settings), settings, Turns(chat_tokenizer, Chat()))
+    one = example(chat_tokenizer, 0)
     asked = Example(one.prompt, (), asked=one.asked, columns={"answer": 7})
     [[made]] = episodes.sample(Request([one.prompt.tolist()], Sampling(max_new_tokens=8), examples=[asked]))
     said = [m["content"].strip() for m in made.messages[1:]]

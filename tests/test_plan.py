@@ -566,3 +566,13 @@ def test_the_command_prints_parts_phases_verdict_and_writes_json(
     told = CliRunner().invoke(app, ["plan", str(file), "--processes", "2", "--gpu"])
     assert "on each of 2 GPUs:" in told.output
     assert "buckets" in told.output
+
+
+def test_trajectories_are_planned_at_their_longest(chat_model: str) -> None:
+    asked = ASKED["grpo"]
+    turns = {"environment": {"tools": ["environments:double"], "max_tokens": 60}, "sampling": SAMPLING}
+    long = memory(work_of("grpo", chat_model, **asked, **turns)).phases
+    same = memory(work_of("grpo", chat_model, **asked, sampling=SAMPLING | {"max_new_tokens": 60})).phases
+    short = memory(work_of("grpo", chat_model, **asked, sampling=SAMPLING)).phases
+    for name in ("sampling", "learning"):
+        assert sum(long[name].values()) == sum(same[name].values()) > sum(short[name].values())

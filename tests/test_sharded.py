@@ -12,11 +12,10 @@ import torch
 from classifiers import write_classifier
 from on_ranks import ODD, REDDER, REDS, ROUNDS, Job, run_on
 from safetensors.torch import load_file
-from test_environments import chatml
 
 from alignkit.pairwise import PAIRWISE
 from alignkit.runs.folder import read_metrics
-from helpers import make_rows, write_tiny
+from helpers import make_rows, write_chatml, write_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +74,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny(folder / "base")
     write_classifier(folder / "scorer")
     write_classifier(folder / "judge", seed=1, **{PAIRWISE: True})
-    chatml(folder / "chatty")
+    write_chatml(folder / "chatty")
     asked = [{"prompt": [{"role": "user", "content": f"{i} yes or no?"}]} for i in range(20)]
     (folder / "asked.jsonl").write_text("".join(json.dumps(r) + "\n" for r in asked))
     for kind in ("pairs", "unpaired", "text"):

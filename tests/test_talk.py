@@ -172,6 +172,16 @@ def test_what_has_no_base_is_an_error(chatty: str) -> None:
         speakers(chatty, "base")
 
 
+def test_a_run_of_objects_has_its_own_tokenizer_and_no_name_of_its_base(settings: dict[str, Any], chatty: str) -> None:
+    given = settings | {"max_steps": 1, "model": AutoModelForCausalLM.from_pretrained(chatty)}
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    result = alignkit.run("sft", **given, tokenizer=tokenizer, data=make_rows("text", 8))
+    [speaker] = speakers(str(result.folder), settings=SHORT)
+    assert speaker.tokenizer.chat_template == TEMPLATE
+    with pytest.raises(ConfigError, match="the run began with a model object, <LlamaForCausalLM>; name the model"):
+        speakers(str(result.folder), "base", SHORT)
+
+
 def test_a_run_keeps_its_settings_of_sampling(settings: dict[str, Any], chatty: str) -> None:
     given = {**settings, "model": chatty, "max_steps": 1}
     result = alignkit.run("sft", **given, data=make_rows("text", 8), template_date="2026-01-02")

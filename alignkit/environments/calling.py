@@ -12,8 +12,8 @@ from typing import Any
 async def called(function: Callable[[], Any]) -> Any:
     """Return what a function returns, or what it returns is awaited to.
 
-    It runs in a thread of its own, for which nothing waits after a time-out, not even the end of Python; a pool's
-    threads would be waited for. What is async is awaited here.
+    It runs in a thread of its own, for which nothing waits after a time-out, not even the end of Python. A pool's
+    threads are few, and a call that hangs would keep one of them. What is async is awaited here.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()

@@ -38,7 +38,7 @@ class Environment(ABC):
 
     @abstractmethod
     def step(self, messages: Sequence[Message]) -> Step | Awaitable[Step]:
-        """Answer the assistant; async functions of a batch run at the same time, others one after the other in threads.
+        """Answer the assistant, in all trajectories at the same time: async in one event loop, else in threads.
 
         messages: the conversation, its prompt first. The last one is the assistant's: "content", its text, and
         "tool_calls" where it has some, each {"name": ..., "arguments": {...}}. What this raises ends the run.

@@ -102,7 +102,7 @@ class Episodes(Sampler):
         self.processed = self.turns.processed
 
     def close(self) -> None:
-        """Close the sampler of turns."""
+        """Close the sampler of turns, and end what async environments still do."""
         self.turns.close()
         if self._loop is not None:
             self._loop.close()
@@ -141,7 +141,10 @@ class Episodes(Sampler):
                 logger.warning("environment: row %d: close failed: %s", t.example.row, first_line(error))
 
         if any(type(t.environment).close is not Environment.close for t in played):
-            self._run([one(t) for t in played])
+            try:
+                self._run([one(t) for t in played])
+            except RolloutError as error:
+                logger.warning("%s", error)
 
     def _run(self, calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
         """Run calls, all at the same time. Raises RolloutError where they block each other."""

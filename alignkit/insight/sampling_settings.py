@@ -9,6 +9,20 @@ from alignkit.config import RunConfig, gathered, validated
 from alignkit.errors import ConfigError
 from alignkit.hints import hint
 
+OF_SAMPLING = (
+    "sampling",
+    "seed",
+    "tokenizer",
+    "dtype",
+    "device",
+    "trust_remote_code",
+    "tools",
+    "chat_template_kwargs",
+    "special_tokens_in_text",
+    "template_date",
+)
+"""Settings of a run that decide what a model samples."""
+
 
 def sampling_config(tool: str, model: str, settings: Mapping[str, Any], used: Sequence[str]) -> RunConfig:
     """Return the settings for a tool's model; used: "sampling", then the others that it takes. Raises ConfigError."""

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from alignkit.rewards.answers import Answers, Scores
 from alignkit.rewards.classifier import Shared
-from alignkit.rewards.combine import Rewards, build_rewards, check_rewards, reward_folders
+from alignkit.rewards.combine import Rewards, build_rewards, check_rewards, pays_by_environment, reward_folders
 from alignkit.rewards.judges import Judge, build_judge, check_columns, check_judge, columns_read, judge_folders
 
 __all__ = [
     "Answers", "Judge", "Rewards", "Scores", "Shared", "build_judge", "build_rewards",
-    "check_columns", "check_judge", "check_rewards", "columns_read", "judge_folders", "reward_folders",
+    "check_columns", "check_judge", "check_rewards", "columns_read", "judge_folders", "pays_by_environment",
+    "reward_folders",
 ]  # fmt: skip

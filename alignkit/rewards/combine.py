@@ -14,6 +14,7 @@ from alignkit.rewards.calls import TIMEOUT, Functions
 from alignkit.rewards.classifier import Shared
 from alignkit.rewards.functions import Values
 from alignkit.rewards.spec import REWARD, Device, Leaf, leaf, number
+from alignkit.rewards.verifiers import Earned
 
 _COMBINE: dict[str, Callable[[Sequence[float], float], float]] = {
     "mean": lambda scores, _: statistics.fmean(scores),
@@ -108,6 +109,12 @@ def check_reward_columns(spec: Any, there: Collection[str]) -> None:
 def reward_columns(spec: Any, there: Collection[str]) -> frozenset[str]:
     """Return the columns, of those that are there, that the rewards of a spec may read. Raises as `check_rewards`."""
     return frozenset(name for part in _parts(spec) for one in _leaves(part) for name in one.reads(there))
+
+
+def pays_by_environment(spec: Any) -> bool:
+    """Return whether a spec has the reward `environment`. Raises as `check_rewards`."""
+    leaves = (one for part in _parts(spec) for one in _leaves(part))
+    return any(one.ready is not None and isinstance(one.ready.call, Earned) for one in leaves)
 
 
 def reward_folders(spec: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The event loop of async rewards, in a thread that the process does not wait for when it ends."""
+"""An event loop for a user's async code, in a thread that the process does not wait for when it ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._ready, self._hangs = threading.Event(), False
-        self._thread = threading.Thread(target=self._serve, name="alignkit-rewards", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="alignkit-async", daemon=True)
         self._thread.start()
         self._ready.wait()
 

@@ -7,7 +7,7 @@ from typing import Any
 from alignkit.config import RunConfig
 from alignkit.errors import ConfigError
 from alignkit.method import Method
-from alignkit.rewards import check_judge, check_rewards
+from alignkit.rewards import check_judge, check_rewards, pays_by_environment
 from alignkit.rollout.backends import check_backend
 
 
@@ -26,6 +26,8 @@ def check_online(config: RunConfig, method: Method[Any]) -> None:
     _check_ahead(config)
     if config.environment is not None:
         _check_environment(config, needs)
+    elif config.reward is not None and pays_by_environment(config.reward):
+        raise ConfigError("reward: environment is what an environment pays, and there is none; set `environment`")
     if "judge" in needs and config.patience is not None:
         raise ConfigError(
             f"'{method.name}' plays against an opponent that changes, so its evaluations cannot be compared; "

@@ -17,7 +17,7 @@ from alignkit.data.tokenise import tokenise
 from alignkit.errors import ConfigError
 from alignkit.insight.best_of_n.curve import Point, curve
 from alignkit.insight.model_paths import device, model_folder
-from alignkit.insight.sampling_settings import sampling_config
+from alignkit.insight.sampling_settings import OF_SAMPLING, sampling_config
 from alignkit.models.loading import from_pretrained, load_tokenizer
 from alignkit.rewards import Rewards, build_rewards, check_rewards
 from alignkit.rollout import sample
@@ -28,20 +28,7 @@ from alignkit.types import Example
 logger = logging.getLogger(__name__)
 
 CHUNK = 32  # prompts between two lines of the log
-USED = (
-    "sampling",
-    "seed",
-    "max_prompt_tokens",
-    "tokenizer",
-    "dtype",
-    "device",
-    "trust_remote_code",
-    "tools",
-    "chat_template_kwargs",
-    "special_tokens_in_text",
-    "template_date",
-    "rollout",
-)  # settings of a run
+USED = (*OF_SAMPLING[:2], "max_prompt_tokens", *OF_SAMPLING[2:], "rollout")  # settings of a run
 
 
 @dataclass(frozen=True)

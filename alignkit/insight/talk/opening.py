@@ -11,22 +11,9 @@ import torch
 from alignkit.config import RunConfig, read_yaml
 from alignkit.errors import ConfigError
 from alignkit.insight.model_paths import adapter_settings, device, is_adapter, model_folder
-from alignkit.insight.sampling_settings import sampling_config
+from alignkit.insight.sampling_settings import OF_SAMPLING, sampling_config
 from alignkit.insight.talk.speaker import Speaker
 from alignkit.models.loading import from_pretrained, load_tokenizer
-
-USED = (
-    "sampling",
-    "seed",
-    "tokenizer",
-    "dtype",
-    "device",
-    "trust_remote_code",
-    "tools",
-    "chat_template_kwargs",
-    "special_tokens_in_text",
-    "template_date",
-)  # settings of a run
 
 
 def speakers(model: str, against: str | None = None, settings: Mapping[str, Any] | None = None) -> list[Speaker]:
@@ -34,13 +21,14 @@ def speakers(model: str, against: str | None = None, settings: Mapping[str, Any]
 
     model: folder or hub name of a model, an adapter, or a run, whose sampling and chat settings are kept. against: the
     same, or "base": the model that the run began with, or below the adapter, which is then loaded once for both.
-    settings: those in USED, such as {"sampling.temperature": 0.8}. The global seed is set. Raises AlignkitError.
+    settings: those in OF_SAMPLING, such as {"sampling.temperature": 0.8}. The global seed is set. Raises AlignkitError.
     """
     folder, kept = model_folder(model), _of_run(model)
     shared = against == "base" and is_adapter(folder)
     other = None if against is None or shared else model_folder(_base(model) if against == "base" else against)
-    given = {name: value for name, value in kept.items() if name in USED}
-    config = sampling_config("chat", folder, {**given, **(settings or {})}, USED)
+    # the model's folder has the tokenizer, which a run may have been given as an object
+    given = {name: value for name, value in kept.items() if name in OF_SAMPLING and name != "tokenizer"}
+    config = sampling_config("chat", folder, {**given, **(settings or {})}, OF_SAMPLING)
     torch.manual_seed(config.seed)
     first = _speaker(model, folder, config)
     if shared:
@@ -49,7 +37,7 @@ def speakers(model: str, against: str | None = None, settings: Mapping[str, Any]
     if other is None:
         return [first]
     # another model may have another tokenizer, of the run's settings only what is asked for
-    own = sampling_config("chat", other, {"sampling": config.sampling, **(settings or {})}, USED)
+    own = sampling_config("chat", other, {"sampling": config.sampling, **(settings or {})}, OF_SAMPLING)
     second = _speaker(other if against == "base" else str(against), other, own)
     if second.name == first.name:
         first.name, second.name = model, str(against)
@@ -77,4 +65,6 @@ def _base(name: str) -> str:
     base = _of_run(name).get("model")
     if base is None:
         raise ConfigError(f"--against base: '{name}' is neither a run nor an adapter; name the model to compare with")
+    if str(base).startswith("<"):
+        raise ConfigError(f"--against base: the run began with a model object, {base}; name the model to compare with")
     return str(base)
